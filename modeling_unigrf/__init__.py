@@ -1,0 +1,26 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""UniGRF: unified generative retrieval and ranking. Importing this package registers it with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_unigrf import UniGRFConfig
+from .generation_unigrf import UniGRFRecommendation
+from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
+from .trie_unigrf import CatalogueTrie, ItemFilter
+
+AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)
+AutoModel.register(UniGRFConfig, UniGRFModel)
+AutoModelForCausalLM.register(UniGRFConfig, UniGRFForCausalLM)
+UniGRFConfig.register_for_auto_class()
+UniGRFModel.register_for_auto_class("AutoModel")
+UniGRFForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "CatalogueTrie",
+    "ItemFilter",
+    "UniGRFCausalLMOutput",
+    "UniGRFConfig",
+    "UniGRFForCausalLM",
+    "UniGRFModel",
+    "UniGRFRecommendation",
+]

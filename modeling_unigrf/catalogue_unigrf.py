@@ -1,0 +1,76 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The catalogue as part of the model: spellings and embeddings of all items, saved with the weights."""
+
+import torch
+from torch import nn
+
+from .trie_unigrf import CatalogueTrie
+
+
+def first_spellings(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
+    """The first `num_items` spellings in lexicographic order, `[num_items, L]`: what an untrained model starts from."""
+    rest, columns = torch.arange(num_items), []
+    for size in reversed(codebook_sizes):
+        columns.append(rest % size)
+        rest = rest // size
+    return torch.stack(columns[::-1], dim=1).int()
+
+
+class UniGRFCatalogue(nn.Module):
+    """
+    Buffers `item_codes` (`torch.int32` `[num_items, L]`) and, if `config.item_embedding_dim`, `item_embeddings`
+    (`[num_items, item_embedding_dim]`, the model's dtype). Row = item index = row of the tokenizer's item map.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.codebook_sizes = list(config.codebook_sizes)
+        self.register_buffer("item_codes", first_spellings(config.num_items, self.codebook_sizes))
+        embeddings = torch.zeros(config.num_items, config.item_embedding_dim) if config.item_embedding_dim else None
+        self.register_buffer("item_embeddings", embeddings)
+        self._trie, self._trie_source = None, None
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_codes)
+
+    @property
+    def trie(self) -> CatalogueTrie:
+        """The trie of `item_codes`, built at first use and again whenever they were changed or moved."""
+        source = (self.item_codes.data_ptr(), self.item_codes._version, self.item_codes.device)
+        if self._trie is None or self._trie_source != source:
+            self._trie, self._trie_source = CatalogueTrie(self.item_codes, self.codebook_sizes), source
+        return self._trie
+
+    def embeddings_of(self, items: torch.LongTensor) -> torch.Tensor | None:
+        """Item indices of any shape -> their embeddings `[..., item_embedding_dim]`, or None if there are none."""
+        return None if self.item_embeddings is None else self.item_embeddings[items]
+
+    def check(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None) -> None:
+        """Refuses codes and embeddings that this catalogue cannot hold; raises `ValueError`."""
+        if item_codes.dim() != 2 or item_codes.shape[1] != len(self.codebook_sizes) or item_codes.is_floating_point():
+            raise ValueError(
+                f"Expected integer item codes of shape (num_items, {len(self.codebook_sizes)}), found {item_codes.dtype} "
+                f"of shape {tuple(item_codes.shape)}."
+            )
+        if (item_embeddings is None) != (self.item_embeddings is None):
+            wanted = "no" if self.item_embeddings is None else f"{self.item_embeddings.shape[1]}-wide"
+            given = "none" if item_embeddings is None else tuple(item_embeddings.shape)
+            raise ValueError(f"Expected {wanted} item embeddings (config.item_embedding_dim), found {given}.")
+        if item_embeddings is None:
+            return
+        expected = (len(item_codes), self.item_embeddings.shape[1])
+        if tuple(item_embeddings.shape) != expected:
+            raise ValueError(f"Expected item embeddings of shape {expected}, found {tuple(item_embeddings.shape)}.")
+        bad = (~item_embeddings.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            raise ValueError(f"{len(bad)} item embeddings have NaN or infinite values, the first in row {int(bad[0])}.")
+
+    def replace(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None) -> None:
+        """Sets all items at once; nothing changes if they are refused (see `check` and `CatalogueTrie`)."""
+        self.check(item_codes, item_embeddings)
+        item_codes = item_codes.to(self.item_codes.device, torch.int32)
+        CatalogueTrie(item_codes, self.codebook_sizes)  # raises on shared or impossible spellings
+        self.item_codes = item_codes
+        if item_embeddings is not None:
+            self.item_embeddings = item_embeddings.to(self.item_embeddings)

@@ -1,0 +1,201 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""What an item is: how many codes spell it, which token ids they have, and which behaviours follow it."""
+
+from itertools import accumulate, pairwise
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+NEXT_TARGET = "next"
+
+
+@strict
+class UniGRFConfig(PreTrainedConfig):
+    r"""
+    Configuration of a UniGRF model: one decoder-only backbone that generates and ranks items spelled as semantic ids.
+
+    A history is the token sequence `<bos> s_1 .. s_L b  s_1 .. s_L b ...`: L codes an item, then the behaviour on it.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The backbone: any decoder-only config that `AutoConfig` knows (tested: llama, qwen3, gpt2, mistral). A small
+            Llama by default. Its `vocab_size` and special tokens are set from the fields below.
+        codebook_sizes (`list[int]`, defaults to `[256, 256, 256, 1]`):
+            Number of codes of each level; the last level makes every item's spelling unique. One level: atomic ids.
+        code_offsets (`list[int]`, *optional*):
+            Token id of code 0 of each level. Defaults to consecutive levels after the behaviours.
+        behaviors (`list[str]`, defaults to `["interact"]`):
+            Names of the behaviours that may follow an item.
+        behavior_token_ids (`list[int]`, *optional*):
+            Token id of each behaviour. Defaults to consecutive ids from 4 (after pad, bos, eos, unk).
+        ranking_targets (`list[str]`, *optional*):
+            What the ranking head scores: `"next"` (is this the next item?) and any of `behaviors` (which behaviour will
+            follow, if the item is shown?). Defaults to `"next"` and, if there are two behaviours or more, each of them.
+        num_items (`int`, defaults to 1):
+            Number of items of the catalogue, which is saved with the model.
+        item_embedding_dim (`int`, defaults to 0):
+            Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
+        num_negatives (`int`, defaults to 0):
+            Random items that are appended to each training row as candidates, to train the `"next"` target.
+        ranking_loss_weight (`float`, defaults to 1.0):
+            Weight of the ranking loss; the generation loss has weight 1.
+        ranking_weight (`float`, defaults to 1.0):
+            Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
+        ranking_dropout (`float`, defaults to 0.0):
+            Dropout in the ranking head.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights of the heads.
+
+    Raises:
+        ValueError: when token ids overlap, a ranking target is unknown, or the backbone has a sliding window.
+    """
+
+    model_type = "unigrf"
+    keys_to_ignore_at_inference = ["past_key_values", "generation_loss", "ranking_loss"]
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="llama",
+            init_kwargs={
+                "hidden_size": 256,
+                "intermediate_size": 1024,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+            },
+        )
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    codebook_sizes: list[int] | tuple[int, ...] = (256, 256, 256, 1)
+    code_offsets: list[int] | None = None
+    behaviors: list[str] | tuple[str, ...] = ("interact",)
+    behavior_token_ids: list[int] | None = None
+    ranking_targets: list[str] | None = None
+    num_items: int = 1
+    item_embedding_dim: int = 0
+    num_negatives: int = 0
+    ranking_loss_weight: float = 1.0
+    ranking_weight: float = 1.0
+    ranking_dropout: float = 0.0
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        vocab_size = kwargs.pop("vocab_size", None)
+        self.codebook_sizes, self.behaviors = list(self.codebook_sizes), list(self.behaviors)
+        if self.behavior_token_ids is None:
+            self.behavior_token_ids = list(range(4, 4 + len(self.behaviors)))
+        if self.code_offsets is None:
+            first = max([3, *self.behavior_token_ids]) + 1
+            self.code_offsets = list(accumulate(self.codebook_sizes[:-1], initial=first))
+        if self.ranking_targets is None:
+            self.ranking_targets = [NEXT_TARGET, *(self.behaviors if len(self.behaviors) > 1 else [])]
+        if vocab_size is None and isinstance(self.text_config, dict):
+            vocab_size = self.text_config.get("vocab_size")
+        if isinstance(self.text_config, dict) and "model_type" not in self.text_config:
+            self.text_config = {"model_type": "llama", **self.text_config}
+        super().__post_init__(**kwargs)
+        # The vocabulary is the spelling of the items: a backbone's own default (32,000 words) means nothing here.
+        self.text_config.vocab_size = self.num_spelling_tokens if vocab_size is None else vocab_size
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(self.text_config, name, getattr(self, name))
+        self._check()
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codes that spell one item."""
+        return len(self.codebook_sizes)
+
+    @property
+    def num_spelling_tokens(self) -> int:
+        """Number of token ids that specials, behaviours and codes need."""
+        ends = [offset + size for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=True)]
+        return max([3, *self.behavior_token_ids, *(end - 1 for end in ends)]) + 1
+
+    # The rest of transformers reads these from the outer config; they live in the backbone's.
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.text_config.vocab_size = value
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @hidden_size.setter
+    def hidden_size(self, value: int):
+        self.text_config.hidden_size = value
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.text_config.num_hidden_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int):
+        self.text_config.num_hidden_layers = value
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.text_config.num_attention_heads
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int):
+        self.text_config.num_attention_heads = value
+
+    @property
+    def use_cache(self) -> bool:
+        return self.text_config.use_cache
+
+    @use_cache.setter
+    def use_cache(self, value: bool):
+        self.text_config.use_cache = value
+
+    def _check(self):
+        """Refuses a config whose parts do not fit each other (here: `@strict` validators lose the `ValueError`)."""
+        if not self.codebook_sizes or min(self.codebook_sizes) < 1 or len(self.code_offsets) != self.num_levels:
+            raise ValueError(
+                "Expected one positive codebook size and one code offset a level, found "
+                f"codebook_sizes={self.codebook_sizes} and code_offsets={self.code_offsets}."
+            )
+        if not self.behaviors or len(self.behaviors) != len(self.behavior_token_ids):
+            raise ValueError(
+                f"Expected one token id a behaviour and at least one behaviour, found behaviors={self.behaviors} and "
+                f"behavior_token_ids={self.behavior_token_ids}."
+            )
+        if NEXT_TARGET in self.behaviors:
+            raise ValueError(f"A behaviour may not be called {NEXT_TARGET!r}: that is a ranking target. Rename it.")
+        singles = [self.pad_token_id, self.bos_token_id, self.eos_token_id, *self.behavior_token_ids]
+        spans = sorted([*((i, 1) for i in singles), *zip(self.code_offsets, self.codebook_sizes, strict=True)])
+        if any(start + length > following for (start, length), (following, _) in pairwise(spans)):
+            raise ValueError(
+                f"Token ids overlap: special tokens {singles[:3]}, behaviours {self.behavior_token_ids}, levels starting "
+                f"at {self.code_offsets} with {self.codebook_sizes} codes. Take these fields from the tokenizer "
+                "(`UniGRFConfig(**tokenizer.config_fields())`)."
+            )
+        if self.vocab_size < self.num_spelling_tokens:
+            raise ValueError(
+                f"Expected a vocabulary of at least {self.num_spelling_tokens} tokens to spell the items, found "
+                f"vocab_size={self.vocab_size}."
+            )
+        if not self.ranking_targets or not {NEXT_TARGET, *self.behaviors}.issuperset(self.ranking_targets):
+            raise ValueError(
+                f"Expected ranking targets among {[NEXT_TARGET, *self.behaviors]}, found {self.ranking_targets}."
+            )
+        if self.num_items < 1:
+            raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")
+        window = getattr(self.text_config, "sliding_window", None)
+        if window is not None and getattr(self.text_config, "use_sliding_window", True):
+            raise ValueError(
+                f"The backbone {self.text_config.model_type!r} has sliding_window={window}, and candidates packed on one "
+                "cache need full attention. Pass `sliding_window=None` in `text_config`."
+            )
+
+
+__all__ = ["UniGRFConfig"]

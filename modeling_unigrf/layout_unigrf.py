@@ -1,0 +1,139 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The layout: how an item becomes positions of the sequence, and what is read off each position.
+
+`<bos> s_1 .. s_L b  s_1 .. s_L b ...` (UniGRF's two positions an item, with RecoChain's semantic ids):
+
+| input token              | what its output is read for                                  |
+|--------------------------|--------------------------------------------------------------|
+| `<bos>` or a behaviour b | code s_1 of the next item                                    |
+| code s_l, l < L          | code s_{l+1}                                                 |
+| code s_L                 | the ranking of the item: it sees the item, not its behaviour |
+
+Everything else (heads, search, ranking) asks this file. Another layout replaces this file only.
+"""
+
+import torch
+
+PAD, HISTORY_END = -2, -1  # levels of tokens that are no codes
+
+
+class ItemLayout:
+    """Reads and writes the token sequence of a `UniGRFConfig`. Stateless: it holds the config's numbers only."""
+
+    def __init__(self, config):
+        self.codebook_sizes = list(config.codebook_sizes)
+        self.code_offsets = list(config.code_offsets)
+        self.num_levels = len(self.codebook_sizes)
+        self.history_end_ids = [config.bos_token_id, *config.behavior_token_ids]
+        self.behavior_token_ids = list(config.behavior_token_ids)
+
+    def token_levels(self, token_ids: torch.LongTensor) -> torch.LongTensor:
+        """Level of each token (any shape): 0 .. L-1 for a code, -1 for bos and behaviours, -2 for all others."""
+        levels = torch.full_like(token_ids, PAD)
+        for token_id in self.history_end_ids:
+            levels = levels.masked_fill(token_ids == token_id, HISTORY_END)
+        for level, (offset, size) in enumerate(zip(self.code_offsets, self.codebook_sizes, strict=True)):
+            levels = levels.masked_fill((token_ids >= offset) & (token_ids < offset + size), level)
+        return levels
+
+    def level_slice(self, level: int) -> slice:
+        """The token ids of one level: the alternatives among which its codes are predicted."""
+        return slice(self.code_offsets[level], self.code_offsets[level] + self.codebook_sizes[level])
+
+    def item_tokens(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """Codes `[..., L]` -> token ids `[..., L]`."""
+        return codes + codes.new_tensor(self.code_offsets)
+
+    def codes_before(self, input_ids: torch.LongTensor, last: torch.LongTensor) -> torch.LongTensor:
+        """
+        Codes of the items whose last code is at the given positions.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            last (`torch.LongTensor` of shape `(n, 2)`): row and position of each last code.
+
+        Returns:
+            `torch.LongTensor` of shape `(n, L)`; -1 in a row whose L tokens do not spell levels 0 .. L-1 in order.
+        """
+        positions = last[:, 1:] + torch.arange(1 - self.num_levels, 1, device=input_ids.device)
+        tokens = input_ids[last[:, :1], positions.clamp(min=0)]
+        in_order = self.token_levels(tokens) == torch.arange(self.num_levels, device=input_ids.device)
+        complete = (in_order & (positions >= 0)).all(dim=1, keepdim=True)
+        return (tokens - tokens.new_tensor(self.code_offsets)).masked_fill(~complete, -1)
+
+    def history_codes(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """All items of the histories `[B, T]`: `(rows [n], codes [n, L])`, in order (-1 where they are misspelt)."""
+        last = (self.token_levels(input_ids) == self.num_levels - 1).nonzero()
+        return last[:, 0], self.codes_before(input_ids, last)
+
+    def prefix(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        The unfinished item at the end of each row.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+
+        Returns:
+            `(length [B], codes [B, L - 1])`: how many codes of the next item are there already, and these codes, -1
+            after them. Length L: the row ends in a whole item. Length -1: the row ends in padding or in a
+            token that is no part of a history.
+
+        Raises:
+            ValueError: if the last codes of a row do not follow a bos or behaviour as levels 0, 1, ...
+        """
+        window = input_ids[:, -(self.num_levels + 1) :]
+        levels = self.token_levels(window)
+        length = levels[:, -1] + 1
+        width = window.shape[1]
+        # Token i from the end must have the level that counts down to the bos or behaviour before the item.
+        expected = length[:, None] - torch.arange(width, 0, -1, device=window.device)
+        inside = expected >= HISTORY_END
+        broken = (inside & (levels != expected)).any(dim=1) | (length > width - 1)
+        broken &= (length >= 0) & (length < self.num_levels)
+        if broken.any():
+            row = int(broken.nonzero()[0])
+            raise ValueError(
+                f"Row {row} ends in the tokens {window[row].tolist()}, which are no beginning of an item: expected a bos "
+                f"or behaviour token, then codes of levels 0, 1, ... in order; found levels {levels[row].tolist()}."
+            )
+        codes = torch.full((window.shape[0], self.num_levels - 1), -1, dtype=torch.long, device=window.device)
+        for level in range(min(self.num_levels - 1, width)):
+            source = width - length + level
+            here = (level < length) & (length < self.num_levels)
+            tokens = window.gather(1, source.clamp(0, width - 1)[:, None])[:, 0]
+            codes[:, level] = torch.where(here, tokens - self.code_offsets[level], codes[:, level])
+        return length, codes
+
+    def candidate_positions(self, history_length: torch.LongTensor, num_candidates: int) -> torch.LongTensor:
+        """
+        Position ids of candidates packed in one row: each follows the history as if it were alone.
+
+        Args:
+            history_length (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, num_candidates)`):
+                Tokens (without padding) that each candidate sees before itself.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, num_candidates * L)`.
+        """
+        if history_length.dim() == 1:
+            history_length = history_length[:, None].expand(-1, num_candidates)
+        steps = torch.arange(self.num_levels, device=history_length.device)
+        return (history_length[:, :, None] + steps).flatten(1)
+
+    def candidate_mask(self, visible: torch.BoolTensor, num_candidates: int) -> torch.BoolTensor:
+        """
+        Who sees whom, for candidates packed in one row behind a history: the history and themselves, never each other.
+
+        Args:
+            visible (`torch.BoolTensor` of shape `(batch_size, num_candidates or 1, history_length)`):
+                The part of the history that each candidate sees.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, 1, num_candidates * L, history_length + num_candidates * L)`.
+        """
+        size = num_candidates * self.num_levels
+        history = visible.expand(-1, num_candidates, -1).repeat_interleave(self.num_levels, dim=1)
+        position = torch.arange(size, device=visible.device)
+        same_item = position[:, None] // self.num_levels == position // self.num_levels
+        own = (same_item & (position[:, None] >= position)).expand(visible.shape[0], -1, -1)
+        return torch.cat([history, own], dim=2)[:, None]

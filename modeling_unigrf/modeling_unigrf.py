@@ -1,0 +1,413 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The model: a decoder-only backbone with one head that generates items and one that ranks them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationConfig, PreTrainedModel, initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .catalogue_unigrf import UniGRFCatalogue, first_spellings
+from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
+from .generation_unigrf import UniGRFGenerationMixin
+from .layout_unigrf import ItemLayout
+from .training_unigrf import (
+    Negatives,
+    SupervisedItems,
+    draw_negatives,
+    generation_loss,
+    ranking_loss,
+    supervised_items,
+)
+
+
+@dataclass
+class UniGRFCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): `generation_loss + ranking_loss_weight * ranking_loss`.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
+            probability is the softmax over its own level's slice.
+        past_key_values, hidden_states, attentions: As in every causal model of transformers.
+        generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
+        ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    generation_loss: torch.FloatTensor | None = None
+    ranking_loss: torch.FloatTensor | None = None
+
+
+class UniGRFRankingHead(nn.Module):
+    """Scores an item from the hidden state at its last code (history and item seen) and the item's own embedding."""
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.item_proj = nn.Linear(config.item_embedding_dim, width) if config.item_embedding_dim else None
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.ranking_dropout)
+        self.out_proj = nn.Linear(width, len(config.ranking_targets))
+
+    def forward(self, hidden_states: torch.Tensor, item_embeddings: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states `[..., hidden_size]`, item embeddings `[..., D]` -> logits `[..., num_ranking_targets]`."""
+        if self.item_proj is not None:
+            hidden_states = hidden_states + self.item_proj(item_embeddings.to(hidden_states.dtype))
+        return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
+
+
+class UniGRFPreTrainedModel(PreTrainedModel):
+    config_class = UniGRFConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = False  # packed candidates need 4-D masks, which FlashAttention does not take
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, UniGRFRankingHead):
+            for linear in (module.item_proj, module.dense, module.out_proj):
+                if linear is not None:
+                    init.normal_(linear.weight, mean=0.0, std=self.config.initializer_range)
+                    init.zeros_(linear.bias)
+        elif isinstance(module, UniGRFCatalogue):
+            init.copy_(module.item_codes, first_spellings(module.num_items, module.codebook_sizes))
+            if module.item_embeddings is not None:
+                init.zeros_(module.item_embeddings)
+        else:
+            super()._init_weights(module)
+
+
+class UniGRFModel(UniGRFPreTrainedModel):
+    """The backbone alone: hidden states and cache of a token sequence."""
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        As every decoder of transformers. `position_ids` not given are counted on the 2-D `attention_mask`, so that a
+        left-padded row is read exactly as it would be alone.
+        """
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
+    """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__(config)
+        self.model = UniGRFModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.ranking_head = UniGRFRankingHead(config)
+        self.catalogue = UniGRFCatalogue(config)
+        if config.tie_word_embeddings:
+            name = next(
+                name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings()
+            )
+            self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        # Explicit, so that nothing is inherited from a backbone's own file; without `_from_model_config = False`
+        # transformers would drop it on save.
+        self.generation_config = GenerationConfig(
+            max_new_tokens=config.num_levels,
+            num_beams=10,
+            do_sample=False,
+            length_penalty=0.0,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+        )
+        self.generation_config._from_model_config = False
+        self.post_init()
+
+    @property
+    def layout(self) -> ItemLayout:
+        return ItemLayout(self.config)
+
+    def set_catalogue(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
+        """
+        Sets the items that exist. Call it once, before training, with the tokenizer's `item_codes`.
+
+        Args:
+            item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Row = item index.
+            item_embeddings (`torch.FloatTensor` of shape `(num_items, config.item_embedding_dim)`, *optional*)
+
+        Raises:
+            ValueError: on shared or impossible spellings, wrong shapes, NaN. Nothing is changed then.
+        """
+        self.catalogue.replace(torch.as_tensor(item_codes), item_embeddings)
+        self.config.num_items = self.catalogue.num_items
+
+    def add_items(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
+        """
+        Adds items behind the existing ones; the model generates and ranks them at once, without training.
+
+        The last codebook grows if a code asks for it (new rows of the vocabulary, started at the mean of the level's
+        rows); the scores of the old items change only then, since the level's softmax has more alternatives.
+
+        Args:
+            item_codes (`torch.IntTensor` of shape `(n, num_levels)`): As `tokenizer.add_items` returns them.
+            item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*)
+
+        Raises:
+            ValueError: as `set_catalogue`. Nothing is changed then.
+        """
+        item_codes = torch.as_tensor(item_codes)
+        self.catalogue.check(item_codes, item_embeddings)
+        old = self.catalogue
+        all_codes = torch.cat([old.item_codes, item_codes.to(old.item_codes)])
+        all_embeddings = None
+        if item_embeddings is not None:
+            all_embeddings = torch.cat([old.item_embeddings, item_embeddings.to(old.item_embeddings)])
+        sizes = list(self.config.codebook_sizes)
+        grown = [*sizes[:-1], max(sizes[-1], int(item_codes[:, -1].max()) + 1)]
+        old_trie_sizes, old.codebook_sizes = old.codebook_sizes, grown
+        try:
+            old.replace(all_codes, all_embeddings)
+        except ValueError:
+            old.codebook_sizes = old_trie_sizes
+            raise
+        if grown != sizes:
+            self._grow_last_level(grown)
+        self.config.num_items = self.catalogue.num_items
+
+    def _grow_last_level(self, codebook_sizes: list[int]) -> None:
+        level = self.layout.level_slice(self.config.num_levels - 1)
+        self.config.codebook_sizes = codebook_sizes
+        needed = self.config.num_spelling_tokens
+        if needed > self.config.vocab_size:
+            self.resize_token_embeddings(needed, mean_resizing=False)
+        with torch.no_grad():
+            for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
+                weight[level.stop : needed] = weight[level].mean(dim=0)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> UniGRFCausalLMOutput:
+        """
+        Next-token prediction, where the next token chooses the head: a code is predicted by `lm_head` among its level's
+        codes, a behaviour by the ranking head as binary targets (UniGRF, section 3.1: the output at an item predicts the
+        behaviour, the output at a behaviour the next item).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            attention_mask (of shape `(batch_size, sequence_length)` or a 4-D mask)
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
+                nothing is to be learnt; shifted inside.
+            num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
+                it. The loss is then this micro-batch's share, so that accumulation does not change it.
+
+        Raises:
+            ValueError: if a supervised item is not in the catalogue, or negatives are asked for with a 4-D mask or cache.
+        """
+        targets = kwargs.pop("shift_labels", None)
+        if labels is not None and targets is None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        batch_size, length = next(iter(inputs.values())).shape[:2]
+
+        supervised = negatives = None
+        if targets is not None:
+            supervised = supervised_items(
+                self.layout, self.catalogue.trie, labels if input_ids is None else input_ids, targets
+            )
+            if self.config.num_negatives and NEXT_TARGET in self.config.ranking_targets:
+                if past_key_values is not None or (attention_mask is not None and attention_mask.dim() != 2):
+                    raise ValueError(
+                        "Negatives are packed behind the history, which needs a 2-D attention_mask and no past_key_values. "
+                        "Set config.num_negatives = 0 to train on a cache or with a mask of your own."
+                    )
+                if attention_mask is None:
+                    attention_mask = torch.ones(batch_size, length, dtype=torch.long, device=targets.device)
+                negatives = self._draw_negatives(supervised, attention_mask, position_ids)
+                attention_mask, position_ids = self._prepare_mask(negatives.attention_mask), negatives.position_ids
+                appended = negatives.tokens if inputs_embeds is None else self.get_input_embeddings()(negatives.tokens)
+                inputs = {name: torch.cat([value, appended], dim=1) for name, value in inputs.items()}
+                use_cache = False
+
+        outputs = self.model(
+            **inputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state[:, :length]
+        if targets is None and isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        elif targets is None:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
+
+        loss = code_loss = rank_loss = None
+        if targets is not None:
+            code_loss = generation_loss(self.layout, logits, targets)
+            rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
+            loss = code_loss + self.config.ranking_loss_weight * rank_loss
+            if num_items_in_batch is not None:
+                loss = loss * (targets != -100).sum() / num_items_in_batch
+            code_loss, rank_loss = code_loss.detach(), rank_loss.detach()
+
+        return UniGRFCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            generation_loss=code_loss,
+            ranking_loss=rank_loss,
+        )
+
+    def _draw_negatives(
+        self, supervised: SupervisedItems, attention_mask: torch.LongTensor, position_ids: torch.LongTensor | None
+    ) -> Negatives:
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        # Evaluation must not depend on the state of the global generator.
+        generator = None if self.training else torch.Generator(attention_mask.device).manual_seed(0)
+        return draw_negatives(
+            self.layout,
+            self.catalogue.item_codes,
+            supervised,
+            attention_mask,
+            position_ids.expand_as(attention_mask),
+            self.config.num_negatives,
+            generator,
+        )
+
+    def _ranking_loss(
+        self, hidden_states: torch.Tensor, supervised: SupervisedItems, negatives: Negatives | None
+    ) -> torch.Tensor:
+        """Hidden states `[B, T (+ M * L), hidden_size]` of histories and negatives -> the ranking loss."""
+        states = hidden_states[supervised.rows, supervised.positions]
+        logits = self.ranking_head(states, self.catalogue.embeddings_of(supervised.items))
+        negative_logits = None
+        if negatives is not None:
+            appended = negatives.tokens.shape[1]
+            states = hidden_states[:, -appended:][:, self.config.num_levels - 1 :: self.config.num_levels]
+            embeddings = self.catalogue.embeddings_of(negatives.items[negatives.usable])
+            negative_logits = self.ranking_head(states[negatives.usable], embeddings)
+        behavior_ids = dict(zip(self.config.behaviors, self.config.behavior_token_ids, strict=True))
+        return ranking_loss(self.config.ranking_targets, behavior_ids, logits, supervised.behaviors, negative_logits)
+
+    def _prepare_mask(self, mask: torch.BoolTensor) -> torch.Tensor:
+        """The 4-D mask as the attention implementation takes it: boolean for sdpa, additive for eager."""
+        if self.config.get_text_config()._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+
+    @torch.no_grad()
+    def rank(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        candidates: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        candidates_per_pack: int = 32,
+    ) -> torch.FloatTensor:
+        """
+        Scores candidates that see the history and themselves, never each other.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Histories, left-padded.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*)
+            candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
+            past_key_values (`Cache`, *optional*): Of exactly these histories, e.g. from `model.model(...)`. Only the
+                candidates' tokens are run then, and the cache is left as it was found.
+            candidates_per_pack (`int`): Candidates run in one row at a time: memory grows with it, speed peaks at 8-32.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
+            `config.ranking_targets`. `sigmoid` gives the probability.
+
+        Raises:
+            ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, or the cache
+                is not of these histories.
+        """
+        if candidates is None or candidates.dim() != 2 or len(candidates) != len(input_ids):
+            found = None if candidates is None else tuple(candidates.shape)
+            raise ValueError(f"Expected candidates of shape ({len(input_ids)}, N), one row a history, found {found}.")
+        if candidates.numel() and (candidates.min() < 0 or candidates.max() >= self.catalogue.num_items):
+            raise ValueError(
+                f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of "
+                f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
+            )
+        attention_mask = self._check_histories(input_ids, attention_mask, whole_items=True)
+        if past_key_values is None:
+            past_key_values = DynamicCache()
+            self.model(input_ids, attention_mask, past_key_values=past_key_values, use_cache=True)
+        length = input_ids.shape[1]
+        if past_key_values.get_seq_length() != length:
+            raise ValueError(
+                f"Expected a cache of the {length} tokens of input_ids, found one of {past_key_values.get_seq_length()}."
+            )
+        self._check_length(length + self.config.num_levels)
+        layout, history_length = self.layout, attention_mask.sum(dim=1)
+        scores = []
+        for pack in candidates.split(candidates_per_pack, dim=1):
+            visible = attention_mask.bool()[:, None]
+            tokens = layout.item_tokens(self.catalogue.item_codes[pack].long()).flatten(1)
+            try:
+                states = self.model(
+                    tokens,
+                    self._prepare_mask(layout.candidate_mask(visible, pack.shape[1])),
+                    position_ids=layout.candidate_positions(history_length, pack.shape[1]),
+                    past_key_values=past_key_values,
+                    use_cache=True,
+                ).last_hidden_state
+            finally:
+                past_key_values.crop(-(past_key_values.get_seq_length() - length))
+            last = states[:, self.config.num_levels - 1 :: self.config.num_levels]
+            scores.append(self.ranking_head(last, self.catalogue.embeddings_of(pack)).float())
+        num_targets = len(self.config.ranking_targets)
+        return torch.cat(scores, dim=1) if scores else torch.empty(*candidates.shape, num_targets, device=self.device)

@@ -1,0 +1,164 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""What is learnt from a batch of histories: which items are supervised, random candidates, and the two losses."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .configuration_unigrf import NEXT_TARGET
+from .layout_unigrf import ItemLayout
+from .trie_unigrf import CatalogueTrie
+
+
+@dataclass
+class SupervisedItems:
+    """
+    The n items of a batch whose behaviour is a label.
+
+    Args:
+        rows, positions (`torch.LongTensor` of shape `(n,)`): Row, and position of the item's last code.
+        items (`torch.LongTensor` of shape `(n,)`): Item indices.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviours that follow.
+    """
+
+    rows: torch.LongTensor
+    positions: torch.LongTensor
+    items: torch.LongTensor
+    behaviors: torch.LongTensor
+
+
+def supervised_items(
+    layout: ItemLayout, trie: CatalogueTrie, tokens: torch.LongTensor, targets: torch.LongTensor
+) -> SupervisedItems:
+    """
+    Finds the supervised items of `tokens [B, T]`, whose next tokens are `targets [B, T]` (-100: not supervised).
+
+    Raises:
+        ValueError: if one of them is not in the catalogue.
+    """
+    is_behavior = torch.isin(targets, targets.new_tensor(layout.behavior_token_ids))
+    where = is_behavior.nonzero()
+    items = trie.lookup(layout.codes_before(tokens, where))
+    if (items < 0).any():
+        row, position = where[(items < 0).nonzero()[0, 0]].tolist()
+        raise ValueError(
+            f"{int((items < 0).sum())} supervised items are not in the model's catalogue; the first ends at row {row}, "
+            f"position {position}: {tokens[row, max(0, position - layout.num_levels + 1) : position + 1].tolist()}. Call "
+            "`model.set_catalogue(tokenizer.item_codes, ...)` with the tokenizer that spelt the histories."
+        )
+    return SupervisedItems(where[:, 0], where[:, 1], items, targets[is_behavior])
+
+
+@dataclass
+class Negatives:
+    """
+    Random items packed behind each history, M a row, each placed after some supervised position of it.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch_size, M * L)`)
+        items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
+        usable (`torch.BoolTensor` of shape `(batch_size, M)`): False where the draw hit the true next item.
+        position_ids (`torch.LongTensor` of shape `(batch_size, T + M * L)`): Of history and candidates.
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, 1, T + M * L, T + M * L)`)
+    """
+
+    tokens: torch.LongTensor
+    items: torch.LongTensor
+    usable: torch.BoolTensor
+    position_ids: torch.LongTensor
+    attention_mask: torch.BoolTensor
+
+
+def draw_negatives(
+    layout: ItemLayout,
+    item_codes: torch.Tensor,
+    supervised: SupervisedItems,
+    attention_mask: torch.LongTensor,
+    position_ids: torch.LongTensor,
+    num_negatives: int,
+    generator: torch.Generator | None = None,
+) -> Negatives:
+    """
+    Draws uniform items for the `"next"` target, and the mask under which one forward reads history and candidates.
+
+    Args:
+        item_codes (`torch.IntTensor` of shape `(num_items, L)`)
+        attention_mask, position_ids (`torch.LongTensor` of shape `(batch_size, T)`): Of the histories.
+        num_negatives (`int`): M.
+    """
+    batch_size, length = attention_mask.shape
+    device = attention_mask.device
+    next_item = torch.full((batch_size, length), -1, device=device)
+    next_item[supervised.rows, supervised.positions - layout.num_levels] = supervised.items
+    has_next = next_item >= 0
+    # A row without a supervised item draws anything; `usable` drops it.
+    weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
+    after = torch.multinomial(weights, num_negatives, replacement=True, generator=generator)
+    items = torch.randint(len(item_codes), (batch_size, num_negatives), device=device, generator=generator)
+    target = next_item.gather(1, after)
+
+    seen = attention_mask.bool()
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    # A padded position sees itself: a row of the mask without any key would be NaN.
+    history = (causal & seen[:, None]) | torch.eye(length, dtype=torch.bool, device=device)
+    history = nn.functional.pad(history[:, None], (0, num_negatives * layout.num_levels))
+    visible = seen[:, None] & (torch.arange(length, device=device) <= after[:, :, None])
+    return Negatives(
+        tokens=layout.item_tokens(item_codes[items].long()).flatten(1),
+        items=items,
+        usable=(target >= 0) & (target != items),
+        position_ids=torch.cat(
+            [position_ids, layout.candidate_positions(position_ids.gather(1, after) + 1, num_negatives)], dim=1
+        ),
+        attention_mask=torch.cat([history, layout.candidate_mask(visible, num_negatives)], dim=2),
+    )
+
+
+def generation_loss(layout: ItemLayout, logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """
+    Mean cross-entropy of the codes, each among the codes of its own level (level-wise softmax).
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, T, vocab_size)`)
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next token; all but codes are left out.
+    """
+    levels = layout.token_levels(targets)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for level in range(layout.num_levels):
+        codes = layout.level_slice(level)
+        here = levels == level
+        level_logits = logits[..., codes][here].float()
+        total = total + nn.functional.cross_entropy(level_logits, targets[here] - codes.start, reduction="sum")
+    return total / (levels >= 0).sum().clamp(min=1)
+
+
+def ranking_loss(
+    ranking_targets: list[str],
+    behavior_ids: dict[str, int],
+    logits: torch.Tensor,
+    behaviors: torch.LongTensor,
+    negative_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    Mean over the ranking targets of the binary cross-entropy (UniGRF section 3; RecoChain stage II for `"next"`).
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(n, num_targets)`): Of the items that did come next.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviours on them.
+        negative_logits (`torch.FloatTensor` of shape `(m, num_targets)`, *optional*): Of items that did not; they count
+            for `"next"` only, since nobody knows how the user would have behaved.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    for index, target in enumerate(ranking_targets):
+        scores = logits[:, index].float()
+        if target == NEXT_TARGET:
+            labels = torch.ones_like(scores)
+            if negative_logits is not None:
+                scores = torch.cat([scores, negative_logits[:, index].float()])
+                labels = nn.functional.pad(labels, (0, len(negative_logits)))
+        else:
+            labels = (behaviors == behavior_ids[target]).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
+        total = total + loss / max(1, len(scores))
+    return total / len(ranking_targets)
