@@ -1,0 +1,102 @@
+"""transformers' own model tests (`ModelTesterMixin`, from its source distribution) run on UniGRF without failures."""
+
+import importlib
+import sys
+import types
+import unittest
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, UniGRFModel
+
+SOURCES = Path(sys.prefix) / f"transformers-{transformers.__version__}" / "tests"
+if not SOURCES.is_dir():
+    pytest.skip(f"{SOURCES} is missing: `make test` fetches it.", allow_module_level=True)
+
+
+# Modules that the distribution leaves out, with what the common tests import from them.
+LEFT_OUT = {
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+}
+
+
+def import_common_tests():
+    """Imports the common tests as a package of their own."""
+
+    def add_module(name, **attributes):
+        module = types.ModuleType(name)
+        module.__dict__.update(attributes)
+        sys.modules[name] = module
+
+    add_module("transformers_tests", __path__=[str(SOURCES)])
+    for name, contents in LEFT_OUT.items():
+        add_module(f"transformers_tests.{name.split('.')[0]}", __path__=[])
+        add_module(f"transformers_tests.{name}", **contents)
+    return importlib.import_module("transformers_tests.test_modeling_common")
+
+
+common = import_common_tests()
+# What transformers' own models have in its tables, which the tests use to tell a model with a loss from one without.
+common.MODEL_MAPPING_NAMES["unigrf"] = UniGRFModel.__name__
+common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["unigrf"] = UniGRFForCausalLM.__name__
+
+
+class UniGRFModelTester:
+    """A tiny model and valid histories, in the form that `ModelTesterMixin` asks for."""
+
+    batch_size, num_histories_items, hidden_size, num_hidden_layers, num_attention_heads = 3, 3, 32, 2, 4
+    is_training = True
+
+    def __init__(self, parent):
+        self.parent = parent
+        self.seq_length = 1 + self.num_histories_items * 4
+        self.encoder_seq_length = self.key_length = self.seq_length
+
+    def get_config(self):
+        return UniGRFConfig(
+            text_config={
+                "model_type": "llama",
+                "hidden_size": self.hidden_size,
+                "intermediate_size": 37,
+                "num_hidden_layers": self.num_hidden_layers,
+                "num_attention_heads": self.num_attention_heads,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+            },
+            codebook_sizes=[8, 8, 4],
+            behaviors=["dislike", "like"],
+            num_items=20,
+            item_embedding_dim=5,
+            num_negatives=2,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        rng = torch.Generator().manual_seed(0)
+        items = torch.randint(config.num_items, (self.batch_size, self.num_histories_items), generator=rng)
+        codes = torch.stack([items // 32, items // 4 % 8, items % 4], dim=-1)  # the catalogue of a new model
+        tokens = codes + torch.tensor(config.code_offsets)
+        behaviors = torch.randint(4, 6, (*items.shape, 1), generator=rng)
+        history = torch.cat([tokens, behaviors], dim=-1).flatten(1)
+        input_ids = torch.cat([torch.full((self.batch_size, 1), config.bos_token_id), history], dim=1)
+        return config, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    prepare_config_and_inputs = prepare_config_and_inputs_for_common
+
+
+class UniGRFModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (UniGRFModel, UniGRFForCausalLM)
+    model_split_percents = [0.5, 0.7, 0.8]
+
+    def setUp(self):
+        self.model_tester = UniGRFModelTester(self)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs_dict = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels and model_class is UniGRFForCausalLM:
+            inputs_dict["labels"] = inputs_dict["input_ids"].clone()
+        return inputs_dict
