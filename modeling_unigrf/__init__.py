@@ -2,10 +2,12 @@
 """UniGRF: unified generative retrieval and ranking. Importing this package registers it with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_unigrf import UniGRFConfig
 from .generation_unigrf import UniGRFRecommendation
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
+from .pipeline_unigrf import RecommendationPipeline
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
 AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)
@@ -14,10 +16,12 @@ AutoModelForCausalLM.register(UniGRFConfig, UniGRFForCausalLM)
 UniGRFConfig.register_for_auto_class()
 UniGRFModel.register_for_auto_class("AutoModel")
 UniGRFForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PIPELINE_REGISTRY.register_pipeline("recommendation", RecommendationPipeline, pt_model=AutoModelForCausalLM)
 
 __all__ = [
     "CatalogueTrie",
     "ItemFilter",
+    "RecommendationPipeline",
     "UniGRFCausalLMOutput",
     "UniGRFConfig",
     "UniGRFForCausalLM",

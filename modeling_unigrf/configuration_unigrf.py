@@ -8,6 +8,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 NEXT_TARGET = "next"
+# All of it, whichever class is saved: transformers itself would name only the class that it saves.
+AUTO_MAP = {
+    "AutoConfig": "configuration_unigrf.UniGRFConfig",
+    "AutoModel": "modeling_unigrf.UniGRFModel",
+    "AutoModelForCausalLM": "modeling_unigrf.UniGRFForCausalLM",
+}
 
 
 @strict
@@ -103,6 +109,7 @@ class UniGRFConfig(PreTrainedConfig):
         self.text_config.vocab_size = self.num_spelling_tokens if vocab_size is None else vocab_size
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self.text_config, name, getattr(self, name))
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
         self._check()
 
     @property

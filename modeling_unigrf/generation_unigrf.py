@@ -321,7 +321,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor | None = None,
-        num_beams: int = 50,
+        num_beams: int | None = None,
         num_return_sequences: int = 10,
         ranking_weight: float | None = None,
         ranking_target: str | None = None,
@@ -337,7 +337,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
             attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
-            num_beams (`int`): Candidates generated and ranked a request.
+            num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
+                default.
             num_return_sequences (`int`): Items returned, at most `num_beams`.
             ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
             ranking_target (`str`, *optional*): One of `config.ranking_targets`, by default the first.
@@ -353,6 +354,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             ValueError: on histories that no item can follow, unknown targets or items, lists that leave no item.
         """
         targets = self.config.ranking_targets
+        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
         ranking_target = targets[0] if ranking_target is None else ranking_target
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")

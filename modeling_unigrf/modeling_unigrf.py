@@ -141,10 +141,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         self.ranking_head = UniGRFRankingHead(config)
         self.catalogue = UniGRFCatalogue(config)
         if config.tie_word_embeddings:
-            name = next(
-                name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings()
-            )
-            self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+            embeddings = self.model.get_input_embeddings()
+            name = next(name for name, module in self.named_modules() if module is embeddings)
+            self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         # Explicit, so that nothing is inherited from a backbone's own file; without `_from_model_config = False`
         # transformers would drop it on save.
         self.generation_config = GenerationConfig(
@@ -161,6 +160,13 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     @property
     def layout(self) -> ItemLayout:
         return ItemLayout(self.config)
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """For `peft.LoraConfig(modules_to_save=...)`: heads and code embeddings, all that is small and task-specific."""
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        return ["ranking_head", "lm_head", name.rpartition(".")[2]]
 
     def set_catalogue(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
         """

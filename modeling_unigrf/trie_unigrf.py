@@ -36,10 +36,10 @@ class CatalogueTrie:
         self.sorted_keys, self.leaf_items = keys.sort()  # leaf rank -> item index
         repeated = (self.sorted_keys[1:] == self.sorted_keys[:-1]).nonzero()
         if len(repeated):
-            first, second = self.leaf_items[repeated[0, 0]], self.leaf_items[repeated[0, 0] + 1]
+            first, second = sorted(self.leaf_items[repeated[0, 0] : repeated[0, 0] + 2].tolist())
             raise ValueError(
-                f"Items {int(first)} and {int(second)} have the same spelling {item_codes[first].tolist()}: a semantic id "
-                "must be unique. Add a last code that tells them apart."
+                f"Items {first} and {second} have the same spelling {item_codes[first].tolist()}: a semantic id must be "
+                "unique. Add a last code that tells them apart."
             )
         self.item_leaves = torch.empty_like(self.leaf_items)  # item index -> leaf rank
         self.item_leaves[self.leaf_items] = torch.arange(self.num_items, device=item_codes.device)

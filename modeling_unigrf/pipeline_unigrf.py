@@ -1,0 +1,124 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""`pipeline("recommendation")`: histories of the user's own item ids in, the user's own item ids out."""
+
+import torch
+from transformers import Pipeline
+
+REQUEST_KEYS = {"items", "behaviors", "allowed_items", "blocked_items"}
+PREPROCESS = ("max_items", "unknown", "exclude_history")
+FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target")
+
+
+class RecommendationPipeline(Pipeline):
+    """
+    Recommends items from histories, with model, codebooks and item map in one folder or Hub repository.
+
+        recommender = pipeline("recommendation", model=folder, trust_remote_code=True)
+        recommender({"items": ["50", "172"], "behaviors": ["like", "like"]})
+
+    Parameters, of the constructor or of a call:
+        max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model reads.
+        unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
+        exclude_history (`bool`, defaults to `True`): Never recommend an item of the history.
+        num_beams, num_return_sequences, ranking_weight, ranking_target: As in `UniGRFForCausalLM.recommend`.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def _sanitize_parameters(self, **kwargs):
+        unknown = set(kwargs) - {*PREPROCESS, *FORWARD}
+        if unknown:
+            raise ValueError(f"Expected parameters among {[*PREPROCESS, *FORWARD]}, found {sorted(unknown)}.")
+        return (
+            {name: kwargs[name] for name in PREPROCESS if name in kwargs},
+            {name: kwargs[name] for name in FORWARD if name in kwargs},
+            {},
+        )
+
+    def __call__(self, inputs, **kwargs):
+        """
+        Args:
+            inputs: one history or a list of them (or a `Dataset` or generator of them). A history is a list of item ids
+                or a dict with `items` and, if the model knows several behaviours, `behaviors`; the dict may restrict its
+                own request by `allowed_items` and `blocked_items`, lists of item ids.
+            batch_size (`int`, *optional*): Histories run together.
+
+        Returns:
+            A list of dicts for each history, best first: `item_id`, `title` (None without titles), `score`,
+            `generation_score` (`log P`), `ranking_score` (`log sigmoid`). A list of such lists for several histories.
+
+        Raises:
+            ValueError: on unknown items or behaviours, empty histories, misspelt parameters, an allow-list without items.
+        """
+        if isinstance(inputs, (list, tuple)):
+            if not inputs:
+                raise ValueError("Expected a history or a list of histories, found an empty list.")
+            if not isinstance(inputs[0], (list, tuple, dict)):
+                inputs = {"items": list(inputs)}  # one history of plain ids
+            else:
+                inputs = list(inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=True):
+        request = inputs if isinstance(inputs, dict) else {"items": inputs}
+        strange = set(request) - REQUEST_KEYS
+        if strange or "items" not in request:
+            raise ValueError(f"Expected a history with `items` and keys among {sorted(REQUEST_KEYS)}, found {list(request)}.")
+        items = list(request["items"])
+        encoded = self.tokenizer.encode_history(
+            items,
+            request.get("behaviors"),
+            max_items=self.longest_history if max_items is None else max_items,
+            unknown=unknown,
+            return_tensors="pt",
+        )
+        allowed = self._indices(request.get("allowed_items") or [], unknown)
+        if request.get("allowed_items") is not None and allowed.numel() == 0:
+            raise ValueError(
+                f"Expected a known item in `allowed_items`, found {request['allowed_items']!r}. Leave it out to allow all."
+            )
+        blocked = list(request.get("blocked_items") or [])
+        if exclude_history:  # all of it, also what is beyond `max_items`
+            blocked += items
+        return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
+
+    @property
+    def longest_history(self) -> int | None:
+        """Items that fit into the backbone's positions, the next item included; None if it has no limit."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        levels = self.model.config.num_levels
+        return None if positions is None else (positions - 1 - levels) // (levels + 1)
+
+    def _indices(self, item_ids, unknown) -> torch.LongTensor:
+        """Item indices plus one, `[1, n]`: a batch is padded with zeros, which are no item then."""
+        return torch.as_tensor(self.tokenizer.item_indices(item_ids, unknown=unknown) + 1).long()[None]
+
+    def _forward(self, model_inputs, **parameters):
+        lists = {}
+        for name in ("allowed_items", "blocked_items"):
+            rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
+            if any(len(row) for row in rows):
+                lists[name] = rows
+        if "allowed_items" in lists:  # a request without a list, beside one that has one
+            everything = torch.arange(self.model.config.num_items, device=self.model.device)
+            lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
+        return self.model.recommend(**model_inputs, **lists, **parameters)
+
+    def postprocess(self, model_outputs):
+        item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
+        columns = ("items", "scores", "generation_scores", "ranking_scores")
+        rows = zip(*(model_outputs[name][0].tolist() for name in columns), strict=True)
+        return [
+            {
+                "item_id": item_ids[item],
+                "title": None if titles is None else titles[item],
+                "score": score,
+                "generation_score": generation,
+                "ranking_score": ranking,
+            }
+            for item, score, generation, ranking in rows
+            if item >= 0
+        ]

@@ -1,0 +1,132 @@
+"""The main job, whole, on MovieLens-100K: from a table of ratings to ranked titles, in minutes on two CPU cores.
+
+    python -m recipes.demo --output_dir runs/demo            # `make demo`
+    python -m recipes.demo --movielens path/to/ml-100k       # GroupLens's own files
+
+Stages: tables, prepare (embeddings, semantic ids), baselines, train, evaluate, report, recommend (in a new process). A
+stage that was done with the same arguments is not done again; training resumes where it was interrupted.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import load_from_disk
+from transformers import HfArgumentParser
+
+from recipes import movielens, train
+from recipes.baselines import baseline_results
+from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
+from recipes.prepare import PrepareArguments, prepare
+from recipes.report import write_report
+from tokenization import SemanticIdTokenizer
+
+CODEBOOK_SIZES = [64, 64, 64]
+TRAINING = [
+    "--bf16",
+    "--num_train_epochs=8",
+    "--learning_rate=2e-3",
+    "--warmup_steps=60",
+    "--per_device_train_batch_size=32",
+    "--logging_steps=20",
+    "--eval_strategy=epoch",
+    "--save_strategy=epoch",
+    "--save_total_limit=1",
+]
+
+
+@dataclass
+class DemoArguments:
+    """Where the data comes from and where the run goes."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "Receives report.md, metrics.json, checkpoint/."})
+    movielens: str | None = field(
+        default=None, metadata={"help": "Folder with GroupLens's ml-100k; default: the RecBole wheel's copy."}
+    )
+
+
+class Stages:
+    """Runs each stage once: what was done, with which arguments and in how many seconds, is kept in `stages.json`."""
+
+    def __init__(self, output_dir: Path):
+        self.file = output_dir / "stages.json"
+        self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.redo = False
+
+    def __call__(self, name: str, arguments: dict, run: Callable[[], object]) -> None:
+        """Runs `run()` unless it was done with the same `arguments` and every stage before it stands."""
+        if not self.redo and self.done.get(name, {}).get("arguments") == arguments:
+            print(f"== {name}: done before, reused", flush=True)
+            return
+        self.redo = True
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        run()
+        seconds = round(time.perf_counter() - start, 1)
+        self.done[name] = {"arguments": arguments, "seconds": seconds}
+        self.file.write_text(json.dumps(self.done, indent=1))
+        print(f"== {name}: {seconds} s", flush=True)
+
+
+def main(args: DemoArguments) -> None:
+    """Runs all stages and prints recommendations."""
+    root = Path(args.output_dir)
+    tables, data, checkpoint = root / "tables", root / "data", root / "checkpoint"
+    root.mkdir(parents=True, exist_ok=True)
+    stages = Stages(root)
+
+    def write_tables():
+        tables.mkdir(exist_ok=True)
+        for table, name in zip(movielens.movielens_100k(args.movielens), ("interactions", "items"), strict=True):
+            table.to_csv(tables / f"{name}.csv", index=False)
+
+    stages("tables", {"movielens": args.movielens}, write_tables)
+    preparing = PrepareArguments(
+        interactions=str(tables / "interactions.csv"),
+        items=str(tables / "items.csv"),
+        output_dir=str(data),
+        codebook_sizes=CODEBOOK_SIZES,
+    )
+    stages("prepare", {"codebook_sizes": CODEBOOK_SIZES}, lambda: prepare(preparing))
+    dataset = load_from_disk(str(data / "dataset"))
+    tokenizer = SemanticIdTokenizer.from_pretrained(data / "tokenizer")
+
+    def baselines():
+        results = baseline_results(dataset, tokenizer.num_items)
+        (root / "baselines.json").write_text(json.dumps(results))
+
+    stages("baselines", {}, baselines)
+    training = train.parse(
+        [f"--data_dir={data}", f"--output_dir={root / 'training'}", f"--checkpoint_dir={checkpoint}", *TRAINING]
+    )
+    stages("train", {"arguments": TRAINING, "text_config": train.LLAMA}, lambda: train.train(*training))
+    measuring = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(data), output_dir=str(root))
+    reference = json.loads((root / "baselines.json").read_text())
+    stages("evaluate", {"num_beams": measuring.num_beams}, lambda: evaluate_checkpoint(measuring, reference))
+
+    metrics = json.loads((root / "metrics.json").read_text())
+    metrics["seconds"] = {name: stage["seconds"] for name, stage in stages.done.items()}
+    (root / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_report(
+        root,
+        metrics,
+        json.loads((checkpoint / "training_log.json").read_text())["log_history"],
+        [np.bincount(codes, minlength=size) for codes, size in zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)],
+        json.loads((root / "ranks.json").read_text()),
+    )
+    command = [sys.executable, "-m", "recipes.recommend", f"--checkpoint={checkpoint}", f"--data_dir={data}"]
+    subprocess.run(command, check=True)
+    columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+    print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in columns))
+    for name, values in {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}.items():
+        print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in columns))
+    print(f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {root / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0])

@@ -1,0 +1,194 @@
+"""Measures a checkpoint on a prepared folder: generation, ranking, and how they compare with the baselines.
+
+    python -m recipes.evaluate --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --output_dir runs/demo
+
+Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search.
+Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written into the
+checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes `metrics.json`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset, load_from_disk
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import modeling_unigrf  # noqa: F401  # registers the model with the Auto classes
+import tokenization  # noqa: F401
+from recipes.baselines import baseline_results
+
+METRICS = Path(__file__).parent / "metrics"
+
+
+@dataclass
+class EvaluateArguments:
+    """What is measured, and what validation may choose from."""
+
+    checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote."})
+    data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
+    output_dir: str = field(metadata={"help": "Receives metrics.json and ranks.json."})
+    num_beams: list[int] = field(default_factory=lambda: [20, 50, 100], metadata={"help": "Beams to choose from."})
+    ranking_weights: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0],
+        metadata={"help": "Fusion weights to choose from."},
+    )
+    ranking_target: str = field(default="next", metadata={"help": "The ranking target that orders the items."})
+    like: str = field(default="like", metadata={"help": "The behaviour whose AUC is measured."})
+    list_length: int = field(default=50, metadata={"help": "Items of a list; MRR counts within it."})
+    max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
+    batch_size: int = field(default=64, metadata={"help": "Users run together."})
+
+
+def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
+    """Yields `(rows [b], input_ids, attention_mask)` of users with histories of similar length, under a progress bar."""
+    order = np.argsort([min(len(items), args.max_items) for items in split["items"]], kind="stable")
+    for start in tqdm(range(0, len(order), args.batch_size), desc=desc, unit="batch"):
+        rows = order[start : start + args.batch_size]
+        histories = [
+            tokenizer.encode_indices(np.array(user["items"][-args.max_items :]), np.array(user["behaviors"][-args.max_items :]))
+            for user in (split[int(row)] for row in rows)
+        ]
+        batch = tokenizer.pad({"input_ids": histories}, return_tensors="pt")
+        yield rows, batch["input_ids"], batch["attention_mask"]
+
+
+def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, torch.Tensor]:
+    """All beams of every user: `items [U, K]` and their `generation_scores` and `ranking_scores [U, K]`."""
+    columns = {name: [None] * len(split) for name in ("items", "generation_scores", "ranking_scores")}
+    for rows, input_ids, attention_mask in batches(split, tokenizer, args, f"beams of {num_beams}"):
+        found = model.recommend(
+            input_ids.to(model.device),
+            attention_mask.to(model.device),
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            ranking_weight=0.0,
+            ranking_target=args.ranking_target,
+            blocked_items=[split[int(row)]["items"] for row in rows],
+        )
+        for name, column in columns.items():
+            for row, values in zip(rows, found[name].cpu(), strict=True):
+                column[row] = values
+    return {name: torch.stack(column) for name, column in columns.items()}
+
+
+def lists_and_ranks(found, weight: float, targets: torch.Tensor, length: int) -> tuple[list, list[int | None]]:
+    """Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there)."""
+    scores = found["generation_scores"] + (weight * found["ranking_scores"] if weight else 0.0)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :length]
+    lists = found["items"].gather(1, order)
+    hits = lists == targets[:, None]
+    ranks = [int(row.int().argmax()) + 1 if row.any() else None for row in hits]
+    return lists.tolist(), ranks
+
+
+def like_auc(model, tokenizer, split: Dataset, args: EvaluateArguments) -> dict[str, float]:
+    """AUC over users of the score of target `args.like`, for the held-out interaction."""
+    index, like = model.config.ranking_targets.index(args.like), tokenizer.behaviors.index(args.like)
+    scores = np.zeros(len(split))
+    targets = torch.tensor(split["target"][:]).long()
+    for rows, input_ids, attention_mask in batches(split, tokenizer, args, "AUC"):
+        logits = model.rank(input_ids.to(model.device), attention_mask.to(model.device), targets[rows][:, None])
+        scores[rows] = logits[:, 0, index].cpu()
+    labels = [int(behavior == like) for behavior in split["target_behavior"][:]]
+    metric = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
+    auc = metric.compute(prediction_scores=scores.tolist(), references=labels)["auc"]
+    return {"auc": auc, "share_of_likes": float(np.mean(labels)), "interactions": len(labels)}
+
+
+def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, int]:
+    """Runs plain `generate` and counts, by the tokenizer's own table, the generated items that do not exist."""
+    checked = invalid = 0
+    for _, input_ids, attention_mask in batches(split, tokenizer, args, "generated items"):
+        sequences = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            num_beams=num_beams,
+            num_return_sequences=min(10, num_beams),
+        )
+        for tokens in sequences[:, input_ids.shape[1] :].cpu():
+            checked += 1
+            try:
+                invalid += len(tokenizer.decode_indices(tokens)) != 1
+            except ValueError:
+                invalid += 1
+    return {"checked": checked, "invalid": invalid}
+
+
+def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
+    """Measures everything, writes `metrics.json` and `ranks.json` into `args.output_dir` and returns the metrics."""
+    data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = load_from_disk(str(data_dir / "dataset"))
+    prepared = json.loads((data_dir / "prepare.json").read_text())
+    metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
+
+    def measure(found, weight, targets):
+        lists, ranks = lists_and_ranks(found, weight, targets, args.list_length)
+        return metric.compute(predictions=lists, references=targets.tolist()), ranks
+
+    targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
+    tried = []
+    for num_beams in args.num_beams:
+        found = candidates(model, tokenizer, dataset["validation"], num_beams, args)
+        for weight in [0.0, *args.ranking_weights]:
+            values, _ = measure(found, weight, targets["validation"])
+            tried.append({"num_beams": num_beams, "ranking_weight": weight, **values})
+    best = max((one for one in tried if one["ranking_weight"]), key=lambda one: one["ndcg@10"])
+    num_beams, weight = best["num_beams"], best["ranking_weight"]
+
+    found = candidates(model, tokenizer, dataset["test"], num_beams, args)
+    generation, generation_ranks = measure(found, 0.0, targets["test"])
+    ranked, ranked_ranks = measure(found, weight, targets["test"])
+    if baselines is None:
+        baselines = baseline_results(dataset, tokenizer.num_items, args.list_length)
+    checked = invalid_items(model, tokenizer, dataset["test"], num_beams, args)
+    metrics = {
+        "protocol": {
+            "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
+            "filtering": f"users with at least {prepared['arguments']['min_interactions']} interactions; a user's "
+            "history is left out of every list",
+            "users": len(dataset["test"]),
+            "catalogue size": tokenizer.num_items,
+            "scored": f"items, over the whole catalogue, lists of {args.list_length}",
+            "history": f"the last {args.max_items} items",
+            "seed": prepared["arguments"]["seed"],
+        },
+        "selection": {
+            "chosen on": "validation, ranked ndcg@10",
+            "num_beams": num_beams,
+            "ranking_weight": weight,
+            "tried": tried,
+            "baselines": {name: result["settings"] for name, result in baselines.items()},
+        },
+        "baselines": {name: result["test"] for name, result in baselines.items()},
+        "generation": generation,
+        "ranked": ranked,
+        "beam holds the target": float((found["items"] == targets["test"][:, None]).any(dim=1).float().mean()),
+        "ranking": like_auc(model, tokenizer, dataset["test"], args) if args.like in tokenizer.behaviors else {},
+        "invalid_items": checked["invalid"],
+        "generated_items_checked": checked["checked"],
+    }
+    ranks = {name: result["ranks"] for name, result in baselines.items()}
+    ranks |= {"generation": generation_ranks, "ranked": ranked_ranks}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (output_dir / "ranks.json").write_text(json.dumps(ranks))
+
+    model.config.ranking_weight, model.generation_config.num_beams = weight, num_beams
+    model.config.save_pretrained(args.checkpoint)
+    model.generation_config.save_pretrained(args.checkpoint)
+    return metrics
+
+
+if __name__ == "__main__":
+    arguments = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()[0]
+    result = evaluate_checkpoint(arguments)
+    for name in ("generation", "ranked"):
+        print(name, ", ".join(f"{key} {value:.4f}" for key, value in result[name].items()))

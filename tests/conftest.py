@@ -1,0 +1,87 @@
+"""Tiny models over random catalogues, and random histories of their items."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: the tests are offline
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+
+torch.set_num_threads(1)
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+BACKBONES = {
+    "llama": {**SMALL, "num_key_value_heads": 2},
+    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "mistral": {**SMALL, "num_key_value_heads": 2, "sliding_window": None},
+}
+
+
+def random_codes(num_items: int, codebook_sizes: list[int], generator: torch.Generator) -> torch.Tensor:
+    """Distinct spellings, `[num_items, L]`, drawn from all that there are."""
+    total = int(torch.tensor(codebook_sizes).prod())
+    drawn = torch.randperm(total, generator=generator)[:num_items]
+    return torch.stack(torch.unravel_index(drawn, tuple(codebook_sizes)), dim=1)
+
+
+def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, seed=0, embeddings=True, **config):
+    """A random model in eval mode whose weights are far from uniform, so that no score is a near tie."""
+    generator = torch.Generator().manual_seed(seed)
+    config = {
+        "behaviors": ["dislike", "like"],
+        "item_embedding_dim": 6 if embeddings else 0,
+        "num_items": num_items,
+        **config,
+    }
+    text_config = AutoConfig.for_model(backbone, **BACKBONES[backbone])
+    torch.manual_seed(seed)
+    model = UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=list(codebook_sizes), **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    codes = random_codes(num_items, list(codebook_sizes), generator)
+    model.set_catalogue(codes, torch.randn(num_items, 6, generator=generator) if embeddings else None)
+    return model.eval()
+
+
+def random_histories(model, lengths, seed=0):
+    """Left-padded random histories: `input_ids`, `attention_mask`, and the items of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    config, rows, items = model.config, [], []
+    for length in lengths:
+        chosen = torch.randint(model.catalogue.num_items, (length,), generator=generator)
+        behaviors = torch.randint(len(config.behaviors), (length, 1), generator=generator)
+        tokens = model.layout.item_tokens(model.catalogue.item_codes[chosen].long())
+        block = torch.cat([tokens, torch.tensor(config.behavior_token_ids)[behaviors]], dim=1).flatten()
+        rows.append(torch.cat([torch.tensor([config.bos_token_id]), block]))
+        items.append(chosen.tolist())
+    width = max(map(len, rows))
+    input_ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    return input_ids, (input_ids != config.pad_token_id).long(), items
+
+
+def exact_scores(model, input_ids, attention_mask):
+    """`log P` of every item after every history, `[B, num_items]`, by plain forwards without any cache."""
+    codes, layout = model.catalogue.item_codes.long(), model.layout
+    scores = torch.empty(len(input_ids), len(codes))
+    for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+        history = ids[mask.bool()].expand(len(codes), -1)
+        sequence = torch.cat([history, layout.item_tokens(codes)], dim=1)
+        with torch.no_grad():
+            logits = model(input_ids=sequence).logits
+        total = torch.zeros(len(codes))
+        for level in range(layout.num_levels):
+            log_probs = logits[:, history.shape[1] - 1 + level, layout.level_slice(level)].log_softmax(dim=-1)
+            total += log_probs.gather(1, codes[:, level : level + 1])[:, 0]
+        scores[row] = total
+    return scores
+
+
+@pytest.fixture(params=list(BACKBONES))
+def backbone(request):
+    return request.param

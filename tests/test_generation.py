@@ -1,0 +1,246 @@
+"""Generation: what is generated exists, and the fast path gives what exact scoring and stock `generate` give."""
+
+import pytest
+import torch
+from conftest import build_model, exact_scores, random_codes, random_histories
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+
+from modeling_unigrf import CatalogueTrie, UniGRFForCausalLM
+from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
+
+
+class StockBeamSearch(UniGRFForCausalLM):
+    """The same model with transformers' own beam search; only the logits processor constrains it."""
+
+    _beam_search = GenerationMixin._beam_search
+
+
+def generated_items(model, sequences, prompt_length):
+    return model.catalogue.trie.lookup(sequences[:, prompt_length:] - torch.tensor(model.config.code_offsets))
+
+
+def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
+    model = build_model(backbone)
+    input_ids, mask, _ = random_histories(model, [5, 2, 1])
+    cache, chunks = None, []
+    for start, end in ((0, 3), (3, 17), (17, input_ids.shape[1])):
+        with torch.no_grad():
+            out = model(input_ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        chunks.append(out.logits)
+    cached = torch.cat(chunks, dim=1)
+    for row in range(len(input_ids)):
+        real = mask[row].bool()
+        with torch.no_grad():
+            alone = model(input_ids[row : row + 1, real]).logits[0]
+        torch.testing.assert_close(cached[row, real], alone, atol=2e-5, rtol=1e-4)
+
+
+def test_a_beam_as_wide_as_the_catalogue_equals_exact_scoring_of_every_item(backbone):
+    model = build_model(backbone)
+    input_ids, mask, _ = random_histories(model, [4, 1])
+    out = model.generate(
+        input_ids,
+        attention_mask=mask,
+        num_beams=model.config.num_items + 5,
+        num_return_sequences=model.config.num_items + 5,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    items = generated_items(model, out.sequences, input_ids.shape[1]).view(2, -1)
+    assert items.shape[1] == model.config.num_items, "fewer items than beams: fewer results"
+    assert all(sorted(row) == list(range(model.config.num_items)) for row in items.tolist()), "no duplicates"
+    expected = exact_scores(model, input_ids, mask).gather(1, items)
+    torch.testing.assert_close(out.sequences_scores.view(2, -1), expected, atol=2e-5, rtol=1e-4)
+    assert (expected.diff(dim=1) <= 1e-5).all(), "best first"
+
+
+@pytest.mark.parametrize("num_beams", [2, 7, 12])
+def test_the_fast_path_equals_stock_generate(backbone, num_beams):
+    model = build_model(backbone, num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2, 1])
+    arguments = {"attention_mask": mask, "num_beams": num_beams, "num_return_sequences": num_beams}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True}
+    fast = model.generate(input_ids, **arguments)
+    model.__class__ = StockBeamSearch
+    stock = model.generate(input_ids, **arguments)
+    assert torch.equal(fast.sequences, stock.sequences)
+    torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+class FavourOddTokens(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + (torch.arange(scores.shape[1]) % 2) * 3.0 + (input_ids[:, -1:] % 3) * 0.1
+
+
+def test_logits_processors_of_the_user_are_applied_as_stock_generate_applies_them():
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8, "output_scores": True}
+    arguments |= {"return_dict_in_generate": True}
+    plain = model.generate(input_ids, **arguments)
+    fast = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
+    model.__class__ = StockBeamSearch
+    stock = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
+    assert torch.equal(fast.sequences, stock.sequences) and not torch.equal(fast.sequences, plain.sequences)
+    torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    share=st.floats(0.05, 1.0),
+    seed=st.integers(0, 10_000),
+    num_beams=st.integers(1, 12),
+)
+def test_every_generated_item_exists_in_random_catalogues_with_shared_suffixes(sizes, share, seed, num_beams):
+    total = int(torch.tensor(sizes).prod())
+    num_items = max(1, round(share * total))
+    model = build_model(codebook_sizes=sizes, num_items=num_items, seed=seed, embeddings=False)
+    input_ids, mask, _ = random_histories(model, [3, 1], seed=seed)
+    found = model.generate(input_ids, attention_mask=mask, num_beams=num_beams, num_return_sequences=num_beams)
+    items = generated_items(model, found, input_ids.shape[1]).view(2, -1)
+    assert (items >= 0).all()
+    assert all(len(set(row)) == len(row) for row in items.tolist())
+    sampled = model.generate(input_ids, attention_mask=mask, num_beams=1, do_sample=True)
+    assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), share=st.floats(0.05, 1.0), seed=st.integers(0, 10_000))
+def test_the_trie_holds_exactly_the_catalogue(sizes, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    total = int(torch.tensor(sizes).prod())
+    codes = random_codes(max(1, round(share * total)), sizes, generator)
+    trie = CatalogueTrie(codes, sizes)
+    everything = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(total, -1)
+    index = {tuple(code): item for item, code in enumerate(codes.tolist())}
+    assert trie.lookup(everything).tolist() == [index.get(tuple(code), -1) for code in everything.tolist()]
+    spelt, nodes = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for level in range(len(sizes)):
+        parent, nodes, code = trie.children(level, nodes)
+        spelt = torch.cat([spelt[parent], code[:, None]], dim=1)
+    assert spelt.tolist() == sorted(codes.tolist())
+    assert trie.leaf_items[nodes].tolist() == trie.lookup(spelt).tolist()
+
+
+def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the_beams(tmp_path):
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8}
+    expected = model.generate(input_ids, **arguments)
+    base = GenerationConfig(top_k=2, temperature=0.1, top_p=0.3)
+    assert torch.equal(model.generate(input_ids, generation_config=base, **arguments), expected)
+    model.save_pretrained(tmp_path)
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.length_penalty == 0.0 and loaded.generation_config.top_k is None
+    assert torch.equal(loaded.generate(input_ids, **arguments), expected)
+
+
+def test_generation_keeps_no_state_between_calls_and_none_between_rows():
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # a batch that is no codebook's size
+    together = model.recommend(input_ids, mask, num_beams=6, num_return_sequences=6)
+    for row in (3, 0, 3):
+        alone = model.recommend(input_ids[row : row + 1], mask[row : row + 1], num_beams=6, num_return_sequences=6)
+        assert alone.items[0].tolist() == together.items[row].tolist()
+        torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-5, rtol=1e-5)
+
+
+def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
+    model = build_model(codebook_sizes=(6, 3, 2), num_items=5)
+    input_ids, mask, _ = random_histories(model, [2])
+    codes = model.catalogue.item_codes.long()
+    begun = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
+    found = model.generate(begun, num_beams=4, num_return_sequences=4)
+    items = generated_items(model, found, input_ids.shape[1])
+    assert set(items.tolist()) == set((codes[:, 0] == codes[0, 0]).nonzero()[:, 0].tolist())
+    dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
+    prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
+    with pytest.raises(ValueError, match="no item of the catalogue begins"):
+        model.generate(prefix, num_beams=4)
+    wrong_level = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[1]]])], dim=1)
+    with pytest.raises(ValueError, match="no beginning of an item"):
+        model.generate(wrong_level, num_beams=4)
+
+
+def test_histories_that_no_item_can_follow_are_refused():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [2, 1])
+    with pytest.raises(ValueError, match="after which no item begins"):
+        model.generate(input_ids[:, :-1], attention_mask=mask[:, :-1], num_beams=3)  # ends in a whole item
+    with pytest.raises(ValueError, match="after which no item begins"):
+        model.recommend(torch.zeros(1, 4, dtype=torch.long))  # nothing but padding
+    with pytest.raises(ValueError, match="not in the catalogue"):
+        unknown = input_ids.clone()
+        spelt = {tuple(code) for code in model.catalogue.item_codes.tolist()}
+        missing = next(c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in spelt)
+        unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
+        model.recommend(unknown, mask)
+    gpt2 = build_model("gpt2")
+    long_ids, long_mask, _ = random_histories(gpt2, [51])
+    with pytest.raises(ValueError, match="256"):
+        gpt2.recommend(long_ids, long_mask)
+
+
+def test_lists_of_items_hold_inside_the_search(backbone):
+    model = build_model(backbone)
+    input_ids, mask, items = random_histories(model, [4, 2])
+    scores = exact_scores(model, input_ids, mask)
+    allowed = [[1, 2, 3, 5, 8, 13, 21], [0, 29]]
+    blocked = [[2, 8], []]
+    everything = model.config.num_items
+    best = model.recommend(
+        input_ids, mask, num_beams=everything, num_return_sequences=7, allowed_items=allowed, blocked_items=blocked
+    )
+    assert sorted(best.items[0].tolist()) == [-1, -1, 1, 3, 5, 13, 21]
+    assert sorted(best.items[1].tolist()) == [-1] * 5 + [0, 29]
+    assert (best.scores[best.items < 0] == -torch.inf).all()
+    row = best.items[0][:5]
+    torch.testing.assert_close(best.generation_scores[0][:5], scores[0][row], atol=2e-5, rtol=1e-4)
+    fresh = model.recommend(input_ids, mask, num_beams=everything, num_return_sequences=everything, exclude_history=True)
+    for found, history in zip(fresh.items.tolist(), items, strict=True):
+        assert sorted(item for item in found if item >= 0) == sorted(set(range(everything)) - set(history))
+    # A narrow beam spends nothing on what may not be shown: it still finds as many items as it has places.
+    narrow = model.recommend(
+        input_ids, mask, num_beams=3, num_return_sequences=3, blocked_items=[list(range(27)), list(range(20))]
+    )
+    assert sorted(narrow.items[0].tolist()) == [27, 28, 29] and (narrow.items[1] >= 20).all()
+
+
+def test_lists_that_leave_nothing_or_name_nothing_are_refused():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [2, 1])
+    with pytest.raises(ValueError, match="Request 1 leaves no item"):
+        model.recommend(input_ids, mask, allowed_items=[[3], []])
+    with pytest.raises(ValueError, match="Request 0 leaves no item"):
+        model.recommend(input_ids, mask, allowed_items=[[3], [4]], blocked_items=[[3], []])
+    with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
+        model.recommend(input_ids, mask, blocked_items=[[30], []])
+    with pytest.raises(ValueError, match="one list for each of 2 requests"):
+        model.recommend(input_ids, mask, allowed_items=[[3]])
+
+
+def test_atomic_ids_are_the_one_level_case(backbone):
+    model = build_model(backbone, codebook_sizes=(40,), num_items=33)
+    input_ids, mask, _ = random_histories(model, [3, 1])
+    best = model.recommend(input_ids, mask, num_beams=33, num_return_sequences=33, ranking_weight=0.0)
+    expected = exact_scores(model, input_ids, mask).sort(dim=1, descending=True)
+    assert torch.equal(best.items, expected.indices)
+    torch.testing.assert_close(best.scores, expected.values, atol=2e-5, rtol=1e-4)
+
+
+def test_the_processor_finds_its_node_from_the_tokens_alone():
+    model = build_model()
+    processor = TrieLogitsProcessor(model.layout, model.catalogue.trie, model.config.pad_token_id)
+    input_ids, _, _ = random_histories(model, [3, 3])
+    item = model.layout.item_tokens(model.catalogue.item_codes[:1].long())[0]
+    ragged = torch.stack([input_ids[0], torch.cat([input_ids[1, 2:], item[:2]])])
+    scores = processor(ragged, torch.randn(2, model.config.vocab_size))
+    level_0 = scores[0, model.layout.level_slice(0)].exp().sum()
+    assert level_0 <= 1.0001 and scores[0].isfinite().sum() == len(model.catalogue.trie.node_codes[0])
+    assert scores[1].isfinite().nonzero()[:, 0].tolist() == sorted(
+        {model.config.code_offsets[2] + c[2] for c in model.catalogue.item_codes.tolist() if c[:2] == (item[:2] - torch.tensor(model.config.code_offsets[:2])).tolist()}
+    )

@@ -1,0 +1,160 @@
+"""Ranking: candidates see the history and themselves, on any cache, and leave it as they found it."""
+
+import pytest
+import torch
+from conftest import build_model, exact_scores, random_histories
+from transformers.cache_utils import DynamicCache
+
+
+def prefill(model, input_ids, mask):
+    cache = DynamicCache()
+    with torch.no_grad():
+        model.model(input_ids, mask, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def rank_alone(model, input_ids, mask, candidates):
+    """Every candidate by a forward of its own over the unpadded history, without cache or mask."""
+    scores = torch.empty(*candidates.shape, len(model.config.ranking_targets))
+    for row in range(len(input_ids)):
+        history = input_ids[row][mask[row].bool()]
+        for column, item in enumerate(candidates[row]):
+            tokens = model.layout.item_tokens(model.catalogue.item_codes[item].long())
+            with torch.no_grad():
+                states = model.model(torch.cat([history, tokens])[None]).last_hidden_state
+                scores[row, column] = model.ranking_head(states[0, -1], model.catalogue.embeddings_of(item))
+    return scores
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rank_equals_every_candidate_on_its_own(backbone, attention):
+    model = build_model(backbone)
+    model.set_attn_implementation(attention)
+    input_ids, mask, _ = random_histories(model, [4, 2, 1])
+    candidates = torch.stack([torch.randperm(30)[:11] for _ in range(3)])
+    expected = rank_alone(model, input_ids, mask, candidates)
+    for pack in (1, 4, 32):
+        found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_unchanged(backbone):
+    model = build_model(backbone)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    candidates = torch.tensor([[0, 5, 9], [29, 1, 2]])
+    cache = prefill(model, input_ids, mask)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    on_cache = model.rank(input_ids, mask, candidates, past_key_values=cache)
+    torch.testing.assert_close(on_cache, model.rank(input_ids, mask, candidates), atol=2e-5, rtol=1e-4)
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    arguments = {"attention_mask": mask, "num_beams": 6, "num_return_sequences": 6}
+    after = model.generate(input_ids, past_key_values=cache, **arguments)
+    assert torch.equal(after, model.generate(input_ids, **arguments))
+    again = model.rank(input_ids, mask, candidates, past_key_values=cache)
+    torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
+
+
+def test_the_cache_is_left_as_it_was_also_when_ranking_fails(monkeypatch):
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    cache = prefill(model, input_ids, mask)
+    monkeypatch.setattr(model.ranking_head, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.rank(input_ids, mask, torch.tensor([[0], [1]]), past_key_values=cache)
+    assert cache.get_seq_length() == input_ids.shape[1]
+
+
+def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
+    model = build_model(backbone)
+    input_ids, mask, _ = random_histories(model, [4, 2, 1])
+    log_probs = exact_scores(model, input_ids, mask)
+    everything = torch.arange(30).expand(3, -1)
+    for target, weight in (("next", 1.0), ("like", 0.3)):
+        index = model.config.ranking_targets.index(target)
+        ranks = torch.nn.functional.logsigmoid(model.rank(input_ids, mask, everything)[..., index])
+        expected = (log_probs + weight * ranks).sort(dim=1, descending=True)
+        best = model.recommend(
+            input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=weight, ranking_target=target
+        )
+        torch.testing.assert_close(best.scores, expected.values, atol=3e-5, rtol=1e-4)
+        assert torch.equal(best.items, expected.indices)
+        torch.testing.assert_close(best.generation_scores, log_probs.gather(1, best.items), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(best.ranking_scores, ranks.gather(1, best.items), atol=2e-5, rtol=1e-4)
+
+
+def test_recommend_in_bfloat16_agrees_with_float32():
+    model = build_model(num_items=60, embeddings=True)
+    input_ids, mask, _ = random_histories(model, [6, 3, 2, 1])
+    exact = model.recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
+    rough = model.to(torch.bfloat16).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
+    by_item = [scores[items.argsort()] for items, scores in ((exact.items, exact.scores), (rough.items, rough.scores))
+               for items, scores in zip(items, scores, strict=True)]
+    for first, second in zip(by_item[:4], by_item[4:], strict=True):
+        assert torch.corrcoef(torch.stack([first, second.float()]))[0, 1] > 0.99
+
+
+def test_candidates_and_caches_that_do_not_fit_are_refused():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    with pytest.raises(ValueError, match="one row a history"):
+        model.rank(input_ids, mask, torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="one row a history"):
+        model.rank(input_ids, mask)
+    with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
+        model.rank(input_ids, mask, torch.tensor([[1], [30]]))
+    with pytest.raises(ValueError, match="cache of the 16 tokens"):
+        model.rank(input_ids, mask, torch.tensor([[1], [3]]), past_key_values=prefill(model, input_ids[:, :-5], mask[:, :-5]))
+    with pytest.raises(ValueError, match="ranking_target among"):
+        model.recommend(input_ids, mask, ranking_target="share")
+    with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):
+        model.recommend(input_ids, mask, num_beams=3, num_return_sequences=4)
+
+
+def test_added_items_are_generated_at_once_and_old_scores_stay():
+    model = build_model(codebook_sizes=(4, 3, 3, 3), num_items=20)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    old = exact_scores(model, input_ids, mask)
+    spelt = {tuple(code) for code in model.catalogue.item_codes.tolist()}
+    free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in spelt][:3]
+    with pytest.raises(ValueError, match="same spelling"):
+        model.add_items(torch.tensor([free[0], free[0]]), torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="NaN"):
+        model.add_items(torch.tensor(free), torch.full((3, 6), torch.nan))
+    assert model.catalogue.num_items == model.config.num_items == 20, "a refused addition changes nothing"
+    model.add_items(torch.tensor(free), torch.randn(3, 6))
+    assert model.config.num_items == 23
+    torch.testing.assert_close(exact_scores(model, input_ids, mask)[:, :20], old)
+    best = model.recommend(input_ids, mask, num_beams=23, num_return_sequences=23)
+    assert all({20, 21, 22} <= set(row) for row in best.items.tolist())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    code = model.catalogue.item_codes[0].tolist()
+    model.add_items(torch.tensor([[*code[:2], 3], [*code[:2], 2]]), torch.randn(2, 6))
+    assert model.config.codebook_sizes == [4, 3, 4]
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
+    best = model.recommend(input_ids, mask, num_beams=14, num_return_sequences=14)
+    assert all(sorted(row) == list(range(14)) for row in best.items.tolist())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.recommend(input_ids, mask, num_beams=14).scores, best.scores[:, :10])
+
+
+def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
+    model = build_model()
+    codes = model.catalogue.item_codes.clone()
+    before = codes.clone()
+    codes[3] = codes[7]
+    with pytest.raises(ValueError, match="Items 3 and 7 have the same spelling"):
+        model.set_catalogue(codes, torch.zeros(30, 6))
+    with pytest.raises(ValueError, match="outside codebooks"):
+        model.set_catalogue(before + 3, torch.zeros(30, 6))
+    with pytest.raises(ValueError, match="shape"):
+        model.set_catalogue(before[:, :3], torch.zeros(30, 6))
+    with pytest.raises(ValueError, match="6-wide"):
+        model.set_catalogue(before)
+    assert torch.equal(model.catalogue.item_codes, before)

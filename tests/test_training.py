@@ -1,0 +1,213 @@
+"""Training under the stock `Trainer`: resumed equals uninterrupted, accumulated equals whole, two processes equal one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, random_histories
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+ROOT = Path(__file__).parents[1]
+
+
+def collate(rows):
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, fill)
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
+
+
+def histories_dataset(model, count, seed=0, lengths=(1, 2, 5, 3)):
+    rows = []
+    for index in range(count):
+        ids, mask, _ = random_histories(model, [lengths[index % len(lengths)]], seed=seed + index)
+        rows.append({"input_ids": ids[0].tolist(), "attention_mask": mask[0].tolist(), "labels": ids[0].tolist()})
+    return Dataset.from_list(rows)
+
+
+def run_trainer(folder, model, dataset, resume=None, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_grad_norm": 1e9,
+        **arguments,
+    }
+    model.train()
+    trainer = Trainer(model, TrainingArguments(str(folder), **arguments), data_collator=collate, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_weights(first, second, tolerance=0.0):
+    second = dict(second)
+    for name, tensor in first:
+        torch.testing.assert_close(tensor, second[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    dropout = {"ranking_dropout": 0.3, "num_negatives": 3}
+    whole, stopped, resumed = (build_model(**dropout) for _ in range(3))
+    dataset = histories_dataset(whole, 32)
+    losses = run_trainer(tmp_path / "whole", whole, dataset)
+    run_trainer(tmp_path / "parts", stopped, dataset, save_strategy="steps", save_steps=3)
+    rest = run_trainer(tmp_path / "parts", resumed, dataset, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert rest[-3:] == losses[-3:]
+    assert_same_weights(whole.named_parameters(), resumed.named_parameters())
+
+
+def test_gradient_accumulation_does_not_change_the_loss(tmp_path):
+    whole, accumulated = build_model(), build_model()
+    dataset = histories_dataset(whole, 24)  # ragged rows: the micro-batches have unequal shares
+    losses = run_trainer(tmp_path / "a", whole, dataset, max_steps=3)
+    parts = run_trainer(
+        tmp_path / "b", accumulated, dataset, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    np.testing.assert_allclose(parts, losses, rtol=1e-5)
+    assert_same_weights(whole.named_parameters(), accumulated.named_parameters(), 1e-4)
+
+
+WORKER = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from conftest import build_model
+from test_training import histories_dataset, run_trainer
+from safetensors.torch import save_file
+model = build_model()
+losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
+rank = os.environ["RANK"]
+save_file({{name: p.detach().clone() for name, p in model.named_parameters()}}, {out!r} + f"/weights-{{rank}}.safetensors")
+if rank == "0":
+    open({out!r} + "/losses.json", "w").write(str(losses))
+"""
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+    single = build_model()
+    losses = run_trainer(tmp_path / "single", single, histories_dataset(single, 24), max_steps=3)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path)))
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)],
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    first, second = (load_file(tmp_path / f"weights-{rank}.safetensors") for rank in (0, 1))
+    assert_same_weights(first.items(), second.items())
+    np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), losses, rtol=1e-4)
+    assert_same_weights(first.items(), single.named_parameters(), 2e-3)
+
+
+def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
+    """Against a loop over positions, with padding on either side."""
+    model = build_model(backbone)
+    input_ids, mask, items = random_histories(model, [4, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        out = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+    code_losses, rank_losses = [], []
+    like = model.config.behavior_token_ids[1]
+    for row in range(2):
+        tokens = input_ids[row][mask[row].bool()]
+        with torch.no_grad():
+            hidden = model.model(tokens[None]).last_hidden_state[0]
+        logits = model.lm_head(hidden)
+        for position, target in enumerate(tokens[1:].tolist()):
+            level = position % 5
+            if level < 4:
+                scores = logits[position, model.layout.level_slice(level)].log_softmax(dim=-1)
+                code_losses.append(-scores[target - model.config.code_offsets[level]])
+            else:
+                item = torch.tensor(items[row][position // 5])
+                scores = model.ranking_head(hidden[position], model.catalogue.embeddings_of(item))
+                for name, score in zip(model.config.ranking_targets, scores, strict=True):
+                    label = {"next": True, "like": target == like, "dislike": target != like}[name]
+                    rank_losses.append(-torch.nn.functional.logsigmoid(score if label else -score))
+    torch.testing.assert_close(out.generation_loss, torch.stack(code_losses).mean(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.ranking_loss, torch.stack(rank_losses).mean(), atol=2e-5, rtol=1e-4)
+    right = torch.stack([torch.cat([ids[m.bool()], ids[~m.bool()]]) for ids, m in zip(input_ids, mask, strict=True)])
+    with torch.no_grad():
+        padded = model(input_ids=right, attention_mask=(right != 0).long(), labels=right.masked_fill(right == 0, -100))
+    torch.testing.assert_close(padded.loss, out.loss, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backbone, attention):
+    model = build_model(backbone, num_negatives=6)
+    model.set_attn_implementation(attention)
+    input_ids, mask, items = random_histories(model, [4, 2, 1])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    seen = {}
+    model.ranking_head.register_forward_hook(lambda module, args, out: seen.setdefault("calls", []).append(out))
+    original = model._draw_negatives
+
+    def keep(*args):
+        seen["negatives"] = original(*args)
+        return seen["negatives"]
+
+    model._draw_negatives = keep
+    with torch.no_grad():
+        with_negatives = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+        negatives, scores = seen["negatives"], seen["calls"][1]
+        model.config.num_negatives = 0
+        without = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+    real = mask.bool()
+    torch.testing.assert_close(with_negatives.logits[real], without.logits[real], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
+    length, found = input_ids.shape[1], []
+    for row, column in negatives.usable.nonzero().tolist():
+        visible = negatives.attention_mask[row, 0, length + 4 * column, :length]
+        item = negatives.items[row, column]
+        assert int(item) != items[row][int(visible.sum() - 1) // 5], "a negative is never the item that came next"
+        prefix = input_ids[row][visible]
+        assert prefix[0] == model.config.bos_token_id and (len(prefix) - 1) % 5 == 0
+        found.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
+    torch.testing.assert_close(scores, torch.stack(found), atol=2e-5, rtol=1e-4)
+
+
+def test_training_on_items_outside_the_catalogue_is_refused():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [3])
+    codes = torch.roll(model.catalogue.item_codes, 1, dims=1) % torch.tensor([4, 3, 3, 2])
+    model.set_catalogue(torch.cat([codes[:0], model.catalogue.item_codes[:1]]), torch.zeros(1, 6))
+    with pytest.raises(ValueError, match="not in the model's catalogue"):
+        model(input_ids=input_ids, attention_mask=mask, labels=input_ids)
+
+
+def test_negatives_need_a_plain_mask():
+    model = build_model(num_negatives=2)
+    input_ids, mask, _ = random_histories(model, [3])
+    square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()
+    with pytest.raises(ValueError, match="num_negatives = 0"):
+        model(input_ids=input_ids, attention_mask=square, labels=input_ids)
+
+
+def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=model.modules_to_save, init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    expected = adapted.base_model.model.recommend(input_ids, mask)
+    generated = adapted.generate(input_ids=input_ids, attention_mask=mask, num_beams=4)
+    adapted.save_pretrained(tmp_path)
+    saved = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert saved < 0.4 * sum(parameter.numel() for parameter in build_model().parameters())
+    reloaded = PeftModel.from_pretrained(build_model(), tmp_path).eval()
+    torch.testing.assert_close(reloaded.base_model.model.recommend(input_ids, mask).scores, expected.scores)
+    assert torch.equal(reloaded.generate(input_ids=input_ids, attention_mask=mask, num_beams=4), generated)
