@@ -64,7 +64,9 @@ class UniGRFCatalogue(nn.Module):
             raise ValueError(f"Expected item embeddings of shape {expected}, found {tuple(item_embeddings.shape)}.")
         bad = (~item_embeddings.isfinite()).any(dim=1).nonzero()
         if len(bad):
-            raise ValueError(f"{len(bad)} item embeddings have NaN or infinite values, the first in row {int(bad[0])}.")
+            raise ValueError(
+                f"{len(bad)} item embeddings have NaN or infinite values, the first in row {int(bad[0])}."
+            )
 
     def replace(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None) -> None:
         """Sets all items at once; nothing changes if they are refused (see `check` and `CatalogueTrie`)."""

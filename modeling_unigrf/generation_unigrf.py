@@ -158,7 +158,9 @@ class UniGRFGenerationMixin(GenerationMixin):
     ) -> torch.LongTensor:
         """Refuses histories that cannot be continued by an item; returns the attention mask, ones if there was none."""
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"Expected input_ids of shape (batch_size, sequence_length), found {tuple(input_ids.shape)}.")
+            raise ValueError(
+                f"Expected input_ids of shape (batch_size, sequence_length), found {tuple(input_ids.shape)}."
+            )
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         if attention_mask.shape != input_ids.shape:
@@ -226,9 +228,13 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
         self._check_length(length + layout.num_levels - begun)
         if past_key_values.get_seq_length() >= length:
-            past_key_values.crop(-(past_key_values.get_seq_length() - length + 1))  # the last token's logits are needed
+            past_key_values.crop(
+                -(past_key_values.get_seq_length() - length + 1)
+            )  # the last token's logits are needed
         new = input_ids[:, past_key_values.get_seq_length() :]
-        states = self.model(new, attention_mask, past_key_values=past_key_values, use_cache=True).last_hidden_state[:, -1:]
+        states = self.model(new, attention_mask, past_key_values=past_key_values, use_cache=True).last_hidden_state[
+            :, -1:
+        ]
 
         nodes = trie.descend(prefix, begun)[:, None]
         codes = torch.empty(batch_size, 1, 0, dtype=torch.long, device=input_ids.device)
@@ -364,7 +370,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
         for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
             if lists is not None and len(lists) != len(input_ids):
-                raise ValueError(f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}.")
+                raise ValueError(
+                    f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
+                )
         attention_mask = self._check_histories(input_ids, attention_mask, whole_items=True)
         if exclude_history:
             blocked_items = self._with_history(input_ids, blocked_items)

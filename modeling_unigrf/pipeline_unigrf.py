@@ -2,11 +2,12 @@
 """`pipeline("recommendation")`: histories of the user's own item ids in, the user's own item ids out."""
 
 import torch
-from transformers import Pipeline
+from transformers import AutoModelForCausalLM, Pipeline
 
 REQUEST_KEYS = {"items", "behaviors", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
 FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target")
+COLUMNS = ("items", "scores", "generation_scores", "ranking_scores")
 
 
 class RecommendationPipeline(Pipeline):
@@ -56,17 +57,17 @@ class RecommendationPipeline(Pipeline):
         if isinstance(inputs, (list, tuple)):
             if not inputs:
                 raise ValueError("Expected a history or a list of histories, found an empty list.")
-            if not isinstance(inputs[0], (list, tuple, dict)):
-                inputs = {"items": list(inputs)}  # one history of plain ids
-            else:
-                inputs = list(inputs)
+            is_batch = isinstance(inputs[0], (list, tuple, dict))
+            inputs = list(inputs) if is_batch else {"items": list(inputs)}
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=True):
         request = inputs if isinstance(inputs, dict) else {"items": inputs}
         strange = set(request) - REQUEST_KEYS
         if strange or "items" not in request:
-            raise ValueError(f"Expected a history with `items` and keys among {sorted(REQUEST_KEYS)}, found {list(request)}.")
+            raise ValueError(
+                f"Expected a history with `items` and keys among {sorted(REQUEST_KEYS)}, found {list(request)}."
+            )
         items = list(request["items"])
         encoded = self.tokenizer.encode_history(
             items,
@@ -76,7 +77,7 @@ class RecommendationPipeline(Pipeline):
             return_tensors="pt",
         )
         allowed = self._indices(request.get("allowed_items") or [], unknown)
-        if request.get("allowed_items") is not None and allowed.numel() == 0:
+        if request.get("allowed_items") is not None and not allowed.any():
             raise ValueError(
                 f"Expected a known item in `allowed_items`, found {request['allowed_items']!r}. Leave it out to allow all."
             )
@@ -93,8 +94,12 @@ class RecommendationPipeline(Pipeline):
         return None if positions is None else (positions - 1 - levels) // (levels + 1)
 
     def _indices(self, item_ids, unknown) -> torch.LongTensor:
-        """Item indices plus one, `[1, n]`: a batch is padded with zeros, which are no item then."""
-        return torch.as_tensor(self.tokenizer.item_indices(item_ids, unknown=unknown) + 1).long()[None]
+        """
+        A zero, then item indices plus one, `[1, 1 + n]`: a batch is padded with zeros, which are no item then. The first
+        zero is there because `Pipeline` cannot pad a row of no elements.
+        """
+        indices = torch.as_tensor(self.tokenizer.item_indices(item_ids, unknown=unknown)).long()
+        return torch.nn.functional.pad(indices + 1, (1, 0))[None]
 
     def _forward(self, model_inputs, **parameters):
         lists = {}
@@ -105,12 +110,13 @@ class RecommendationPipeline(Pipeline):
         if "allowed_items" in lists:  # a request without a list, beside one that has one
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
-        return self.model.recommend(**model_inputs, **lists, **parameters)
+        found = self.model.recommend(**model_inputs, **lists, **parameters)
+        # By attribute, into a plain dict: a `ModelOutput` with a field `items` has lost the method that `Pipeline` calls.
+        return {name: getattr(found, name) for name in COLUMNS}
 
     def postprocess(self, model_outputs):
         item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
-        columns = ("items", "scores", "generation_scores", "ranking_scores")
-        rows = zip(*(model_outputs[name][0].tolist() for name in columns), strict=True)
+        rows = zip(*(model_outputs[name][0].tolist() for name in COLUMNS), strict=True)
         return [
             {
                 "item_id": item_ids[item],
@@ -122,3 +128,10 @@ class RecommendationPipeline(Pipeline):
             for item, score, generation, ranking in rows
             if item >= 0
         ]
+
+
+# Registration sets this on the installed class. A class that was loaded from a repository needs it too, or a pipeline that
+# is saved again would name code that it does not bring.
+RecommendationPipeline._registered_impl = {
+    "recommendation": {"impl": RecommendationPipeline, "pt": (AutoModelForCausalLM,)}
+}

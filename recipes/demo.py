@@ -26,7 +26,8 @@ from recipes.prepare import PrepareArguments, prepare
 from recipes.report import write_report
 from tokenization import SemanticIdTokenizer
 
-CODEBOOK_SIZES = [64, 64, 64]
+# For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
+TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 TRAINING = [
     "--bf16",
     "--num_train_epochs=8",
@@ -90,9 +91,9 @@ def main(args: DemoArguments) -> None:
         interactions=str(tables / "interactions.csv"),
         items=str(tables / "items.csv"),
         output_dir=str(data),
-        codebook_sizes=CODEBOOK_SIZES,
+        **TOKENIZATION,
     )
-    stages("prepare", {"codebook_sizes": CODEBOOK_SIZES}, lambda: prepare(preparing))
+    stages("prepare", TOKENIZATION, lambda: prepare(preparing))
     dataset = load_from_disk(str(data / "dataset"))
     tokenizer = SemanticIdTokenizer.from_pretrained(data / "tokenizer")
 
@@ -116,16 +117,25 @@ def main(args: DemoArguments) -> None:
         root,
         metrics,
         json.loads((checkpoint / "training_log.json").read_text())["log_history"],
-        [np.bincount(codes, minlength=size) for codes, size in zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)],
+        [
+            np.bincount(codes, minlength=size)
+            for codes, size in zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)
+        ],
         json.loads((root / "ranks.json").read_text()),
     )
     command = [sys.executable, "-m", "recipes.recommend", f"--checkpoint={checkpoint}", f"--data_dir={data}"]
     subprocess.run(command, check=True)
     columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
     print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in columns))
-    for name, values in {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}.items():
+    for name, values in {
+        **metrics["baselines"],
+        "generation": metrics["generation"],
+        "ranked": metrics["ranked"],
+    }.items():
         print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in columns))
-    print(f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {root / 'report.md'}")
+    print(
+        f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {root / 'report.md'}"
+    )
 
 
 if __name__ == "__main__":

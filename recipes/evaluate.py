@@ -50,7 +50,9 @@ def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
     for start in tqdm(range(0, len(order), args.batch_size), desc=desc, unit="batch"):
         rows = order[start : start + args.batch_size]
         histories = [
-            tokenizer.encode_indices(np.array(user["items"][-args.max_items :]), np.array(user["behaviors"][-args.max_items :]))
+            tokenizer.encode_indices(
+                np.array(user["items"][-args.max_items :]), np.array(user["behaviors"][-args.max_items :])
+            )
             for user in (split[int(row)] for row in rows)
         ]
         batch = tokenizer.pad({"input_ids": histories}, return_tensors="pt")

@@ -68,6 +68,7 @@ class PrepareArguments:
     min_interactions: int = field(default=3, metadata={"help": "Users with fewer are dropped; at least 3."})
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256], metadata={"help": "Codes a level."})
     normalize: bool = field(default=False, metadata={"help": "Quantise L2-normalised embeddings."})
+    pca_dim: int | None = field(default=None, metadata={"help": "Quantise this many principal components."})
     seed: int = field(default=0, metadata={"help": "Seed of the codebooks."})
 
 
@@ -118,7 +119,9 @@ def prepare(args: PrepareArguments) -> Path:
         timestamps=kept["timestamp"].to_numpy(),
     )
     embeddings, source = item_embeddings(args, items, output_dir / "item_embeddings.safetensors")
-    quantizer = ResidualKMeans(tuple(args.codebook_sizes), normalize=args.normalize, seed=args.seed).fit(embeddings)
+    quantizer = ResidualKMeans(
+        tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed
+    ).fit(embeddings)
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
     tokenizer = SemanticIdTokenizer.from_embeddings(
         items["item_id"].tolist(),

@@ -1,6 +1,6 @@
 """Recommends titles for some users, from the checkpoint folder alone: nothing of this project is imported.
 
-    python -m recipes.recommend --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --users 3
+python -m recipes.recommend --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --users 3
 """
 
 from dataclasses import dataclass, field

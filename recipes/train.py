@@ -1,7 +1,7 @@
 """Trains generation and ranking in one model, with the stock `Trainer`, on a prepared folder.
 
     python -m recipes.train --data_dir runs/demo/data --output_dir runs/demo/training --bf16 \
-        --num_train_epochs 8 --learning_rate 2e-3 --per_device_train_batch_size 32
+        --passes 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...     # several processes
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`; batches are
@@ -12,6 +12,7 @@ The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, 
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class DataArguments:
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
     max_items: int = field(default=50, metadata={"help": "Items of a training window, and of a history."})
-    stride: int | None = field(default=None, metadata={"help": "Items between windows; default: no overlap."})
+    passes: int = field(default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."})
 
 
 class LossParts(TrainerCallback):
@@ -84,9 +85,10 @@ class LossParts(TrainerCallback):
             state.log_history[-1].update(means)
 
 
-def training_windows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, stride: int) -> Dataset:
+def training_windows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int) -> Dataset:
     """
-    Cuts histories into windows of at most `max_items` items, the last one ending at the last item.
+    Cuts histories into windows of at most `max_items` items, `passes` times, each pass at other places: every item is
+    supervised once a pass, and every time with another amount of history before it.
 
     Returns:
         Dataset with `input_ids`, `attention_mask` and `labels` (every token but `<bos>` is supervised).
@@ -95,12 +97,15 @@ def training_windows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_ite
     def cut(batch):
         rows = []
         for items, behaviors in zip(batch["items"], batch["behaviors"], strict=True):
-            ends = range(len(items), 0, -stride) if len(items) > max_items else [len(items)]
-            for end in ends:
-                window = slice(max(0, end - max_items), end)
-                rows.append(tokenizer.encode_indices(np.array(items[window]), np.array(behaviors[window])))
-                if window.start == 0:
-                    break
+            items, behaviors = np.array(items), np.array(behaviors)
+            for offset in range(0, max_items, -(-max_items // passes)):
+                ends = (
+                    [len(items), *range(len(items) - offset, 0, -max_items)]
+                    if offset
+                    else [*range(len(items), 0, -max_items)]
+                )
+                for start, end in pairwise([0, *sorted(set(ends))]):
+                    rows.append(tokenizer.encode_indices(items[start:end], behaviors[start:end]))
         return as_features(rows, [1] * len(rows))
 
     return histories.map(cut, batched=True, remove_columns=histories.column_names, desc="windows")
@@ -111,7 +116,9 @@ def held_out_windows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: 
 
     def append(batch):
         rows = [
-            tokenizer.encode_indices(np.array([*items[-max_items:], target]), np.array([*behaviors[-max_items:], last]))
+            tokenizer.encode_indices(
+                np.array([*items[-max_items:], target]), np.array([*behaviors[-max_items:], last])
+            )
             for items, behaviors, target, last in zip(
                 batch["items"], batch["behaviors"], batch["target"], batch["target_behavior"], strict=True
             )
@@ -156,8 +163,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     dataset = load_from_disk(str(data_dir / "dataset"))
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
     with training_args.main_process_first(desc="windows"):
-        stride = data_args.stride or data_args.max_items
-        train_dataset = training_windows(dataset["train"], tokenizer, data_args.max_items, stride)
+        train_dataset = training_windows(dataset["train"], tokenizer, data_args.max_items, data_args.passes)
         eval_dataset = held_out_windows(dataset["validation"], tokenizer, data_args.max_items)
     model = build_model(model_args, tokenizer, embeddings)
     trainer = Trainer(

@@ -109,7 +109,9 @@ def test_every_generated_item_exists_in_random_catalogues_with_shared_suffixes(s
 
 
 @settings(max_examples=25, deadline=None)
-@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), share=st.floats(0.05, 1.0), seed=st.integers(0, 10_000))
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), share=st.floats(0.05, 1.0), seed=st.integers(0, 10_000)
+)
 def test_the_trie_holds_exactly_the_catalogue(sizes, share, seed):
     generator = torch.Generator().manual_seed(seed)
     total = int(torch.tensor(sizes).prod())
@@ -151,7 +153,7 @@ def test_generation_keeps_no_state_between_calls_and_none_between_rows():
 
 def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
     model = build_model(codebook_sizes=(6, 3, 2), num_items=5)
-    input_ids, mask, _ = random_histories(model, [2])
+    input_ids, _, _ = random_histories(model, [2])
     codes = model.catalogue.item_codes.long()
     begun = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
     found = model.generate(begun, num_beams=4, num_return_sequences=4)
@@ -176,7 +178,9 @@ def test_histories_that_no_item_can_follow_are_refused():
     with pytest.raises(ValueError, match="not in the catalogue"):
         unknown = input_ids.clone()
         spelt = {tuple(code) for code in model.catalogue.item_codes.tolist()}
-        missing = next(c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in spelt)
+        missing = next(
+            c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in spelt
+        )
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
     gpt2 = build_model("gpt2")
@@ -200,7 +204,9 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     assert (best.scores[best.items < 0] == -torch.inf).all()
     row = best.items[0][:5]
     torch.testing.assert_close(best.generation_scores[0][:5], scores[0][row], atol=2e-5, rtol=1e-4)
-    fresh = model.recommend(input_ids, mask, num_beams=everything, num_return_sequences=everything, exclude_history=True)
+    fresh = model.recommend(
+        input_ids, mask, num_beams=everything, num_return_sequences=everything, exclude_history=True
+    )
     for found, history in zip(fresh.items.tolist(), items, strict=True):
         assert sorted(item for item in found if item >= 0) == sorted(set(range(everything)) - set(history))
     # A narrow beam spends nothing on what may not be shown: it still finds as many items as it has places.
@@ -242,5 +248,9 @@ def test_the_processor_finds_its_node_from_the_tokens_alone():
     level_0 = scores[0, model.layout.level_slice(0)].exp().sum()
     assert level_0 <= 1.0001 and scores[0].isfinite().sum() == len(model.catalogue.trie.node_codes[0])
     assert scores[1].isfinite().nonzero()[:, 0].tolist() == sorted(
-        {model.config.code_offsets[2] + c[2] for c in model.catalogue.item_codes.tolist() if c[:2] == (item[:2] - torch.tensor(model.config.code_offsets[:2])).tolist()}
+        {
+            model.config.code_offsets[2] + c[2]
+            for c in model.catalogue.item_codes.tolist()
+            if c[:2] == (item[:2] - torch.tensor(model.config.code_offsets[:2])).tolist()
+        }
     )

@@ -88,8 +88,11 @@ def test_recommend_in_bfloat16_agrees_with_float32():
     input_ids, mask, _ = random_histories(model, [6, 3, 2, 1])
     exact = model.recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
     rough = model.to(torch.bfloat16).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
-    by_item = [scores[items.argsort()] for items, scores in ((exact.items, exact.scores), (rough.items, rough.scores))
-               for items, scores in zip(items, scores, strict=True)]
+    by_item = [
+        scores[items.argsort()]
+        for items, scores in ((exact.items, exact.scores), (rough.items, rough.scores))
+        for items, scores in zip(items, scores, strict=True)
+    ]
     for first, second in zip(by_item[:4], by_item[4:], strict=True):
         assert torch.corrcoef(torch.stack([first, second.float()]))[0, 1] > 0.99
 
@@ -104,7 +107,9 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
         model.rank(input_ids, mask, torch.tensor([[1], [30]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
-        model.rank(input_ids, mask, torch.tensor([[1], [3]]), past_key_values=prefill(model, input_ids[:, :-5], mask[:, :-5]))
+        model.rank(
+            input_ids, mask, torch.tensor([[1], [3]]), past_key_values=prefill(model, input_ids[:, :-5], mask[:, :-5])
+        )
     with pytest.raises(ValueError, match="ranking_target among"):
         model.recommend(input_ids, mask, ranking_target="share")
     with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):

@@ -127,3 +127,18 @@ def test_a_truncated_or_missing_file_is_refused_by_name(quantizer, tmp_path):
         with pytest.raises(ValueError, match="truncated or damaged"):
             ResidualKMeans.load(tmp_path)
         quantizer.save(tmp_path)
+
+
+def test_principal_components_are_part_of_the_quantiser(tmp_path):
+    rng = np.random.default_rng(3)
+    embeddings = (rng.normal(size=(300, 8)) @ rng.normal(size=(8, 40)) + 5).astype(np.float32)
+    quantizer = ResidualKMeans((32, 32, 32), pca_dim=8).fit(embeddings)
+    codes = quantizer.encode(embeddings)
+    assert quantizer.embedding_dim == 40 and quantizer.codebooks[0].shape == (32, 8)
+    error = np.square(quantizer.decode(codes) - embeddings).sum() / np.square(embeddings - embeddings.mean(0)).sum()
+    assert error < 0.2, "`decode` comes back to the embeddings' own space"
+    quantizer.save(tmp_path)
+    loaded = ResidualKMeans.load(tmp_path)
+    assert (loaded.encode(embeddings) == codes).all() and (loaded.decode(codes) == quantizer.decode(codes)).all()
+    with pytest.raises(ValueError, match="pca_dim"):
+        ResidualKMeans((4,), pca_dim=41).fit(embeddings)

@@ -54,7 +54,9 @@ def run_trainer(folder, model, dataset, resume=None, **arguments):
 def assert_same_weights(first, second, tolerance=0.0):
     second = dict(second)
     for name, tensor in first:
-        torch.testing.assert_close(tensor, second[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tensor, second[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -190,7 +192,7 @@ def test_training_on_items_outside_the_catalogue_is_refused():
 
 def test_negatives_need_a_plain_mask():
     model = build_model(num_negatives=2)
-    input_ids, mask, _ = random_histories(model, [3])
+    input_ids, _, _ = random_histories(model, [3])
     square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()
     with pytest.raises(ValueError, match="num_negatives = 0"):
         model(input_ids=input_ids, attention_mask=square, labels=input_ids)
@@ -201,7 +203,9 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
 
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=model.modules_to_save, init_lora_weights=False)
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=model.modules_to_save, init_lora_weights=False
+    )
     adapted = get_peft_model(model, lora)
     expected = adapted.base_model.model.recommend(input_ids, mask)
     generated = adapted.generate(input_ids=input_ids, attention_mask=mask, num_beams=4)

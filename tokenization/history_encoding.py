@@ -6,23 +6,23 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .item_catalog import ItemCatalog
+from .item_catalogue import ItemCatalogue
 from .vocabulary_layout import PAD, VocabularyLayout
 
 
-def known_rows(catalog: ItemCatalog, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
+def known_rows(catalogue: ItemCatalogue, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
     """Catalogue rows int64 [n], -1 where unknown, and which are known bool [n].
 
     `ValueError` if one is not and `unknown` is not "skip".
     """
     if unknown not in ("error", "skip"):
         raise ValueError(f"expected unknown='error' or 'skip', found {unknown!r}")
-    rows = catalog.rows(item_ids)
+    rows = catalogue.rows(item_ids)
     missing = np.flatnonzero(rows < 0)
     if len(missing) and unknown == "error":
         names = list(dict.fromkeys(str(item_ids[i]) for i in missing.tolist()))
         raise ValueError(
-            f"expected item ids of the catalogue ({len(catalog.item_ids)} items), found {len(names)} unknown, for "
+            f"expected item ids of the catalogue ({len(catalogue.item_ids)} items), found {len(names)} unknown, for "
             f"instance {names[:5]}: add them with `add_items`, or pass unknown='skip' to drop them"
         )
     return rows, rows >= 0
@@ -30,7 +30,7 @@ def known_rows(catalog: ItemCatalog, item_ids: Sequence, unknown: str) -> tuple[
 
 def history_batch(
     layout: VocabularyLayout,
-    catalog: ItemCatalog,
+    catalogue: ItemCatalogue,
     items: Sequence,
     behaviors: Sequence | None,
     max_items: int | None,
@@ -48,7 +48,7 @@ def history_batch(
     if not lengths.all():
         raise ValueError(f"expected at least one item in a history, found none in row {np.argmin(lengths)}")
     ids = list(chain.from_iterable(histories))
-    rows, known = known_rows(catalog, ids, unknown)
+    rows, known = known_rows(catalogue, ids, unknown)
     actions = _behavior_indices(layout, behaviors, lengths, batched)
     owner = np.repeat(np.arange(len(lengths)), lengths)[known]
     lengths = np.bincount(owner, minlength=len(lengths))  # from here on without the skipped items
@@ -65,14 +65,14 @@ def history_batch(
     mask = np.zeros_like(input_ids)
     for i, (end, count) in enumerate(zip(ends, kept, strict=True)):
         part = slice(end - count, end)
-        one = layout.encode(catalog.codes[rows[part]], actions[part])
+        one = layout.encode(catalogue.codes[rows[part]], actions[part])
         input_ids[i, width - len(one) :] = one
         mask[i, width - len(one) :] = 1
     return input_ids, mask, batched
 
 
 def decode_rows(
-    layout: VocabularyLayout, catalog: ItemCatalog, token_ids: np.ndarray | torch.Tensor | Sequence
+    layout: VocabularyLayout, catalogue: ItemCatalogue, token_ids: np.ndarray | torch.Tensor | Sequence
 ) -> np.ndarray | list[np.ndarray]:
     """`decode_indices`: [T] -> int64 [n], [B, T] or B lists -> B arrays."""
     flat, lengths, batched = _flatten(token_ids)
@@ -100,7 +100,7 @@ def decode_rows(
             f"{_spelling(layout, flat, position[first], lengths)} at {_place(position[first], lengths, batched)}"
         )
     spelled = (codes - offsets[level]).reshape(whole, num_levels)
-    rows = catalog.lookup(spelled)
+    rows = catalogue.lookup(spelled)
     if (rows < 0).any():
         first = int(np.flatnonzero(rows < 0)[0]) * num_levels
         raise ValueError(

@@ -30,6 +30,7 @@ class ResidualKMeans:
         codebook_sizes: Sequence[int] = (256, 256, 256),
         *,
         normalize: bool = False,
+        pca_dim: int | None = None,
         num_iterations: int = 20,
         max_points_per_centroid: int = 512,
         seed: int = 0,
@@ -39,6 +40,9 @@ class ResidualKMeans:
             codebook_sizes: number of codes of each level, each at least 1.
             normalize: divide every embedding by its L2 norm first (a zero row stays zero); `decode` then returns
                 approximations of the normalised embeddings.
+            pca_dim: cluster the embeddings' first principal components, this many. With few items in many dimensions
+                residuals are nearly orthogonal, and a level past the first is one large cluster and many single
+                points; in 32 dimensions or so all levels are used evenly.
             num_iterations: k-means iterations a level.
             max_points_per_centroid: `fit` uses a sample of this many points for each code of the widest level.
             seed: of the sample and of the initial centroids; equal seeds and data give equal codebooks.
@@ -49,16 +53,23 @@ class ResidualKMeans:
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(f"expected one codebook size >= 1 a level, found {codebook_sizes}")
-        for name, value in (("num_iterations", num_iterations), ("max_points_per_centroid", max_points_per_centroid)):
-            if value < 1:
+        for name, value in (
+            ("pca_dim", pca_dim),
+            ("num_iterations", num_iterations),
+            ("max_points_per_centroid", max_points_per_centroid),
+        ):
+            if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, found {value}")
         if not 0 <= seed < 2**31 - len(self.codebook_sizes):  # faiss takes a C int, and each level adds its index
             raise ValueError(f"expected a seed >= 0 that fits in 31 bits, found {seed}")
         self.normalize = bool(normalize)
+        self.pca_dim = pca_dim
         self.num_iterations = int(num_iterations)
         self.max_points_per_centroid = int(max_points_per_centroid)
         self.seed = int(seed)
-        self.codebooks: tuple[np.ndarray, ...] = ()  # float32 [K_l, D] a level, empty before `fit`
+        self.codebooks: tuple[np.ndarray, ...] = ()  # float32 [K_l, pca_dim or D] a level, empty before `fit`
+        self.mean: np.ndarray | None = None  # with pca_dim: float32 [D]
+        self.components: np.ndarray | None = None  # with pca_dim: float32 [D, pca_dim], orthonormal columns
 
     @property
     def num_levels(self) -> int:
@@ -69,7 +80,7 @@ class ResidualKMeans:
         """Width D of the embeddings. `ValueError` before `fit`."""
         if not self.codebooks:
             raise ValueError("expected a fitted ResidualKMeans, found one without codebooks: call `fit` first")
-        return self.codebooks[0].shape[1]
+        return self.codebooks[0].shape[1] if self.components is None else len(self.components)
 
     def fit(self, embeddings: np.ndarray | torch.Tensor) -> "ResidualKMeans":
         """Learns the codebooks and returns self.
@@ -82,7 +93,7 @@ class ResidualKMeans:
             embeddings: float [N, D], N >= the largest codebook.
 
         Raises:
-            ValueError: not a 2-D float array, NaN or infinity, or fewer points than codes.
+            ValueError: not a 2-D float array, narrower than `pca_dim`, NaN or infinity, or fewer points than codes.
             ImportError: faiss is not installed.
         """
         matrix = _as_matrix(embeddings)
@@ -92,13 +103,17 @@ class ResidualKMeans:
                 f"expected at least as many embeddings as codes ({widest} in the largest codebook), found "
                 f"{len(matrix)}: use smaller `codebook_sizes`"
             )
+        if self.pca_dim is not None and matrix.shape[1] < self.pca_dim:
+            raise ValueError(f"expected embeddings of width >= pca_dim ({self.pca_dim}), found {matrix.shape[1]}")
         _check_finite(matrix)
         size = self.max_points_per_centroid * widest
         if len(matrix) > size:
             rows = np.random.default_rng(self.seed).choice(len(matrix), size, replace=False)
             matrix = matrix[np.sort(rows)]
         # One sample carried through all levels: as fast as a new sample a level, and the error is lower.
-        residual = self._prepare(matrix)
+        rows = self._normalized(matrix)
+        self.mean, self.components = _principal_components(rows, self.pca_dim) if self.pca_dim else (None, None)
+        residual = self._project(rows)
         codebooks = []
         for level, num_codes in enumerate(self.codebook_sizes):
             codebook = fit_codebook(residual, num_codes, self.num_iterations, self.seed + level)
@@ -119,7 +134,7 @@ class ResidualKMeans:
         codes = np.empty((len(matrix), self.num_levels), dtype=np.int32)
         for start in range(0, len(matrix), self._chunk):
             rows = slice(start, start + self._chunk)
-            residual = self._prepare(matrix[rows])
+            residual = self._project(self._normalized(matrix[rows]))
             for level, codebook in enumerate(self.codebooks):
                 codes[rows, level] = nearest(residual, codebook)
                 residual -= codebook[codes[rows, level]]
@@ -137,25 +152,29 @@ class ResidualKMeans:
             raise ValueError(f"expected integer codes [N, {self.num_levels}], found {codes.dtype} {codes.shape}")
         if len(codes) and ((codes < 0) | (codes >= np.array(self.codebook_sizes))).any():
             raise ValueError(f"expected codes in [0, K) for K = {self.codebook_sizes}, found some outside")
-        out = np.zeros((len(codes), dim), dtype=np.float32)
+        out = np.zeros((len(codes), self.pca_dim or dim), dtype=np.float32)
         for level, codebook in enumerate(self.codebooks):
             out += codebook[codes[:, level]]
-        return out
+        return out if self.components is None else out @ self.components.T + self.mean
 
     def reconstruction_input(self, embeddings: np.ndarray | torch.Tensor) -> np.ndarray:
         """What `decode` approximates: the embeddings as float32 [N, D], normalised if the quantiser normalises."""
-        return self._prepare(self._check_width(embeddings))
+        return self._normalized(self._check_width(embeddings))
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The codebooks by their name in the file: `codebook_0` float32 [K_0, D], ... `ValueError` before `fit`."""
+        """What was fitted, by its name in the file: `codebook_0` float32 [K_0, D], ... `ValueError` before `fit`."""
         self.embedding_dim  # noqa: B018 - raises before `fit`
-        return {f"codebook_{level}": codebook for level, codebook in enumerate(self.codebooks)}
+        tensors = {f"codebook_{level}": codebook for level, codebook in enumerate(self.codebooks)}
+        if self.mean is not None and self.components is not None:
+            tensors |= {"pca_mean": self.mean, "pca_components": self.components}
+        return tensors
 
     def metadata(self) -> dict[str, str]:
         """The settings as safetensors metadata."""
         settings = {
             "codebook_sizes": self.codebook_sizes,
             "normalize": self.normalize,
+            "pca_dim": self.pca_dim,
             "num_iterations": self.num_iterations,
             "max_points_per_centroid": self.max_points_per_centroid,
             "seed": self.seed,
@@ -172,19 +191,27 @@ class ResidualKMeans:
             quantizer = cls(settings.pop("codebook_sizes"), **settings)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"expected valid ResidualKMeans settings, found damaged ones ({error})") from error
-        names = [f"codebook_{level}" for level in range(quantizer.num_levels)]
-        missing = [name for name in names if name not in tensors]
+        first = tensors.get("codebook_0", np.empty((0, 0)))
+        dim = first.shape[-1] if quantizer.pca_dim is None else tensors.get("pca_mean", first).shape[-1]
+        width = quantizer.pca_dim or dim
+        shapes: dict[str, tuple[int, ...]] = {
+            f"codebook_{level}": (size, width) for level, size in enumerate(quantizer.codebook_sizes)
+        }
+        if quantizer.pca_dim is not None:
+            shapes |= {"pca_mean": (dim,), "pca_components": (dim, width)}
+        missing = [name for name in shapes if name not in tensors]
         if missing:
-            raise ValueError(f"expected the tensors {names}, found {missing} missing: save the folder again")
-        dim = tensors["codebook_0"].shape[-1]
-        for name, size in zip(names, quantizer.codebook_sizes, strict=True):
+            raise ValueError(f"expected the tensors {[*shapes]}, found {missing} missing: save the folder again")
+        for name, shape in shapes.items():
             found = tensors[name]
-            if found.shape != (size, dim) or found.dtype != np.float32 or not np.isfinite(found).all():
+            if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
                 raise ValueError(
-                    f"expected {name} to be finite float32 of shape {(size, dim)}, found {found.dtype} "
-                    f"{found.shape}: save the folder again"
+                    f"expected {name} to be finite float32 of shape {shape}, found {found.dtype} {found.shape}: save "
+                    "the folder again"
                 )
-        quantizer.codebooks = tuple(tensors[name] for name in names)
+        quantizer.codebooks = tuple(tensors[f"codebook_{level}"] for level in range(quantizer.num_levels))
+        if quantizer.pca_dim is not None:
+            quantizer.mean, quantizer.components = tensors["pca_mean"], tensors["pca_components"]
         return quantizer
 
     def save(self, folder: str | Path) -> Path:
@@ -214,12 +241,26 @@ class ResidualKMeans:
         _check_finite(matrix)
         return matrix
 
-    def _prepare(self, matrix: np.ndarray) -> np.ndarray:
+    def _project(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [N, D] -> the space of the codebooks, float32 [N, pca_dim or D]."""
+        return rows if self.components is None else (rows - self.mean) @ self.components
+
+    def _normalized(self, matrix: np.ndarray) -> np.ndarray:
         rows = matrix.astype(np.float32)  # a copy: the residual is updated in place
         if self.normalize:
             norms = np.linalg.norm(rows, axis=1, keepdims=True)
             rows /= np.where(norms > 0, norms, 1)
         return rows
+
+
+def _principal_components(rows: np.ndarray, pca_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean float32 [D] and the `pca_dim` directions of most variance, float32 [D, pca_dim], of rows [N, D]."""
+    mean = rows.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov(rows, rowvar=False, dtype=np.float64).reshape(rows.shape[1], -1))
+    components = vectors[:, ::-1][:, :pca_dim]  # eigh sorts ascending
+    # An eigenvector's sign is arbitrary: the largest entry decides, so that equal data give equal codebooks.
+    largest = np.take_along_axis(components, np.abs(components).argmax(axis=0)[None], axis=0)
+    return mean, np.ascontiguousarray(components * np.sign(largest), dtype=np.float32)
 
 
 def _as_matrix(embeddings: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from .history_encoding import decode_rows, history_batch, known_rows
-from .item_catalog import ItemCatalog, as_strings
+from .item_catalogue import ItemCatalogue, as_strings
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
 from .semantic_ids import assign_suffixes, codebook_health
@@ -42,7 +42,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
     def __init__(
         self,
-        catalog: ItemCatalog | None = None,
+        catalogue: ItemCatalogue | None = None,
         *,
         behaviors: Sequence[str] = (),
         tokenizer_file: str | None = None,
@@ -51,10 +51,10 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         **kwargs,
     ):
         """Use `from_codes`, `from_embeddings` or `from_pretrained`; the files are what the last one passes."""
-        self._catalog = ItemCatalog.load(items_file, semantic_ids_file) if catalog is None else catalog
-        self._layout = VocabularyLayout(check_behaviors(behaviors), self._catalog.codebook_sizes)
+        self._catalogue = ItemCatalogue.load(items_file, semantic_ids_file) if catalogue is None else catalogue
+        self._layout = VocabularyLayout(check_behaviors(behaviors), self._catalogue.codebook_sizes)
         vocabulary = self._layout.vocabulary()
-        backend = load_backend(tokenizer_file, vocabulary) if catalog is None else build_backend(vocabulary)
+        backend = load_backend(tokenizer_file, vocabulary) if catalogue is None else build_backend(vocabulary)
         # Not as a class attribute: it is to be saved, so that a plain PreTrainedTokenizerFast pads on the left too.
         kwargs = {**SPECIAL_TOKENS, "padding_side": "left", **kwargs}
         super().__init__(tokenizer_object=backend, behaviors=list(self._layout.behaviors), **kwargs)
@@ -87,7 +87,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             ValueError: repeated ids or spellings, codes out of range, numbers or shapes that do not match, behaviour
                 names that are repeated or cannot be a token.
         """
-        catalog = ItemCatalog(
+        catalogue = ItemCatalogue(
             as_strings(item_ids),
             np.asarray(codes),
             tuple(int(size) for size in codebook_sizes),
@@ -95,7 +95,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             quantizer,
             provenance or {},
         )
-        return cls(catalog, behaviors=behaviors)
+        return cls(catalogue, behaviors=behaviors)
 
     @classmethod
     def from_embeddings(
@@ -146,28 +146,28 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
     @property
     def item_ids(self) -> list[str]:
-        return self._catalog.item_ids
+        return self._catalogue.item_ids
 
     @property
     def titles(self) -> list[str] | None:
-        return self._catalog.titles
+        return self._catalogue.titles
 
     @property
     def item_codes(self) -> np.ndarray:
         """int32 [num_items, num_levels], read-only."""
-        return self._catalog.codes
+        return self._catalogue.codes
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        return self._catalog.codebook_sizes
+        return self._catalogue.codebook_sizes
 
     @property
     def quantizer(self) -> ResidualKMeans | None:
-        return self._catalog.quantizer
+        return self._catalogue.quantizer
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return self._catalog.provenance
+        return self._catalogue.provenance
 
     @property
     def num_items(self) -> int:
@@ -210,7 +210,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: an unknown id, unless `unknown="skip"`.
         """
-        rows, known = known_rows(self._catalog, list(item_ids), unknown)
+        rows, known = known_rows(self._catalogue, list(item_ids), unknown)
         return rows[known]
 
     def item_tokens(self, item_indices: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -244,7 +244,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             ValueError: an unknown id or behaviour, an empty history (also after skipping), items and behaviours of
                 different lengths, no behaviours where there are several.
         """
-        input_ids, mask, batched = history_batch(self._layout, self._catalog, items, behaviors, max_items, unknown)
+        input_ids, mask, batched = history_batch(self._layout, self._catalogue, items, behaviors, max_items, unknown)
         if return_tensors is None and not batched:
             input_ids, mask = input_ids[0], mask[0]
         if return_tensors is None:
@@ -283,7 +283,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: codes that are not whole items in level order, or that spell no item of the catalogue.
         """
-        return decode_rows(self._layout, self._catalog, token_ids)
+        return decode_rows(self._layout, self._catalogue, token_ids)
 
     def decode_items(self, token_ids: np.ndarray | torch.Tensor | Sequence) -> list[str] | list[list[str]]:
         """Item ids in token ids: [T] -> a list, or [B, T] -> a list of lists. Errors as in `decode_indices`."""
@@ -315,20 +315,20 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             ValueError: known or repeated ids, no quantizer, embeddings of the wrong number or width or not finite,
                 or the last level has to grow past tokens that were added by hand.
         """
-        catalog = self._catalog.extended(item_ids, embeddings, titles)
-        if catalog.codebook_sizes != self.codebook_sizes:
+        catalogue = self._catalogue.extended(item_ids, embeddings, titles)
+        if catalogue.codebook_sizes != self.codebook_sizes:
             if len(self) != self.vocab_size:
                 raise ValueError(
                     f"expected a vocabulary that ends with the last level, found {len(self) - self.vocab_size} tokens "
                     "added after it: add items first and tokens afterwards"
                 )
-            layout = VocabularyLayout(self.behaviors, catalog.codebook_sizes)
+            layout = VocabularyLayout(self.behaviors, catalogue.codebook_sizes)
             backend = build_backend(layout.vocabulary())
             backend.post_processor = self.backend_tokenizer.post_processor
             self._tokenizer = backend  # type: ignore[assignment]  # transformers declares it as None
             self._layout = layout
         first_new = self.num_items
-        self._catalog = catalog
+        self._catalogue = catalogue
         return self.item_codes[first_new:]
 
     @classmethod
@@ -343,7 +343,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return files + self._catalog.save(save_directory, f"{filename_prefix}-" if filename_prefix else "")
+        return files + self._catalogue.save(save_directory, f"{filename_prefix}-" if filename_prefix else "")
 
     def _check_rows(self, rows: np.ndarray | torch.Tensor) -> np.ndarray:
         rows = np.asarray(rows)

@@ -17,7 +17,7 @@ from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, 
 
 
 @dataclass(frozen=True, eq=False)
-class ItemCatalog:
+class ItemCatalogue:
     """Items, their unique codes and where these come from. Immutable: adding items gives a new catalogue.
 
     item_ids: N distinct strings; a row of the catalogue is an index into them.
@@ -91,7 +91,7 @@ class ItemCatalog:
 
     def extended(
         self, item_ids: Iterable, embeddings: np.ndarray | torch.Tensor, titles: Sequence[str] | None
-    ) -> "ItemCatalog":
+    ) -> "ItemCatalogue":
         """This catalogue followed by new items, with frozen codebooks; the last level grows where it has to.
 
         Raises:
@@ -165,7 +165,7 @@ class ItemCatalog:
         return str(items_path), str(ids_path)
 
     @classmethod
-    def load(cls, items_file: str | Path | None, semantic_ids_file: str | Path | None) -> "ItemCatalog":
+    def load(cls, items_file: str | Path | None, semantic_ids_file: str | Path | None) -> "ItemCatalogue":
         """Reads what `save` wrote. `ValueError` if a file is missing, damaged, or belongs to another catalogue."""
         content = read_json_object(items_file, ITEMS_FILE)
         tensors, metadata = read_tensors(semantic_ids_file)
@@ -180,7 +180,7 @@ class ItemCatalog:
                 f"expected {ITEMS_FILE} and {SEMANTIC_IDS_FILE} of one catalogue, found {len(content['item_ids'])} "
                 f"item ids and {len(tensors['item_codes'])} rows of codes: copy both files from the same folder"
             )
-        catalog = cls(
+        catalogue = cls(
             item_ids=content["item_ids"],
             codes=tensors["item_codes"],
             codebook_sizes=tuple(content["codebook_sizes"]),
@@ -188,13 +188,13 @@ class ItemCatalog:
             quantizer=ResidualKMeans.from_tensors(tensors, metadata) if "codebook_0" in tensors else None,
             provenance=content["provenance"],
         )
-        if catalog.provenance["sha256"] != content["provenance"].get("sha256"):
+        if catalogue.provenance["sha256"] != content["provenance"].get("sha256"):
             raise ValueError(
                 f"expected item ids and codes of hash {content['provenance'].get('sha256')}, found "
-                f"{catalog.provenance['sha256']}: {ITEMS_FILE} and {SEMANTIC_IDS_FILE} are not of one catalogue, or "
+                f"{catalogue.provenance['sha256']}: {ITEMS_FILE} and {SEMANTIC_IDS_FILE} are not of one catalogue, or "
                 "were edited; copy both files from the same folder"
             )
-        return catalog
+        return catalogue
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
         keys = np.zeros(len(codes), dtype=np.int64)
@@ -240,7 +240,7 @@ def _repeated(item_ids: list[str]) -> list[str]:
     return [item_id for item_id, count in Counter(item_ids).items() if count > 1][:5]
 
 
-def _fingerprint(catalog: ItemCatalog) -> str:
-    digest = hashlib.sha256(json.dumps(catalog.item_ids).encode())
-    digest.update(catalog.codes.astype("<i4").tobytes())
+def _fingerprint(catalogue: ItemCatalogue) -> str:
+    digest = hashlib.sha256(json.dumps(catalogue.item_ids).encode())
+    digest.update(catalogue.codes.astype("<i4").tobytes())
     return digest.hexdigest()
