@@ -42,14 +42,17 @@ class UniGRFConfig(PreTrainedConfig):
             Number of items of the catalogue, which is saved with the model.
         item_embedding_dim (`int`, defaults to 0):
             Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
-        num_negatives (`int`, defaults to 0):
-            Random items that are appended to each training row as candidates, to train the `"next"` target.
+        negatives_per_item (`float`, defaults to 0.0):
+            Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
+            target. Without any it has no negatives and learns nothing.
         ranking_loss_weight (`float`, defaults to 1.0):
             Weight of the ranking loss; the generation loss has weight 1.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
+        embedding_dropout (`float`, defaults to 0.0):
+            Dropout on the token embeddings, whatever the backbone: most of what keeps a small model from over-fitting.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights of the heads.
 
@@ -80,10 +83,11 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_targets: list[str] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
-    num_negatives: int = 0
+    negatives_per_item: float = 0.0
     ranking_loss_weight: float = 1.0
     ranking_weight: float = 1.0
     ranking_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1

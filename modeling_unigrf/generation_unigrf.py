@@ -22,13 +22,13 @@ class UniGRFRecommendation(ModelOutput):
     scores of -inf.
 
     Args:
-        items (`torch.LongTensor` of shape `(batch_size, R)`): Item indices.
+        item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Rows of the catalogue.
         scores (`torch.FloatTensor` of shape `(batch_size, R)`): `generation_scores + ranking_weight * ranking_scores`.
         generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
         ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target.
     """
 
-    items: torch.LongTensor | None = None
+    item_indices: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
     generation_scores: torch.FloatTensor | None = None
     ranking_scores: torch.FloatTensor | None = None
@@ -389,7 +389,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         scores = beams.scores + weight * ranking_scores if weight else beams.scores
         scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)
         return UniGRFRecommendation(
-            items=items.gather(1, best).masked_fill(scores == -torch.inf, -1),
+            item_indices=items.gather(1, best).masked_fill(scores == -torch.inf, -1),
             scores=scores,
             generation_scores=beams.scores.gather(1, best),
             ranking_scores=ranking_scores.gather(1, best),

@@ -9,10 +9,13 @@
 | code s_l, l < L          | code s_{l+1}                                                 |
 | code s_L                 | the ranking of the item: it sees the item, not its behaviour |
 
+In training a row may hold several histories, each beginning with its `<bos>`: they do not see each other.
+
 Everything else (heads, search, ranking) asks this file. Another layout replaces this file only.
 """
 
 import torch
+from torch import nn
 
 PAD, HISTORY_END = -2, -1  # levels of tokens that are no codes
 
@@ -24,6 +27,7 @@ class ItemLayout:
         self.codebook_sizes = list(config.codebook_sizes)
         self.code_offsets = list(config.code_offsets)
         self.num_levels = len(self.codebook_sizes)
+        self.bos_token_id = config.bos_token_id
         self.history_end_ids = [config.bos_token_id, *config.behavior_token_ids]
         self.behavior_token_ids = list(config.behavior_token_ids)
 
@@ -103,6 +107,28 @@ class ItemLayout:
             tokens = window.gather(1, source.clamp(0, width - 1)[:, None])[:, 0]
             codes[:, level] = torch.where(here, tokens - self.code_offsets[level], codes[:, level])
         return length, codes
+
+    def histories(
+        self, tokens: torch.LongTensor, attention_mask: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+        """
+        The histories packed in each row, a new one at every bos and after padding.
+
+        Args:
+            tokens, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`)
+
+        Returns:
+            `(number [B, T], position_ids [B, T], visible [B, T, T])`: which history of its row a token belongs to, counted
+            from 1; its position in it; and which tokens it sees, itself included (also if it is padding: attention to
+            nothing would be NaN).
+        """
+        seen = attention_mask.bool()
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        start = (tokens == self.bos_token_id) | (seen & ~nn.functional.pad(seen, (1, 0))[:, :-1])
+        number = start.cumsum(dim=1)
+        position_ids = place - torch.where(start, place, 0).cummax(dim=1).values
+        visible = (place[:, None] >= place) & seen[:, None] & (number[:, :, None] == number[:, None])
+        return number, position_ids, visible | torch.eye(len(place), dtype=torch.bool, device=tokens.device)
 
     def candidate_positions(self, history_length: torch.LongTensor, num_candidates: int) -> torch.LongTensor:
         """

@@ -121,6 +121,10 @@ class UniGRFModel(UniGRFPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        if self.training and self.config.embedding_dropout:
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            inputs_embeds = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout)
+            input_ids = None
         return self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -153,6 +157,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             do_sample=False,
             length_penalty=0.0,
             pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id,  # never generated; without it the Trainer would "align" it
             bos_token_id=config.bos_token_id,
         )
         self.generation_config._from_model_config = False
@@ -246,7 +251,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         behaviour, the output at a behaviour the next item).
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With labels, a row may hold several
+                histories, each with its `<bos>`: they are read as if each were alone.
             attention_mask (of shape `(batch_size, sequence_length)` or a 4-D mask)
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
                 nothing is to be learnt; shifted inside.
@@ -254,32 +260,39 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 it. The loss is then this micro-batch's share, so that accumulation does not change it.
 
         Raises:
-            ValueError: if a supervised item is not in the catalogue, or negatives are asked for with a 4-D mask or cache.
+            ValueError: if a supervised item is not in the catalogue, or negatives are asked for together with a 4-D mask,
+                position_ids or a cache.
         """
         targets = kwargs.pop("shift_labels", None)
         if labels is not None and targets is None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        batch_size, length = next(iter(inputs.values())).shape[:2]
+        length = next(iter(inputs.values())).shape[1]
 
         supervised = negatives = None
         if targets is not None:
-            supervised = supervised_items(
-                self.layout, self.catalogue.trie, labels if input_ids is None else input_ids, targets
-            )
-            if self.config.num_negatives and NEXT_TARGET in self.config.ranking_targets:
-                if past_key_values is not None or (attention_mask is not None and attention_mask.dim() != 2):
-                    raise ValueError(
-                        "Negatives are packed behind the history, which needs a 2-D attention_mask and no past_key_values. "
-                        "Set config.num_negatives = 0 to train on a cache or with a mask of your own."
-                    )
-                if attention_mask is None:
-                    attention_mask = torch.ones(batch_size, length, dtype=torch.long, device=targets.device)
-                negatives = self._draw_negatives(supervised, attention_mask, position_ids)
-                attention_mask, position_ids = self._prepare_mask(negatives.attention_mask), negatives.position_ids
-                appended = negatives.tokens if inputs_embeds is None else self.get_input_embeddings()(negatives.tokens)
-                inputs = {name: torch.cat([value, appended], dim=1) for name, value in inputs.items()}
-                use_cache = False
+            tokens = labels if input_ids is None else input_ids
+            supervised = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
+            plain = past_key_values is None and position_ids is None
+            plain &= attention_mask is None or attention_mask.dim() == 2
+            wanted = self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
+            if wanted and not plain:
+                raise ValueError(
+                    "Negatives are packed behind the histories, which needs a 2-D attention_mask, and neither position_ids "
+                    "nor past_key_values. Set config.negatives_per_item = 0 to train with a mask or cache of your own."
+                )
+            if plain:
+                seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
+                number, positions, mask = self.layout.histories(tokens, seen)
+                if wanted:
+                    negatives = self._draw_negatives(supervised, positions, mask, wanted)
+                    more = negatives.tokens if inputs_embeds is None else self.get_input_embeddings()(negatives.tokens)
+                    inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}
+                    positions = torch.cat([positions, negatives.position_ids], dim=1)
+                    mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
+                    mask = torch.cat([mask, negatives.attention_mask[:, 0]], dim=1)
+                if wanted or number.max() > 1:  # one history a row needs no mask of its own
+                    attention_mask, position_ids, use_cache = self._prepare_mask(mask[:, None]), positions, False
 
         outputs = self.model(
             **inputs,
@@ -316,21 +329,12 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         )
 
     def _draw_negatives(
-        self, supervised: SupervisedItems, attention_mask: torch.LongTensor, position_ids: torch.LongTensor | None
+        self, supervised: SupervisedItems, position_ids: torch.LongTensor, visible: torch.BoolTensor, per_item: float
     ) -> Negatives:
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         # Evaluation must not depend on the state of the global generator.
-        generator = None if self.training else torch.Generator(attention_mask.device).manual_seed(0)
-        return draw_negatives(
-            self.layout,
-            self.catalogue.item_codes,
-            supervised,
-            attention_mask,
-            position_ids.expand_as(attention_mask),
-            self.config.num_negatives,
-            generator,
-        )
+        generator = None if self.training else torch.Generator(position_ids.device).manual_seed(0)
+        codes = self.catalogue.item_codes
+        return draw_negatives(self.layout, codes, supervised, position_ids, visible, per_item, generator)
 
     def _ranking_loss(
         self, hidden_states: torch.Tensor, supervised: SupervisedItems, negatives: Negatives | None

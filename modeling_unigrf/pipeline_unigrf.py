@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Pipeline
 REQUEST_KEYS = {"items", "behaviors", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
 FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target")
-COLUMNS = ("items", "scores", "generation_scores", "ranking_scores")
+COLUMNS = ("item_indices", "scores", "generation_scores", "ranking_scores")
 
 
 class RecommendationPipeline(Pipeline):
@@ -68,6 +68,9 @@ class RecommendationPipeline(Pipeline):
             raise ValueError(
                 f"Expected a history with `items` and keys among {sorted(REQUEST_KEYS)}, found {list(request)}."
             )
+        for name in ("items", "allowed_items", "blocked_items"):
+            if isinstance(request.get(name), str):  # which Python would read as a list of one-letter ids
+                raise ValueError(f"Expected a list of item ids in `{name}`, found the one string {request[name]!r}.")
         items = list(request["items"])
         encoded = self.tokenizer.encode_history(
             items,
@@ -110,9 +113,7 @@ class RecommendationPipeline(Pipeline):
         if "allowed_items" in lists:  # a request without a list, beside one that has one
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
-        found = self.model.recommend(**model_inputs, **lists, **parameters)
-        # By attribute, into a plain dict: a `ModelOutput` with a field `items` has lost the method that `Pipeline` calls.
-        return {name: getattr(found, name) for name in COLUMNS}
+        return self.model.recommend(**model_inputs, **lists, **parameters)
 
     def postprocess(self, model_outputs):
         item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles

@@ -53,14 +53,15 @@ def supervised_items(
 @dataclass
 class Negatives:
     """
-    Random items packed behind each history, M a row, each placed after some supervised position of it.
+    Random items packed behind the histories of each row, each placed after some supervised position.
 
     Args:
         tokens (`torch.LongTensor` of shape `(batch_size, M * L)`)
         items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
-        usable (`torch.BoolTensor` of shape `(batch_size, M)`): False where the draw hit the true next item.
-        position_ids (`torch.LongTensor` of shape `(batch_size, T + M * L)`): Of history and candidates.
-        attention_mask (`torch.BoolTensor` of shape `(batch_size, 1, T + M * L, T + M * L)`)
+        usable (`torch.BoolTensor` of shape `(batch_size, M)`): False where the draw hit the true next item, and in
+            rows with fewer items than the fullest one.
+        position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, 1, M * L, T + M * L)`)
     """
 
     tokens: torch.LongTensor
@@ -74,44 +75,38 @@ def draw_negatives(
     layout: ItemLayout,
     item_codes: torch.Tensor,
     supervised: SupervisedItems,
-    attention_mask: torch.LongTensor,
     position_ids: torch.LongTensor,
-    num_negatives: int,
+    visible: torch.BoolTensor,
+    negatives_per_item: float,
     generator: torch.Generator | None = None,
 ) -> Negatives:
     """
-    Draws uniform items for the `"next"` target, and the mask under which one forward reads history and candidates.
+    Draws uniform items for the `"next"` target, as many as the row has supervised items times `negatives_per_item`.
 
     Args:
         item_codes (`torch.IntTensor` of shape `(num_items, L)`)
-        attention_mask, position_ids (`torch.LongTensor` of shape `(batch_size, T)`): Of the histories.
-        num_negatives (`int`): M.
+        position_ids (`torch.LongTensor` of shape `(batch_size, T)`), visible (`torch.BoolTensor` of shape
+            `(batch_size, T, T)`): Of the histories, from `layout.histories`.
     """
-    batch_size, length = attention_mask.shape
-    device = attention_mask.device
+    batch_size, length = position_ids.shape
+    device = position_ids.device
     next_item = torch.full((batch_size, length), -1, device=device)
     next_item[supervised.rows, supervised.positions - layout.num_levels] = supervised.items
     has_next = next_item >= 0
+    wanted = (has_next.sum(dim=1) * negatives_per_item).ceil().long()
+    count = max(1, int(wanted.max()))
     # A row without a supervised item draws anything; `usable` drops it.
     weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
-    after = torch.multinomial(weights, num_negatives, replacement=True, generator=generator)
-    items = torch.randint(len(item_codes), (batch_size, num_negatives), device=device, generator=generator)
+    after = torch.multinomial(weights, count, replacement=True, generator=generator)
+    items = torch.randint(len(item_codes), (batch_size, count), device=device, generator=generator)
     target = next_item.gather(1, after)
-
-    seen = attention_mask.bool()
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    # A padded position sees itself: a row of the mask without any key would be NaN.
-    history = (causal & seen[:, None]) | torch.eye(length, dtype=torch.bool, device=device)
-    history = nn.functional.pad(history[:, None], (0, num_negatives * layout.num_levels))
-    visible = seen[:, None] & (torch.arange(length, device=device) <= after[:, :, None])
+    seen = visible.gather(1, after[:, :, None].expand(-1, -1, length))
     return Negatives(
         tokens=layout.item_tokens(item_codes[items].long()).flatten(1),
         items=items,
-        usable=(target >= 0) & (target != items),
-        position_ids=torch.cat(
-            [position_ids, layout.candidate_positions(position_ids.gather(1, after) + 1, num_negatives)], dim=1
-        ),
-        attention_mask=torch.cat([history, layout.candidate_mask(visible, num_negatives)], dim=2),
+        usable=(target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None]),
+        position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1, count),
+        attention_mask=layout.candidate_mask(seen, count),
     )
 
 

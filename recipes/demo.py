@@ -30,13 +30,16 @@ from tokenization import SemanticIdTokenizer
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 TRAINING = [
     "--bf16",
-    "--num_train_epochs=8",
+    "--passes=8",
+    "--num_train_epochs=1",
     "--learning_rate=2e-3",
     "--warmup_steps=60",
     "--per_device_train_batch_size=32",
     "--logging_steps=20",
-    "--eval_strategy=epoch",
-    "--save_strategy=epoch",
+    "--eval_strategy=steps",
+    "--eval_steps=0.125",
+    "--save_strategy=steps",
+    "--save_steps=0.125",
     "--save_total_limit=1",
 ]
 

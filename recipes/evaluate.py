@@ -60,8 +60,8 @@ def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
 
 
 def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, torch.Tensor]:
-    """All beams of every user: `items [U, K]` and their `generation_scores` and `ranking_scores [U, K]`."""
-    columns = {name: [None] * len(split) for name in ("items", "generation_scores", "ranking_scores")}
+    """All beams of every user: `item_indices [U, K]` and their `generation_scores` and `ranking_scores [U, K]`."""
+    columns = {name: [None] * len(split) for name in ("item_indices", "generation_scores", "ranking_scores")}
     for rows, input_ids, attention_mask in batches(split, tokenizer, args, f"beams of {num_beams}"):
         found = model.recommend(
             input_ids.to(model.device),
@@ -82,7 +82,7 @@ def lists_and_ranks(found, weight: float, targets: torch.Tensor, length: int) ->
     """Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there)."""
     scores = found["generation_scores"] + (weight * found["ranking_scores"] if weight else 0.0)
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :length]
-    lists = found["items"].gather(1, order)
+    lists = found["item_indices"].gather(1, order)
     hits = lists == targets[:, None]
     ranks = [int(row.int().argmax()) + 1 if row.any() else None for row in hits]
     return lists.tolist(), ranks
@@ -172,7 +172,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "baselines": {name: result["test"] for name, result in baselines.items()},
         "generation": generation,
         "ranked": ranked,
-        "beam holds the target": float((found["items"] == targets["test"][:, None]).any(dim=1).float().mean()),
+        "beam holds the target": float((found["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()),
         "ranking": like_auc(model, tokenizer, dataset["test"], args) if args.like in tokenizer.behaviors else {},
         "invalid_items": checked["invalid"],
         "generated_items_checked": checked["checked"],

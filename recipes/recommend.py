@@ -36,7 +36,7 @@ def main(args: RecommendArguments) -> None:
         for item, behavior in zip(user["items"][-5:], behaviors[-5:], strict=True):
             print(f"    {behavior:<10} {tokenizer.titles[item]}")
         print("recommended:                                            log P  log rank    fused")
-        columns = (best.items, best.generation_scores, best.ranking_scores, best.scores)
+        columns = (best.item_indices, best.generation_scores, best.ranking_scores, best.scores)
         for item, generation, ranking, fused in zip(*(column[0].tolist() for column in columns), strict=True):
             mark = "<- what came next" if item == user["target"] else ""
             print(f"    {tokenizer.titles[item][:48]:<48} {generation:8.2f} {ranking:9.2f} {fused:8.2f} {mark}")

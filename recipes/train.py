@@ -4,8 +4,8 @@
         --passes 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...     # several processes
 
-Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`; batches are
-bucketed by length, so that padding does not eat the machine. The validation target of each user is held out of training
+Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
+packed into rows, so that padding does not eat the machine. The validation target of each user is held out of training
 and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
@@ -48,9 +48,10 @@ class ModelArguments:
     text_config: str = field(
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
     )
-    num_negatives: int = field(default=32, metadata={"help": "Random candidates a window, for the target `next`."})
+    negatives_per_item: float = field(default=0.6, metadata={"help": "Random candidates an item, for target `next`."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
+    embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
     rank_by_item_embeddings: bool = field(default=True, metadata={"help": "The ranking head reads item embeddings."})
 
 
@@ -85,57 +86,81 @@ class LossParts(TrainerCallback):
             state.log_history[-1].update(means)
 
 
-def training_windows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int) -> Dataset:
+def cut_windows(length: int, max_items: int, passes: int) -> list[tuple[int, int]]:
     """
-    Cuts histories into windows of at most `max_items` items, `passes` times, each pass at other places: every item is
-    supervised once a pass, and every time with another amount of history before it.
+    Windows `(start, end)` of at most `max_items` of a history of `length` items, `passes` times at different places:
+    every item is supervised once a pass, each time with another amount of history before it.
+    """
+    windows = []
+    for offset in range(0, max_items, -(-max_items // passes)):
+        ends = {length, *range(length - offset, 0, -max_items)}
+        windows += pairwise([0, *sorted(ends)])
+    return windows
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: indices of windows that share a row of `capacity` items, longest first."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # room left -> rows
+    for index in np.argsort(-lengths, kind="stable"):
+        length = lengths[index]
+        room = next((room for room in range(length, capacity + 1) if with_room[room]), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, capacity
+        else:
+            row = with_room[room].pop()
+        rows[row].append(int(index))
+        with_room[room - length].append(row)
+    return rows
+
+
+def training_rows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, seed: int) -> Dataset:
+    """
+    Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
+    model reads every `<bos>` as the beginning of another history.
 
     Returns:
         Dataset with `input_ids`, `attention_mask` and `labels` (every token but `<bos>` is supervised).
     """
+    windows = [
+        (user, start, end)
+        for user, items in enumerate(histories["items"])
+        for start, end in cut_windows(len(items), max_items, passes)
+    ]
+    # Shuffled first, so that what shares a row is not what one user did.
+    windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
+    rows = pack(np.array([end - start for _, start, end in windows]), max_items)
+    items, behaviors = histories["items"][:], histories["behaviors"][:]
 
-    def cut(batch):
-        rows = []
-        for items, behaviors in zip(batch["items"], batch["behaviors"], strict=True):
-            items, behaviors = np.array(items), np.array(behaviors)
-            for offset in range(0, max_items, -(-max_items // passes)):
-                ends = (
-                    [len(items), *range(len(items) - offset, 0, -max_items)]
-                    if offset
-                    else [*range(len(items), 0, -max_items)]
-                )
-                for start, end in pairwise([0, *sorted(set(ends))]):
-                    rows.append(tokenizer.encode_indices(items[start:end], behaviors[start:end]))
-        return as_features(rows, [1] * len(rows))
+    def spell(batch):
+        spelt = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in batch["windows"]:
+            parts = [
+                tokenizer.encode_indices(np.array(items[user][start:end]), np.array(behaviors[user][start:end]))
+                for user, start, end in (windows[index] for index in row)
+            ]
+            tokens = np.concatenate(parts)
+            spelt["input_ids"].append(tokens)
+            spelt["attention_mask"].append(np.ones_like(tokens))
+            spelt["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
+        return spelt
 
-    return histories.map(cut, batched=True, remove_columns=histories.column_names, desc="windows")
-
-
-def held_out_windows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int) -> Dataset:
-    """Histories followed by their target, on which alone the loss is taken; columns as in `training_windows`."""
-
-    def append(batch):
-        rows = [
-            tokenizer.encode_indices(
-                np.array([*items[-max_items:], target]), np.array([*behaviors[-max_items:], last])
-            )
-            for items, behaviors, target, last in zip(
-                batch["items"], batch["behaviors"], batch["target"], batch["target_behavior"], strict=True
-            )
-        ]
-        return as_features(rows, [len(row) - tokenizer.num_levels - 1 for row in rows])
-
-    return split.map(append, batched=True, remove_columns=split.column_names, desc="validation")
+    return Dataset.from_dict({"windows": rows}).map(spell, batched=True, remove_columns=["windows"], desc="training rows")
 
 
-def as_features(rows: list[np.ndarray], unsupervised: list[int]) -> dict[str, list]:
-    """Token rows -> the model's inputs, with the first `unsupervised` tokens of each row left out of the labels."""
-    labels = []
-    for row, count in zip(rows, unsupervised, strict=True):
-        row = row.copy()
-        row[:count] = -100
-        labels.append(row)
-    return {"input_ids": rows, "attention_mask": [np.ones_like(row) for row in rows], "labels": labels}
+def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int) -> Dataset:
+    """Histories followed by their target, on which alone the loss is taken; columns as in `training_rows`."""
+
+    def append(user):
+        items = [*user["items"][-max_items:], user["target"]]
+        behaviors = [*user["behaviors"][-max_items:], user["target_behavior"]]
+        tokens = tokenizer.encode_indices(np.array(items), np.array(behaviors))
+        labels = tokens.copy()
+        labels[: -tokenizer.num_levels - 1] = -100
+        return {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+
+    return split.map(append, remove_columns=split.column_names, desc="validation rows")
 
 
 def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor) -> UniGRFForCausalLM:
@@ -146,9 +171,10 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         **tokenizer.config_fields(),
         text_config=json.loads(args.text_config),
         item_embedding_dim=0 if embeddings is None else embeddings.shape[1],
-        num_negatives=args.num_negatives,
+        negatives_per_item=args.negatives_per_item,
         ranking_loss_weight=args.ranking_loss_weight,
         ranking_dropout=args.ranking_dropout,
+        embedding_dropout=args.embedding_dropout,
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
@@ -162,9 +188,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
     dataset = load_from_disk(str(data_dir / "dataset"))
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
-    with training_args.main_process_first(desc="windows"):
-        train_dataset = training_windows(dataset["train"], tokenizer, data_args.max_items, data_args.passes)
-        eval_dataset = held_out_windows(dataset["validation"], tokenizer, data_args.max_items)
+    with training_args.main_process_first(desc="rows"):
+        train_dataset = training_rows(
+            dataset["train"], tokenizer, data_args.max_items, data_args.passes, training_args.seed
+        )
+        eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items)
     model = build_model(model_args, tokenizer, embeddings)
     trainer = Trainer(
         model=model,
@@ -189,13 +217,13 @@ def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     """Command-line arguments, with defaults that suit this model unless given."""
     parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments])
     parser.set_defaults(
-        train_sampling_strategy="group_by_length",
         lr_scheduler_type="cosine",
         weight_decay=0.1,
         adam_beta2=0.98,
         per_device_eval_batch_size=128,
         prediction_loss_only=True,
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),  # the Trainer asks for it, where bf16 runs on a CPU
     )
     return parser.parse_args_into_dataclasses(arguments)
 

@@ -147,7 +147,7 @@ def test_generation_keeps_no_state_between_calls_and_none_between_rows():
     together = model.recommend(input_ids, mask, num_beams=6, num_return_sequences=6)
     for row in (3, 0, 3):
         alone = model.recommend(input_ids[row : row + 1], mask[row : row + 1], num_beams=6, num_return_sequences=6)
-        assert alone.items[0].tolist() == together.items[row].tolist()
+        assert alone.item_indices[0].tolist() == together.item_indices[row].tolist()
         torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-5, rtol=1e-5)
 
 
@@ -199,21 +199,21 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     best = model.recommend(
         input_ids, mask, num_beams=everything, num_return_sequences=7, allowed_items=allowed, blocked_items=blocked
     )
-    assert sorted(best.items[0].tolist()) == [-1, -1, 1, 3, 5, 13, 21]
-    assert sorted(best.items[1].tolist()) == [-1] * 5 + [0, 29]
-    assert (best.scores[best.items < 0] == -torch.inf).all()
-    row = best.items[0][:5]
+    assert sorted(best.item_indices[0].tolist()) == [-1, -1, 1, 3, 5, 13, 21]
+    assert sorted(best.item_indices[1].tolist()) == [-1] * 5 + [0, 29]
+    assert (best.scores[best.item_indices < 0] == -torch.inf).all()
+    row = best.item_indices[0][:5]
     torch.testing.assert_close(best.generation_scores[0][:5], scores[0][row], atol=2e-5, rtol=1e-4)
     fresh = model.recommend(
         input_ids, mask, num_beams=everything, num_return_sequences=everything, exclude_history=True
     )
-    for found, history in zip(fresh.items.tolist(), items, strict=True):
+    for found, history in zip(fresh.item_indices.tolist(), items, strict=True):
         assert sorted(item for item in found if item >= 0) == sorted(set(range(everything)) - set(history))
     # A narrow beam spends nothing on what may not be shown: it still finds as many items as it has places.
     narrow = model.recommend(
         input_ids, mask, num_beams=3, num_return_sequences=3, blocked_items=[list(range(27)), list(range(20))]
     )
-    assert sorted(narrow.items[0].tolist()) == [27, 28, 29] and (narrow.items[1] >= 20).all()
+    assert sorted(narrow.item_indices[0].tolist()) == [27, 28, 29] and (narrow.item_indices[1] >= 20).all()
 
 
 def test_lists_that_leave_nothing_or_name_nothing_are_refused():
@@ -234,7 +234,7 @@ def test_atomic_ids_are_the_one_level_case(backbone):
     input_ids, mask, _ = random_histories(model, [3, 1])
     best = model.recommend(input_ids, mask, num_beams=33, num_return_sequences=33, ranking_weight=0.0)
     expected = exact_scores(model, input_ids, mask).sort(dim=1, descending=True)
-    assert torch.equal(best.items, expected.indices)
+    assert torch.equal(best.item_indices, expected.indices)
     torch.testing.assert_close(best.scores, expected.values, atol=2e-5, rtol=1e-4)
 
 

@@ -78,9 +78,9 @@ def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
             input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=weight, ranking_target=target
         )
         torch.testing.assert_close(best.scores, expected.values, atol=3e-5, rtol=1e-4)
-        assert torch.equal(best.items, expected.indices)
-        torch.testing.assert_close(best.generation_scores, log_probs.gather(1, best.items), atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(best.ranking_scores, ranks.gather(1, best.items), atol=2e-5, rtol=1e-4)
+        assert torch.equal(best.item_indices, expected.indices)
+        torch.testing.assert_close(best.generation_scores, log_probs.gather(1, best.item_indices), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(best.ranking_scores, ranks.gather(1, best.item_indices), atol=2e-5, rtol=1e-4)
 
 
 def test_recommend_in_bfloat16_agrees_with_float32():
@@ -90,7 +90,7 @@ def test_recommend_in_bfloat16_agrees_with_float32():
     rough = model.to(torch.bfloat16).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
     by_item = [
         scores[items.argsort()]
-        for items, scores in ((exact.items, exact.scores), (rough.items, rough.scores))
+        for items, scores in ((exact.item_indices, exact.scores), (rough.item_indices, rough.scores))
         for items, scores in zip(items, scores, strict=True)
     ]
     for first, second in zip(by_item[:4], by_item[4:], strict=True):
@@ -131,7 +131,7 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
     assert model.config.num_items == 23
     torch.testing.assert_close(exact_scores(model, input_ids, mask)[:, :20], old)
     best = model.recommend(input_ids, mask, num_beams=23, num_return_sequences=23)
-    assert all({20, 21, 22} <= set(row) for row in best.items.tolist())
+    assert all({20, 21, 22} <= set(row) for row in best.item_indices.tolist())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -143,7 +143,7 @@ def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     assert model.config.codebook_sizes == [4, 3, 4]
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
     best = model.recommend(input_ids, mask, num_beams=14, num_return_sequences=14)
-    assert all(sorted(row) == list(range(14)) for row in best.items.tolist())
+    assert all(sorted(row) == list(range(14)) for row in best.item_indices.tolist())
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.recommend(input_ids, mask, num_beams=14).scores, best.scores[:, :10])

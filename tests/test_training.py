@@ -60,7 +60,7 @@ def assert_same_weights(first, second, tolerance=0.0):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    dropout = {"ranking_dropout": 0.3, "num_negatives": 3}
+    dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5}
     whole, stopped, resumed = (build_model(**dropout) for _ in range(3))
     dataset = histories_dataset(whole, 32)
     losses = run_trainer(tmp_path / "whole", whole, dataset)
@@ -103,7 +103,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path)))
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
         check=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -149,7 +149,7 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backbone, attention):
-    model = build_model(backbone, num_negatives=6)
+    model = build_model(backbone, negatives_per_item=2.5)
     model.set_attn_implementation(attention)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -165,14 +165,14 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     with torch.no_grad():
         with_negatives = model(input_ids=input_ids, attention_mask=mask, labels=labels)
         negatives, scores = seen["negatives"], seen["calls"][1]
-        model.config.num_negatives = 0
+        model.config.negatives_per_item = 0.0
         without = model(input_ids=input_ids, attention_mask=mask, labels=labels)
     real = mask.bool()
     torch.testing.assert_close(with_negatives.logits[real], without.logits[real], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
     length, found = input_ids.shape[1], []
     for row, column in negatives.usable.nonzero().tolist():
-        visible = negatives.attention_mask[row, 0, length + 4 * column, :length]
+        visible = negatives.attention_mask[row, 0, 4 * column, :length]
         item = negatives.items[row, column]
         assert int(item) != items[row][int(visible.sum() - 1) // 5], "a negative is never the item that came next"
         prefix = input_ids[row][visible]
@@ -191,10 +191,10 @@ def test_training_on_items_outside_the_catalogue_is_refused():
 
 
 def test_negatives_need_a_plain_mask():
-    model = build_model(num_negatives=2)
+    model = build_model(negatives_per_item=0.5)
     input_ids, _, _ = random_histories(model, [3])
     square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()
-    with pytest.raises(ValueError, match="num_negatives = 0"):
+    with pytest.raises(ValueError, match="negatives_per_item = 0"):
         model(input_ids=input_ids, attention_mask=square, labels=input_ids)
 
 
@@ -215,3 +215,19 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
     reloaded = PeftModel.from_pretrained(build_model(), tmp_path).eval()
     torch.testing.assert_close(reloaded.base_model.model.recommend(input_ids, mask).scores, expected.scores)
     assert torch.equal(reloaded.generate(input_ids=input_ids, attention_mask=mask, num_beams=4), generated)
+
+
+def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
+    model = build_model(backbone)
+    input_ids, mask, _ = random_histories(model, [4, 2, 3])
+    rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
+    packed = torch.nn.functional.pad(torch.cat(rows), (2, 3))[None]
+    seen = (packed != 0).long()
+    with torch.no_grad():
+        out = model(input_ids=packed, attention_mask=seen, labels=packed.masked_fill(seen == 0, -100))
+        apart = torch.cat([model(row[None]).logits[0] for row in rows])
+        losses = [model(row[None], labels=row[None]) for row in rows]
+    torch.testing.assert_close(out.logits[0, 2:-3], apart, atol=2e-5, rtol=1e-4)
+    shares = torch.tensor([4.0, 2.0, 3.0]) / 9
+    expected = (torch.stack([loss.loss for loss in losses]) * shares).sum()
+    torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)

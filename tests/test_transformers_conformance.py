@@ -71,7 +71,7 @@ class UniGRFModelTester:
             behaviors=["dislike", "like"],
             num_items=20,
             item_embedding_dim=5,
-            num_negatives=2,
+            negatives_per_item=0.5,
         )
 
     def prepare_config_and_inputs_for_common(self):

@@ -1,0 +1,127 @@
+"""The recipes put together: from tables to metrics on a made-up world, and the README's snippets."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes import train
+from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
+from recipes.prepare import PrepareArguments, prepare
+from tokenization import SemanticIdTokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+GRID = {"neighbours": (20,), "shrink": (0.0,), "window": (3,)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """40 users who walk along a ring of 30 items: what comes next can be learnt."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(40):
+        start, length = rng.integers(30), rng.integers(6, 20)
+        for step in range(length):
+            item = (start + step) % 30
+            rows.append((f"u{user}", f"i{item}", step, "like" if item % 2 else "dislike"))
+    angles = np.arange(30) / 30 * 2 * np.pi
+    embeddings = np.stack([np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(3 * angles)], axis=1)
+    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "behavior"]).to_parquet(folder / "interactions.parquet")
+    items = {"item_id": [f"i{item}" for item in range(30)], "title": [f"Film {item}" for item in range(30)]}
+    pd.DataFrame({**items, "embedding": embeddings.tolist()}).to_parquet(folder / "items.parquet")
+    return prepare(
+        PrepareArguments(
+            interactions=str(folder / "interactions.parquet"),
+            items=str(folder / "items.parquet"),
+            output_dir=str(folder / "data"),
+            codebook_sizes=[8, 8],
+        )
+    )
+
+
+def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    arguments = train.parse(
+        [
+            f"--data_dir={prepared}",
+            f"--output_dir={tmp_path / 'training'}",
+            f"--checkpoint_dir={tmp_path / 'checkpoint'}",
+            f"--text_config={json.dumps(TINY)}",
+            "--negatives_per_item=0.5",
+            "--max_items=10",
+            "--passes=4",
+            "--num_train_epochs=8",
+            "--learning_rate=5e-3",
+            "--per_device_train_batch_size=16",
+            "--eval_strategy=epoch",
+            "--save_strategy=no",
+            "--logging_steps=5",
+            "--disable_tqdm=True",
+            "--use_cpu",
+        ]
+    )
+    checkpoint = train.train(*arguments)
+    log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
+    first, last = [entry for entry in log if "generation_loss" in entry][:: len(log)], log[-2]
+    assert {"loss", "generation_loss", "ranking_loss"} <= set(first[0])
+    assert log[0]["loss"] > [entry["loss"] for entry in log if "loss" in entry][-1], last
+
+    metrics = evaluate_checkpoint(
+        EvaluateArguments(
+            checkpoint=str(checkpoint),
+            data_dir=str(prepared),
+            output_dir=str(tmp_path),
+            num_beams=[5, 10],
+            ranking_weights=[0.5, 1.0],
+            list_length=10,
+            max_items=10,
+        )
+    )
+    assert metrics["invalid_items"] == 0 and metrics["generated_items_checked"] >= 40 * 5
+    assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"} <= set(metrics["ranked"])
+    assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
+    assert metrics["ranking"]["auc"] > 0.5
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    # What validation chose is what the checkpoint now does by itself.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert model.config.ranking_weight == metrics["selection"]["ranking_weight"]
+    assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    assert tokenizer.titles[3] == "Film 3"
+
+
+def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
+    tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
+    histories = load_from_disk(str(prepared / "dataset"))["train"]
+    total = sum(map(len, histories["items"]))
+    for passes in (1, 3):
+        rows = train.training_rows(histories, tokenizer, 6, passes, seed=0)
+        spelt = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
+        assert sum(map(len, spelt)) == passes * total and max(map(len, spelt)) <= 6
+        assert np.mean([len(items) for items in spelt]) > 5, "packed: little room is left"
+        for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+            assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
+    assert len(set(train.cut_windows(17, 6, 3))) > len(train.cut_windows(17, 6, 1))
+
+
+def test_only_the_held_out_item_is_supervised_in_validation(prepared):
+    tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
+    split = load_from_disk(str(prepared / "dataset"))["validation"]
+    for row, target in zip(train.held_out_rows(split, tokenizer, 4), split["target"], strict=True):
+        supervised = [token for token in row["labels"] if token != -100]
+        assert supervised == row["input_ids"][-len(supervised) :]
+        assert tokenizer.decode_indices(np.array(supervised)).tolist() == [target]
+
+
+def test_the_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
