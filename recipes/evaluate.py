@@ -160,15 +160,21 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "catalogue size": tokenizer.num_items,
             "scored": f"items, over the whole catalogue, lists of {args.list_length}",
             "history": f"the last {args.max_items} items",
+            "order": f"by time, ties as in the file ({prepared['counts']['interactions_of_tied_time']:,} of "
+            f"{prepared['counts']['interactions']:,} interactions share their user's timestamp with another)",
             "seed": prepared["arguments"]["seed"],
         },
         "selection": {
             "chosen on": "validation, ranked ndcg@10",
             "num_beams": num_beams,
             "ranking_weight": weight,
-            "tried": tried,
-            "baselines": {name: result["settings"] for name, result in baselines.items()},
+            **{
+                f"settings of {name}": str(result["settings"])
+                for name, result in baselines.items()
+                if result["settings"]
+            },
         },
+        "validation": tried,
         "baselines": {name: result["test"] for name, result in baselines.items()},
         "generation": generation,
         "ranked": ranked,

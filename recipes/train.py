@@ -115,7 +115,9 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def training_rows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, seed: int) -> Dataset:
+def training_rows(
+    histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, seed: int
+) -> Dataset:
     """
     Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
     model reads every `<bos>` as the beginning of another history.
@@ -146,7 +148,9 @@ def training_rows(histories: Dataset, tokenizer: SemanticIdTokenizer, max_items:
             spelt["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
         return spelt
 
-    return Dataset.from_dict({"windows": rows}).map(spell, batched=True, remove_columns=["windows"], desc="training rows")
+    return Dataset.from_dict({"windows": rows}).map(
+        spell, batched=True, remove_columns=["windows"], desc="training rows"
+    )
 
 
 def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int) -> Dataset:

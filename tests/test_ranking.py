@@ -79,7 +79,9 @@ def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
         )
         torch.testing.assert_close(best.scores, expected.values, atol=3e-5, rtol=1e-4)
         assert torch.equal(best.item_indices, expected.indices)
-        torch.testing.assert_close(best.generation_scores, log_probs.gather(1, best.item_indices), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            best.generation_scores, log_probs.gather(1, best.item_indices), atol=2e-5, rtol=1e-4
+        )
         torch.testing.assert_close(best.ranking_scores, ranks.gather(1, best.item_indices), atol=2e-5, rtol=1e-4)
 
 

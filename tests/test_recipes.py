@@ -7,15 +7,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes import train
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
+from recipes.results import write_readme
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 TINY |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 GRID = {"neighbours": (20,), "shrink": (0.0,), "window": (3,)}
@@ -34,7 +38,9 @@ def prepared(tmp_path_factory):
             rows.append((f"u{user}", f"i{item}", step, "like" if item % 2 else "dislike"))
     angles = np.arange(30) / 30 * 2 * np.pi
     embeddings = np.stack([np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(3 * angles)], axis=1)
-    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "behavior"]).to_parquet(folder / "interactions.parquet")
+    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "behavior"]).to_parquet(
+        folder / "interactions.parquet"
+    )
     items = {"item_id": [f"i{item}" for item in range(30)], "title": [f"Film {item}" for item in range(30)]}
     pd.DataFrame({**items, "embedding": embeddings.tolist()}).to_parquet(folder / "items.parquet")
     return prepare(
@@ -122,6 +128,23 @@ def test_only_the_held_out_item_is_supervised_in_validation(prepared):
 
 
 def test_the_readme_names_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
+    for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_readme_snippets_run(tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    ids = [str(number) for number in range(200)]  # stands in for MovieLens, of which nothing is in the repository
+    codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
+    tokenizer = SemanticIdTokenizer.from_codes(ids, codes, (6, 6, 6), ["dislike", "like"], titles=ids)
+    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY))
+    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
+    RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_readme_tables_are_made_from_the_committed_results():
+    assert write_readme(ROOT / "README.md") == README
