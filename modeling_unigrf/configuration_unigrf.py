@@ -2,6 +2,7 @@
 """What an item is: how many codes spell it, which token ids they have, and which behaviours follow it."""
 
 from itertools import accumulate, pairwise
+from math import log
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -45,6 +46,11 @@ class UniGRFConfig(PreTrainedConfig):
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
             target. Without any it has no negatives and learns nothing.
+        next_log_odds (`float`, *optional*):
+            How much rarer the next item is among all items than among the candidates of training: by default
+            `log((num_items - 1) / negatives_per_item)`, or 0 without negatives. `rank` subtracts it from the `"next"`
+            logit (prior correction for case-control sampling: King and Zeng 2001, section 4.1), whose sigmoid is then
+            the probability that the item, among all, comes next, on the scale of the generation score.
         ranking_loss_weight (`float`, defaults to 1.0):
             Weight of the ranking loss; the generation loss has weight 1.
         ranking_weight (`float`, defaults to 1.0):
@@ -84,6 +90,7 @@ class UniGRFConfig(PreTrainedConfig):
     num_items: int = 1
     item_embedding_dim: int = 0
     negatives_per_item: float = 0.0
+    next_log_odds: float | None = None
     ranking_loss_weight: float = 1.0
     ranking_weight: float = 1.0
     ranking_dropout: float = 0.0
@@ -104,6 +111,9 @@ class UniGRFConfig(PreTrainedConfig):
             self.code_offsets = list(accumulate(self.codebook_sizes[:-1], initial=first))
         if self.ranking_targets is None:
             self.ranking_targets = [NEXT_TARGET, *(self.behaviors if len(self.behaviors) > 1 else [])]
+        if self.next_log_odds is None:
+            others = max(1, self.num_items - 1)
+            self.next_log_odds = log(others / self.negatives_per_item) if self.negatives_per_item else 0.0
         if vocab_size is None and isinstance(self.text_config, dict):
             vocab_size = self.text_config.get("vocab_size")
         if isinstance(self.text_config, dict) and "model_type" not in self.text_config:

@@ -379,7 +379,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
-            `config.ranking_targets`. `sigmoid` gives the probability.
+            `config.ranking_targets`. `sigmoid` gives the probability that the item, of all items, comes next (`"next"`), or
+            that the behaviour follows if it is shown.
 
         Raises:
             ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, or the cache
@@ -420,5 +421,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 past_key_values.crop(-(past_key_values.get_seq_length() - length))
             last = states[:, self.config.num_levels - 1 :: self.config.num_levels]
             scores.append(self.ranking_head(last, self.catalogue.embeddings_of(pack)).float())
-        num_targets = len(self.config.ranking_targets)
-        return torch.cat(scores, dim=1) if scores else torch.empty(*candidates.shape, num_targets, device=self.device)
+        targets = self.config.ranking_targets
+        prior = torch.tensor([self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets])
+        empty = torch.empty(*candidates.shape, len(targets), device=self.device)
+        return (torch.cat(scores, dim=1) if scores else empty) - prior.to(self.device)

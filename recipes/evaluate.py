@@ -34,7 +34,7 @@ class EvaluateArguments:
     output_dir: str = field(metadata={"help": "Receives metrics.json and ranks.json."})
     num_beams: list[int] = field(default_factory=lambda: [20, 50, 100], metadata={"help": "Beams to choose from."})
     ranking_weights: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0],
+        default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0],
         metadata={"help": "Fusion weights to choose from."},
     )
     ranking_target: str = field(default="next", metadata={"help": "The ranking target that orders the items."})

@@ -178,7 +178,9 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
         prefix = input_ids[row][visible]
         assert prefix[0] == model.config.bos_token_id and (len(prefix) - 1) % 5 == 0
         found.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
-    torch.testing.assert_close(scores, torch.stack(found), atol=2e-5, rtol=1e-4)
+    prior = torch.tensor([model.config.next_log_odds, 0.0, 0.0])  # `rank` speaks of all items, training of 2.5 an item
+    assert model.config.next_log_odds == pytest.approx(np.log(29 / 2.5))
+    torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
 def test_training_on_items_outside_the_catalogue_is_refused():
