@@ -28,7 +28,7 @@ class UniGRFCatalogue(nn.Module):
         self.register_buffer("item_codes", first_spellings(config.num_items, self.codebook_sizes))
         embeddings = torch.zeros(config.num_items, config.item_embedding_dim) if config.item_embedding_dim else None
         self.register_buffer("item_embeddings", embeddings)
-        self._trie, self._trie_source = None, None
+        self._trie, self._trie_source = None, (None, 0)
 
     @property
     def num_items(self) -> int:
@@ -37,9 +37,10 @@ class UniGRFCatalogue(nn.Module):
     @property
     def trie(self) -> CatalogueTrie:
         """The trie of `item_codes`, built at first use and again whenever they were changed or moved."""
-        source = (self.item_codes.data_ptr(), self.item_codes._version, self.item_codes.device)
-        if self._trie is None or self._trie_source != source:
-            self._trie, self._trie_source = CatalogueTrie(self.item_codes, self.codebook_sizes), source
+        source, version = self._trie_source
+        if source is not self.item_codes or version != self.item_codes._version:
+            self._trie = CatalogueTrie(self.item_codes, self.codebook_sizes)
+            self._trie_source = (self.item_codes, self.item_codes._version)
         return self._trie
 
     def embeddings_of(self, items: torch.LongTensor) -> torch.Tensor | None:
@@ -48,10 +49,11 @@ class UniGRFCatalogue(nn.Module):
 
     def check(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None) -> None:
         """Refuses codes and embeddings that this catalogue cannot hold; raises `ValueError`."""
-        if item_codes.dim() != 2 or item_codes.shape[1] != len(self.codebook_sizes) or item_codes.is_floating_point():
+        levels, shape = len(self.codebook_sizes), tuple(item_codes.shape)
+        if len(shape) != 2 or shape[0] == 0 or shape[1] != levels or item_codes.is_floating_point():
             raise ValueError(
-                f"Expected integer item codes of shape (num_items, {len(self.codebook_sizes)}), found {item_codes.dtype} "
-                f"of shape {tuple(item_codes.shape)}."
+                f"Expected integer item codes of shape (num_items, {levels}) with num_items >= 1, found "
+                f"{item_codes.dtype} of shape {shape}."
             )
         if (item_embeddings is None) != (self.item_embeddings is None):
             wanted = "no" if self.item_embeddings is None else f"{self.item_embeddings.shape[1]}-wide"

@@ -110,7 +110,7 @@ class ItemLayout:
 
     def histories(
         self, tokens: torch.LongTensor, attention_mask: torch.LongTensor
-    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
         The histories packed in each row, a new one at every bos and after padding.
 
@@ -118,17 +118,22 @@ class ItemLayout:
             tokens, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`)
 
         Returns:
-            `(number [B, T], position_ids [B, T], visible [B, T, T])`: which history of its row a token belongs to, counted
-            from 1; its position in it; and which tokens it sees, itself included (also if it is padding: attention to
-            nothing would be NaN).
+            `(number [B, T], position_ids [B, T])`: which history of its row a token belongs to, counted from 1, and its
+            position in it.
         """
         seen = attention_mask.bool()
         place = torch.arange(tokens.shape[1], device=tokens.device)
         start = (tokens == self.bos_token_id) | (seen & ~nn.functional.pad(seen, (1, 0))[:, :-1])
-        number = start.cumsum(dim=1)
-        position_ids = place - torch.where(start, place, 0).cummax(dim=1).values
-        visible = (place[:, None] >= place) & seen[:, None] & (number[:, :, None] == number[:, None])
-        return number, position_ids, visible | torch.eye(len(place), dtype=torch.bool, device=tokens.device)
+        return start.cumsum(dim=1), place - torch.where(start, place, 0).cummax(dim=1).values
+
+    def history_mask(self, number: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.BoolTensor:
+        """
+        Which tokens each token of packed histories sees: those before it in its own history, and itself, also if it is
+        padding (attention to nothing would be NaN). `number [B, T]` from `histories` -> `[B, T, T]`.
+        """
+        place = torch.arange(number.shape[1], device=number.device)
+        same = number[:, :, None] == number[:, None]
+        return (same & (place[:, None] >= place) & attention_mask.bool()[:, None]) | (place[:, None] == place)
 
     def candidate_positions(self, history_length: torch.LongTensor, num_candidates: int) -> torch.LongTensor:
         """
@@ -155,11 +160,11 @@ class ItemLayout:
                 The part of the history that each candidate sees.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch_size, 1, num_candidates * L, history_length + num_candidates * L)`.
+            `torch.BoolTensor` of shape `(batch_size, num_candidates * L, history_length + num_candidates * L)`.
         """
         size = num_candidates * self.num_levels
         history = visible.expand(-1, num_candidates, -1).repeat_interleave(self.num_levels, dim=1)
         position = torch.arange(size, device=visible.device)
         same_item = position[:, None] // self.num_levels == position // self.num_levels
         own = (same_item & (position[:, None] >= position)).expand(visible.shape[0], -1, -1)
-        return torch.cat([history, own], dim=2)[:, None]
+        return torch.cat([history, own], dim=2)

@@ -32,7 +32,8 @@ class UniGRFCausalLMOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`): `generation_loss + ranking_loss_weight * ranking_loss`.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice.
-        past_key_values, hidden_states, attentions: As in every causal model of transformers.
+        past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
+            negatives behind the sequence as well.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
     """
@@ -268,31 +269,24 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
-
         supervised = negatives = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
             supervised = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
-            plain = past_key_values is None and position_ids is None
-            plain &= attention_mask is None or attention_mask.dim() == 2
-            wanted = self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
-            if wanted and not plain:
+            if (
+                past_key_values is None
+                and position_ids is None
+                and (attention_mask is None or attention_mask.dim() == 2)
+            ):
+                seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
+                inputs, mask, position_ids, negatives = self._pack(inputs, tokens, seen, supervised)
+                if mask is not None:
+                    attention_mask, use_cache = mask, False
+            elif self._negatives_per_item:
                 raise ValueError(
                     "Negatives are packed behind the histories, which needs a 2-D attention_mask, and neither position_ids "
                     "nor past_key_values. Set config.negatives_per_item = 0 to train with a mask or cache of your own."
                 )
-            if plain:
-                seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
-                number, positions, mask = self.layout.histories(tokens, seen)
-                if wanted:
-                    negatives = self._draw_negatives(supervised, positions, mask, wanted)
-                    more = negatives.tokens if inputs_embeds is None else self.get_input_embeddings()(negatives.tokens)
-                    inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}
-                    positions = torch.cat([positions, negatives.position_ids], dim=1)
-                    mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
-                    mask = torch.cat([mask, negatives.attention_mask[:, 0]], dim=1)
-                if wanted or number.max() > 1:  # one history a row needs no mask of its own
-                    attention_mask, position_ids, use_cache = self._prepare_mask(mask[:, None]), positions, False
 
         outputs = self.model(
             **inputs,
@@ -328,13 +322,37 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             ranking_loss=rank_loss,
         )
 
-    def _draw_negatives(
-        self, supervised: SupervisedItems, position_ids: torch.LongTensor, visible: torch.BoolTensor, per_item: float
-    ) -> Negatives:
-        # Evaluation must not depend on the state of the global generator.
-        generator = None if self.training else torch.Generator(position_ids.device).manual_seed(0)
-        codes = self.catalogue.item_codes
-        return draw_negatives(self.layout, codes, supervised, position_ids, visible, per_item, generator)
+    @property
+    def _negatives_per_item(self) -> float:
+        return self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
+
+    def _pack(
+        self,
+        inputs: dict[str, torch.Tensor],
+        tokens: torch.LongTensor,
+        seen: torch.LongTensor,
+        supervised: SupervisedItems,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.LongTensor | None, Negatives | None]:
+        """
+        Several histories in a row, and negatives behind them, as one forward: the inputs with the negatives appended, the
+        4-D mask, position ids and negatives. Rows of one history without negatives need none of it.
+        """
+        number, position_ids = self.layout.histories(tokens, seen)
+        if not self._negatives_per_item and number.max() <= 1:
+            return inputs, None, None, None
+        mask = self.layout.history_mask(number, seen)
+        negatives = None
+        if self._negatives_per_item:
+            # Evaluation must not depend on the state of the global generator.
+            generator = None if self.training else torch.Generator(tokens.device).manual_seed(0)
+            codes, per_item = self.catalogue.item_codes, self._negatives_per_item
+            negatives = draw_negatives(self.layout, codes, supervised, position_ids, mask, per_item, generator)
+            more = negatives.tokens if "input_ids" in inputs else self.get_input_embeddings()(negatives.tokens)
+            inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}
+            position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
+            mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
+            mask = torch.cat([mask, negatives.attention_mask], dim=1)
+        return inputs, self._prepare_mask(mask[:, None]), position_ids, negatives
 
     def _ranking_loss(
         self, hidden_states: torch.Tensor, supervised: SupervisedItems, negatives: Negatives | None
@@ -412,7 +430,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             try:
                 states = self.model(
                     tokens,
-                    self._prepare_mask(layout.candidate_mask(visible, pack.shape[1])),
+                    self._prepare_mask(layout.candidate_mask(visible, pack.shape[1])[:, None]),
                     position_ids=layout.candidate_positions(history_length, pack.shape[1]),
                     past_key_values=past_key_values,
                     use_cache=True,

@@ -61,7 +61,7 @@ class Negatives:
         usable (`torch.BoolTensor` of shape `(batch_size, M)`): False where the draw hit the true next item, and in
             rows with fewer items than the fullest one.
         position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
-        attention_mask (`torch.BoolTensor` of shape `(batch_size, 1, M * L, T + M * L)`)
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
     """
 
     tokens: torch.LongTensor
@@ -86,7 +86,7 @@ def draw_negatives(
     Args:
         item_codes (`torch.IntTensor` of shape `(num_items, L)`)
         position_ids (`torch.LongTensor` of shape `(batch_size, T)`), visible (`torch.BoolTensor` of shape
-            `(batch_size, T, T)`): Of the histories, from `layout.histories`.
+            `(batch_size, T, T)`): Of the histories, from the layout.
     """
     batch_size, length = position_ids.shape
     device = position_ids.device

@@ -155,13 +155,13 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     labels = input_ids.masked_fill(mask == 0, -100)
     seen = {}
     model.ranking_head.register_forward_hook(lambda module, args, out: seen.setdefault("calls", []).append(out))
-    original = model._draw_negatives
+    original = model._pack
 
     def keep(*args):
-        seen["negatives"] = original(*args)
-        return seen["negatives"]
+        *rest, seen["negatives"] = original(*args)
+        return *rest, seen["negatives"]
 
-    model._draw_negatives = keep
+    model._pack = keep
     with torch.no_grad():
         with_negatives = model(input_ids=input_ids, attention_mask=mask, labels=labels)
         negatives, scores = seen["negatives"], seen["calls"][1]
@@ -172,7 +172,7 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
     length, found = input_ids.shape[1], []
     for row, column in negatives.usable.nonzero().tolist():
-        visible = negatives.attention_mask[row, 0, 4 * column, :length]
+        visible = negatives.attention_mask[row, 4 * column, :length]
         item = negatives.items[row, column]
         assert int(item) != items[row][int(visible.sum() - 1) // 5], "a negative is never the item that came next"
         prefix = input_ids[row][visible]
