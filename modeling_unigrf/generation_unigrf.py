@@ -187,6 +187,13 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
         return attention_mask
 
+    def _check_cache(self, cache: Cache) -> None:
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"Expected a DynamicCache, on which beams and candidates are packed and taken off again, found "
+                f"{type(cache).__name__}."
+            )
+
     def _check_length(self, length: int) -> None:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and length > longest:
@@ -227,14 +234,11 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"Rows end in unfinished items of {lengths.unique().tolist()} codes. Search rows of one length together."
             )
         self._check_length(length + layout.num_levels - begun)
-        if past_key_values.get_seq_length() >= length:
-            past_key_values.crop(
-                -(past_key_values.get_seq_length() - length + 1)
-            )  # the last token's logits are needed
+        self._check_cache(past_key_values)
+        if past_key_values.get_seq_length() >= length:  # the last token's output is needed
+            past_key_values.crop(length - 1 - past_key_values.get_seq_length())
         new = input_ids[:, past_key_values.get_seq_length() :]
-        states = self.model(new, attention_mask, past_key_values=past_key_values, use_cache=True).last_hidden_state[
-            :, -1:
-        ]
+        states = self.model(new, attention_mask, past_key_values=past_key_values, use_cache=True).last_hidden_state
 
         nodes = trie.descend(prefix, begun)[:, None]
         codes = torch.empty(batch_size, 1, 0, dtype=torch.long, device=input_ids.device)
@@ -243,27 +247,30 @@ class UniGRFGenerationMixin(GenerationMixin):
         # Where on the cache the tokens of each beam's own codes are: [batch_size, K, codes so far].
         ancestors = codes
         last = layout.num_levels if max_steps is None else min(layout.num_levels, begun + max_steps)
-        for level in range(begun, last):
-            if level > begun:
-                token_ids = beams.codes[..., -1] + layout.code_offsets[level - 1]
-                start, width = past_key_values.get_seq_length(), token_ids.shape[1]
-                own = torch.arange(start, start + width, device=input_ids.device).expand(batch_size, -1)[..., None]
-                ancestors = torch.cat([ancestors, own], dim=2)
-                mask = attention_mask.bool()[:, None].expand(-1, width, -1)
-                mask = nn.functional.pad(mask, (0, start + width - length)).scatter(2, ancestors, True)
-                states = self.model(
-                    token_ids,
-                    self._prepare_mask(mask[:, None]),
-                    position_ids=(history_length + level - begun - 1).expand(-1, width),
-                    past_key_values=past_key_values,
-                    use_cache=True,
-                ).last_hidden_state
-            log_probs = self.lm_head(states)[..., layout.level_slice(level)].float().log_softmax(dim=-1)
-            if logits_processor:
-                log_probs = self._process(logits_processor, input_ids, beams, level, log_probs)
-            beams, parent = expand_beams(trie, level, beams, log_probs, num_beams, item_filter)
-            ancestors = ancestors.gather(1, parent[..., None].expand(-1, -1, ancestors.shape[2]))
-        past_key_values.crop(length - past_key_values.get_seq_length())
+        try:
+            for level in range(begun, last):
+                if level > begun:
+                    token_ids = beams.codes[..., -1] + layout.code_offsets[level - 1]
+                    start, width = past_key_values.get_seq_length(), token_ids.shape[1]
+                    own = torch.arange(start, start + width, device=input_ids.device).expand(batch_size, -1)[..., None]
+                    ancestors = torch.cat([ancestors, own], dim=2)
+                    mask = attention_mask.bool()[:, None].expand(-1, width, -1)
+                    mask = nn.functional.pad(mask, (0, start + width - length)).scatter(2, ancestors, True)
+                    states = self.model(
+                        token_ids,
+                        self._prepare_mask(mask[:, None]),
+                        position_ids=(history_length + level - begun - 1).expand(-1, width),
+                        past_key_values=past_key_values,
+                        use_cache=True,
+                    ).last_hidden_state
+                logits = self.lm_head(states[:, -beams.nodes.shape[1] :])[..., layout.level_slice(level)]
+                log_probs = logits.float().log_softmax(dim=-1)
+                if logits_processor:
+                    log_probs = self._process(logits_processor, input_ids, beams, level, log_probs)
+                beams, parent = expand_beams(trie, level, beams, log_probs, num_beams, item_filter)
+                ancestors = ancestors.gather(1, parent[..., None].expand(-1, -1, ancestors.shape[2]))
+        finally:
+            past_key_values.crop(length - past_key_values.get_seq_length())
         return beams
 
     def _process(self, processors, input_ids, beams: Beams, level: int, log_probs: torch.Tensor) -> torch.Tensor:
@@ -286,8 +293,15 @@ class UniGRFGenerationMixin(GenerationMixin):
             for name in ("do_sample", "output_attentions", "output_hidden_states", "output_logits")
             if getattr(generation_config, name)
         ]
-        if asked_for or synced_gpus or "inputs_embeds" in model_kwargs:
-            logger.warning_once(f"{asked_for or 'These inputs'} need stock beam search, which is many times slower.")
+        cache = model_kwargs.get("past_key_values")
+        if "inputs_embeds" in model_kwargs:
+            asked_for.append("inputs_embeds")
+        if synced_gpus:
+            asked_for.append("synced_gpus")
+        if cache is not None and not isinstance(cache, DynamicCache):
+            asked_for.append(type(cache).__name__)
+        if asked_for:
+            logger.warning_once(f"{', '.join(asked_for)}: stock beam search is used, which is many times slower.")
             return super()._beam_search(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
             )
@@ -295,7 +309,6 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = input_ids[::num_beams]
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[::num_beams]
-        cache = model_kwargs.get("past_key_values")
         beams = self._search_items(
             input_ids,
             attention_mask,

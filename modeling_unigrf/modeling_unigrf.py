@@ -416,6 +416,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         if past_key_values is None:
             past_key_values = DynamicCache()
             self.model(input_ids, attention_mask, past_key_values=past_key_values, use_cache=True)
+        self._check_cache(past_key_values)
         length = input_ids.shape[1]
         if past_key_values.get_seq_length() != length:
             raise ValueError(

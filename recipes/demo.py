@@ -7,6 +7,7 @@ Stages: tables, prepare (embeddings, semantic ids), baselines, train, evaluate, 
 stage that was done with the same arguments is not done again; training resumes where it was interrupted.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -108,10 +109,11 @@ def main(args: DemoArguments) -> None:
         (root / "baselines.json").write_text(json.dumps(results))
 
     stages("baselines", {}, baselines)
+    key = hashlib.sha256(json.dumps([preparing.__dict__, TRAINING, train.LLAMA]).encode()).hexdigest()[:8]
     training = train.parse(
         [
             f"--data_dir={data}",
-            f"--output_dir={root / 'training'}",
+            f"--output_dir={root / f'training-{key}'}",  # other arguments never meet these checkpoints
             f"--checkpoint_dir={checkpoint}",
             f"--seed={args.seed}",
             *TRAINING,

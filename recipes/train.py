@@ -6,12 +6,13 @@
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
 packed into rows, so that padding does not eat the machine. The validation target of each user is held out of training
-and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`.
+and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`; one
+with other arguments or data is refused there.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -185,8 +186,30 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
     return model
 
 
+def check_same_work(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """`ValueError` if `output_dir` holds the checkpoints of another training, which resuming would mix with this one."""
+    record = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
+    record["prepared"] = json.loads((Path(data_args.data_dir) / "prepare.json").read_text())
+    for name in ("logging_dir", "local_rank"):  # of a run, not of the work
+        record["training"].pop(name, None)
+    record = json.loads(json.dumps(record, default=str))
+    file = Path(training_args.output_dir) / "arguments.json"
+    if file.exists() and (found := json.loads(file.read_text())) != record:
+        changed = [
+            f"{part}.{name}" for part in record for name in record[part] if record[part][name] != found[part].get(name)
+        ]
+        raise ValueError(
+            f"Expected a new output_dir, or the arguments and data of the training in {file.parent}; found other values of "
+            f"{changed}. Name another output_dir, or remove this one."
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1))
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
+    if training_args.process_index == 0:
+        check_same_work(model_args, data_args, training_args)
     set_seed(training_args.seed)
     data_dir = Path(data_args.data_dir)
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")

@@ -5,7 +5,7 @@ import torch
 from conftest import build_model, exact_scores, random_codes, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from modeling_unigrf import CatalogueTrie, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
@@ -254,3 +254,22 @@ def test_the_processor_finds_its_node_from_the_tokens_alone():
             if c[:2] == (item[:2] - torch.tensor(model.config.code_offsets[:2])).tolist()
         }
     )
+
+
+def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exist():
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    arguments = {"attention_mask": mask, "num_beams": 4, "num_return_sequences": 4}
+    expected = model.generate(input_ids, **arguments)
+    static = model.generate(input_ids, cache_implementation="static", **arguments)
+    assert torch.equal(static, expected)
+    attentions = model.generate(
+        input_ids, output_scores=True, output_logits=True, return_dict_in_generate=True, **arguments
+    )
+    assert len(attentions.logits) == 4 and torch.equal(attentions.sequences, expected)
+    sampled = model.generate(input_ids, do_sample=True, **arguments)
+    assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
+    with pytest.raises(ValueError, match="Expected a DynamicCache"):
+        model.rank(
+            input_ids, mask, torch.tensor([[1], [2]]), past_key_values=StaticCache(model.config, max_cache_len=40)
+        )

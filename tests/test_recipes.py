@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,9 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
     assert {"loss", "generation_loss", "ranking_loss"} <= set(first[0])
     assert log[0]["loss"] > [entry["loss"] for entry in log if "loss" in entry][-1], last
 
+    with pytest.raises(ValueError, match=r"found other values of \['training.learning_rate'\]"):
+        model_args, data_args, training_args = arguments
+        train.train(model_args, data_args, replace(training_args, learning_rate=1e-4))
     metrics = evaluate_checkpoint(
         EvaluateArguments(
             checkpoint=str(checkpoint),
