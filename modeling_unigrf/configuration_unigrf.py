@@ -43,6 +43,9 @@ class UniGRFConfig(PreTrainedConfig):
             Number of items of the catalogue, which is saved with the model.
         item_embedding_dim (`int`, defaults to 0):
             Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
+        item_table_size (`int`, defaults to 0):
+            Rows of a learned table that the ranking head reads as well; item i has row `i % item_table_size`. As many as
+            items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
             target. Without any it has no negatives and learns nothing.
@@ -89,6 +92,7 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_targets: list[str] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
+    item_table_size: int = 0
     negatives_per_item: float = 0.0
     next_log_odds: float | None = None
     ranking_loss_weight: float = 1.0

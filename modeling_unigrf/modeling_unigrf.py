@@ -47,22 +47,53 @@ class UniGRFCausalLMOutput(ModelOutput):
     ranking_loss: torch.FloatTensor | None = None
 
 
-class UniGRFRankingHead(nn.Module):
-    """Scores an item from the hidden state at its last code (history and item seen) and the item's own embedding."""
+class UniGRFItemEncoder(nn.Module):
+    """
+    What the ranking knows of an item beyond its codes: its projected embedding plus a learned row (RecoChain's item
+    token, section 1: a multimodal and a learned part). Codes are shared between items; this is the item's own.
+    """
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
-        width = config.hidden_size
-        self.item_proj = nn.Linear(config.item_embedding_dim, width) if config.item_embedding_dim else None
+        width, dim, rows = config.hidden_size, config.item_embedding_dim, config.item_table_size
+        self.proj = nn.Linear(dim, width) if dim else None
+        self.table = nn.Embedding(rows, width) if rows else None
+
+    def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
+        """Item indices `[...]` and their embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part."""
+        vectors = None if self.proj is None else self.proj(embeddings.to(self.proj.weight.dtype))
+        if self.table is None:
+            return vectors
+        learned = self.table(items % self.table.num_embeddings)
+        return learned if vectors is None else vectors + learned
+
+    def add_rows(self, count: int) -> None:
+        """Appends rows for new items, each the mean of the others: an item of which nothing was learnt yet."""
+        rows = self.table.weight.data
+        self.table.weight = nn.Parameter(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
+        self.table.num_embeddings = len(self.table.weight)
+
+
+class UniGRFRankingHead(nn.Module):
+    """Scores an item from the hidden state at its last code (history and item seen) and from the item's own vector."""
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        width, num_targets = config.hidden_size, len(config.ranking_targets)
         self.dense = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.ranking_dropout)
-        self.out_proj = nn.Linear(width, len(config.ranking_targets))
+        self.out_proj = nn.Linear(width, num_targets)
+        has_vectors = config.item_embedding_dim or config.item_table_size
+        self.query = nn.Linear(width, num_targets * width) if has_vectors else None
 
-    def forward(self, hidden_states: torch.Tensor, item_embeddings: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states `[..., hidden_size]`, item embeddings `[..., D]` -> logits `[..., num_ranking_targets]`."""
-        if self.item_proj is not None:
-            hidden_states = hidden_states + self.item_proj(item_embeddings.to(hidden_states.dtype))
-        return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
+    def forward(self, hidden_states: torch.Tensor, item_vectors: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states and item vectors `[..., hidden_size]` -> logits `[..., num_ranking_targets]`."""
+        if self.query is None:
+            return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
+        # A perceptron on the sum, and for each target a dot product, which a perceptron is slow to learn.
+        queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
+        match = (queries * item_vectors[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
+        return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states + item_vectors)))) + match
 
 
 class UniGRFPreTrainedModel(PreTrainedModel):
@@ -77,11 +108,12 @@ class UniGRFPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, UniGRFRankingHead):
-            for linear in (module.item_proj, module.dense, module.out_proj):
-                if linear is not None:
-                    init.normal_(linear.weight, mean=0.0, std=self.config.initializer_range)
-                    init.zeros_(linear.bias)
+        if isinstance(module, UniGRFRankingHead | UniGRFItemEncoder):
+            for child in module.children():
+                if isinstance(child, nn.Linear | nn.Embedding):
+                    init.normal_(child.weight, mean=0.0, std=self.config.initializer_range)
+                if isinstance(child, nn.Linear):
+                    init.zeros_(child.bias)
         elif isinstance(module, UniGRFCatalogue):
             init.copy_(module.item_codes, first_spellings(module.num_items, module.codebook_sizes))
             if module.item_embeddings is not None:
@@ -144,6 +176,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         super().__init__(config)
         self.model = UniGRFModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.item_encoder = UniGRFItemEncoder(config)
         self.ranking_head = UniGRFRankingHead(config)
         self.catalogue = UniGRFCatalogue(config)
         if config.tie_word_embeddings:
@@ -174,6 +207,10 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         return ["ranking_head", "lm_head", name.rpartition(".")[2]]
+
+    def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
+        """Item indices of any shape -> what the ranking head reads of them, `[..., hidden_size]`; None without any part."""
+        return self.item_encoder(items, self.catalogue.embeddings_of(items))
 
     def set_catalogue(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
         """
@@ -220,6 +257,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             raise
         if grown != sizes:
             self._grow_last_level(grown)
+        if self.config.item_table_size == self.config.num_items:  # a row an item; a smaller table is shared by hashing
+            self.item_encoder.add_rows(len(item_codes))
+            self.config.item_table_size = self.catalogue.num_items
         self.config.num_items = self.catalogue.num_items
 
     def _grow_last_level(self, codebook_sizes: list[int]) -> None:
@@ -359,13 +399,13 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     ) -> torch.Tensor:
         """Hidden states `[B, T (+ M * L), hidden_size]` of histories and negatives -> the ranking loss."""
         states = hidden_states[supervised.rows, supervised.positions]
-        logits = self.ranking_head(states, self.catalogue.embeddings_of(supervised.items))
+        logits = self.ranking_head(states, self.item_vectors(supervised.items))
         negative_logits = None
         if negatives is not None:
             appended = negatives.tokens.shape[1]
             states = hidden_states[:, -appended:][:, self.config.num_levels - 1 :: self.config.num_levels]
-            embeddings = self.catalogue.embeddings_of(negatives.items[negatives.usable])
-            negative_logits = self.ranking_head(states[negatives.usable], embeddings)
+            items = negatives.items[negatives.usable]
+            negative_logits = self.ranking_head(states[negatives.usable], self.item_vectors(items))
         behavior_ids = dict(zip(self.config.behaviors, self.config.behavior_token_ids, strict=True))
         return ranking_loss(self.config.ranking_targets, behavior_ids, logits, supervised.behaviors, negative_logits)
 
@@ -439,7 +479,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             finally:
                 past_key_values.crop(-(past_key_values.get_seq_length() - length))
             last = states[:, self.config.num_levels - 1 :: self.config.num_levels]
-            scores.append(self.ranking_head(last, self.catalogue.embeddings_of(pack)).float())
+            scores.append(self.ranking_head(last, self.item_vectors(pack)).float())
         targets = self.config.ranking_targets
         prior = torch.tensor([self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets])
         empty = torch.empty(*candidates.shape, len(targets), device=self.device)

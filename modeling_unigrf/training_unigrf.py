@@ -32,12 +32,14 @@ def supervised_items(
     layout: ItemLayout, trie: CatalogueTrie, tokens: torch.LongTensor, targets: torch.LongTensor
 ) -> SupervisedItems:
     """
-    Finds the supervised items of `tokens [B, T]`, whose next tokens are `targets [B, T]` (-100: not supervised).
+    Finds the supervised items of `tokens [B, T]`, whose next tokens are `targets [B, T]` (-100: not supervised): the last
+    codes whose target is a behaviour.
 
     Raises:
         ValueError: if one of them is not in the catalogue.
     """
     is_behavior = torch.isin(targets, targets.new_tensor(layout.behavior_token_ids))
+    is_behavior &= layout.token_levels(tokens) == layout.num_levels - 1
     where = is_behavior.nonzero()
     items = trie.lookup(layout.codes_before(tokens, where))
     if (items < 0).any():

@@ -49,11 +49,14 @@ class ModelArguments:
     text_config: str = field(
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
     )
-    negatives_per_item: float = field(default=0.6, metadata={"help": "Random candidates an item, for target `next`."})
+    negatives_per_item: float = field(default=1.0, metadata={"help": "Random candidates an item, for target `next`."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
     rank_by_item_embeddings: bool = field(default=True, metadata={"help": "The ranking head reads item embeddings."})
+    item_table_size: int | None = field(
+        default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
+    )
 
 
 @dataclass
@@ -176,6 +179,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         **tokenizer.config_fields(),
         text_config=json.loads(args.text_config),
         item_embedding_dim=0 if embeddings is None else embeddings.shape[1],
+        item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         negatives_per_item=args.negatives_per_item,
         ranking_loss_weight=args.ranking_loss_weight,
         ranking_dropout=args.ranking_dropout,

@@ -35,6 +35,7 @@ def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, see
     config = {
         "behaviors": ["dislike", "like"],
         "item_embedding_dim": 6 if embeddings else 0,
+        "item_table_size": num_items if embeddings else 0,
         "num_items": num_items,
         **config,
     }

@@ -22,7 +22,7 @@ def rank_alone(model, input_ids, mask, candidates):
             tokens = model.layout.item_tokens(model.catalogue.item_codes[item].long())
             with torch.no_grad():
                 states = model.model(torch.cat([history, tokens])[None]).last_hidden_state
-                scores[row, column] = model.ranking_head(states[0, -1], model.catalogue.embeddings_of(item))
+                scores[row, column] = model.ranking_head(states[0, -1], model.item_vectors(item))
     return scores
 
 

@@ -135,7 +135,7 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
                 code_losses.append(-scores[target - model.config.code_offsets[level]])
             else:
                 item = torch.tensor(items[row][position // 5])
-                scores = model.ranking_head(hidden[position], model.catalogue.embeddings_of(item))
+                scores = model.ranking_head(hidden[position], model.item_vectors(item))
                 for name, score in zip(model.config.ranking_targets, scores, strict=True):
                     label = {"next": True, "like": target == like, "dislike": target != like}[name]
                     rank_losses.append(-torch.nn.functional.logsigmoid(score if label else -score))

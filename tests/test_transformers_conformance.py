@@ -71,6 +71,7 @@ class UniGRFModelTester:
             behaviors=["dislike", "like"],
             num_items=20,
             item_embedding_dim=5,
+            item_table_size=7,
             negatives_per_item=0.5,
         )
 
