@@ -56,6 +56,9 @@ class UniGRFConfig(PreTrainedConfig):
             the probability that the item, among all, comes next, on the scale of the generation score.
         ranking_loss_weight (`float`, defaults to 1.0):
             Weight of the ranking loss; the generation loss has weight 1.
+        item_loss_weight (`float`, defaults to 0.0):
+            Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
+            item vectors. Needs `item_embedding_dim` or `item_table_size`.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
         ranking_dropout (`float`, defaults to 0.0):
@@ -70,7 +73,7 @@ class UniGRFConfig(PreTrainedConfig):
     """
 
     model_type = "unigrf"
-    keys_to_ignore_at_inference = ["past_key_values", "generation_loss", "ranking_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "generation_loss", "ranking_loss", "item_loss"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -96,6 +99,7 @@ class UniGRFConfig(PreTrainedConfig):
     negatives_per_item: float = 0.0
     next_log_odds: float | None = None
     ranking_loss_weight: float = 1.0
+    item_loss_weight: float = 0.0
     ranking_weight: float = 1.0
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
@@ -212,6 +216,12 @@ class UniGRFConfig(PreTrainedConfig):
         if not self.ranking_targets or not {NEXT_TARGET, *self.behaviors}.issuperset(self.ranking_targets):
             raise ValueError(
                 f"Expected ranking targets among {[NEXT_TARGET, *self.behaviors]}, found {self.ranking_targets}."
+            )
+        has_vectors = (self.item_embedding_dim or self.item_table_size) and NEXT_TARGET in self.ranking_targets
+        if self.item_loss_weight and not has_vectors:
+            raise ValueError(
+                f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
+                "item_embedding_dim or item_table_size."
             )
         if self.num_items < 1:
             raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")

@@ -194,6 +194,36 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"{type(cache).__name__}."
             )
 
+    def _read_history(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, past_key_values: DynamicCache
+    ) -> torch.FloatTensor:
+        """
+        Runs what the cache lacks of the histories; the output at their last token, `[batch_size, hidden_size]`. If it
+        lacks nothing, that token is run once more beside itself, and the cache left as it was.
+        """
+        self._check_cache(past_key_values)
+        cached, length = past_key_values.get_seq_length(), input_ids.shape[1]
+        if cached > length:
+            raise ValueError(f"Expected a cache of at most the {length} tokens of input_ids, found one of {cached}.")
+        if cached < length:
+            outputs = self.model(
+                input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True
+            )
+            return outputs.last_hidden_state[:, -1]
+        mask = attention_mask.bool().clone()
+        mask[:, -1] = False
+        try:
+            outputs = self.model(
+                input_ids[:, -1:],
+                self._prepare_mask(nn.functional.pad(mask, (0, 1), value=True)[:, None, None]),
+                position_ids=attention_mask.sum(dim=1, keepdim=True) - 1,
+                past_key_values=past_key_values,
+                use_cache=True,
+            )
+        finally:
+            past_key_values.crop(length - past_key_values.get_seq_length())
+        return outputs.last_hidden_state[:, -1]
+
     def _check_length(self, length: int) -> None:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and length > longest:
@@ -211,7 +241,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         item_filter: ItemFilter | None = None,
         logits_processor: LogitsProcessorList | None = None,
         max_steps: int | None = None,
-    ) -> Beams:
+    ) -> tuple[Beams, torch.FloatTensor]:
         """
         Beam search over the items, each request's beams packed in one row on the request's cache.
 
@@ -224,6 +254,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*): The user's own, called as stock beam search does, on
                 `[batch_size * K, T + steps]` tokens and log-probabilities over the vocabulary.
             max_steps (`int`, *optional*): Stop before the items are whole.
+
+        Returns:
+            The beams, and the backbone's output at the last token of each history, `[batch_size, hidden_size]`.
         """
         layout, trie = self.layout, self.catalogue.trie
         batch_size, length = input_ids.shape
@@ -234,11 +267,8 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"Rows end in unfinished items of {lengths.unique().tolist()} codes. Search rows of one length together."
             )
         self._check_length(length + layout.num_levels - begun)
-        self._check_cache(past_key_values)
-        if past_key_values.get_seq_length() >= length:  # the last token's output is needed
-            past_key_values.crop(length - 1 - past_key_values.get_seq_length())
-        new = input_ids[:, past_key_values.get_seq_length() :]
-        states = self.model(new, attention_mask, past_key_values=past_key_values, use_cache=True).last_hidden_state
+        history_states = self._read_history(input_ids, attention_mask, past_key_values)
+        states = history_states[:, None]
 
         nodes = trie.descend(prefix, begun)[:, None]
         codes = torch.empty(batch_size, 1, 0, dtype=torch.long, device=input_ids.device)
@@ -263,7 +293,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                         past_key_values=past_key_values,
                         use_cache=True,
                     ).last_hidden_state
-                logits = self.lm_head(states[:, -beams.nodes.shape[1] :])[..., layout.level_slice(level)]
+                logits = self.lm_head(states)[..., layout.level_slice(level)]
                 log_probs = logits.float().log_softmax(dim=-1)
                 if logits_processor:
                     log_probs = self._process(logits_processor, input_ids, beams, level, log_probs)
@@ -271,7 +301,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 ancestors = ancestors.gather(1, parent[..., None].expand(-1, -1, ancestors.shape[2]))
         finally:
             past_key_values.crop(length - past_key_values.get_seq_length())
-        return beams
+        return beams, history_states
 
     def _process(self, processors, input_ids, beams: Beams, level: int, log_probs: torch.Tensor) -> torch.Tensor:
         """Runs logits processors that know only rows of tokens and scores over the whole vocabulary."""
@@ -309,7 +339,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = input_ids[::num_beams]
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[::num_beams]
-        beams = self._search_items(
+        beams, _ = self._search_items(
             input_ids,
             attention_mask,
             DynamicCache() if cache is None else cache,
@@ -394,10 +424,12 @@ class UniGRFGenerationMixin(GenerationMixin):
             item_filter = ItemFilter(self.catalogue.trie, allowed_items, blocked_items)
 
         cache = DynamicCache() if past_key_values is None else past_key_values
-        beams = self._search_items(input_ids, attention_mask, cache, num_beams, item_filter)
+        beams, states = self._search_items(input_ids, attention_mask, cache, num_beams, item_filter)
         items = self.catalogue.trie.leaf_items[beams.nodes]
-        logits = self.rank(input_ids, attention_mask, items, past_key_values=cache)[..., targets.index(ranking_target)]
-        ranking_scores = nn.functional.logsigmoid(logits).masked_fill(beams.scores == -torch.inf, -torch.inf)
+        logits = self.rank(input_ids, attention_mask, items, past_key_values=cache, history_states=states)
+        ranking_scores = nn.functional.logsigmoid(logits[..., targets.index(ranking_target)]).masked_fill(
+            beams.scores == -torch.inf, -torch.inf
+        )
         weight = self.config.ranking_weight if ranking_weight is None else ranking_weight
         scores = beams.scores + weight * ranking_scores if weight else beams.scores
         scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)

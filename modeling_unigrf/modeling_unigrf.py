@@ -21,6 +21,7 @@ from .training_unigrf import (
     draw_negatives,
     generation_loss,
     ranking_loss,
+    sampled_softmax_loss,
     supervised_items,
 )
 
@@ -29,13 +30,16 @@ from .training_unigrf import (
 class UniGRFCausalLMOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `()`): `generation_loss + ranking_loss_weight * ranking_loss`.
+        loss (`torch.FloatTensor` of shape `()`): `generation_loss + ranking_loss_weight * ranking_loss`
+            ` + item_loss_weight * item_loss`.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
             negatives behind the sequence as well.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
+        item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
+            `config.item_loss_weight`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -45,6 +49,7 @@ class UniGRFCausalLMOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     generation_loss: torch.FloatTensor | None = None
     ranking_loss: torch.FloatTensor | None = None
+    item_loss: torch.FloatTensor | None = None
 
 
 class UniGRFItemEncoder(nn.Module):
@@ -75,7 +80,10 @@ class UniGRFItemEncoder(nn.Module):
 
 
 class UniGRFRankingHead(nn.Module):
-    """Scores an item from the hidden state at its last code (history and item seen) and from the item's own vector."""
+    """
+    Scores an item from the hidden state at its last code (history and item seen) and from the item's own vector; for
+    `"next"` also from the state at the history's end and the item's vector, a score that a softmax over items can train.
+    """
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
@@ -85,15 +93,35 @@ class UniGRFRankingHead(nn.Module):
         self.out_proj = nn.Linear(width, num_targets)
         has_vectors = config.item_embedding_dim or config.item_table_size
         self.query = nn.Linear(width, num_targets * width) if has_vectors else None
+        self.next_target = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
+        self.history_query = nn.Linear(width, width) if has_vectors and self.next_target is not None else None
 
-    def forward(self, hidden_states: torch.Tensor, item_vectors: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states and item vectors `[..., hidden_size]` -> logits `[..., num_ranking_targets]`."""
+    def item_scores(self, history_states: torch.Tensor, item_vectors: torch.Tensor) -> torch.Tensor:
+        """States at the history's end and vectors of the items, both `[..., hidden_size]` -> scores `[...]`."""
+        return (self.history_query(history_states) * item_vectors).sum(dim=-1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, history_states: torch.Tensor, item_vectors: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): At the last codes of the items.
+            history_states (the same, or broadcast to it): At the end of the history before each item.
+            item_vectors (the same, *optional*): Of the items.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., num_ranking_targets)`: logits.
+        """
         if self.query is None:
             return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
         # A perceptron on the sum, and for each target a dot product, which a perceptron is slow to learn.
         queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
         match = (queries * item_vectors[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
-        return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states + item_vectors)))) + match
+        logits = self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states + item_vectors)))) + match
+        if self.history_query is None:
+            return logits
+        next_scores = self.item_scores(history_states, item_vectors)[..., None]
+        return logits + nn.functional.pad(next_scores, (self.next_target, logits.shape[-1] - self.next_target - 1))
 
 
 class UniGRFPreTrainedModel(PreTrainedModel):
@@ -343,11 +371,15 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         logits = self.lm_head(hidden_states)
 
-        loss = code_loss = rank_loss = None
+        loss = code_loss = rank_loss = item_loss = None
         if targets is not None:
             code_loss = generation_loss(self.layout, logits, targets)
             rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
             loss = code_loss + self.config.ranking_loss_weight * rank_loss
+            if self.config.item_loss_weight:
+                item_loss = self._item_loss(outputs.last_hidden_state, supervised)
+                loss = loss + self.config.item_loss_weight * item_loss
+                item_loss = item_loss.detach()
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
             code_loss, rank_loss = code_loss.detach(), rank_loss.detach()
@@ -360,6 +392,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             attentions=outputs.attentions,
             generation_loss=code_loss,
             ranking_loss=rank_loss,
+            item_loss=item_loss,
         )
 
     @property
@@ -398,16 +431,25 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         self, hidden_states: torch.Tensor, supervised: SupervisedItems, negatives: Negatives | None
     ) -> torch.Tensor:
         """Hidden states `[B, T (+ M * L), hidden_size]` of histories and negatives -> the ranking loss."""
-        states = hidden_states[supervised.rows, supervised.positions]
-        logits = self.ranking_head(states, self.item_vectors(supervised.items))
+        rows, last = supervised.rows, supervised.positions
+        logits = self.ranking_head(
+            hidden_states[rows, last],
+            hidden_states[rows, supervised.history_ends],
+            self.item_vectors(supervised.items),
+        )
         negative_logits = None
         if negatives is not None:
-            appended = negatives.tokens.shape[1]
+            usable, appended = negatives.usable, negatives.tokens.shape[1]
             states = hidden_states[:, -appended:][:, self.config.num_levels - 1 :: self.config.num_levels]
-            items = negatives.items[negatives.usable]
-            negative_logits = self.ranking_head(states[negatives.usable], self.item_vectors(items))
+            ends = hidden_states[usable.nonzero()[:, 0], negatives.history_ends[usable]]
+            negative_logits = self.ranking_head(states[usable], ends, self.item_vectors(negatives.items[usable]))
         behavior_ids = dict(zip(self.config.behaviors, self.config.behavior_token_ids, strict=True))
         return ranking_loss(self.config.ranking_targets, behavior_ids, logits, supervised.behaviors, negative_logits)
+
+    def _item_loss(self, hidden_states: torch.Tensor, supervised: SupervisedItems) -> torch.Tensor:
+        """Hidden states `[B, T, hidden_size]` -> cross-entropy of each supervised item among the items."""
+        states = self.ranking_head.history_query(hidden_states[supervised.rows, supervised.history_ends])
+        return sampled_softmax_loss(states, supervised.items, self.item_vectors, self.catalogue.num_items)
 
     def _prepare_mask(self, mask: torch.BoolTensor) -> torch.Tensor:
         """The 4-D mask as the attention implementation takes it: boolean for sdpa, additive for eager."""
@@ -422,6 +464,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         attention_mask: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        history_states: torch.FloatTensor | None = None,
         candidates_per_pack: int = 32,
     ) -> torch.FloatTensor:
         """
@@ -433,6 +476,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
             past_key_values (`Cache`, *optional*): Of exactly these histories, e.g. from `model.model(...)`. Only the
                 candidates' tokens are run then, and the cache is left as it was found.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): The backbone's output at
+                the last token of the histories. Without it, that token is run again on the cache.
             candidates_per_pack (`int`): Candidates run in one row at a time: memory grows with it, speed peaks at 8-32.
 
         Returns:
@@ -453,15 +498,18 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
         attention_mask = self._check_histories(input_ids, attention_mask, whole_items=True)
+        length = input_ids.shape[1]
         if past_key_values is None:
             past_key_values = DynamicCache()
-            self.model(input_ids, attention_mask, past_key_values=past_key_values, use_cache=True)
-        self._check_cache(past_key_values)
-        length = input_ids.shape[1]
-        if past_key_values.get_seq_length() != length:
-            raise ValueError(
-                f"Expected a cache of the {length} tokens of input_ids, found one of {past_key_values.get_seq_length()}."
-            )
+        else:
+            self._check_cache(past_key_values)
+            if past_key_values.get_seq_length() != length:
+                raise ValueError(
+                    f"Expected a cache of the {length} tokens of input_ids, found one of "
+                    f"{past_key_values.get_seq_length()}."
+                )
+        if history_states is None:
+            history_states = self._read_history(input_ids, attention_mask, past_key_values)
         self._check_length(length + self.config.num_levels)
         layout, history_length = self.layout, attention_mask.sum(dim=1)
         scores = []
@@ -479,7 +527,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             finally:
                 past_key_values.crop(-(past_key_values.get_seq_length() - length))
             last = states[:, self.config.num_levels - 1 :: self.config.num_levels]
-            scores.append(self.ranking_head(last, self.item_vectors(pack)).float())
+            scores.append(self.ranking_head(last, history_states[:, None], self.item_vectors(pack)).float())
         targets = self.config.ranking_targets
         prior = torch.tensor([self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets])
         empty = torch.empty(*candidates.shape, len(targets), device=self.device)

@@ -1,6 +1,8 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """What is learnt from a batch of histories: which items are supervised, random candidates, and the two losses."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +21,14 @@ class SupervisedItems:
     Args:
         rows, positions (`torch.LongTensor` of shape `(n,)`): Row, and position of the item's last code.
         items (`torch.LongTensor` of shape `(n,)`): Item indices.
+        history_ends (`torch.LongTensor` of shape `(n,)`): Position of the bos or behaviour before the item.
         behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviours that follow.
     """
 
     rows: torch.LongTensor
     positions: torch.LongTensor
     items: torch.LongTensor
+    history_ends: torch.LongTensor
     behaviors: torch.LongTensor
 
 
@@ -49,7 +53,14 @@ def supervised_items(
             f"position {position}: {tokens[row, max(0, position - layout.num_levels + 1) : position + 1].tolist()}. Call "
             "`model.set_catalogue(tokenizer.item_codes, ...)` with the tokenizer that spelt the histories."
         )
-    return SupervisedItems(where[:, 0], where[:, 1], items, targets[is_behavior])
+    rows, positions = where.unbind(dim=1)
+    ends = positions - layout.num_levels
+    if (ends < 0).any():
+        raise ValueError(
+            f"Row {int(rows[(ends < 0).nonzero()[0, 0]])} begins with an item: expected a <bos> or behaviour before every "
+            "supervised item. Keep the <bos> of a cut history, or leave its first item out of the labels."
+        )
+    return SupervisedItems(rows, positions, items, ends, targets[is_behavior])
 
 
 @dataclass
@@ -60,6 +71,7 @@ class Negatives:
     Args:
         tokens (`torch.LongTensor` of shape `(batch_size, M * L)`)
         items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
+        history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each is placed.
         usable (`torch.BoolTensor` of shape `(batch_size, M)`): False where the draw hit the true next item, and in
             rows with fewer items than the fullest one.
         position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
@@ -68,6 +80,7 @@ class Negatives:
 
     tokens: torch.LongTensor
     items: torch.LongTensor
+    history_ends: torch.LongTensor
     usable: torch.BoolTensor
     position_ids: torch.LongTensor
     attention_mask: torch.BoolTensor
@@ -93,7 +106,7 @@ def draw_negatives(
     batch_size, length = position_ids.shape
     device = position_ids.device
     next_item = torch.full((batch_size, length), -1, device=device)
-    next_item[supervised.rows, supervised.positions - layout.num_levels] = supervised.items
+    next_item[supervised.rows, supervised.history_ends] = supervised.items
     has_next = next_item >= 0
     wanted = (has_next.sum(dim=1) * negatives_per_item).ceil().long()
     count = max(1, int(wanted.max()))
@@ -106,6 +119,7 @@ def draw_negatives(
     return Negatives(
         tokens=layout.item_tokens(item_codes[items].long()).flatten(1),
         items=items,
+        history_ends=after,
         usable=(target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None]),
         position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1, count),
         attention_mask=layout.candidate_mask(seen, count),
@@ -128,6 +142,33 @@ def generation_loss(layout: ItemLayout, logits: torch.Tensor, targets: torch.Lon
         level_logits = logits[..., codes][here].float()
         total = total + nn.functional.cross_entropy(level_logits, targets[here] - codes.start, reduction="sum")
     return total / (levels >= 0).sum().clamp(min=1)
+
+
+MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs memory in proportion
+
+
+def sampled_softmax_loss(
+    states: torch.Tensor, items: torch.LongTensor, item_vectors: Callable, num_items: int
+) -> torch.Tensor:
+    """
+    Mean cross-entropy of the true items by dot product, among all items or a uniform sample shared by all positions, whose
+    logits are raised by the log of how many items each stands for (Jean et al. 2015, section 3) and which leaves out the
+    position's own item.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(n, d)`), items (`torch.LongTensor` of shape `(n,)`)
+        item_vectors: item indices `[m]` -> vectors `[m, d]`.
+    """
+    if num_items <= MAX_SOFTMAX_ITEMS:
+        logits = states @ item_vectors(torch.arange(num_items, device=states.device)).T
+        total = nn.functional.cross_entropy(logits.float(), items, reduction="sum")
+    else:
+        sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device)
+        logits = (states @ item_vectors(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)
+        logits = logits.masked_fill(sample == items[:, None], -torch.inf)
+        own = (states * item_vectors(items)).sum(dim=1, keepdim=True).float()
+        total = -torch.cat([own, logits], dim=1).log_softmax(dim=1)[:, 0].sum()
+    return total / max(1, len(items))
 
 
 def ranking_loss(

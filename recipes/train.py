@@ -51,6 +51,7 @@ class ModelArguments:
     )
     negatives_per_item: float = field(default=1.0, metadata={"help": "Random candidates an item, for target `next`."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss."})
+    item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
     rank_by_item_embeddings: bool = field(default=True, metadata={"help": "The ranking head reads item embeddings."})
@@ -70,21 +71,21 @@ class DataArguments:
 
 
 class LossParts(TrainerCallback):
-    """Adds the mean of `generation_loss` and `ranking_loss` to what the Trainer logs."""
+    """Adds the means of the parts of the loss to what the Trainer logs."""
 
-    names = ("generation_loss", "ranking_loss")
+    names = ("generation_loss", "ranking_loss", "item_loss")
 
     def __init__(self, model: torch.nn.Module):
-        self.parts: list[torch.Tensor] = []
+        self.parts: list[dict[str, torch.Tensor]] = []
         model.register_forward_hook(self._collect)
 
     def _collect(self, model, inputs, outputs):
         if model.training and outputs.loss is not None:
-            self.parts.append(torch.stack([outputs[name].float() for name in self.names]))
+            self.parts.append({name: outputs[name].float() for name in self.names if outputs.get(name) is not None})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and self.parts:
-            means = dict(zip(self.names, torch.stack(self.parts).mean(dim=0).tolist(), strict=True))
+            means = {name: torch.stack([part[name] for part in self.parts]).mean().item() for name in self.parts[0]}
             self.parts.clear()
             logs.update(means)
             state.log_history[-1].update(means)
@@ -182,6 +183,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         negatives_per_item=args.negatives_per_item,
         ranking_loss_weight=args.ranking_loss_weight,
+        item_loss_weight=args.item_loss_weight,
         ranking_dropout=args.ranking_dropout,
         embedding_dropout=args.embedding_dropout,
     )

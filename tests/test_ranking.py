@@ -22,7 +22,8 @@ def rank_alone(model, input_ids, mask, candidates):
             tokens = model.layout.item_tokens(model.catalogue.item_codes[item].long())
             with torch.no_grad():
                 states = model.model(torch.cat([history, tokens])[None]).last_hidden_state
-                scores[row, column] = model.ranking_head(states[0, -1], model.item_vectors(item))
+                end = states[0, len(history) - 1]
+                scores[row, column] = model.ranking_head(states[0, -1], end, model.item_vectors(item))
     return scores
 
 

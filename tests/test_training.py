@@ -14,6 +14,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from modeling_unigrf import training_unigrf
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,7 +62,7 @@ def assert_same_weights(first, second, tolerance=0.0):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5}
+    dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5, "item_loss_weight": 0.5}
     whole, stopped, resumed = (build_model(**dropout) for _ in range(3))
     dataset = histories_dataset(whole, 32)
     losses = run_trainer(tmp_path / "whole", whole, dataset)
@@ -116,12 +118,12 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
 
 def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
     """Against a loop over positions, with padding on either side."""
-    model = build_model(backbone)
+    model = build_model(backbone, item_loss_weight=0.7)
     input_ids, mask, items = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         out = model(input_ids=input_ids, attention_mask=mask, labels=labels)
-    code_losses, rank_losses = [], []
+    code_losses, rank_losses, item_losses = [], [], []
     like = model.config.behavior_token_ids[1]
     for row in range(2):
         tokens = input_ids[row][mask[row].bool()]
@@ -135,12 +137,17 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
                 code_losses.append(-scores[target - model.config.code_offsets[level]])
             else:
                 item = torch.tensor(items[row][position // 5])
-                scores = model.ranking_head(hidden[position], model.item_vectors(item))
+                scores = model.ranking_head(hidden[position], hidden[position - 4], model.item_vectors(item))
                 for name, score in zip(model.config.ranking_targets, scores, strict=True):
                     label = {"next": True, "like": target == like, "dislike": target != like}[name]
                     rank_losses.append(-torch.nn.functional.logsigmoid(score if label else -score))
+                vectors = model.item_vectors(torch.arange(30))
+                item_losses.append(-model.ranking_head.item_scores(hidden[position - 4], vectors).log_softmax(0)[item])
     torch.testing.assert_close(out.generation_loss, torch.stack(code_losses).mean(), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.ranking_loss, torch.stack(rank_losses).mean(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.item_loss, torch.stack(item_losses).mean(), atol=2e-5, rtol=1e-4)
+    expected = out.generation_loss + out.ranking_loss + 0.7 * out.item_loss
+    torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
     right = torch.stack([torch.cat([ids[m.bool()], ids[~m.bool()]]) for ids, m in zip(input_ids, mask, strict=True)])
     with torch.no_grad():
         padded = model(input_ids=right, attention_mask=(right != 0).long(), labels=right.masked_fill(right == 0, -100))
@@ -233,3 +240,19 @@ def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     shares = torch.tensor([4.0, 2.0, 3.0]) / 9
     expected = (torch.stack([loss.loss for loss in losses]) * shares).sum()
     torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
+    torch.manual_seed(0)
+    states, vectors, items = torch.randn(50, 8), torch.randn(400, 8), torch.randint(400, (50,))
+    full = training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400)
+    monkeypatch.setattr(training_unigrf, "MAX_SOFTMAX_ITEMS", 300)
+    sampled = [training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400) for _ in range(200)]
+    torch.testing.assert_close(torch.stack(sampled).mean(), full, atol=0.02, rtol=0.01)
+
+
+def test_a_row_that_begins_with_a_supervised_item_is_refused():
+    model = build_model()
+    input_ids, _, _ = random_histories(model, [3])
+    with pytest.raises(ValueError, match="Keep the <bos>"):
+        model(input_ids=input_ids[:, 1:], labels=input_ids[:, 1:])

@@ -73,6 +73,7 @@ class UniGRFModelTester:
             item_embedding_dim=5,
             item_table_size=7,
             negatives_per_item=0.5,
+            item_loss_weight=0.5,
         )
 
     def prepare_config_and_inputs_for_common(self):
