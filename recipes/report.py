@@ -19,7 +19,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
-TRAIN_LOSSES = {"loss": "training", "generation_loss": "training, generation", "ranking_loss": "training, ranking"}
+TRAIN_LOSSES = {
+    "loss": "training",
+    "generation_loss": "training, generation",
+    "ranking_loss": "training, ranking",
+    "item_loss": "training, items",
+}
 # Okabe and Ito's palette: readable with any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 MAX_K = 50
