@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""What is learnt from a batch of histories: which items are supervised, random candidates, and the two losses."""
+"""What is learnt from a batch of histories: which items are supervised, random candidates, and the losses."""
 
 import math
 from collections.abc import Callable

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,8 @@ def main(args: DemoArguments) -> None:
         (root / "baselines.json").write_text(json.dumps(results))
 
     stages("baselines", {}, baselines)
-    key = hashlib.sha256(json.dumps([preparing.__dict__, TRAINING, train.LLAMA]).encode()).hexdigest()[:8]
+    work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": TRAINING}
+    key = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:8]
     training = train.parse(
         [
             f"--data_dir={data}",
@@ -119,7 +120,7 @@ def main(args: DemoArguments) -> None:
             *TRAINING,
         ]
     )
-    stages("train", {"arguments": TRAINING, "text_config": train.LLAMA}, lambda: train.train(*training))
+    stages("train", work, lambda: train.train(*training))
     measuring = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(data), output_dir=str(root))
     reference = json.loads((root / "baselines.json").read_text())
     stages("evaluate", {"num_beams": measuring.num_beams}, lambda: evaluate_checkpoint(measuring, reference))
