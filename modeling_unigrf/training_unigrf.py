@@ -148,7 +148,11 @@ MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs mem
 
 
 def sampled_softmax_loss(
-    states: torch.Tensor, items: torch.LongTensor, item_vectors: Callable, num_items: int
+    states: torch.Tensor,
+    items: torch.LongTensor,
+    item_vectors: Callable,
+    num_items: int,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """
     Mean cross-entropy of the true items by dot product, among all items or a uniform sample shared by all positions, whose
@@ -163,7 +167,7 @@ def sampled_softmax_loss(
         logits = states @ item_vectors(torch.arange(num_items, device=states.device)).T
         total = nn.functional.cross_entropy(logits.float(), items, reduction="sum")
     else:
-        sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device)
+        sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device, generator=generator)
         logits = (states @ item_vectors(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)
         logits = logits.masked_fill(sample == items[:, None], -torch.inf)
         own = (states * item_vectors(items)).sum(dim=1, keepdim=True).float()

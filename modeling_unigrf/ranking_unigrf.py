@@ -1,0 +1,79 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The ranking head, and what it knows of an item beyond its codes."""
+
+import torch
+from torch import nn
+
+from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
+
+
+class UniGRFItemEncoder(nn.Module):
+    """
+    What the ranking knows of an item beyond its codes: its projected embedding plus a learned row (RecoChain's item
+    token, section 1: a multimodal and a learned part). Codes are shared between items; this is the item's own.
+    """
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        width, dim, rows = config.hidden_size, config.item_embedding_dim, config.item_table_size
+        self.proj = nn.Linear(dim, width) if dim else None
+        self.table = nn.Embedding(rows, width) if rows else None
+
+    def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
+        """Item indices `[...]` and their embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part."""
+        vectors = None if self.proj is None else self.proj(embeddings.to(self.proj.weight.dtype))
+        if self.table is None:
+            return vectors
+        learned = self.table(items % self.table.num_embeddings)
+        return learned if vectors is None else vectors + learned
+
+    def add_rows(self, count: int) -> None:
+        """Appends rows for new items, each the mean of the others: an item of which nothing was learnt yet."""
+        rows = self.table.weight.data
+        self.table.weight = nn.Parameter(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
+        self.table.num_embeddings = len(self.table.weight)
+
+
+class UniGRFRankingHead(nn.Module):
+    """
+    Scores an item from the hidden state at its last code (history and item seen) and from the item's own vector; for
+    `"next"` also from the state at the history's end and the item's vector, a score that a softmax over items can train.
+    """
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        width, num_targets = config.hidden_size, len(config.ranking_targets)
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.ranking_dropout)
+        self.out_proj = nn.Linear(width, num_targets)
+        has_vectors = config.item_embedding_dim or config.item_table_size
+        self.query = nn.Linear(width, num_targets * width) if has_vectors else None
+        self.next_target = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
+        self.history_query = nn.Linear(width, width) if has_vectors and self.next_target is not None else None
+
+    def item_scores(self, history_states: torch.Tensor, item_vectors: torch.Tensor) -> torch.Tensor:
+        """States at the history's end and vectors of the items, both `[..., hidden_size]` -> scores `[...]`."""
+        return (self.history_query(history_states) * item_vectors).sum(dim=-1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, history_states: torch.Tensor, item_vectors: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): At the last codes of the items.
+            history_states (the same, or broadcast to it): At the end of the history before each item.
+            item_vectors (the same, *optional*): Of the items.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., num_ranking_targets)`: logits.
+        """
+        if self.query is None:
+            return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
+        # A perceptron on the sum, and for each target a dot product, which a perceptron is slow to learn.
+        queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
+        match = (queries * item_vectors[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
+        logits = self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states + item_vectors)))) + match
+        if self.history_query is None:
+            return logits
+        next_scores = self.item_scores(history_states, item_vectors)[..., None]
+        return logits + nn.functional.pad(next_scores, (self.next_target, logits.shape[-1] - self.next_target - 1))
