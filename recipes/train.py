@@ -6,8 +6,8 @@
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
 packed into rows, so that padding does not eat the machine. The validation target of each user is held out of training
-and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`; one
-with other arguments or data is refused there.
+and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`, or
+does nothing if that was finished; one with other arguments or data is refused there.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
 
@@ -216,6 +216,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
     if training_args.process_index == 0:
         check_same_work(model_args, data_args, training_args)
+    folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
+    finished = Path(training_args.output_dir) / "finished"  # resuming a finished training would train on
+    if finished.exists() and (folder / "training_log.json").exists():
+        print(f"{folder} was trained with these arguments and data, reused")
+        return folder
     set_seed(training_args.seed)
     data_dir = Path(data_args.data_dir)
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
@@ -238,11 +243,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
     last = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
     result = trainer.train(resume_from_checkpoint=last)
-    folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
     if trainer.is_world_process_zero():
         RecommendationPipeline(model=trainer.model, tokenizer=tokenizer).save_pretrained(folder)
         log = {"metrics": result.metrics, "log_history": trainer.state.log_history}
         (folder / "training_log.json").write_text(json.dumps(log, indent=1))
+        finished.touch()
     return folder
 
 

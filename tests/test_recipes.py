@@ -76,6 +76,9 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
         ]
     )
     checkpoint = train.train(*arguments)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert train.train(*arguments) == checkpoint, "a finished training is reused"
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     first, last = [entry for entry in log if "generation_loss" in entry][:: len(log)], log[-2]
     assert {"loss", "generation_loss", "ranking_loss"} <= set(first[0])
