@@ -48,7 +48,7 @@ class UniGRFConfig(PreTrainedConfig):
             items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
-            target. Without any it has no negatives and learns nothing.
+            target. Without any its binary cross-entropy sees no item that did not come next.
         next_log_odds (`float`, *optional*):
             How much rarer the next item is among all items than among the candidates of training: by default
             `log((num_items - 1) / negatives_per_item)`, or 0 without negatives. `rank` subtracts it from the `"next"`
