@@ -62,15 +62,17 @@ class Stages:
 
     def __init__(self, output_dir: Path):
         self.file = output_dir / "stages.json"
-        self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.redo = False
+        self.before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.done: dict[str, dict] = {}
 
     def __call__(self, name: str, arguments: dict, run: Callable[[], object]) -> None:
         """Runs `run()` unless it was done with the same `arguments` and every stage before it stands."""
-        if not self.redo and self.done.get(name, {}).get("arguments") == arguments:
+        if self.before.get(name, {}).get("arguments") == arguments:
             print(f"== {name}: done before, reused", flush=True)
+            self.done[name] = self.before[name]
             return
-        self.redo = True
+        self.before = {}  # what follows was made from what is made again now
+        self.file.write_text(json.dumps(self.done, indent=1))
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         run()

@@ -11,6 +11,7 @@ does nothing if that was finished; one with other arguments or data is refused t
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -192,8 +193,11 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
     return model
 
 
-def check_same_work(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """`ValueError` if `output_dir` holds the checkpoints of another training, which resuming would mix with this one."""
+def check_same_work(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> str:
+    """
+    A hash of arguments and data; `ValueError` if `output_dir` holds the checkpoints of another training, which resuming
+    would mix with this one.
+    """
     record = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
     record["prepared"] = json.loads((Path(data_args.data_dir) / "prepare.json").read_text())
     for name in ("logging_dir", "local_rank"):  # of a run, not of the work
@@ -208,18 +212,20 @@ def check_same_work(model_args: ModelArguments, data_args: DataArguments, traini
             f"Expected a new output_dir, or the arguments and data of the training in {file.parent}; found other values of "
             f"{changed}. Name another output_dir, or remove this one."
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1))
+    if training_args.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1))
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
-    if training_args.process_index == 0:
-        check_same_work(model_args, data_args, training_args)
+    with training_args.main_process_first(desc="arguments"):  # which writes what the others compare
+        work = check_same_work(model_args, data_args, training_args)
     folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
-    finished = Path(training_args.output_dir) / "finished"  # resuming a finished training would train on
-    if finished.exists() and (folder / "training_log.json").exists():
-        print(f"{folder} was trained with these arguments and data, reused")
+    log_file = folder / "training_log.json"
+    if log_file.exists() and json.loads(log_file.read_text()).get("work") == work:
+        print(f"{folder} was trained with these arguments and data, reused")  # resuming it would train on
         return folder
     set_seed(training_args.seed)
     data_dir = Path(data_args.data_dir)
@@ -245,9 +251,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     result = trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         RecommendationPipeline(model=trainer.model, tokenizer=tokenizer).save_pretrained(folder)
-        log = {"metrics": result.metrics, "log_history": trainer.state.log_history}
-        (folder / "training_log.json").write_text(json.dumps(log, indent=1))
-        finished.touch()
+        log = {"work": work, "metrics": result.metrics, "log_history": trainer.state.log_history}
+        log_file.write_text(json.dumps(log, indent=1))
     return folder
 
 
