@@ -108,6 +108,14 @@ class ItemLayout:
             codes[:, level] = torch.where(here, tokens - self.code_offsets[level], codes[:, level])
         return length, codes
 
+    def history_ends(self, last: torch.LongTensor) -> torch.LongTensor:
+        """Positions of items' last codes -> positions of the bos or behaviour before them (negative: there is none)."""
+        return last - self.num_levels
+
+    def ranking_states(self, states: torch.Tensor) -> torch.Tensor:
+        """Of candidates packed in one row, `[B, N * L, hidden_size]`, the states that rank them, `[B, N, hidden_size]`."""
+        return states[:, self.num_levels - 1 :: self.num_levels]
+
     def histories(
         self, tokens: torch.LongTensor, attention_mask: torch.LongTensor
     ) -> tuple[torch.LongTensor, torch.LongTensor]:

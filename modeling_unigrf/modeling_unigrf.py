@@ -368,7 +368,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         negative_logits = None
         if negatives is not None:
             usable, appended = negatives.usable, negatives.tokens.shape[1]
-            states = hidden_states[:, -appended:][:, self.config.num_levels - 1 :: self.config.num_levels]
+            states = self.layout.ranking_states(hidden_states[:, -appended:])
             ends = hidden_states[usable.nonzero()[:, 0], negatives.history_ends[usable]]
             negative_logits = self.ranking_head(states[usable], ends, self.item_vectors(negatives.items[usable]))
         behavior_ids = dict(zip(self.config.behaviors, self.config.behavior_token_ids, strict=True))
@@ -459,7 +459,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 ).last_hidden_state
             finally:
                 past_key_values.crop(-(past_key_values.get_seq_length() - length))
-            last = states[:, self.config.num_levels - 1 :: self.config.num_levels]
+            last = layout.ranking_states(states)
             scores.append(self.ranking_head(last, history_states[:, None], self.item_vectors(pack)).float())
         targets = self.config.ranking_targets
         prior = torch.tensor([self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets])

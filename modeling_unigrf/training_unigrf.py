@@ -54,7 +54,7 @@ def supervised_items(
             "`model.set_catalogue(tokenizer.item_codes, ...)` with the tokenizer that spelt the histories."
         )
     rows, positions = where.unbind(dim=1)
-    ends = positions - layout.num_levels
+    ends = layout.history_ends(positions)
     if (ends < 0).any():
         raise ValueError(
             f"Row {int(rows[(ends < 0).nonzero()[0, 0]])} begins with an item: expected a <bos> or behaviour before every "
