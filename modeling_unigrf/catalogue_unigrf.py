@@ -43,6 +43,24 @@ class UniGRFCatalogue(nn.Module):
             self._trie_source = (self.item_codes, self.item_codes._version)
         return self._trie
 
+    def subset(self, items: torch.LongTensor) -> CatalogueTrie:
+        """
+        A part of the catalogue (a market, a surface), for the `catalogue` argument of `generate` and `recommend`. Items keep
+        their indices. Make it once and keep it; it is of the catalogue as it is now.
+
+        Args:
+            items (`torch.LongTensor` of shape `(n,)`, or a list): Item indices, e.g. `tokenizer.item_indices(ids)`.
+
+        Raises:
+            ValueError: if there are none, or one is outside the catalogue.
+        """
+        items = torch.as_tensor(items, dtype=torch.long, device=self.item_codes.device)
+        if items.numel() and (items.min() < 0 or items.max() >= self.num_items):
+            raise ValueError(
+                f"Expected item indices below {self.num_items}, found {int(items.min())} to {int(items.max())}."
+            )
+        return CatalogueTrie(self.item_codes, self.codebook_sizes, items)
+
     def embeddings_of(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices of any shape -> their embeddings `[..., item_embedding_dim]`, or None if there are none."""
         return None if self.item_embeddings is None else self.item_embeddings[items]

@@ -26,8 +26,9 @@ class UniGRFConfig(PreTrainedConfig):
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The backbone: any decoder-only config that `AutoConfig` knows (tested: llama, qwen3, gpt2, mistral). A small
-            Llama by default. Its `vocab_size` and special tokens are set from the fields below.
+            The backbone: any decoder-only config that `AutoConfig` knows (tested: llama, qwen2, qwen3, gpt2, mistral,
+            with and without sliding windows). A small Llama by default. Its `vocab_size` and special tokens are set from
+            the fields below.
         codebook_sizes (`list[int]`, defaults to `[256, 256, 256, 1]`):
             Number of codes of each level; the last level makes every item's spelling unique. One level: atomic ids.
         code_offsets (`list[int]`, *optional*):
@@ -69,7 +70,7 @@ class UniGRFConfig(PreTrainedConfig):
             Standard deviation of the initial weights of the heads.
 
     Raises:
-        ValueError: when token ids overlap, a ranking target is unknown, or the backbone has a sliding window.
+        ValueError: when token ids overlap, or a ranking target is unknown.
     """
 
     model_type = "unigrf"
@@ -225,12 +226,6 @@ class UniGRFConfig(PreTrainedConfig):
             )
         if self.num_items < 1:
             raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")
-        window = getattr(self.text_config, "sliding_window", None)
-        if window is not None and getattr(self.text_config, "use_sliding_window", True):
-            raise ValueError(
-                f"The backbone {self.text_config.model_type!r} has sliding_window={window}, and candidates packed on one "
-                "cache need full attention. Pass `sliding_window=None` in `text_config`."
-            )
 
 
 __all__ = ["UniGRFConfig"]

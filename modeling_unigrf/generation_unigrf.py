@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
+from .continuations_unigrf import check_cache, kept_as_found, read_continuations
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
 logger = logging.get_logger(__name__)
@@ -55,7 +56,7 @@ class TrieLogitsProcessor(LogitsProcessor):
             nodes = self.trie.descend(prefix[rows], length)
             level = self.layout.level_slice(length)
             log_probs = scores[rows, level].log_softmax(dim=-1)
-            parent, _, code = self.trie.children(length, nodes)
+            parent, _, code = self.trie.levels[length].children(nodes)
             out[rows[parent], code + level.start] = log_probs[parent, code]
         return out
 
@@ -79,65 +80,31 @@ class Beams:
         nodes (`torch.LongTensor` of shape `(batch_size, K)`): Trie nodes.
         codes (`torch.LongTensor` of shape `(batch_size, K, steps)`): The codes generated so far.
         scores (`torch.FloatTensor` of shape `(batch_size, K)`): Sums of log-probabilities.
+        keys (`torch.LongTensor` of shape `(batch_size, K, steps - 1)`): Where on the cache the codes are that were run.
     """
 
     nodes: torch.LongTensor
     codes: torch.LongTensor
     scores: torch.FloatTensor
-
-
-def expand_beams(
-    trie: CatalogueTrie,
-    level: int,
-    beams: Beams,
-    log_probs: torch.FloatTensor,
-    num_beams: int,
-    item_filter: ItemFilter | None,
-) -> tuple[Beams, torch.LongTensor]:
-    """
-    The best children of all beams, among those that exist (and that the filter leaves alive).
-
-    Args:
-        log_probs (`torch.FloatTensor` of shape `(batch_size, K, codebook_size)`): Of the codes of `level`.
-
-    Returns:
-        The new beams, as many as there are children and at most `num_beams`, and `parent [batch_size, K']`: the beam each
-        came from.
-    """
-    batch_size, width = beams.nodes.shape
-    parent, child, code = trie.children(level, beams.nodes.flatten())
-    request = parent // width
-    counts = request.bincount(minlength=batch_size)
-    # One row a request, as wide as the request with the most children.
-    column = torch.arange(len(parent), device=parent.device) - (counts.cumsum(0) - counts)[request]
-    table = torch.zeros(3, batch_size, int(counts.max()), dtype=torch.long, device=parent.device)
-    table[:, request, column] = torch.stack([parent % width, child, code])
-    parents, nodes, codes = table
-    scores = torch.full(nodes.shape, -torch.inf, device=log_probs.device)
-    scores[request, column] = (beams.scores[..., None] + log_probs).flatten(0, 1)[parent, code]
-    if item_filter is not None:
-        start = trie.leaf_start[level]
-        scores = scores.masked_fill(~item_filter.alive(start[nodes], start[nodes + 1]), -torch.inf)
-    scores, best = scores.topk(min(num_beams, scores.shape[1]), dim=1)
-    parent = parents.gather(1, best)
-    history = beams.codes.gather(1, parent[..., None].expand(-1, -1, beams.codes.shape[2]))
-    new_codes = torch.cat([history, codes.gather(1, best)[..., None]], dim=2)
-    return Beams(nodes.gather(1, best), new_codes, scores), parent
+    keys: torch.LongTensor
 
 
 class UniGRFGenerationMixin(GenerationMixin):
     """What `UniGRFForCausalLM` can do at inference beyond a forward. Needs `layout`, `catalogue`, `model` and heads."""
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        trie = TrieLogitsProcessor(self.layout, self.catalogue.trie, self.config.pad_token_id)
-        return LogitsProcessorList([trie, *super()._get_logits_processor(*args, **kwargs)])
+        """Ours first; another catalogue's, if `generate` was given one."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        first = [one for one in processors if isinstance(one, TrieLogitsProcessor)]
+        first = first or [TrieLogitsProcessor(self.layout, self.catalogue.trie, self.config.pad_token_id)]
+        return LogitsProcessorList([*first, *(one for one in processors if not isinstance(one, TrieLogitsProcessor))])
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         criteria.append(ItemComplete(self.layout))
         return criteria
 
-    def generate(self, inputs: torch.LongTensor | None = None, **kwargs):
+    def generate(self, inputs: torch.LongTensor | None = None, catalogue: CatalogueTrie | None = None, **kwargs):
         """
         `GenerationMixin.generate`: the next item of each history, among the items that exist, with no code of the user.
         Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
@@ -145,18 +112,28 @@ class UniGRFGenerationMixin(GenerationMixin):
         With `num_beams=K, num_return_sequences=R` the best items come first, as many as there are and at most R a row;
         `output_scores=True, return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities.
 
+        Args:
+            catalogue (`CatalogueTrie`, *optional*): Generate only items of this part of the catalogue, made by
+                `model.catalogue.subset(items)`; the histories may hold any item.
+
         Raises:
             ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist.
         """
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             self._check_histories(input_ids, kwargs.get("attention_mask"), whole_items=False)
+        if catalogue is not None:
+            processor = TrieLogitsProcessor(self.layout, catalogue, self.config.pad_token_id)
+            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
         return super().generate(inputs, **kwargs)
 
     def _check_histories(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None, whole_items: bool
-    ) -> torch.LongTensor:
-        """Refuses histories that cannot be continued by an item; returns the attention mask, ones if there was none."""
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """
+        Refuses histories that cannot be continued by an item. Returns the attention mask (made, if there was none) and the
+        n items of the histories: rows `[n]` and item indices `[n]`.
+        """
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"Expected input_ids of shape (batch_size, sequence_length), found {tuple(input_ids.shape)}."
@@ -178,51 +155,15 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"in a behaviour, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behaviour."
             )
         rows, codes = self.layout.history_codes(input_ids)
-        unknown = self.catalogue.trie.lookup(codes) < 0
+        items = self.catalogue.trie.lookup(codes)
+        unknown = items < 0
         if unknown.any():
             first = int(unknown.nonzero()[0])
             raise ValueError(
                 f"{int(unknown.sum())} items of the histories are not in the catalogue; the first is spelt "
                 f"{codes[first].tolist()} in row {int(rows[first])}. Tokenizer and model do not belong together."
             )
-        return attention_mask
-
-    def _check_cache(self, cache: Cache) -> None:
-        if not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"Expected a DynamicCache, on which beams and candidates are packed and taken off again, found "
-                f"{type(cache).__name__}."
-            )
-
-    def _read_history(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, past_key_values: DynamicCache
-    ) -> torch.FloatTensor:
-        """
-        Runs what the cache lacks of the histories; the output at their last token, `[batch_size, hidden_size]`. If it
-        lacks nothing, that token is run once more beside itself, and the cache left as it was.
-        """
-        self._check_cache(past_key_values)
-        cached, length = past_key_values.get_seq_length(), input_ids.shape[1]
-        if cached > length:
-            raise ValueError(f"Expected a cache of at most the {length} tokens of input_ids, found one of {cached}.")
-        if cached < length:
-            outputs = self.model(
-                input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True
-            )
-            return outputs.last_hidden_state[:, -1]
-        mask = attention_mask.bool().clone()
-        mask[:, -1] = False
-        try:
-            outputs = self.model(
-                input_ids[:, -1:],
-                self._prepare_mask(nn.functional.pad(mask, (0, 1), value=True)[:, None, None]),
-                position_ids=attention_mask.sum(dim=1, keepdim=True) - 1,
-                past_key_values=past_key_values,
-                use_cache=True,
-            )
-        finally:
-            past_key_values.crop(length - past_key_values.get_seq_length())
-        return outputs.last_hidden_state[:, -1]
+        return attention_mask, rows, items
 
     def _check_length(self, length: int) -> None:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -232,85 +173,101 @@ class UniGRFGenerationMixin(GenerationMixin):
                 "(`tokenizer.encode_history(..., max_items=...)`)."
             )
 
+    def _read_history(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, past_key_values: DynamicCache
+    ) -> torch.FloatTensor:
+        """
+        Runs what the cache lacks of the histories; the output at their last token, `[batch_size, hidden_size]`. If it
+        lacks nothing, that token is run once more beside itself, and the cache left as it was.
+        """
+        check_cache(past_key_values)
+        cached, length = past_key_values.get_seq_length(), input_ids.shape[1]
+        if cached > length:
+            raise ValueError(f"Expected a cache of at most the {length} tokens of input_ids, found one of {cached}.")
+        if cached < length:
+            outputs = self.model(
+                input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True
+            )
+            return outputs.last_hidden_state[:, -1]
+        before = attention_mask.bool().clone()
+        before[:, -1] = False
+        nothing = input_ids.new_empty(len(input_ids), 1, 0)
+        with kept_as_found(past_key_values):
+            states, _ = read_continuations(self.model, input_ids[:, -1:, None], before, nothing, past_key_values)
+        return states[:, 0, 0]
+
     def _search_items(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
-        past_key_values: Cache,
+        history_states: torch.FloatTensor,
+        past_key_values: DynamicCache,
         num_beams: int,
+        trie: CatalogueTrie,
         item_filter: ItemFilter | None = None,
         logits_processor: LogitsProcessorList | None = None,
         max_steps: int | None = None,
-    ) -> tuple[Beams, torch.FloatTensor]:
+    ) -> Beams:
         """
-        Beam search over the items, each request's beams packed in one row on the request's cache.
-
-        The history is run once a request; a step runs one token a beam under a mask of its ancestry, so that nothing is
-        copied or reordered. The cache afterwards holds the history, whatever it held of it before.
+        Beam search over the items: a step runs one token a beam on the histories' cache, on which nothing is copied or
+        reordered, and keeps the best of the children that exist.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Checked histories.
-            past_key_values (`Cache`): Empty, or with the first tokens of the histories.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Output at their last tokens.
+            past_key_values (`DynamicCache`): Of the histories. The codes that were run are left on it (`Beams.keys`).
             logits_processor (`LogitsProcessorList`, *optional*): The user's own, called as stock beam search does, on
                 `[batch_size * K, T + steps]` tokens and log-probabilities over the vocabulary.
             max_steps (`int`, *optional*): Stop before the items are whole.
-
-        Returns:
-            The beams, and the backbone's output at the last token of each history, `[batch_size, hidden_size]`.
         """
-        layout, trie = self.layout, self.catalogue.trie
-        batch_size, length = input_ids.shape
+        layout, history_mask = self.layout, attention_mask.bool()
         lengths, prefix = layout.prefix(input_ids)
         begun = int(lengths[0])
         if (lengths != begun).any():
             raise ValueError(
                 f"Rows end in unfinished items of {lengths.unique().tolist()} codes. Search rows of one length together."
             )
-        self._check_length(length + layout.num_levels - begun)
-        history_states = self._read_history(input_ids, attention_mask, past_key_values)
-        states = history_states[:, None]
-
+        self._check_length(input_ids.shape[1] + layout.num_levels - begun)
         nodes = trie.descend(prefix, begun)[:, None]
-        codes = torch.empty(batch_size, 1, 0, dtype=torch.long, device=input_ids.device)
-        beams = Beams(nodes, codes, torch.zeros(nodes.shape, device=input_ids.device))
-        history_length = attention_mask.sum(dim=1, keepdim=True)
-        # Where on the cache the tokens of each beam's own codes are: [batch_size, K, codes so far].
-        ancestors = codes
+        nothing = input_ids.new_empty(len(input_ids), 1, 0)
+        beams = Beams(nodes, nothing, history_states.new_zeros(nodes.shape, dtype=torch.float32), nothing)
+        states = history_states[:, None]
         last = layout.num_levels if max_steps is None else min(layout.num_levels, begun + max_steps)
-        try:
-            for level in range(begun, last):
-                if level > begun:
-                    token_ids = beams.codes[..., -1] + layout.code_offsets[level - 1]
-                    start, width = past_key_values.get_seq_length(), token_ids.shape[1]
-                    own = torch.arange(start, start + width, device=input_ids.device).expand(batch_size, -1)[..., None]
-                    ancestors = torch.cat([ancestors, own], dim=2)
-                    mask = attention_mask.bool()[:, None].expand(-1, width, -1)
-                    mask = nn.functional.pad(mask, (0, start + width - length)).scatter(2, ancestors, True)
-                    states = self.model(
-                        token_ids,
-                        self._prepare_mask(mask[:, None]),
-                        position_ids=(history_length + level - begun - 1).expand(-1, width),
-                        past_key_values=past_key_values,
-                        use_cache=True,
-                    ).last_hidden_state
-                logits = self.lm_head(states)[..., layout.level_slice(level)]
-                log_probs = logits.float().log_softmax(dim=-1)
-                if logits_processor:
-                    log_probs = self._process(logits_processor, input_ids, beams, level, log_probs)
-                beams, parent = expand_beams(trie, level, beams, log_probs, num_beams, item_filter)
-                ancestors = ancestors.gather(1, parent[..., None].expand(-1, -1, ancestors.shape[2]))
-        finally:
-            past_key_values.crop(length - past_key_values.get_seq_length())
-        return beams, history_states
+        for level in range(begun, last):
+            if level > begun:
+                tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
+                states, beams.keys = read_continuations(self.model, tokens, history_mask, beams.keys, past_key_values)
+                states = states[:, :, 0]
+            log_probs = self._level_logits(states, level).float().log_softmax(dim=-1)
+            if logits_processor:
+                log_probs = self._process(logits_processor, input_ids, beams, trie, level, log_probs)
+            scores, parent, nodes, code = trie.best_children(
+                level, beams.nodes, beams.scores, log_probs, num_beams, item_filter
+            )
+            codes, keys = (
+                column.gather(1, parent[..., None].expand(-1, -1, column.shape[2]))
+                for column in (beams.codes, beams.keys)
+            )
+            beams = Beams(nodes, torch.cat([codes, code[..., None]], dim=2), scores, keys)
+        return beams
 
-    def _process(self, processors, input_ids, beams: Beams, level: int, log_probs: torch.Tensor) -> torch.Tensor:
+    def _level_logits(self, states: torch.FloatTensor, level: int) -> torch.FloatTensor:
+        """Logits of the codes of one level alone: the others would be computed only to be thrown away."""
+        codes = self.layout.level_slice(level)
+        if type(self.lm_head) is nn.Linear:  # and no adapter's wrapper
+            return nn.functional.linear(states, self.lm_head.weight[codes])
+        return self.lm_head(states)[..., codes]
+
+    def _process(
+        self, processors, input_ids, beams: Beams, trie: CatalogueTrie, level: int, log_probs: torch.Tensor
+    ) -> torch.Tensor:
         """Runs logits processors that know only rows of tokens and scores over the whole vocabulary."""
         offsets = self.layout.code_offsets[level - beams.codes.shape[2] : level]
         tokens = (beams.codes + beams.codes.new_tensor(offsets)).flatten(0, 1)
         sequences = torch.cat([input_ids.repeat_interleave(beams.nodes.shape[1], dim=0), tokens], dim=1)
         scores = torch.full((len(sequences), self.config.vocab_size), -torch.inf, device=log_probs.device)
         codes = self.layout.level_slice(level)
-        parent, _, code = self.catalogue.trie.children(level, beams.nodes.flatten())
+        parent, _, code = trie.levels[level].children(beams.nodes.flatten())
         scores[parent, code + codes.start] = log_probs.flatten(0, 1)[parent, code]
         return processors(sequences, scores)[:, codes].view_as(log_probs)
 
@@ -328,7 +285,12 @@ class UniGRFGenerationMixin(GenerationMixin):
             asked_for.append("inputs_embeds")
         if synced_gpus:
             asked_for.append("synced_gpus")
-        if cache is not None and not isinstance(cache, DynamicCache):
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            cache = DynamicCache()  # `generate` makes one that forgets what is beyond a sliding window
+        try:
+            cache = DynamicCache() if cache is None else cache
+            check_cache(cache)
+        except ValueError:
             asked_for.append(type(cache).__name__)
         if asked_for:
             logger.warning_once(f"{', '.join(asked_for)}: stock beam search is used, which is many times slower.")
@@ -339,16 +301,20 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = input_ids[::num_beams]
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[::num_beams]
-        beams, _ = self._search_items(
-            input_ids,
-            attention_mask,
-            DynamicCache() if cache is None else cache,
-            num_beams,
-            logits_processor=LogitsProcessorList(
-                processor for processor in logits_processor if not isinstance(processor, TrieLogitsProcessor)
-            ),
-            max_steps=generation_config.max_length - input_ids.shape[1],
-        )
+        history_states = self._read_history(input_ids, attention_mask, cache)
+        with kept_as_found(cache):
+            beams = self._search_items(
+                input_ids,
+                attention_mask,
+                history_states,
+                cache,
+                num_beams,
+                next(one.trie for one in logits_processor if isinstance(one, TrieLogitsProcessor)),
+                logits_processor=LogitsProcessorList(
+                    one for one in logits_processor if not isinstance(one, TrieLogitsProcessor)
+                ),
+                max_steps=generation_config.max_length - input_ids.shape[1],
+            )
         keep = min(num_return, beams.nodes.shape[1])
         steps = beams.codes.shape[2]
         begun = int(self.layout.prefix(input_ids[:1])[0])
@@ -377,7 +343,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         exclude_history: bool = False,
         allowed_items: list | None = None,
         blocked_items: list | None = None,
-        past_key_values: Cache | None = None,
+        catalogue: CatalogueTrie | None = None,
+        past_key_values: DynamicCache | None = None,
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
@@ -394,7 +361,10 @@ class UniGRFGenerationMixin(GenerationMixin):
             exclude_history (`bool`): Leave out the items of the history itself.
             allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): Per
                 request. They hold inside the search: a beam never spends itself on an item that may not be shown.
-            past_key_values (`Cache`, *optional*): With the first tokens of these histories, or all of them.
+            catalogue (`CatalogueTrie`, *optional*): Recommend only items of this part of the catalogue (a market, a
+                surface), made by `model.catalogue.subset(items)`; the histories may hold any item.
+            past_key_values (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
+                all of them afterwards.
 
         Returns:
             `UniGRFRecommendation`
@@ -416,35 +386,44 @@ class UniGRFGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
                 )
-        attention_mask = self._check_histories(input_ids, attention_mask, whole_items=True)
+        attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
         if exclude_history:
-            blocked_items = self._with_history(input_ids, blocked_items)
+            own = [history_items[rows == row] for row in range(len(input_ids))]
+            extra = own if blocked_items is None else [torch.as_tensor(more).to(rows) for more in blocked_items]
+            blocked_items = (
+                own if blocked_items is None else [torch.cat(pair) for pair in zip(own, extra, strict=True)]
+            )
+        trie = self.catalogue.trie if catalogue is None else catalogue
         item_filter = None
         if allowed_items is not None or blocked_items is not None:
-            item_filter = ItemFilter(self.catalogue.trie, allowed_items, blocked_items)
+            item_filter = ItemFilter(trie, self.catalogue.item_codes, allowed_items, blocked_items)
 
         cache = DynamicCache() if past_key_values is None else past_key_values
-        beams, states = self._search_items(input_ids, attention_mask, cache, num_beams, item_filter)
-        items = self.catalogue.trie.leaf_items[beams.nodes]
-        logits = self.rank(input_ids, attention_mask, items, past_key_values=cache, history_states=states)
+        history_states = self._read_history(input_ids, attention_mask, cache)
+        with kept_as_found(cache):
+            beams = self._search_items(input_ids, attention_mask, history_states, cache, num_beams, trie, item_filter)
+            # The search has read all codes of the candidates but the last, from whose state they are ranked.
+            tokens = beams.codes[..., -1:] + self.layout.code_offsets[-1]
+            states, _ = read_continuations(self.model, tokens, attention_mask.bool(), beams.keys, cache)
+        items = trie.leaf_items[beams.nodes].long()
+        logits = self.ranking_logits(states[:, :, 0], history_states, items)
         ranking_scores = nn.functional.logsigmoid(logits[..., targets.index(ranking_target)]).masked_fill(
             beams.scores == -torch.inf, -torch.inf
         )
         weight = self.config.ranking_weight if ranking_weight is None else ranking_weight
         scores = beams.scores + weight * ranking_scores if weight else beams.scores
-        scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)
+        best_scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)
+        missing = num_return_sequences - best.shape[1]
         return UniGRFRecommendation(
-            item_indices=items.gather(1, best).masked_fill(scores == -torch.inf, -1),
-            scores=scores,
-            generation_scores=beams.scores.gather(1, best),
-            ranking_scores=ranking_scores.gather(1, best),
+            item_indices=nn.functional.pad(
+                items.gather(1, best).masked_fill(best_scores == -torch.inf, -1), (0, missing), value=-1
+            ),
+            **{
+                name: nn.functional.pad(column.gather(1, best), (0, missing), value=-torch.inf)
+                for name, column in (
+                    ("scores", scores),
+                    ("generation_scores", beams.scores),
+                    ("ranking_scores", ranking_scores),
+                )
+            },
         )
-
-    def _with_history(self, input_ids: torch.LongTensor, blocked_items: list | None) -> list[torch.LongTensor]:
-        rows, codes = self.layout.history_codes(input_ids)
-        items = self.catalogue.trie.lookup(codes)
-        blocked = [items[rows == row] for row in range(len(input_ids))]
-        if blocked_items is None:
-            return blocked
-        extra = [torch.as_tensor(more, dtype=torch.long, device=items.device) for more in blocked_items]
-        return [torch.cat(pair) for pair in zip(blocked, extra, strict=True)]

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
+from .continuations_unigrf import attention_mask_4d, check_cache, kept_as_found, read_continuations
 from .generation_unigrf import UniGRFGenerationMixin
 from .layout_unigrf import ItemLayout
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
@@ -334,7 +335,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         tokens: torch.LongTensor,
         seen: torch.LongTensor,
         supervised: SupervisedItems,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.LongTensor | None, Negatives | None]:
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | dict | None, torch.LongTensor | None, Negatives | None]:
         """
         Several histories in a row, and negatives behind them, as one forward: the inputs with the negatives appended, the
         4-D mask, position ids and negatives. Rows of one history without negatives need none of it.
@@ -353,7 +354,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
             mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
             mask = torch.cat([mask, negatives.attention_mask], dim=1)
-        return inputs, self._prepare_mask(mask[:, None]), position_ids, negatives
+        config = self.model.language_model.config
+        return inputs, attention_mask_4d(config, mask, position_ids, position_ids, self.dtype), position_ids, negatives
 
     def _ranking_loss(
         self, hidden_states: torch.Tensor, supervised: SupervisedItems, negatives: Negatives | None
@@ -384,12 +386,6 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         """The global generator in training; a fixed one in evaluation, whose loss must not depend on what ran before."""
         return None if self.training else torch.Generator(device).manual_seed(0)
 
-    def _prepare_mask(self, mask: torch.BoolTensor) -> torch.Tensor:
-        """The 4-D mask as the attention implementation takes it: boolean for sdpa, additive for eager."""
-        if self.config.get_text_config()._attn_implementation == "sdpa":
-            return mask
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
-
     @torch.no_grad()
     def rank(
         self,
@@ -398,7 +394,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         candidates: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         history_states: torch.FloatTensor | None = None,
-        candidates_per_pack: int = 32,
+        candidates_per_pack: int = 64,
     ) -> torch.FloatTensor:
         """
         Scores candidates that see the history and themselves, never each other.
@@ -410,8 +406,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             past_key_values (`Cache`, *optional*): Of exactly these histories, e.g. from `model.model(...)`. Only the
                 candidates' tokens are run then, and the cache is left as it was found.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): The backbone's output at
-                the last token of the histories. Without it, that token is run again on the cache.
-            candidates_per_pack (`int`): Candidates run in one row at a time: memory grows with it, speed peaks at 8-32.
+                the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
+            candidates_per_pack (`int`): Candidates of a history that are run at a time: memory grows with it.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
@@ -430,38 +426,43 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of "
                 f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
-        attention_mask = self._check_histories(input_ids, attention_mask, whole_items=True)
+        attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         length = input_ids.shape[1]
+        self._check_length(length + self.config.num_levels)
         if past_key_values is None:
             past_key_values = DynamicCache()
-        else:
-            self._check_cache(past_key_values)
-            if past_key_values.get_seq_length() != length:
-                raise ValueError(
-                    f"Expected a cache of the {length} tokens of input_ids, found one of "
-                    f"{past_key_values.get_seq_length()}."
-                )
-        if history_states is None:
             history_states = self._read_history(input_ids, attention_mask, past_key_values)
-        self._check_length(length + self.config.num_levels)
-        layout, history_length = self.layout, attention_mask.sum(dim=1)
-        scores = []
+        check_cache(past_key_values)
+        if past_key_values.get_seq_length() != length:
+            raise ValueError(
+                f"Expected a cache of the {length} tokens of input_ids, found one of {past_key_values.get_seq_length()}."
+            )
+        if history_states is None and self.ranking_head.history_query is not None:
+            history_states = self._read_history(input_ids, attention_mask, past_key_values)
+        nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
+        logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1):
-            visible = attention_mask.bool()[:, None]
-            tokens = layout.item_tokens(self.catalogue.item_codes[pack].long()).flatten(1)
-            try:
-                states = self.model(
-                    tokens,
-                    self._prepare_mask(layout.candidate_mask(visible, pack.shape[1])[:, None]),
-                    position_ids=layout.candidate_positions(history_length, pack.shape[1]),
-                    past_key_values=past_key_values,
-                    use_cache=True,
-                ).last_hidden_state
-            finally:
-                past_key_values.crop(-(past_key_values.get_seq_length() - length))
-            last = layout.ranking_states(states)
-            scores.append(self.ranking_head(last, history_states[:, None], self.item_vectors(pack)).float())
+            tokens = self.layout.item_tokens(self.catalogue.item_codes[pack].long())
+            with kept_as_found(past_key_values):
+                states, _ = read_continuations(
+                    self.model, tokens, history_mask, nothing.expand(-1, pack.shape[1], -1), past_key_values
+                )
+            logits.append(self.ranking_logits(states[:, :, -1], history_states, pack))
+        return torch.cat(logits, dim=1)
+
+    def ranking_logits(
+        self, states: torch.FloatTensor, history_states: torch.FloatTensor | None, items: torch.LongTensor
+    ) -> torch.FloatTensor:
+        """
+        What `rank` returns, from the backbone's output.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): At the last codes of the items.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the end of the histories.
+            items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
+        """
+        ends = None if history_states is None else history_states[:, None]
+        logits = self.ranking_head(states, ends, self.item_vectors(items)).float()
         targets = self.config.ranking_targets
-        prior = torch.tensor([self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets])
-        empty = torch.empty(*candidates.shape, len(targets), device=self.device)
-        return (torch.cat(scores, dim=1) if scores else empty) - prior.to(self.device)
+        prior = [self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets]
+        return logits - torch.tensor(prior, device=logits.device)

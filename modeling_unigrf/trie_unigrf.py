@@ -2,28 +2,128 @@
 """Which spellings exist: a trie over the catalogue's codes in compressed sparse rows, and per-request item lists."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+DENSE_ENTRIES = 2**17  # a level's table of ranks may have this many entries, however few its nodes
+
+
+@dataclass
+class TrieLevel:
+    """
+    The nodes of one level. A node's id is its rank among the level's prefixes in lexicographic order, so that the children
+    of a node are neighbours and no table of next states is needed.
+
+    Args:
+        num_codes (`int`): Size of the level's codebook.
+        num_nodes (`int`)
+        max_children (`int`): Most children that a parent has.
+        child_start (`torch.IntTensor` of shape `(num_parents + 1,)`): Where the children of each parent begin.
+        codes (`torch.Tensor` of shape `(num_nodes,)`, *optional*): Code of each node, in the smallest integer type.
+        ranks (`torch.Tensor` of shape `(num_parents, num_codes)`, *optional*): Instead of `codes` on small or well-filled
+            levels (in practice the first two): which child of its parent has each code, -1 for none.
+    """
+
+    num_codes: int
+    num_nodes: int
+    max_children: int
+    child_start: torch.IntTensor
+    codes: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+
+    @classmethod
+    def build(cls, num_codes: int, parents: torch.LongTensor, codes: torch.Tensor, num_parents: int) -> "TrieLevel":
+        """From the parent `[num_nodes]` and the code `[num_nodes]` of every node, in order."""
+        counts = parents.bincount(minlength=num_parents)
+        child_start = nn.functional.pad(counts.cumsum(0), (1, 0))
+        level = cls(num_codes, len(codes), int(counts.max()), child_start.int())
+        if num_parents * num_codes > max(DENSE_ENTRIES, 2 * len(codes)):
+            level.codes = codes.to(
+                torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
+            )
+            return level
+        dtype = torch.int16 if num_codes <= 2**15 else torch.int32
+        level.ranks = torch.full((num_parents, num_codes), -1, dtype=dtype, device=codes.device)
+        rank = torch.arange(len(codes), device=codes.device) - child_start[parents]
+        level.ranks[parents, codes.long()] = rank.to(dtype)
+        return level
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the level."""
+        return sum(tensor.nbytes for tensor in (self.child_start, self.codes, self.ranks) if tensor is not None)
+
+    def child(self, parents: torch.LongTensor, codes: torch.LongTensor) -> torch.LongTensor:
+        """Parents and codes of one shape -> the children, -1 where there is none."""
+        start = self.child_start[parents].long()
+        if self.ranks is not None:
+            rank = self.ranks[parents, codes]
+            return torch.where(rank >= 0, start + rank, -1)
+        # A binary search in all lists of children at once; each is sorted by code.
+        low, high = start, self.child_start[parents + 1].long()
+        end, last = high, self.num_nodes - 1
+        for _ in range(self.max_children.bit_length()):
+            middle = (low + high) // 2
+            smaller = (middle < high) & (self.codes[middle.clamp(max=last)] < codes)
+            low, high = torch.where(smaller, middle + 1, low), torch.where(smaller, high, middle)
+        found = (low < end) & (self.codes[low.clamp(max=last)] == codes)
+        return torch.where(found, low, -1)
+
+    def children(self, parents: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """
+        The children that exist, and no others.
+
+        Args:
+            parents (`torch.LongTensor` of shape `(n,)`)
+
+        Returns:
+            `(parent, child, code)`, each `[m]`: index into `parents`, node, and its code; ordered by parent and code.
+        """
+        start = self.child_start[parents].long()
+        counts = self.child_start[parents + 1] - start
+        parent = torch.arange(len(parents), device=parents.device).repeat_interleave(counts)
+        child = torch.arange(len(parent), device=parents.device) + (start + counts - counts.cumsum(0))[parent]
+        codes = self.codes[child] if self.ranks is None else (self.ranks[parents] >= 0).nonzero()[:, 1]
+        return parent, child, codes.long()
+
+
+def lexicographic_order(item_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.LongTensor:
+    """The permutation `[num_items]` that sorts rows of codes `[num_items, L]`."""
+    keys = torch.zeros(len(item_codes), dtype=torch.long, device=item_codes.device)
+    bound = 1
+    for level, size in enumerate(codebook_sizes):
+        if bound * size >= 2**63:  # too many spellings for one integer: count those that there are
+            keys = keys.unique(return_inverse=True)[1]
+            bound = len(item_codes)
+        keys = keys * size + item_codes[:, level]
+        bound *= size
+    return keys.argsort()
 
 
 class CatalogueTrie:
     """
-    All spellings of a catalogue, sorted. A node of level l is a prefix of l + 1 codes; its id is its rank within its
-    level, so no next-state table is needed, and the leaves under it are one contiguous range.
+    All spellings of a catalogue, sorted: levels of nodes, and under each node one contiguous range of leaves.
 
     Args:
-        item_codes (`torch.LongTensor` of shape `(num_items, num_levels)`):
+        item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`):
             Codes of each item; row = item index.
         codebook_sizes (`Sequence[int]`): Number of codes of each level.
+        items (`torch.LongTensor` of shape `(n,)`, *optional*): Only these items, known by the same indices.
 
     Raises:
-        ValueError: when two items share a spelling, or a code is out of its codebook.
+        ValueError: when two items share a spelling, a code is out of its codebook, or no item is left.
     """
 
-    def __init__(self, item_codes: torch.LongTensor, codebook_sizes: Sequence[int]):
-        self.num_items, self.num_levels = item_codes.shape
+    def __init__(self, item_codes: torch.Tensor, codebook_sizes: Sequence[int], items: torch.LongTensor | None = None):
         self.codebook_sizes = list(codebook_sizes)
-        item_codes = item_codes.long()
+        if items is not None:
+            items = items.unique()
+            item_codes = item_codes[items]
+        if len(item_codes) == 0:
+            raise ValueError("Expected a catalogue of at least one item, found none.")
+        self.num_items, self.num_levels = item_codes.shape
         sizes = item_codes.new_tensor(self.codebook_sizes)
         bad = ((item_codes < 0) | (item_codes >= sizes)).any(dim=1)
         if bad.any():
@@ -32,72 +132,58 @@ class CatalogueTrie:
                 f"Item {row} is spelt {item_codes[row].tolist()}, outside codebooks of {self.codebook_sizes} codes. The "
                 "catalogue and the config come from different tokenizers."
             )
-        keys = self._keys(item_codes)
-        self.sorted_keys, self.leaf_items = keys.sort()  # leaf rank -> item index
-        repeated = (self.sorted_keys[1:] == self.sorted_keys[:-1]).nonzero()
-        if len(repeated):
-            first, second = sorted(self.leaf_items[repeated[0, 0] : repeated[0, 0] + 2].tolist())
-            raise ValueError(
-                f"Items {first} and {second} have the same spelling {item_codes[first].tolist()}: a semantic id must be "
-                "unique. Add a last code that tells them apart."
-            )
-        self.item_leaves = torch.empty_like(self.leaf_items)  # item index -> leaf rank
-        self.item_leaves[self.leaf_items] = torch.arange(self.num_items, device=item_codes.device)
-        # Per level: the code of each node, where its children start among the next level's nodes, and its leaves.
-        self.node_codes, self.child_start, self.leaf_start = [], [], []
-        sorted_codes = item_codes[self.leaf_items]
+        order = lexicographic_order(item_codes, self.codebook_sizes)
+        item_codes = item_codes[order]
+        self.levels: list[TrieLevel] = []
         is_new = torch.zeros(self.num_items, dtype=torch.bool, device=item_codes.device)
         is_new[0] = True
-        node_of_leaf = None
-        for level in range(self.num_levels):
-            is_new[1:] |= sorted_codes[1:, level] != sorted_codes[:-1, level]
-            starts = is_new.nonzero()[:, 0]
-            self.node_codes.append(sorted_codes[starts, level])
-            self.leaf_start.append(torch.cat([starts, starts.new_tensor([self.num_items])]))
-            node_of_leaf = is_new.cumsum(0) - 1
-            if level:
-                last = starts.new_tensor([len(starts)])
-                self.child_start.append(torch.cat([node_of_leaf[self.leaf_start[level - 1][:-1]], last]))
+        parent_of_leaf, num_parents = torch.zeros_like(order), 1
+        for level, num_codes in enumerate(self.codebook_sizes):
+            codes = item_codes[:, level].contiguous()
+            is_new[1:] |= codes[1:] != codes[:-1]
+            first = is_new.nonzero()[:, 0]
+            self.levels.append(TrieLevel.build(num_codes, parent_of_leaf[first], codes[first], num_parents))
+            parent_of_leaf, num_parents = is_new.cumsum(0) - 1, len(first)
+        if num_parents < self.num_items:
+            leaf = int((~is_new).nonzero()[0])
+            pair = order[leaf - 1 : leaf + 1] if items is None else items[order[leaf - 1 : leaf + 1]]
+            first_item, second_item = sorted(pair.tolist())
+            raise ValueError(
+                f"Items {first_item} and {second_item} have the same spelling {item_codes[leaf].tolist()}: a semantic id "
+                "must be unique. Add a last code that tells them apart."
+            )
+        # Leaf (its rank in lexicographic order) -> item index.
+        self.leaf_items = (order if items is None else items[order]).int()
 
-    def _keys(self, codes: torch.LongTensor) -> torch.LongTensor:
-        keys = codes[..., 0].clone()
-        for level in range(1, self.num_levels):
-            keys = keys * self.codebook_sizes[level] + codes[..., level]
-        return keys
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Memory of the nodes, and of the map from leaves to items."""
+        return {"nodes": sum(level.nbytes for level in self.levels), "items": self.leaf_items.nbytes}
 
-    def lookup(self, codes: torch.LongTensor) -> torch.LongTensor:
+    def nodes_of(self, codes: torch.Tensor) -> torch.LongTensor:
+        """Codes `[..., L]` -> the nodes they lead through `[..., L]`, the last one the leaf; -1 where no item begins so."""
+        codes = codes.long()
+        inside = (codes >= 0) & (codes < codes.new_tensor(self.codebook_sizes))
+        path, exists = [], torch.ones_like(inside[..., 0])
+        nodes = torch.zeros_like(codes[..., 0])
+        for level, code, known in zip(self.levels, codes.unbind(-1), inside.unbind(-1), strict=True):
+            nodes = level.child(nodes, code.masked_fill(~known, 0))
+            exists = exists & known & (nodes >= 0)
+            nodes = nodes.clamp(min=0)
+            path.append(nodes.masked_fill(~exists, -1))
+        return torch.stack(path, dim=-1)
+
+    def lookup(self, codes: torch.Tensor) -> torch.LongTensor:
         """Codes `[..., L]` -> item indices `[...]`, -1 where no item is spelt so."""
-        sizes = codes.new_tensor(self.codebook_sizes)
-        inside = ((codes >= 0) & (codes < sizes)).all(dim=-1)
-        keys = self._keys(codes).masked_fill(~inside, -1)
-        leaf = torch.searchsorted(self.sorted_keys, keys).clamp(max=self.num_items - 1)
-        return torch.where(self.sorted_keys[leaf] == keys, self.leaf_items[leaf], -1)
+        leaves = self.nodes_of(codes)[..., -1]
+        return torch.where(leaves >= 0, self.leaf_items[leaves.clamp(min=0)].long(), -1)
 
-    def children(
-        self, level: int, nodes: torch.LongTensor | None
-    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
-        """
-        The children that exist, and no others.
-
-        Args:
-            level (`int`): Level of the children.
-            nodes (`torch.LongTensor` of shape `(n,)`): Nodes of level `level - 1`; ignored at level 0 but for its length
-                (every entry is then the root).
-
-        Returns:
-            `(parent, child, code)`, each `[m]`: index into `nodes`, node id at `level`, and its code; ordered by parent.
-        """
-        if level == 0:
-            count = len(self.node_codes[0])
-            child = torch.arange(count, device=nodes.device).repeat(len(nodes))
-            parent = torch.arange(len(nodes), device=nodes.device).repeat_interleave(count)
-            return parent, child, self.node_codes[0][child]
-        starts = self.child_start[level - 1][nodes]
-        counts = self.child_start[level - 1][nodes + 1] - starts
-        parent = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
-        within = torch.arange(len(parent), device=nodes.device) - (counts.cumsum(0) - counts)[parent]
-        child = starts[parent] + within
-        return parent, child, self.node_codes[level][child]
+    def num_leaves(self, level: int, nodes: torch.LongTensor) -> torch.LongTensor:
+        """Nodes of a level, of any shape -> how many items each leads to."""
+        start, end = nodes, nodes + 1
+        for below in self.levels[level + 1 :]:
+            start, end = below.child_start[start].long(), below.child_start[end].long()
+        return end - start
 
     def descend(self, prefix: torch.LongTensor, length: int) -> torch.LongTensor:
         """
@@ -108,64 +194,136 @@ class CatalogueTrie:
         """
         nodes = torch.zeros(len(prefix), dtype=torch.long, device=prefix.device)
         for level in range(length):
-            parent, child, code = self.children(level, nodes)
-            hit = code == prefix[parent, level]
-            found = torch.full_like(nodes, -1)
-            found[parent[hit]] = child[hit]
-            if (found < 0).any():
-                row = int((found < 0).nonzero()[0])
+            nodes = self.levels[level].child(nodes, prefix[:, level])
+            if (nodes < 0).any():
+                row = int((nodes < 0).nonzero()[0])
                 raise ValueError(
                     f"Row {row} ends in the codes {prefix[row, :length].tolist()}, with which no item of the catalogue "
                     "begins. Was it spelt by another tokenizer?"
                 )
-            nodes = found
         return nodes
+
+    def best_children(
+        self,
+        level: int,
+        nodes: torch.LongTensor,
+        scores: torch.FloatTensor,
+        log_probs: torch.FloatTensor,
+        count: int,
+        item_filter: "ItemFilter | None" = None,
+    ) -> tuple[torch.FloatTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """
+        The best children of all beams of a request, among those that exist and that the filter leaves.
+
+        Args:
+            level (`int`): Level of the children.
+            nodes (`torch.LongTensor` of shape `(batch_size, K)`): The beams' nodes.
+            scores (`torch.FloatTensor` of shape `(batch_size, K)`): Their scores.
+            log_probs (`torch.FloatTensor` of shape `(batch_size, K, num_codes)`): Of the codes of `level`.
+
+        Returns:
+            `(scores, parent, child, code)`, each `[batch_size, K']`, best first, K' <= `count`: as many as the request with
+            the most has; -inf fills up the others. `parent` is the beam a child comes from.
+        """
+        trie_level, (batch_size, width) = self.levels[level], nodes.shape
+        if trie_level.ranks is not None:  # all codes of all beams, in place
+            ranks = trie_level.ranks[nodes]
+            table = (scores[..., None] + log_probs).masked_fill_(ranks < 0, -torch.inf).flatten(1)
+            if item_filter is not None and item_filter.concerns(level):
+                child = (trie_level.child_start[nodes][..., None] + ranks).flatten(1)
+                table = table.masked_fill_(~item_filter.alive(level, child), -torch.inf)
+            best_scores, best = table.topk(min(count, table.shape[1]), dim=1)
+            parent, code = best // trie_level.num_codes, best % trie_level.num_codes
+            rank = ranks.flatten(1).gather(1, best).clamp(min=0)
+            child = trie_level.child_start[nodes.gather(1, parent)] + rank.long()
+        else:  # only the children that exist, one request after another
+            parents, children, codes = trie_level.children(nodes.flatten())
+            flat = scores.flatten()[parents] + log_probs.flatten().take(parents * trie_level.num_codes + codes)
+            counts = (parents // width).bincount(minlength=batch_size)
+            first = counts.cumsum(0) - counts
+            place = torch.arange(int(counts.max()), device=nodes.device)
+            is_child = place < counts[:, None]
+            table = flat.new_full(is_child.shape, -torch.inf).masked_scatter_(is_child, flat)
+            if item_filter is not None and item_filter.concerns(level):
+                child = (first[:, None] + place).clamp(max=len(children) - 1)
+                table = table.masked_fill_(~item_filter.alive(level, children[child]), -torch.inf)
+            best_scores, best = table.topk(min(count, table.shape[1]), dim=1)
+            best = (first[:, None] + best).clamp(max=len(children) - 1)
+            parent, child, code = parents[best] % width, children[best], codes[best]
+        found = max(1, int((best_scores > -torch.inf).sum(dim=1).max()))
+        return best_scores[:, :found], parent[:, :found], child[:, :found], code[:, :found]
 
 
 class ItemFilter:
     """
-    Items allowed or blocked for each request, held inside the trie: a node is alive if it has an allowed leaf.
+    Items allowed or blocked for each request, held inside the trie: no beam goes where no item may be shown.
 
-    Lists stay sorted leaf ranks, so a check is two binary searches and nothing has the catalogue's size.
+    It keeps, for each level, the nodes that still lead to an allowed item, or those that lead to blocked items only: a
+    check is one binary search among them, and nothing has the catalogue's size.
 
     Args:
         trie (`CatalogueTrie`)
-        allowed (`list` of B item-index tensors or lists, *optional*): Only these items, for each request.
+        item_codes (`torch.IntTensor` of shape `(num_items, L)`): How the items of the lists are spelt.
+        allowed (`list` of B item-index tensors or lists, *optional*): Only these items, for each request; those that the
+            trie lacks cannot be shown.
         blocked (the same, *optional*): None of these items. Blocking wins over allowing.
 
     Raises:
         ValueError: if a list names an index outside the catalogue, or leaves a request no item at all.
     """
 
-    def __init__(self, trie: CatalogueTrie, allowed=None, blocked=None):
+    def __init__(self, trie: CatalogueTrie, item_codes: torch.Tensor, allowed=None, blocked=None):
         self.is_allow_list = allowed is not None
-        lists = [trie.item_leaves[i].unique() for i in self._checked(trie, allowed if self.is_allow_list else blocked)]
-        if allowed is not None and blocked is not None:
-            pairs = zip(lists, self._checked(trie, blocked), strict=True)
-            lists = [leaves[~torch.isin(leaves, trie.item_leaves[block])] for leaves, block in pairs]
-        for row, leaves in enumerate(lists):
-            if len(leaves) == (0 if self.is_allow_list else trie.num_items):
-                raise ValueError(
-                    f"Request {row} leaves no item to recommend: its allow-list is empty or everything in it is blocked."
-                )
-        width = max(1, max(len(leaves) for leaves in lists))
-        # Padded with a rank beyond the last leaf, which no range contains.
-        self.leaves = torch.full((len(lists), width), trie.num_items, device=trie.leaf_items.device)
-        for row, leaves in enumerate(lists):
-            self.leaves[row, : len(leaves)] = leaves
+        batch_size = len(allowed if self.is_allow_list else blocked)
+        request, path = self._paths(trie, item_codes, allowed if self.is_allow_list else blocked)
+        if self.is_allow_list and blocked is not None:
+            out, out_path = self._paths(trie, item_codes, blocked)
+            leaf, out_leaf = request * trie.num_items + path[:, -1], out * trie.num_items + out_path[:, -1]
+            left = ~torch.isin(leaf, out_leaf)
+            request, path = request[left], path[left]
+        nothing_left = request.bincount(minlength=batch_size) == (0 if self.is_allow_list else trie.num_items)
+        if nothing_left.any():
+            raise ValueError(
+                f"Request {int(nothing_left.nonzero()[0])} leaves no item to recommend: its allow-list is empty or everything "
+                "in it is blocked or outside the catalogue."
+            )
+        # For each level: request * num_nodes + node, sorted.
+        self.num_nodes = [level.num_nodes for level in trie.levels]
+        self.keys = []
+        for level, num_nodes in enumerate(self.num_nodes):
+            keys, leaves = (request * num_nodes + path[:, level]).unique(return_counts=True)
+            if not self.is_allow_list:
+                keys = keys[leaves == trie.num_leaves(level, keys % num_nodes)]
+            self.keys.append(keys)
 
     @staticmethod
-    def _checked(trie: CatalogueTrie, lists) -> list[torch.LongTensor]:
-        lists = [torch.as_tensor(items, dtype=torch.long, device=trie.leaf_items.device) for items in lists]
-        for row, items in enumerate(lists):
-            if len(items) and (items.min() < 0 or items.max() >= trie.num_items):
-                raise ValueError(
-                    f"The item list of request {row} has indices from {int(items.min())} to {int(items.max())}, outside a "
-                    f"catalogue of {trie.num_items} items."
-                )
-        return lists
+    def _paths(trie: CatalogueTrie, item_codes: torch.Tensor, lists) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Lists of items -> requests `[n]` and nodes `[n, L]` of the n different items that the trie has."""
+        device = item_codes.device
+        lists = [torch.as_tensor(items, dtype=torch.long, device=device).flatten() for items in lists]
+        items = torch.cat(lists)
+        if len(items) and (items.min() < 0 or items.max() >= len(item_codes)):
+            row = next(
+                row for row, one in enumerate(lists) if len(one) and (one.min() < 0 or one.max() >= len(item_codes))
+            )
+            raise ValueError(
+                f"The item list of request {row} has indices from {int(lists[row].min())} to {int(lists[row].max())}, outside "
+                f"a catalogue of {len(item_codes)} items."
+            )
+        lengths = torch.tensor([len(one) for one in lists], device=device)
+        request = torch.arange(len(lists), device=device).repeat_interleave(lengths)
+        pairs = (request * len(item_codes) + items).unique()
+        request, path = pairs // len(item_codes), trie.nodes_of(item_codes[pairs % len(item_codes)])
+        known = path[:, -1] >= 0
+        return request[known], path[known]
 
-    def alive(self, start: torch.LongTensor, end: torch.LongTensor) -> torch.BoolTensor:
-        """Whether each request (row) may still reach a leaf in `[start, end)`; `[B, m]` each."""
-        inside = torch.searchsorted(self.leaves, end) - torch.searchsorted(self.leaves, start)
-        return (inside > 0) if self.is_allow_list else (inside < end - start)
+    def concerns(self, level: int) -> bool:
+        """Whether any node of a level is dead for any request."""
+        return self.is_allow_list or len(self.keys[level]) > 0
+
+    def alive(self, level: int, nodes: torch.LongTensor) -> torch.BoolTensor:
+        """Nodes `[B, m]` of a level that concerns the filter -> whether each request may still go there."""
+        keys = self.keys[level]
+        wanted = nodes + self.num_nodes[level] * torch.arange(len(nodes), device=nodes.device)[:, None]
+        listed = keys[torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)] == wanted
+        return listed if self.is_allow_list else ~listed

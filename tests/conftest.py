@@ -18,7 +18,15 @@ BACKBONES = {
     "llama": {**SMALL, "num_key_value_heads": 2},
     "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "mistral": {**SMALL, "num_key_value_heads": 2, "sliding_window": None},
+    "mistral": {**SMALL, "num_key_value_heads": 2, "sliding_window": 9},
+    # One layer that sees everything and one that does not.
+    "qwen2": {
+        **SMALL,
+        "num_key_value_heads": 1,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
 }
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import build_model, exact_scores, random_codes, random_histories
+from conftest import build_model, exact_scores, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from modeling_unigrf import CatalogueTrie, UniGRFForCausalLM
+from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 
 
@@ -106,26 +106,6 @@ def test_every_generated_item_exists_in_random_catalogues_with_shared_suffixes(s
     assert all(len(set(row)) == len(row) for row in items.tolist())
     sampled = model.generate(input_ids, attention_mask=mask, num_beams=1, do_sample=True)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), share=st.floats(0.05, 1.0), seed=st.integers(0, 10_000)
-)
-def test_the_trie_holds_exactly_the_catalogue(sizes, share, seed):
-    generator = torch.Generator().manual_seed(seed)
-    total = int(torch.tensor(sizes).prod())
-    codes = random_codes(max(1, round(share * total)), sizes, generator)
-    trie = CatalogueTrie(codes, sizes)
-    everything = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(total, -1)
-    index = {tuple(code): item for item, code in enumerate(codes.tolist())}
-    assert trie.lookup(everything).tolist() == [index.get(tuple(code), -1) for code in everything.tolist()]
-    spelt, nodes = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    for level in range(len(sizes)):
-        parent, nodes, code = trie.children(level, nodes)
-        spelt = torch.cat([spelt[parent], code[:, None]], dim=1)
-    assert spelt.tolist() == sorted(codes.tolist())
-    assert trie.leaf_items[nodes].tolist() == trie.lookup(spelt).tolist()
 
 
 def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the_beams(tmp_path):
@@ -246,7 +226,7 @@ def test_the_processor_finds_its_node_from_the_tokens_alone():
     ragged = torch.stack([input_ids[0], torch.cat([input_ids[1, 2:], item[:2]])])
     scores = processor(ragged, torch.randn(2, model.config.vocab_size))
     level_0 = scores[0, model.layout.level_slice(0)].exp().sum()
-    assert level_0 <= 1.0001 and scores[0].isfinite().sum() == len(model.catalogue.trie.node_codes[0])
+    assert level_0 <= 1.0001 and scores[0].isfinite().sum() == model.catalogue.trie.levels[0].num_nodes
     assert scores[1].isfinite().nonzero()[:, 0].tolist() == sorted(
         {
             model.config.code_offsets[2] + c[2]
@@ -269,7 +249,35 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
     assert len(attentions.logits) == 4 and torch.equal(attentions.sequences, expected)
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
-    with pytest.raises(ValueError, match="Expected a DynamicCache"):
+    with pytest.raises(ValueError, match="Expected a `DynamicCache"):
         model.rank(
             input_ids, mask, torch.tensor([[1], [2]]), past_key_values=StaticCache(model.config, max_cache_len=40)
         )
+
+
+def test_another_catalogue_is_swapped_in_at_call_time(backbone):
+    model = build_model(backbone)
+    input_ids, mask, items = random_histories(model, [4, 2])
+    scores = exact_scores(model, input_ids, mask)
+    market = torch.tensor([1, 4, 9, 16, 25, items[0][0]]).unique()
+    expected = scores[:, market].sort(dim=1, descending=True)
+    catalogue = model.catalogue.subset(market)
+    arguments = {"num_beams": 10, "num_return_sequences": 10}
+    everything = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
+    best = model.recommend(input_ids, mask, ranking_weight=0.0, catalogue=catalogue, **arguments)
+    assert torch.equal(best.item_indices[:, : len(market)], market[expected.indices])
+    torch.testing.assert_close(best.scores[:, : len(market)], expected.values, atol=2e-5, rtol=1e-4)
+    assert (best.item_indices[:, len(market) :] == -1).all()
+    sequences = model.generate(input_ids, attention_mask=mask, catalogue=catalogue, **arguments)
+    assert torch.equal(generated_items(model, sequences, input_ids.shape[1]).view(2, -1), market[expected.indices])
+    sampled = model.generate(input_ids, attention_mask=mask, catalogue=catalogue, do_sample=True, num_beams=1)
+    assert torch.isin(generated_items(model, sampled, input_ids.shape[1]), market).all()
+    fresh = model.recommend(input_ids, mask, exclude_history=True, catalogue=catalogue, **arguments)
+    left = set(market.tolist()) - set(items[0])
+    assert {item for item in fresh.item_indices[0].tolist() if item >= 0} == left and items[0][0] in market
+    again = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
+    assert torch.equal(again.item_indices, everything.item_indices), "nothing of the market is left behind"
+    with pytest.raises(ValueError, match="below 30"):
+        model.catalogue.subset([30])
+    with pytest.raises(ValueError, match="Request 1 leaves no item"):
+        model.recommend(input_ids, mask, catalogue=catalogue, allowed_items=[[1, 2], [2, 3]])

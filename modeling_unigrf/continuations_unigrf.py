@@ -1,0 +1,257 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""Continuations: many short sequences after one history, none of which sees another, in one forward on its cache.
+
+Beams and candidates are both that. Their tokens are packed behind the history, one row a request, so that the history is
+read and kept once. `read_continuations` lets them attend in one of two ways, with the same result:
+
+- *shared prefix*: all queries of a request attend its history in one product, each continuation its own few tokens in
+  another, and the two are merged by their log-sum-exp. Needs a backbone that hands its keyword arguments down to the
+  attention, which is found out by trying.
+- *packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the continuations. For eager
+  attention, for training, for histories longer than a sliding window, and for backbones that do not hand anything down.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+MAX_SCORES = 2**24  # attention scores held at a time: 64 MiB
+# A name of this module's own: code loaded from a repository must not replace that of an installed package, or the reverse.
+SHARED_PREFIX = f"shared_prefix@{__name__}"
+
+
+@dataclass
+class Continuations:
+    """
+    What the attention must know of them.
+
+    Args:
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What of the cache's first T tokens is seen.
+        own_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens of each continuation are,
+            in order. The last ones are the queries of this forward.
+        handed_down (`bool`): Set by the attention: the backbone passes its keyword arguments on.
+    """
+
+    history_mask: torch.BoolTensor
+    own_keys: torch.LongTensor
+    handed_down: bool = False
+
+    def __post_init__(self):
+        self.padding = None if self.history_mask.all() else ~self.history_mask[:, None, None]
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    continuations: Continuations | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of continuations on a history that they share, exact; without `continuations` it is sdpa.
+
+    Args:
+        query (`torch.FloatTensor` of shape `(batch_size, num_heads, N * s, head_dim)`)
+        key, value (`torch.FloatTensor` of shape `(batch_size, num_key_value_heads, T + own tokens, head_dim)`)
+
+    Returns:
+        `(output [batch_size, N * s, num_heads, head_dim], None)`, as transformers' attention functions do.
+    """
+    if continuations is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    continuations.handed_down = True
+    batch_size, num_heads, _, dim = query.shape
+    kv_heads, length = key.shape[1], continuations.history_mask.shape[1]
+    _, count, own = continuations.own_keys.shape
+    steps, groups = query.shape[2] // count, num_heads // kv_heads
+    queries = query * (dim**-0.5 if scaling is None else scaling)
+    queries = queries.reshape(batch_size, kv_heads, groups, count, steps, dim)
+    history_keys, history_values = key[:, :, :length].transpose(2, 3), value[:, :, :length]
+    own_keys, own_values = (own_states(states, continuations.own_keys) for states in (key, value))
+    hidden = None
+    if steps > 1:
+        hidden = ~torch.ones(steps, own, dtype=torch.bool, device=query.device).tril(own - steps)
+
+    outputs = []
+    at_once = max(1, MAX_SCORES // (batch_size * num_heads * steps * length))
+    for start in range(0, count, at_once):
+        part = slice(start, start + at_once)
+        block = queries[:, :, :, part]
+        scores = (block.flatten(2, 4) @ history_keys).float()
+        if continuations.padding is not None:
+            scores.masked_fill_(continuations.padding, -torch.inf)
+        # Never -inf, also where nothing of the history is seen.
+        top = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        weights = scores.sub_(top).exp_()
+        norm = weights.sum(dim=-1, keepdim=True).view(*block.shape[:-1], 1)
+        from_history = (weights.to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
+        top = top.view_as(norm)
+
+        own_scores = (block @ own_keys[:, :, :, part].transpose(-1, -2)).float()
+        if hidden is not None:
+            own_scores = own_scores.masked_fill(hidden, -torch.inf)
+        both = torch.maximum(top, own_scores.amax(dim=-1, keepdim=True))
+        own_weights, shrunk = (own_scores - both).exp(), (top - both).exp()
+        norm = shrunk * norm + own_weights.sum(dim=-1, keepdim=True)
+        from_own = own_weights.to(value.dtype) @ own_values[:, :, :, part]
+        outputs.append(torch.addcmul(from_own * (1 / norm), from_history, shrunk / norm).to(value.dtype))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
+    return output.reshape(batch_size, num_heads, count * steps, -1).transpose(1, 2).contiguous(), None
+
+
+def own_states(states: torch.Tensor, own_keys: torch.LongTensor) -> torch.Tensor:
+    """Of keys or values `[B, H, S, D]`, those at `own_keys [B, N, m]`: `[B, H, 1, N, m, D]`."""
+    batch_size, heads, size, dim = states.shape
+    rows = torch.arange(batch_size * heads, device=states.device).view(batch_size, heads, 1) * size
+    flat = (rows + own_keys.flatten(1)[:, None]).flatten()
+    return states.reshape(-1, dim).index_select(0, flat).view(batch_size, heads, 1, *own_keys.shape[1:], dim)
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The window beyond which some layer of a backbone does not see, if there is one."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+def attention_mask_4d(
+    config: PreTrainedConfig,
+    visible: torch.BoolTensor,
+    query_positions: torch.LongTensor,
+    key_positions: torch.LongTensor,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    A mask as the backbone takes it: boolean for sdpa, additive for eager; with the sliding window, if it has one, which a
+    4-D mask would replace; one mask for each type of layer, if they differ in it.
+
+    Args:
+        config (`PreTrainedConfig`): The backbone's own.
+        visible (`torch.BoolTensor` of shape `(batch_size, Q, K)`)
+        query_positions, key_positions (`torch.LongTensor` of shape `(batch_size, Q)` and `(batch_size, K)`)
+    """
+
+    def prepared(mask: torch.BoolTensor) -> torch.Tensor:
+        mask = mask[:, None]
+        if config._attn_implementation != "eager":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    window = sliding_window(config)
+    if window is None:
+        return prepared(visible)
+    near = visible & (query_positions[:, :, None] - key_positions[:, None] < window)
+    if len(set(getattr(config, "layer_types", None) or [])) > 1:
+        return {"full_attention": prepared(visible), "sliding_attention": prepared(near)}
+    return prepared(near)
+
+
+@contextmanager
+def kept_as_found(cache: Cache) -> Iterator[Cache]:
+    """Whatever is appended to the cache inside is taken off again, also if something fails."""
+    length = cache.get_seq_length()
+    try:
+        yield cache
+    finally:
+        cache.crop(length - cache.get_seq_length())
+
+
+def check_cache(cache: Cache) -> None:
+    """Raises `ValueError` unless tokens can be appended to a cache and taken off again."""
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(
+            f"Expected a `DynamicCache()`, on which beams and candidates are packed and taken off again, found "
+            f"{type(cache).__name__} with layers {kinds}."
+        )
+
+
+def read_continuations(
+    backbone: nn.Module,
+    token_ids: torch.LongTensor,
+    history_mask: torch.BoolTensor,
+    earlier_keys: torch.LongTensor,
+    past_key_values: DynamicCache,
+) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    """
+    Runs the next tokens of N continuations of each history, and leaves their keys and values on the cache.
+
+    Args:
+        backbone (`UniGRFModel`)
+        token_ids (`torch.LongTensor` of shape `(batch_size, N, s)`)
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What the continuations see of the cache's first T
+            tokens.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens are that come before
+            them in each continuation, after the history.
+
+    Returns:
+        The output `[batch_size, N, s, hidden_size]`, and where on the cache each continuation's tokens are now,
+        `[batch_size, N, m + s]`.
+    """
+    config = backbone.language_model.config
+    batch_size, count, steps = token_ids.shape
+    earlier, length = earlier_keys.shape[2], history_mask.shape[1]
+    start, own = past_key_values.get_seq_length(), torch.arange(count * steps, device=token_ids.device)
+    own_keys = torch.cat([earlier_keys, (start + own).view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
+    history_length = history_mask.sum(dim=1)[:, None]
+    positions = history_length + earlier + torch.arange(steps, device=token_ids.device)
+    arguments = {
+        "input_ids": token_ids.flatten(1),
+        "position_ids": positions.repeat(1, count),
+        "past_key_values": past_key_values,
+        "use_cache": True,
+    }
+    window = sliding_window(config)
+    whole_history_seen = window is None or length + earlier + steps <= window
+    if whole_history_seen and not torch.is_grad_enabled() and shares_prefix(backbone):
+        # A mask that says nothing new keeps the backbone from making one of its own.
+        continuations, mask = Continuations(history_mask, own_keys), history_mask[:, None, None]
+        states = backbone(attention_mask=mask, continuations=continuations, **arguments)
+    else:
+        visible = torch.zeros(
+            batch_size, count, steps, start + count * steps, dtype=torch.bool, device=token_ids.device
+        )
+        visible[..., :length] = history_mask[:, None, None]
+        causal = torch.ones(steps, earlier + steps, dtype=torch.bool, device=token_ids.device).tril(earlier)
+        visible.scatter_(3, own_keys[:, :, None].expand(-1, -1, steps, -1), causal.expand(batch_size, count, -1, -1))
+        key_positions = nn.functional.pad(history_mask.long().cumsum(1) - 1, (0, start + count * steps - length))
+        own_positions = history_length + torch.arange(earlier + steps, device=token_ids.device)
+        key_positions.scatter_(1, own_keys.flatten(1), own_positions.repeat(1, count))
+        mask = attention_mask_4d(
+            config, visible.flatten(1, 2), arguments["position_ids"], key_positions, backbone.dtype
+        )
+        states = backbone(attention_mask=mask, **arguments)
+    return states.last_hidden_state.unflatten(1, (count, steps)), own_keys
+
+
+@torch.no_grad()
+def shares_prefix(backbone: nn.Module) -> bool:
+    """
+    Whether the backbone attends by `shared_prefix_attention`. One that uses sdpa is switched over at first use, for good
+    (without continuations it is sdpa, and switching to and fro would not be safe in threads), if a trial shows that its
+    keyword arguments reach the attention.
+    """
+    config = backbone.language_model.config
+    if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
+        token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+        cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
+        backbone(token, past_key_values=cache, use_cache=True)
+        trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
+        config._attn_implementation = SHARED_PREFIX
+        backbone(token, seen, past_key_values=cache, use_cache=True, continuations=trial)
+        backbone.hands_down_arguments = trial.handed_down
+        if not trial.handed_down:
+            config._attn_implementation = "sdpa"
+    return config._attn_implementation == SHARED_PREFIX

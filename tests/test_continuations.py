@@ -1,0 +1,73 @@
+"""Continuations: each is read as if it were alone behind its history, in both ways of attending."""
+
+import pytest
+import torch
+from conftest import BACKBONES, build_model, random_histories
+from transformers.cache_utils import DynamicCache
+
+from modeling_unigrf import continuations_unigrf
+from modeling_unigrf.continuations_unigrf import read_continuations, shares_prefix
+
+
+def one_by_one(model, input_ids, mask, continuations):
+    """Output at the last token of each of `continuations [B, N, s]`, by a forward over the unpadded row and without cache."""
+    states = torch.empty(*continuations.shape[:2], model.config.hidden_size)
+    for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True)):
+        for column, tokens in enumerate(continuations[row]):
+            with torch.no_grad():
+                whole = torch.cat([ids[seen.bool()], tokens])[None]
+                states[row, column] = model.model(whole).last_hidden_state[0, -1]
+    return states
+
+
+@pytest.mark.parametrize("way", ["shared prefix", "shared prefix in chunks", "packed mask", "eager"])
+def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, way, monkeypatch):
+    model = build_model(backbone)
+    model.set_attn_implementation("eager" if way == "eager" else "sdpa")
+    model.model.hands_down_arguments = "shared" in way
+    windowed = "sliding_window" in BACKBONES[backbone]
+    if way == "shared prefix in chunks":
+        monkeypatch.setattr(continuations_unigrf, "MAX_SCORES", 1)
+    input_ids, mask, _ = random_histories(model, [1, 0] if windowed and "shared" in way else [5, 2])
+    generator = torch.Generator().manual_seed(1)
+    seen, cache = mask.bool(), DynamicCache()
+    with torch.no_grad():
+        model.model(input_ids, mask, past_key_values=cache, use_cache=True)
+        tokens = torch.randint(4, model.config.vocab_size, (2, 3, 1), generator=generator)
+        paths, keys = tokens, torch.empty(2, 3, 0, dtype=torch.long)
+        states, keys = read_continuations(model.model, tokens, seen, keys, cache)
+        for width, steps in ((5, 1), (4, 2)):  # children of random parents, some of one parent, some parents childless
+            parent = torch.randint(paths.shape[1], (2, width, 1), generator=generator)
+            tokens = torch.randint(4, model.config.vocab_size, (2, width, steps), generator=generator)
+            paths = torch.cat([paths.gather(1, parent.expand(-1, -1, paths.shape[2])), tokens], dim=2)
+            keys = keys.gather(1, parent.expand(-1, -1, keys.shape[2]))
+            states, keys = read_continuations(model.model, tokens, seen, keys, cache)
+    assert shares_prefix(model.model) == ("shared" in way), "the way that is tested is the way that was taken"
+    torch.testing.assert_close(
+        states[:, :, -1], one_by_one(model, input_ids, mask, paths), atol=2e-5, rtol=1e-4, check_stride=False
+    )
+
+
+def test_a_backbone_that_hands_nothing_down_is_found_out(monkeypatch):
+    model = build_model()
+    forward = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model, "forward", lambda *args, continuations=None, **kwargs: forward(*args, **kwargs)
+    )
+    assert not shares_prefix(model.model)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    found = model.recommend(input_ids, mask, num_beams=12)
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    shared = build_model()
+    torch.testing.assert_close(found.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
+    assert shares_prefix(shared.model)
+
+
+def test_training_after_inference_is_training_as_before():
+    model = build_model(negatives_per_item=0.5)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    before = model(input_ids, mask, labels=labels).loss
+    model.recommend(input_ids, mask, num_beams=12)
+    assert shares_prefix(model.model)
+    torch.testing.assert_close(model(input_ids, mask, labels=labels).loss, before)
