@@ -3,7 +3,7 @@
     python -m recipes.demo --output_dir runs/demo            # `make demo`
     python -m recipes.demo --movielens path/to/ml-100k       # GroupLens's own files
 
-Stages: tables, prepare (embeddings, semantic ids), baselines, train, evaluate, report, recommend (in a new process). A
+Stages: tables, prepare (embeddings, semantic ids), baselines, train, evaluate, report, show (in a new process). A
 stage that was done with the same arguments is not done again; training resumes where it was interrupted.
 """
 
@@ -141,7 +141,7 @@ def main(args: DemoArguments) -> None:
         ],
         json.loads((root / "ranks.json").read_text()),
     )
-    command = [sys.executable, "-m", "recipes.recommend", f"--checkpoint={checkpoint}", f"--data_dir={data}"]
+    command = [sys.executable, "-m", "recipes.show", f"--checkpoint={checkpoint}", f"--data_dir={data}"]
     subprocess.run(command, check=True)
     columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
     print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in columns))
