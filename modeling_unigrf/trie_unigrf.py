@@ -22,8 +22,9 @@ class TrieLevel:
         max_children (`int`): Most children that a parent has.
         child_start (`torch.IntTensor` of shape `(num_parents + 1,)`): Where the children of each parent begin.
         codes (`torch.Tensor` of shape `(num_nodes,)`, *optional*): Code of each node, in the smallest integer type.
-        ranks (`torch.Tensor` of shape `(num_parents, num_codes)`, *optional*): Instead of `codes` on small or well-filled
-            levels (in practice the first two): which child of its parent has each code, -1 for none.
+        ranks (`torch.FloatTensor` of shape `(num_parents, num_codes)`, *optional*): Instead of `codes` on small or
+            well-filled levels (in practice the first two): which child of its parent has each code, -inf for none. As
+            floats, since its minimum with zero is what to add to a score.
     """
 
     num_codes: int
@@ -39,15 +40,14 @@ class TrieLevel:
         counts = parents.bincount(minlength=num_parents)
         child_start = nn.functional.pad(counts.cumsum(0), (1, 0))
         level = cls(num_codes, len(codes), int(counts.max()), child_start.int())
-        if num_parents * num_codes > max(DENSE_ENTRIES, 2 * len(codes)):
+        if num_parents * num_codes > max(DENSE_ENTRIES, len(codes)):
             level.codes = codes.to(
                 torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
             )
             return level
-        dtype = torch.int16 if num_codes <= 2**15 else torch.int32
-        level.ranks = torch.full((num_parents, num_codes), -1, dtype=dtype, device=codes.device)
+        level.ranks = torch.full((num_parents, num_codes), -torch.inf, device=codes.device)
         rank = torch.arange(len(codes), device=codes.device) - child_start[parents]
-        level.ranks[parents, codes.long()] = rank.to(dtype)
+        level.ranks[parents, codes.long()] = rank.float()
         return level
 
     @property
@@ -60,7 +60,7 @@ class TrieLevel:
         start = self.child_start[parents].long()
         if self.ranks is not None:
             rank = self.ranks[parents, codes]
-            return torch.where(rank >= 0, start + rank, -1)
+            return torch.where(rank >= 0, start + rank.clamp(min=0).long(), -1)
         # A binary search in all lists of children at once; each is sorted by code.
         low, high = start, self.child_start[parents + 1].long()
         end, last = high, self.num_nodes - 1
@@ -81,11 +81,13 @@ class TrieLevel:
         Returns:
             `(parent, child, code)`, each `[m]`: index into `parents`, node, and its code; ordered by parent and code.
         """
-        start = self.child_start[parents].long()
-        counts = self.child_start[parents + 1] - start
-        parent = torch.arange(len(parents), device=parents.device).repeat_interleave(counts)
-        child = torch.arange(len(parent), device=parents.device) + (start + counts - counts.cumsum(0))[parent]
-        codes = self.codes[child] if self.ranks is None else (self.ranks[parents] >= 0).nonzero()[:, 1]
+        # `take` and `index_select` cost a third of what indexing does, and most lists here are short.
+        start, end = self.child_start.take(parents), self.child_start.take(parents + 1)
+        counts = (end - start).long()
+        ends = counts.cumsum(0)
+        parent = torch.repeat_interleave(counts, output_size=int(ends[-1]) if len(ends) else 0)
+        child = torch.arange(len(parent), device=parents.device).add_((end - ends).take(parent))
+        codes = self.codes.take(child) if self.ranks is None else (self.ranks[parents] >= 0).nonzero()[:, 1]
         return parent, child, codes.long()
 
 
@@ -226,32 +228,36 @@ class CatalogueTrie:
             the most has; -inf fills up the others. `parent` is the beam a child comes from.
         """
         trie_level, (batch_size, width) = self.levels[level], nodes.shape
+        num_codes = trie_level.num_codes
         if trie_level.ranks is not None:  # all codes of all beams, in place
-            ranks = trie_level.ranks[nodes]
-            table = (scores[..., None] + log_probs).masked_fill_(ranks < 0, -torch.inf).flatten(1)
+            ranks = trie_level.ranks.index_select(0, nodes.flatten()).view(batch_size, width, num_codes)
+            table = torch.clamp(ranks, max=0).add_(log_probs).add_(scores[..., None]).flatten(1)
             if item_filter is not None and item_filter.concerns(level):
-                child = (trie_level.child_start[nodes][..., None] + ranks).flatten(1)
-                table = table.masked_fill_(~item_filter.alive(level, child), -torch.inf)
+                child = trie_level.child_start[nodes][..., None] + ranks.clamp(min=0).long()
+                table.masked_fill_(~item_filter.alive(level, child.flatten(1)), -torch.inf)
             best_scores, best = table.topk(min(count, table.shape[1]), dim=1)
-            parent, code = best // trie_level.num_codes, best % trie_level.num_codes
-            rank = ranks.flatten(1).gather(1, best).clamp(min=0)
-            child = trie_level.child_start[nodes.gather(1, parent)] + rank.long()
+            parent, code = best // num_codes, best % num_codes
+            child = trie_level.child(nodes.gather(1, parent), code).clamp_(min=0)
         else:  # only the children that exist, one request after another
             parents, children, codes = trie_level.children(nodes.flatten())
-            flat = scores.flatten()[parents] + log_probs.flatten().take(parents * trie_level.num_codes + codes)
-            counts = (parents // width).bincount(minlength=batch_size)
-            first = counts.cumsum(0) - counts
-            place = torch.arange(int(counts.max()), device=nodes.device)
-            is_child = place < counts[:, None]
-            table = flat.new_full(is_child.shape, -torch.inf).masked_scatter_(is_child, flat)
+            table = log_probs.take(parents * num_codes + codes).add_(scores.take(parents))[None]
+            first, last = 0, len(children) - 1
+            if batch_size > 1:
+                counts = (parents // width).bincount(minlength=batch_size)
+                is_child = torch.arange(int(counts.max()), device=nodes.device) < counts[:, None]
+                table = table.new_full(is_child.shape, -torch.inf).masked_scatter_(is_child, table)
+                first = (counts.cumsum(0) - counts)[:, None]
             if item_filter is not None and item_filter.concerns(level):
-                child = (first[:, None] + place).clamp(max=len(children) - 1)
-                table = table.masked_fill_(~item_filter.alive(level, children[child]), -torch.inf)
+                place = torch.arange(table.shape[1], device=nodes.device).expand(batch_size, -1) + first
+                table.masked_fill_(~item_filter.alive(level, children.take(place.clamp_(max=last))), -torch.inf)
             best_scores, best = table.topk(min(count, table.shape[1]), dim=1)
-            best = (first[:, None] + best).clamp(max=len(children) - 1)
-            parent, child, code = parents[best] % width, children[best], codes[best]
-        found = max(1, int((best_scores > -torch.inf).sum(dim=1).max()))
-        return best_scores[:, :found], parent[:, :found], child[:, :found], code[:, :found]
+            if batch_size > 1:
+                parents, best = parents % width, (best + first).clamp_(max=last)
+            parent, child, code = parents.take(best), children.take(best), codes.take(best)
+        if float(best_scores[:, -1].max()) == -torch.inf:  # places that no request fills
+            found = max(1, int((best_scores > -torch.inf).sum(dim=1).max()))
+            best_scores, parent, child, code = (one[:, :found] for one in (best_scores, parent, child, code))
+        return best_scores, parent, child, code
 
 
 class ItemFilter:
