@@ -4,13 +4,16 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig
 from .generation_unigrf import UniGRFRecommendation
+from .modeling_hstu import HSTUModel
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
 from .pipeline_unigrf import RecommendationPipeline
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
 AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)
+AutoModel.register(HSTUConfig, HSTUModel)
 AutoModel.register(UniGRFConfig, UniGRFModel)
 AutoModelForCausalLM.register(UniGRFConfig, UniGRFForCausalLM)
 UniGRFConfig.register_for_auto_class()
@@ -20,6 +23,8 @@ PIPELINE_REGISTRY.register_pipeline("recommendation", RecommendationPipeline, pt
 
 __all__ = [
     "CatalogueTrie",
+    "HSTUConfig",
+    "HSTUModel",
     "ItemFilter",
     "RecommendationPipeline",
     "UniGRFCausalLMOutput",

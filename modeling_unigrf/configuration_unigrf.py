@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_hstu import HSTUConfig  # noqa: F401  # so that AutoConfig knows it
+
 NEXT_TARGET = "next"
 # All of it, whichever class is saved: transformers itself would name only the class that it saves.
 AUTO_MAP = {
@@ -26,7 +28,7 @@ class UniGRFConfig(PreTrainedConfig):
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The backbone: any decoder-only config that `AutoConfig` knows (tested: llama, qwen2, qwen3, gpt2, mistral,
+            The backbone: any decoder-only config that `AutoConfig` knows (tested: hstu, llama, qwen2, qwen3, gpt2, mistral,
             with and without sliding windows). A small Llama by default. Its `vocab_size` and special tokens are set from
             the fields below.
         codebook_sizes (`list[int]`, defaults to `[256, 256, 256, 1]`):
@@ -37,6 +39,16 @@ class UniGRFConfig(PreTrainedConfig):
             Names of the behaviours that may follow an item.
         behavior_token_ids (`list[int]`, *optional*):
             Token id of each behaviour. Defaults to consecutive ids from 4 (after pad, bos, eos, unk).
+        code_similarity (`str`, defaults to `"dot"`):
+            How a code's logit comes from the output and the code's row of `lm_head`: `"dot"`, or `"cosine"` of both (UniGRF
+            with atomic ids: cosine, `code_temperature=0.05`, `tie_word_embeddings=True`).
+        code_temperature (`float`, defaults to 1.0):
+            The logits of the codes are divided by it.
+        code_negatives (`int`, defaults to 0):
+            In training, predict a code among itself and this many uniform codes of its level (sampled softmax) instead of
+            all of them, if there are more; for levels of very many codes. 0: always all.
+        share_code_negatives (`bool`, defaults to `True`):
+            The same negatives for all positions of a batch, or others for each.
         ranking_targets (`list[str]`, *optional*):
             What the ranking head scores: `"next"` (is this the next item?) and any of `behaviors` (which behaviour will
             follow, if the item is shown?). Defaults to `"next"` and, if there are two behaviours or more, each of them.
@@ -93,6 +105,10 @@ class UniGRFConfig(PreTrainedConfig):
     code_offsets: list[int] | None = None
     behaviors: list[str] | tuple[str, ...] = ("interact",)
     behavior_token_ids: list[int] | None = None
+    code_similarity: str = "dot"
+    code_temperature: float = 1.0
+    code_negatives: int = 0
+    share_code_negatives: bool = True
     ranking_targets: list[str] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
@@ -145,6 +161,12 @@ class UniGRFConfig(PreTrainedConfig):
         """Number of token ids that specials, behaviours and codes need."""
         ends = [offset + size for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=True)]
         return max([3, *self.behavior_token_ids, *(end - 1 for end in ends)]) + 1
+
+    @property
+    def max_history_items(self) -> int | None:
+        """Items of a history that fit into the backbone's positions, beside <bos> and the next item; None: no limit."""
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        return None if positions is None else (positions - 1 - self.num_levels) // (self.num_levels + 1)
 
     # The rest of transformers reads these from the outer config; they live in the backbone's.
     @property
@@ -223,6 +245,11 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
                 "item_embedding_dim or item_table_size."
+            )
+        if self.code_similarity not in ("dot", "cosine") or self.code_temperature <= 0 or self.code_negatives < 0:
+            raise ValueError(
+                "Expected code_similarity 'dot' or 'cosine', a positive code_temperature and code_negatives >= 0, found "
+                f"{self.code_similarity!r}, {self.code_temperature} and {self.code_negatives}."
             )
         if self.num_items < 1:
             raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")

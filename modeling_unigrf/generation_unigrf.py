@@ -99,6 +99,13 @@ class UniGRFGenerationMixin(GenerationMixin):
         first = first or [TrieLogitsProcessor(self.layout, self.catalogue.trie, self.config.pad_token_id)]
         return LogitsProcessorList([*first, *(one for one in processors if not isinstance(one, TrieLogitsProcessor))])
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """A cache that forgets nothing, where none was asked for: windows are a matter of the masks."""
+        wanted = generation_config.cache_implementation is None and generation_config.use_cache is not False
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = DynamicCache()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         criteria.append(ItemComplete(self.layout))
@@ -238,7 +245,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
                 states, beams.keys = read_continuations(self.model, tokens, history_mask, beams.keys, past_key_values)
                 states = states[:, :, 0]
-            log_probs = self._level_logits(states, level).float().log_softmax(dim=-1)
+            log_probs = self.code_logits(states, layout.level_slice(level)).float().log_softmax(dim=-1)
             if logits_processor:
                 log_probs = self._process(logits_processor, input_ids, beams, trie, level, log_probs)
             scores, parent, nodes, code = trie.best_children(
@@ -250,13 +257,6 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
             beams = Beams(nodes, torch.cat([codes, code[..., None]], dim=2), scores, keys)
         return beams
-
-    def _level_logits(self, states: torch.FloatTensor, level: int) -> torch.FloatTensor:
-        """Logits of the codes of one level alone: the others would be computed only to be thrown away."""
-        codes = self.layout.level_slice(level)
-        if type(self.lm_head) is nn.Linear:  # and no adapter's wrapper
-            return nn.functional.linear(states, self.lm_head.weight[codes])
-        return self.lm_head(states)[..., codes]
 
     def _process(
         self, processors, input_ids, beams: Beams, trie: CatalogueTrie, level: int, log_probs: torch.Tensor
@@ -285,8 +285,6 @@ class UniGRFGenerationMixin(GenerationMixin):
             asked_for.append("inputs_embeds")
         if synced_gpus:
             asked_for.append("synced_gpus")
-        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            cache = DynamicCache()  # `generate` makes one that forgets what is beyond a sliding window
         try:
             cache = DynamicCache() if cache is None else cache
             check_cache(cache)

@@ -12,10 +12,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
+from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .continuations_unigrf import attention_mask_4d, check_cache, kept_as_found, read_continuations
 from .generation_unigrf import UniGRFGenerationMixin
 from .layout_unigrf import ItemLayout
+from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .training_unigrf import (
     Negatives,
@@ -23,6 +25,7 @@ from .training_unigrf import (
     draw_negatives,
     generation_loss,
     ranking_loss,
+    sampled_generation_loss,
     sampled_softmax_loss,
     supervised_items,
 )
@@ -35,7 +38,7 @@ class UniGRFCausalLMOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`): `generation_loss + ranking_loss_weight * ranking_loss`
             ` + item_loss_weight * item_loss`.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
-            probability is the softmax over its own level's slice.
+            probability is the softmax over its own level's slice. None in training with `config.code_negatives`.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
             negatives behind the sequence as well.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
@@ -85,7 +88,9 @@ class UniGRFModel(UniGRFPreTrainedModel):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        # Our own backbone by its type: a copy of this code that was loaded from a folder has classes of its own.
+        is_hstu = config.text_config.model_type == HSTUConfig.model_type
+        self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -295,15 +300,19 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state[:, :length]
+        samples_codes = targets is not None and self.training and self.config.code_negatives
         if targets is None and isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         elif targets is None:
             hidden_states = hidden_states[:, logits_to_keep]
-        logits = self.lm_head(hidden_states)
+        logits = None if samples_codes else self.code_logits(hidden_states)
 
         loss = code_loss = rank_loss = item_loss = None
         if targets is not None:
-            code_loss = generation_loss(self.layout, logits, targets)
+            if samples_codes:
+                code_loss = sampled_generation_loss(self, hidden_states, targets)
+            else:
+                code_loss = generation_loss(self.layout, logits, targets)
             rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
             loss = code_loss + self.config.ranking_loss_weight * rank_loss
             if self.config.item_loss_weight:
@@ -324,6 +333,20 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             ranking_loss=rank_loss,
             item_loss=item_loss,
         )
+
+    def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
+        """Output of the backbone `[..., hidden_size]` -> logits of a slice of the tokens `[..., n]`, and of no others."""
+        if type(self.lm_head) is not nn.Linear and self.config.code_similarity == "dot":  # an adapter's wrapper
+            return self.lm_head(states)[..., codes] / self.config.code_temperature
+        return self.code_similarity(states, self.lm_head.weight[codes].T)
+
+    def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """States `[..., n, hidden_size]`, rows of `lm_head` as columns `[..., hidden_size, m]` -> logits `[..., n, m]`."""
+        if self.config.code_similarity == "cosine":
+            states = nn.functional.normalize(states, dim=-1, eps=1e-6)
+            vectors = nn.functional.normalize(vectors, dim=-2, eps=1e-6)
+        logits = states @ vectors
+        return logits if self.config.code_temperature == 1.0 else logits / self.config.code_temperature
 
     @property
     def _negatives_per_item(self) -> float:

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, Pipeline
 
 REQUEST_KEYS = {"items", "behaviors", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
-FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target")
+FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalogue")
 COLUMNS = ("item_indices", "scores", "generation_scores", "ranking_scores")
 
 
@@ -21,7 +21,7 @@ class RecommendationPipeline(Pipeline):
         max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model reads.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
         exclude_history (`bool`, defaults to `True`): Never recommend an item of the history.
-        num_beams, num_return_sequences, ranking_weight, ranking_target: As in `UniGRFForCausalLM.recommend`.
+        num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue: As in `UniGRFForCausalLM.recommend`.
     """
 
     _load_processor = False
@@ -75,7 +75,7 @@ class RecommendationPipeline(Pipeline):
         encoded = self.tokenizer.encode_history(
             items,
             request.get("behaviors"),
-            max_items=self.longest_history if max_items is None else max_items,
+            max_items=self.model.config.max_history_items if max_items is None else max_items,
             unknown=unknown,
             return_tensors="pt",
         )
@@ -88,13 +88,6 @@ class RecommendationPipeline(Pipeline):
         if exclude_history:  # all of it, also what is beyond `max_items`
             blocked += items
         return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
-
-    @property
-    def longest_history(self) -> int | None:
-        """Items that fit into the backbone's positions, the next item included; None if it has no limit."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        levels = self.model.config.num_levels
-        return None if positions is None else (positions - 1 - levels) // (levels + 1)
 
     def _indices(self, item_ids, unknown) -> torch.LongTensor:
         """

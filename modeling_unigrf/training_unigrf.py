@@ -144,6 +144,38 @@ def generation_loss(layout: ItemLayout, logits: torch.Tensor, targets: torch.Lon
     return total / (levels >= 0).sum().clamp(min=1)
 
 
+def sampled_generation_loss(model, states: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """
+    `generation_loss` with each code among itself and `config.code_negatives` uniform codes of its level, without correction
+    (as the public code of HSTU samples items); draws that hit the code itself do not count. Levels with no more codes than
+    that are taken whole.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): Output of the backbone.
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next token; all but codes are left out.
+    """
+    layout, count, shared = model.layout, model.config.code_negatives, model.config.share_code_negatives
+    levels = layout.token_levels(targets)
+    total = states.new_zeros((), dtype=torch.float32)
+    for level in range(layout.num_levels):
+        codes, here = layout.level_slice(level), levels == level
+        size, queries, true = codes.stop - codes.start, states[here], targets[here] - codes.start
+        if size <= count:
+            logits = model.code_logits(queries, codes).float()
+            total = total + nn.functional.cross_entropy(logits, true, reduction="sum")
+            continue
+        vectors = model.lm_head.weight[codes]
+        own = model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()
+        drawn = torch.randint(size, (count,) if shared else (len(true), count), device=states.device)
+        if shared:
+            logits = model.code_similarity(queries, vectors[drawn].T)
+        else:
+            logits = model.code_similarity(queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
+        logits = logits.float().masked_fill(drawn == true[:, None], -torch.inf)
+        total = total - torch.cat([own, logits], dim=1).log_softmax(dim=1)[:, 0].sum()
+    return total / (levels >= 0).sum().clamp(min=1)
+
+
 MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs memory in proportion
 
 

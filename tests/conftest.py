@@ -19,6 +19,7 @@ BACKBONES = {
     "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "mistral": {**SMALL, "num_key_value_heads": 2, "sliding_window": 9},
+    "hstu": {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 256, "num_time_buckets": 16},
     # One layer that sees everything and one that does not.
     "qwen2": {
         **SMALL,

@@ -22,6 +22,8 @@ def one_by_one(model, input_ids, mask, continuations):
 
 @pytest.mark.parametrize("way", ["shared prefix", "shared prefix in chunks", "packed mask", "eager"])
 def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, way, monkeypatch):
+    if backbone == "hstu" and way != "eager":
+        pytest.skip("HSTU attends in a way of its own")
     model = build_model(backbone)
     model.set_attn_implementation("eager" if way == "eager" else "sdpa")
     model.model.hands_down_arguments = "shared" in way

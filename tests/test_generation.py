@@ -209,8 +209,16 @@ def test_lists_that_leave_nothing_or_name_nothing_are_refused():
         model.recommend(input_ids, mask, allowed_items=[[3]])
 
 
-def test_atomic_ids_are_the_one_level_case(backbone):
-    model = build_model(backbone, codebook_sizes=(40,), num_items=33)
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_atomic_ids_are_the_one_level_case(backbone, similarity):
+    model = build_model(
+        backbone,
+        codebook_sizes=(40,),
+        num_items=33,
+        code_similarity=similarity,
+        code_temperature=0.3,
+        tie_word_embeddings=similarity == "cosine",
+    )
     input_ids, mask, _ = random_histories(model, [3, 1])
     best = model.recommend(input_ids, mask, num_beams=33, num_return_sequences=33, ranking_weight=0.0)
     expected = exact_scores(model, input_ids, mask).sort(dim=1, descending=True)

@@ -125,8 +125,8 @@ def approx(recommendations):
 
 # Elsewhere
 
-ELSEWHERE = """
-import json, re, sys
+NO_PROJECT = """
+import sys
 class NoProject:  # an editable install would be found from everywhere
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("modeling_unigrf", "tokenization", "recipes"):
@@ -138,6 +138,12 @@ except ModuleNotFoundError:
     pass
 else:
     raise AssertionError("the project is importable")
+"""
+
+ELSEWHERE = (
+    NO_PROJECT
+    + """
+import json, re, sys
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -163,6 +169,7 @@ for snippet in re.findall("```python\\n(.*?)```", open("repository/README.md", e
     exec(snippet)
 print(json.dumps(found))
 """
+)
 
 
 def test_the_folder_alone_gives_the_same_everywhere_and_comes_back_the_same(recommender, repository, tmp_path):
@@ -280,7 +287,9 @@ def test_parameters_do_what_recommend_does_with_them(recommender):
 
 
 def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender):
-    assert recommender.longest_history == 15  # 1 + 15 * 4 codes and behaviours + 3 codes of the next item = 64
+    assert (
+        recommender.model.config.max_history_items == 15
+    )  # 1 + 15 * 4 codes and behaviours + 3 codes of the next item = 64
     long = {"items": HISTORY["items"] * 10, "behaviors": HISTORY["behaviors"] * 10}
     assert recommender(long) == recommender(long, max_items=15)
     with pytest.raises(ValueError, match="take 68 positions, the backbone has 64"):

@@ -1,0 +1,69 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The HSTU backbone's sizes."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@strict
+class HSTUConfig(PreTrainedConfig):
+    r"""
+    Configuration of the HSTU backbone (Zhai et al. 2024, arXiv 2402.17152), as its public code has it.
+
+    Args:
+        vocab_size (`int`, defaults to 1024):
+            Number of tokens.
+        hidden_size (`int`, defaults to 50):
+            Width of the residual stream.
+        num_hidden_layers (`int`, defaults to 2):
+            Number of blocks.
+        num_attention_heads (`int`, defaults to 1):
+            Number of heads.
+        head_dim (`int`, *optional*):
+            Width of each head; `hidden_size // num_attention_heads` by default.
+        max_position_embeddings (`int`, defaults to 512):
+            Most positions of a sequence; also the constant that attention is divided by in place of a softmax's norm, so that
+            results do not depend on padding or packing.
+        relative_position_bias (`bool`, defaults to `True`):
+            A learned bias a layer for each distance between two positions.
+        num_time_buckets (`int`, defaults to 0):
+            Buckets (logarithmic, of seconds) of a learned bias a layer for the time between two events, which is added where
+            timestamps are given; 128 in the public code, 0 for none.
+        dropout (`float`, defaults to 0.2):
+            Dropout on the embeddings and on the output of attention.
+        layer_norm_eps (`float`, defaults to 1e-6):
+            Of the layer norms, which have no parameters.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights.
+    """
+
+    model_type = "hstu"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 1024
+    hidden_size: int = 50
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 1
+    head_dim: int | None = None
+    max_position_embeddings: int = 512
+    relative_position_bias: bool = True
+    num_time_buckets: int = 0
+    dropout: float = 0.2
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+
+# Here, so that a `text_config` of this type can be read wherever UniGRFConfig can.
+AutoConfig.register(HSTUConfig.model_type, HSTUConfig, exist_ok=True)
+
+__all__ = ["HSTUConfig"]

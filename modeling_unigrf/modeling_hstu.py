@@ -1,0 +1,197 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""HSTU as a backbone of transformers: pointwise attention by SiLU instead of softmax, gated, without a feed-forward."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_hstu import HSTUConfig
+
+UNKNOWN_TIME = -1
+
+
+class HSTUBias(nn.Module):
+    """What is added to the products of queries and keys: a number for their distance, another for the time between them."""
+
+    def __init__(self, config: HSTUConfig):
+        super().__init__()
+        self.longest, self.buckets = config.max_position_embeddings, config.num_time_buckets
+        self.positions = nn.Embedding(2 * self.longest - 1, 1) if config.relative_position_bias else None
+        self.times = nn.Embedding(self.buckets + 1, 1) if self.buckets else None
+
+    def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor | float:
+        """
+        Args:
+            distance (`torch.LongTensor` of shape `(batch_size or 1, Q, K)`): Position of the key minus that of the query.
+            seconds (`torch.LongTensor` of shape `(batch_size, Q, K)`, *optional*): Between them; -1 where not known.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size or 1, 1, Q, K)`
+        """
+        bias = 0.0
+        if self.positions is not None:
+            index = (distance + self.longest - 1).clamp(0, 2 * self.longest - 2)
+            bias = self.positions(index)[..., 0][:, None]
+        if self.times is not None and seconds is not None:
+            # Buckets each 1.35 times as wide as the one before, as in the public code.
+            bucket = (seconds.clamp(min=1).float().log() / 0.301).floor().long().clamp(max=self.buckets)
+            bias = bias + (self.times(bucket)[..., 0] * (seconds >= 0))[:, None]
+        return bias
+
+
+class HSTULayer(nn.Module):
+    """One block (HSTU, section 3.2; order and norms as in its public code)."""
+
+    def __init__(self, config: HSTUConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.heads, self.head_dim = layer_idx, config.num_attention_heads, config.head_dim
+        self.longest, self.eps = config.max_position_embeddings, config.layer_norm_eps
+        inner = self.heads * self.head_dim
+        self.uvqk_proj = nn.Linear(config.hidden_size, 4 * inner, bias=False)
+        self.bias = HSTUBias(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_proj = nn.Linear(inner, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.BoolTensor,
+        distance: torch.LongTensor,
+        seconds: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden_states [B, Q, hidden_size]`, `attention_mask [B, 1, Q, K]` -> the same shape, and `[B, H, Q, K]` weights."""
+        normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
+        u, *vqk = nn.functional.silu(self.uvqk_proj(normed)).chunk(4, dim=-1)
+        value, query, key = (one.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for one in vqk)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to renormalise.
+        products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
+        weights = (nn.functional.silu(products) / self.longest).masked_fill(~attention_mask, 0.0)
+        attended = (weights @ value).transpose(1, 2).flatten(2)
+        gated = u * nn.functional.layer_norm(attended, attended.shape[-1:], eps=self.eps)
+        return hidden_states + self.out_proj(self.dropout(gated)), weights
+
+
+class HSTUPreTrainedModel(PreTrainedModel):
+    config_class = HSTUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = False  # there is no softmax
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _no_split_modules = ["HSTULayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+
+class HSTUModel(HSTUPreTrainedModel):
+    """
+    Hidden states and cache of a token sequence. Of the cache, the layer behind the last one holds the position and the time
+    of every token, which the biases of later queries ask for.
+    """
+
+    def __init__(self, config: HSTUConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(HSTULayer(config, index) for index in range(config.num_hidden_layers))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        timestamps: torch.LongTensor | None = None,
+        next_timestamps: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        As every decoder of transformers.
+
+        Args:
+            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
+                in seconds from any origin; negative where not known. Without them the time bias is off.
+            next_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When the event is that
+                each token's output is asked for. By default that of the token after it and, for the last one, its own.
+
+        Raises:
+            ValueError: if the sequence has more positions than the config, or neither or both of `input_ids` and
+                `inputs_embeds` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
+        if position_ids.max() >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"Expected positions below max_position_embeddings={self.config.max_position_embeddings}, found "
+                f"{int(position_ids.max())}. Keep fewer items of the history, or train with more positions."
+            )
+        if attention_mask is None or attention_mask.dim() == 2:
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+
+        position_ids = position_ids.expand(batch_size, -1)
+        if timestamps is None:
+            timestamps = torch.full_like(position_ids, UNKNOWN_TIME)
+        if next_timestamps is None:
+            next_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
+        places = torch.stack([position_ids, timestamps], dim=-1)[:, None]
+        if past_key_values is not None:
+            places, _ = past_key_values.update(places, places[..., :0], self.config.num_hidden_layers)
+        key_positions, key_times = places[:, 0].unbind(dim=-1)
+        distance = key_positions[:, None] - position_ids[:, :, None]
+        if (distance == distance[:1]).all():  # unpadded rows: once for all of them
+            distance = distance[:1]
+        seconds = None
+        if self.config.num_time_buckets and (timestamps >= 0).any():
+            seconds = (next_timestamps[:, :, None] - key_times[:, None]).abs()
+            unknown = (next_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
+            seconds = seconds.masked_fill(unknown, UNKNOWN_TIME)
+
+        hidden_states = inputs_embeds * self.config.hidden_size**0.5 + self.embed_positions(position_ids)
+        hidden_states = self.dropout(hidden_states)
+        all_states, all_weights = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, visible, distance, seconds, past_key_values)
+            all_states.append(hidden_states)
+            all_weights.append(weights)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
