@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from recipes import movielens, train
 from recipes.baselines import baseline_results
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
+from recipes.hardware import bf16_speed_up
 from recipes.prepare import PrepareArguments, prepare
 from recipes.report import write_report
 from recipes.results import made_by
@@ -31,7 +32,6 @@ from tokenization import SemanticIdTokenizer
 # For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 TRAINING = [
-    "--bf16",
     "--passes=8",
     "--num_train_epochs=1",
     "--learning_rate=2e-3",
@@ -111,7 +111,8 @@ def main(args: DemoArguments) -> None:
         (root / "baselines.json").write_text(json.dumps(results))
 
     stages("baselines", {}, baselines)
-    work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": TRAINING}
+    arguments = [*TRAINING, f"--bf16={bf16_speed_up() > 1}"]
+    work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": arguments}
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:8]
     training = train.parse(
         [
@@ -119,7 +120,7 @@ def main(args: DemoArguments) -> None:
             f"--output_dir={root / f'training-{key}'}",  # other arguments never meet these checkpoints
             f"--checkpoint_dir={checkpoint}",
             f"--seed={args.seed}",
-            *TRAINING,
+            *arguments,
         ]
     )
     stages("train", work, lambda: train.train(*training))
@@ -129,6 +130,7 @@ def main(args: DemoArguments) -> None:
 
     metrics = json.loads((root / "metrics.json").read_text())
     metrics["made_by"] = made_by(f"python -m recipes.demo --seed {args.seed}")
+    metrics["made_by"]["training"] = " ".join(arguments)
     metrics["seconds"] = {name: stage["seconds"] for name, stage in stages.done.items()}
     (root / "metrics.json").write_text(json.dumps(metrics, indent=1))
     write_report(

@@ -47,15 +47,17 @@ class DictTrie:
 
         return prefix_allowed_tokens_fn
 
-    def step(self, prefixes: list[list[int]], scores: torch.Tensor, log_probs: torch.Tensor, count: int):
-        """One beam step: masks the log-probabilities `[K, num_codes]` of beams with these codes, takes the best."""
+    def step(self, prefixes: list[list[list[int]]], scores: torch.Tensor, log_probs: torch.Tensor, count: int):
+        """One beam step of beams with these codes `[B, K, level]`, as `StaticTrie.step`; the best scores and places."""
         mask = torch.full_like(log_probs, -torch.inf)
-        for beam, prefix in enumerate(prefixes):
-            node = self.root
-            for code in prefix:
-                node = node[code]
-            mask[beam, list(node)] = 0
-        return (scores[:, None] + log_probs + mask).flatten().topk(count)
+        for request, beams in enumerate(prefixes):
+            for beam, prefix in enumerate(beams):
+                node = self.root
+                for code in prefix:
+                    node = node[code]
+                mask[request, beam, list(node)] = 0
+        flat = (scores[..., None] + log_probs + mask).flatten(1)
+        return flat.topk(min(count, flat.shape[1]), dim=1)
 
 
 class StaticTrie:
@@ -94,7 +96,9 @@ class StaticTrie:
     @property
     def nbytes(self) -> int:
         """Memory of all levels."""
-        return sum(value.nbytes for level in self.levels for value in level.values() if isinstance(value, torch.Tensor))
+        return sum(
+            value.nbytes for level in self.levels for value in level.values() if isinstance(value, torch.Tensor)
+        )
 
     def step(self, level: int, states: torch.Tensor, scores: torch.Tensor, log_probs: torch.Tensor, count: int):
         """One beam step of states `[B, K]`, their scores and log-probabilities `[B, K, num_codes]`: scores, parents, states."""

@@ -74,12 +74,11 @@ class RecommendSettings:
 def resolved(settings: RecommendSettings, model) -> RecommendSettings:
     """The settings with the model's own for those that are None; `ValueError` if one is out of range."""
     config = model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     defaults = {
         "num_beams": model.generation_config.num_beams,
         "ranking_weight": config.ranking_weight,
         "ranking_target": config.ranking_targets[0],
-        "max_items": (positions - 1 - config.num_levels) // (config.num_levels + 1),  # beside <bos> and the next item
+        "max_items": config.max_history_items or sys.maxsize,
     }
     new = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
     most = {"num_return_sequences": new.num_beams, "max_items": defaults["max_items"]}

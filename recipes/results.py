@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
+from recipes import decoding_report
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
@@ -81,7 +83,7 @@ def collect(runs: list[Path]) -> dict:
 
 
 def table(results: dict) -> str:
-    """The README's table of one results file, in Markdown."""
+    """The README's table of runs that `collect` put together, in Markdown."""
     lines = [
         "| test | " + " | ".join(COLUMNS) + " |",
         "| --- " * (len(COLUMNS) + 1) + "|",
@@ -108,7 +110,9 @@ def write_readme(readme: Path) -> str:
     for file in sorted(RESULTS.glob("*.json")):
         begin, end = f"<!-- results:{file.stem} -->\n", f"<!-- end:{file.stem} -->"
         if begin in text:
-            content = begin + "\n" + table(json.loads(file.read_text())) + "\n\n" + end
+            results = json.loads(file.read_text())
+            write = decoding_report.table if "ratios" in results else table
+            content = begin + "\n" + write(results) + "\n\n" + end
             text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, new=content: new, text, flags=re.DOTALL)
     return text
 

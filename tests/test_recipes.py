@@ -161,7 +161,7 @@ def test_the_readme_names_files_that_exist():
 
 def test_the_readme_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
     ids = [str(number) for number in range(200)]  # stands in for MovieLens, of which nothing is in the repository
     codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
@@ -169,8 +169,9 @@ def test_the_readme_snippets_run(tmp_path, monkeypatch):
     model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY))
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
     RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
+    names: dict = {}  # the last one goes on where the second one ends
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, "README.md", "exec"), names)
 
 
 def test_the_readme_tables_are_made_from_the_committed_results():
