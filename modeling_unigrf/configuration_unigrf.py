@@ -67,8 +67,10 @@ class UniGRFConfig(PreTrainedConfig):
             `log((num_items - 1) / negatives_per_item)`, or 0 without negatives. `rank` subtracts it from the `"next"`
             logit (prior correction for case-control sampling: King and Zeng 2001, section 4.1), whose sigmoid is then
             the probability that the item, among all, comes next, on the scale of the generation score.
+        generation_loss_weight (`float`, defaults to 1.0):
+            Weight of the generation loss; 0 for a ranker alone.
         ranking_loss_weight (`float`, defaults to 1.0):
-            Weight of the ranking loss; the generation loss has weight 1.
+            Weight of the ranking loss; 0 for a retriever alone.
         item_loss_weight (`float`, defaults to 0.0):
             Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
             item vectors. Needs `item_embedding_dim` or `item_table_size`.
@@ -115,6 +117,7 @@ class UniGRFConfig(PreTrainedConfig):
     item_table_size: int = 0
     negatives_per_item: float = 0.0
     next_log_odds: float | None = None
+    generation_loss_weight: float = 1.0
     ranking_loss_weight: float = 1.0
     item_loss_weight: float = 0.0
     ranking_weight: float = 1.0

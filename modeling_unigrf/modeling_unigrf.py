@@ -35,8 +35,8 @@ from .training_unigrf import (
 class UniGRFCausalLMOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `()`): `generation_loss + ranking_loss_weight * ranking_loss`
-            ` + item_loss_weight * item_loss`.
+        loss (`torch.FloatTensor` of shape `()`): `generation_loss_weight * generation_loss + ranking_loss_weight *`
+            `ranking_loss + item_loss_weight * item_loss`, times `model.task_weights` (ranking: the second).
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice. None in training with `config.code_negatives`.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
@@ -134,6 +134,9 @@ class UniGRFModel(UniGRFPreTrainedModel):
 
 class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
+
+    # Of the losses of retrieval and of ranking, on top of the config's: what a callback may change during training.
+    task_weights: tuple[float, float] = (1.0, 1.0)
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
@@ -314,10 +317,12 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             else:
                 code_loss = generation_loss(self.layout, logits, targets)
             rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
-            loss = code_loss + self.config.ranking_loss_weight * rank_loss
+            retrieval_weight, ranking_weight = self.task_weights
+            loss = retrieval_weight * self.config.generation_loss_weight * code_loss
+            loss = loss + ranking_weight * self.config.ranking_loss_weight * rank_loss
             if self.config.item_loss_weight:
                 item_loss = self._item_loss(outputs.last_hidden_state, supervised)
-                loss = loss + self.config.item_loss_weight * item_loss
+                loss = loss + retrieval_weight * self.config.item_loss_weight * item_loss
                 item_loss = item_loss.detach()
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch

@@ -25,12 +25,12 @@ from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from recipes.callbacks import AdaptiveWeighter, LossParts
 from tokenization import SemanticIdTokenizer
 
 LLAMA = {
@@ -51,7 +51,17 @@ class ModelArguments:
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
     )
     negatives_per_item: float = field(default=1.0, metadata={"help": "Random candidates an item, for target `next`."})
-    ranking_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss."})
+    generation_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the generation loss; 0: ranking alone."}
+    )
+    ranking_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the ranking loss; 0: generation alone."}
+    )
+    adaptive_weights: bool = field(default=False, metadata={"help": "Weigh the losses by how slowly they converge."})
+    adaptive_temperature: float = field(
+        default=0.1, metadata={"help": "Of the adaptive weights; lower: further apart."}
+    )
+    adaptive_window: int | None = field(default=None, metadata={"help": "Steps of their windows; default: an epoch."})
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
@@ -69,27 +79,6 @@ class DataArguments:
     checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
     max_items: int = field(default=50, metadata={"help": "Items of a training window, and of a history."})
     passes: int = field(default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."})
-
-
-class LossParts(TrainerCallback):
-    """Adds the means of the parts of the loss to what the Trainer logs."""
-
-    names = ("generation_loss", "ranking_loss", "item_loss")
-
-    def __init__(self, model: torch.nn.Module):
-        self.parts: list[dict[str, torch.Tensor]] = []
-        model.register_forward_hook(self._collect)
-
-    def _collect(self, model, inputs, outputs):
-        if model.training and outputs.loss is not None:
-            self.parts.append({name: outputs[name].float() for name in self.names if outputs.get(name) is not None})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs and self.parts:
-            means = {name: torch.stack([part[name] for part in self.parts]).mean().item() for name in self.parts[0]}
-            self.parts.clear()
-            logs.update(means)
-            state.log_history[-1].update(means)
 
 
 def cut_windows(length: int, max_items: int, passes: int) -> list[tuple[int, int]]:
@@ -183,6 +172,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         item_embedding_dim=0 if embeddings is None else embeddings.shape[1],
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         negatives_per_item=args.negatives_per_item,
+        generation_loss_weight=args.generation_loss_weight,
         ranking_loss_weight=args.ranking_loss_weight,
         item_loss_weight=args.item_loss_weight,
         ranking_dropout=args.ranking_dropout,
@@ -238,6 +228,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         )
         eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items)
     model = build_model(model_args, tokenizer, embeddings)
+    callbacks = [LossParts(model)]
+    if model_args.adaptive_weights:
+        callbacks.append(AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature))
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -245,7 +238,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=[LossParts(model)],
+        callbacks=callbacks,
     )
     last = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
     result = trainer.train(resume_from_checkpoint=last)
@@ -266,6 +259,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArgum
         per_device_eval_batch_size=128,
         prediction_loss_only=True,
         report_to="none",
+        restore_callback_states_from_checkpoint=True,  # the adaptive weights go on where they were
         use_cpu=not torch.cuda.is_available(),  # the Trainer asks for it, where bf16 runs on a CPU
     )
     return parser.parse_args_into_dataclasses(arguments)

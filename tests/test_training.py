@@ -1,6 +1,7 @@
 """Training under the stock `Trainer`: resumed equals uninterrupted, accumulated equals whole, two processes equal one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from modeling_unigrf import training_unigrf
+from modeling_unigrf import UniGRFCausalLMOutput, training_unigrf
+from recipes.callbacks import AdaptiveWeighter
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +36,7 @@ def histories_dataset(model, count, seed=0, lengths=(1, 2, 5, 3)):
     return Dataset.from_list(rows)
 
 
-def run_trainer(folder, model, dataset, resume=None, **arguments):
+def run_trainer(folder, model, dataset, resume=None, callbacks=None, **arguments):
     arguments = {
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
@@ -48,9 +50,16 @@ def run_trainer(folder, model, dataset, resume=None, **arguments):
         **arguments,
     }
     model.train()
-    trainer = Trainer(model, TrainingArguments(str(folder), **arguments), data_collator=collate, train_dataset=dataset)
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), **arguments),
+        data_collator=collate,
+        train_dataset=dataset,
+        callbacks=callbacks,
+    )
     trainer.train(resume_from_checkpoint=resume)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    name = "ranking_weight" if callbacks else "loss"
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def assert_same_weights(first, second, tolerance=0.0):
@@ -88,7 +97,7 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from conftest import build_model
-from test_training import histories_dataset, run_trainer
+from test_training import AdaptiveWeighter, histories_dataset, run_trainer
 from safetensors.torch import save_file
 model = build_model()
 losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
@@ -96,6 +105,9 @@ rank = os.environ["RANK"]
 save_file({{name: p.detach().clone() for name, p in model.named_parameters()}}, {out!r} + f"/weights-{{rank}}.safetensors")
 if rank == "0":
     open({out!r} + "/losses.json", "w").write(str(losses))
+model = build_model()
+run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=4, callbacks=[AdaptiveWeighter(1)])
+open({out!r} + f"/task-weights-{{rank}}.json", "w").write(str(list(model.task_weights)))
 """
 
 
@@ -114,6 +126,41 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     assert_same_weights(first.items(), second.items())
     np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), losses, rtol=1e-4)
     assert_same_weights(first.items(), single.named_parameters(), 2e-3)
+    task_weights = [json.loads((tmp_path / f"task-weights-{rank}.json").read_text()) for rank in (0, 1)]
+    assert task_weights[0] == task_weights[1] != [1.0, 1.0]
+
+
+def test_the_slower_loss_gets_the_greater_weight():
+    weighter, model, args = AdaptiveWeighter(temperature=0.1), build_model(), TrainingArguments(use_cpu=True)
+    weighter.on_train_begin(args, None, None, model=model)
+
+    def window(generation, ranking):
+        for _ in range(3):
+            losses = {"generation_loss": torch.tensor(generation), "ranking_loss": torch.tensor(ranking)}
+            weighter._collect(model.train(), None, UniGRFCausalLMOutput(loss=torch.tensor(1.0), **losses))
+        weighter.on_epoch_end(args, None, None)
+        return model.task_weights
+
+    assert window(4.0, 1.0) == (1.0, 1.0)
+    slower = window(3.8, 1.0)  # ratios .95 and 1
+    assert slower == pytest.approx((2 / (1 + math.exp(0.5)), 2 / (1 + math.exp(-0.5))), abs=1e-5)
+    assert window(3.8, 0.1) == pytest.approx((2 / (1 + math.exp(-5)), 2 / (1 + math.exp(5))), abs=1e-5), "clamped"
+    with pytest.raises(ValueError, match="finite losses"):
+        window(float("nan"), 1.0)
+    with pytest.raises(ValueError, match="positive temperature"):
+        AdaptiveWeighter(temperature=0.0)
+
+
+def test_the_adaptive_weights_are_resumed_in_the_middle_of_a_window(tmp_path):
+    whole, stopped, resumed = (build_model() for _ in range(3))
+    dataset, arguments = histories_dataset(whole, 32), {"max_steps": 8}
+    weights = run_trainer(tmp_path / "whole", whole, dataset, callbacks=[AdaptiveWeighter(2)], **arguments)
+    saving = {"save_strategy": "steps", "save_steps": 5, "restore_callback_states_from_checkpoint": True}
+    run_trainer(tmp_path / "parts", stopped, dataset, callbacks=[AdaptiveWeighter(2)], **arguments, **saving)
+    checkpoint = str(tmp_path / "parts" / "checkpoint-5")
+    rest = run_trainer(tmp_path / "parts", resumed, dataset, checkpoint, [AdaptiveWeighter(2)], **arguments, **saving)
+    assert rest == weights and len(set(weights)) == 4
+    assert_same_weights(whole.named_parameters(), resumed.named_parameters())
 
 
 def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
