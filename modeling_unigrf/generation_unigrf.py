@@ -161,6 +161,13 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"Row {row} ends in token {int(input_ids[row, -1])}, after which no item begins: a history ends in <bos> or "
                 f"in a behaviour, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behaviour."
             )
+        needed = input_ids.shape[1] + self.layout.num_levels - int(lengths.min())
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and needed > longest:
+            raise ValueError(
+                f"History and item take {needed} positions, the backbone has {longest}. Keep fewer items of the history "
+                "(`tokenizer.encode_history(..., max_items=...)`)."
+            )
         rows, codes = self.layout.history_codes(input_ids)
         items = self.catalogue.trie.lookup(codes)
         unknown = items < 0
@@ -171,14 +178,6 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"{codes[first].tolist()} in row {int(rows[first])}. Tokenizer and model do not belong together."
             )
         return attention_mask, rows, items
-
-    def _check_length(self, length: int) -> None:
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise ValueError(
-                f"History and item take {length} positions, the backbone has {longest}. Keep fewer items of the history "
-                "(`tokenizer.encode_history(..., max_items=...)`)."
-            )
 
     def _read_history(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, past_key_values: DynamicCache
@@ -234,7 +233,6 @@ class UniGRFGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Rows end in unfinished items of {lengths.unique().tolist()} codes. Search rows of one length together."
             )
-        self._check_length(input_ids.shape[1] + layout.num_levels - begun)
         nodes = trie.descend(prefix, begun)[:, None]
         nothing = input_ids.new_empty(len(input_ids), 1, 0)
         beams = Beams(nodes, nothing, history_states.new_zeros(nodes.shape, dtype=torch.float32), nothing)

@@ -456,7 +456,6 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             )
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         length = input_ids.shape[1]
-        self._check_length(length + self.config.num_levels)
         if past_key_values is None:
             past_key_values = DynamicCache()
             history_states = self._read_history(input_ids, attention_mask, past_key_values)

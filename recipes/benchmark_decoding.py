@@ -317,6 +317,15 @@ def many_codes(size: int) -> tuple[torch.Tensor, list[int]]:
     return nn.functional.pad(codes, (0, 13)), [*SIZES, *[1] * 13]
 
 
+def one_row_a_line(data: dict) -> str:
+    """JSON of lists of rows, short and fit for a diff."""
+    parts = []
+    for name, value in data.items():
+        rows = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {rows}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 class Figures:
     """The rows measured so far, kept in a file; what is there is not measured again."""
 
@@ -330,7 +339,7 @@ class Figures:
     def add(self, part: str, rows: list[dict]) -> None:
         self.data[part] += rows
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps(self.data, indent=1))
+        self.file.write_text(one_row_a_line(self.data))
 
 
 def run_cells(args: BenchmarkArguments, figures: Figures, dtypes: list[str]) -> None:

@@ -176,7 +176,10 @@ def draw(data: dict, file: Path) -> None:
             ylabel="ms, wall",
             xlabel="beams" if task == "search" else "candidates",
         )
+        counts = sorted({row["num_beams"] for row in data["rows"] if {**cell, "task": task}.items() <= row.items()})
+        axis.set_xticks(counts, [f"{count}" for count in counts])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper left", fontsize="small")
     figure.savefig(file, dpi=110)
     plt.close(figure)

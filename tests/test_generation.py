@@ -164,9 +164,11 @@ def test_histories_that_no_item_can_follow_are_refused():
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
     gpt2 = build_model("gpt2")
-    long_ids, long_mask, _ = random_histories(gpt2, [51])
-    with pytest.raises(ValueError, match="256"):
-        gpt2.recommend(long_ids, long_mask)
+    for items in (51, 60):  # the next item does not fit, or not even the history
+        long_ids, long_mask, _ = random_histories(gpt2, [items])
+        for call in (gpt2.recommend, gpt2.generate, lambda *args: gpt2.rank(*args, torch.tensor([[1]]))):
+            with pytest.raises(ValueError, match="the backbone has 256"):
+                call(long_ids, long_mask) if call != gpt2.generate else call(long_ids, attention_mask=long_mask)
 
 
 def test_lists_of_items_hold_inside_the_search(backbone):
