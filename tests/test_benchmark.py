@@ -12,7 +12,7 @@ from recipes.peers import DictTrie, StaticTrie, random_catalogue
 def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     # The ratios are of cells of their own; here of small ones.
     cell = {"history_items": 3, "num_beams": 8, "users": 1, "levels": 4, "catalogue": 400}
-    for name in ("SEARCH", "LONG", "HALF", "BATCH"):
+    for name in ("SEARCH", "LONG", "HALF", "BATCH", "CANDIDATES"):
         monkeypatch.setattr(decoding_report, name, cell)
     monkeypatch.setattr(decoding_report, "CATALOGUE", 400)
     monkeypatch.setattr(benchmark_decoding, "RATIO_CELLS", [(3, 8, 1)])
