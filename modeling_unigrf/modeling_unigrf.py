@@ -36,7 +36,7 @@ class UniGRFCausalLMOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`): `generation_loss_weight * generation_loss + ranking_loss_weight *`
-            `ranking_loss + item_loss_weight * item_loss`, times `model.task_weights` (ranking: the second).
+            `ranking_loss + item_loss_weight * item_loss`, in training times `model.task_weights` (ranking: the second).
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice. None in training with `config.code_negatives`.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
@@ -317,7 +317,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             else:
                 code_loss = generation_loss(self.layout, logits, targets)
             rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
-            retrieval_weight, ranking_weight = self.task_weights
+            # Losses of evaluation are compared with each other, whatever the weights were when each was taken.
+            retrieval_weight, ranking_weight = self.task_weights if self.training else (1.0, 1.0)
             loss = retrieval_weight * self.config.generation_loss_weight * code_loss
             loss = loss + ranking_weight * self.config.ranking_loss_weight * rank_loss
             if self.config.item_loss_weight:

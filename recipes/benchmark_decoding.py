@@ -8,10 +8,10 @@ again, and a peer that would run more than `--stock_tokens` tokens at once is no
 first, a sixth of it: the catalogue is not what a peer's time depends on). CPU time is of all threads;
 memory is what the run adds to the process at its peak (resident set on Linux, allocated bytes on CUDA).
 
-Contenders of the search, the peers in float32: transformers' `generate` with `prefix_allowed_tokens_fn` over nested dicts, the same with our logits
-processor, ours. Of the ranking of as many candidates as beams, on a history that was read: transformers over the whole
-sequences, the cache repeated for every candidate, ours. Of both: `generate` and whole sequences (their sum), ours. Floors:
-the prefill, and the prefill with nothing but the matmuls of the tokens that both must run.
+The peers run in float32. Contenders of the search: transformers' `generate` with `prefix_allowed_tokens_fn` over nested
+dicts, the same with our logits processor, ours. Of the ranking of as many candidates as beams, on a history that was read:
+transformers over the whole sequences, the cache repeated for every candidate, ours. Of both: `generate` and whole sequences
+(their sum), ours. Floors: the prefill, and nothing but the matmuls of the tokens that both must run behind it.
 """
 
 import ctypes

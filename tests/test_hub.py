@@ -286,6 +286,13 @@ def test_parameters_do_what_recommend_does_with_them(recommender):
     )
 
 
+def test_a_part_of_the_catalogue_is_swapped_in_for_one_call(recommender):
+    films = ["film 7", "film 8", "film 9"]
+    part = recommender.model.catalogue.subset(recommender.tokenizer.item_indices(films))
+    assert sorted(row["item_id"] for row in recommender(HISTORY, catalogue=part)) == films
+    assert len(recommender(HISTORY)) == 10
+
+
 def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender):
     assert (
         recommender.model.config.max_history_items == 15

@@ -144,6 +144,14 @@ def test_the_slower_loss_gets_the_greater_weight():
     assert window(4.0, 1.0) == (1.0, 1.0)
     slower = window(3.8, 1.0)  # ratios .95 and 1
     assert slower == pytest.approx((2 / (1 + math.exp(0.5)), 2 / (1 + math.exp(-0.5))), abs=1e-5)
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    out, weighted = model.eval()(**inputs), model.train()(**inputs)
+    torch.testing.assert_close(out.loss, out.generation_loss + out.ranking_loss)
+    torch.testing.assert_close(
+        weighted.loss, slower[0] * weighted.generation_loss + slower[1] * weighted.ranking_loss, atol=1e-5, rtol=1e-5
+    )
+    weighter.sums, weighter.count = [0.0, 0.0], 0  # what that forward added
     assert window(3.8, 0.1) == pytest.approx((2 / (1 + math.exp(-5)), 2 / (1 + math.exp(5))), abs=1e-5), "clamped"
     with pytest.raises(ValueError, match="finite losses"):
         window(float("nan"), 1.0)
