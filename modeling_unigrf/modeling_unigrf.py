@@ -20,10 +20,13 @@ from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .training_unigrf import (
+    GivenItems,
     Negatives,
     SupervisedItems,
+    candidate_loss,
     draw_negatives,
     generation_loss,
+    given_items,
     ranking_loss,
     sampled_generation_loss,
     sampled_softmax_loss,
@@ -36,7 +39,8 @@ class UniGRFCausalLMOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`): `generation_loss_weight * generation_loss + ranking_loss_weight *`
-            `ranking_loss + item_loss_weight * item_loss`, in training times `model.task_weights` (ranking: the second).
+            `ranking_loss + item_loss_weight * item_loss + candidate_loss_weight * candidate_loss`, in training times
+            `model.task_weights` (ranking: the second).
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice. None in training with `config.code_negatives`.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
@@ -45,6 +49,10 @@ class UniGRFCausalLMOutput(ModelOutput):
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
         item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
             `config.item_loss_weight`.
+        candidate_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of each row's last supervised item among
+            itself and the row's `negative_items`, by their log-probabilities as sequences.
+        gradient_norms (`torch.FloatTensor` of shape `(2,)`): Of generation and ranking loss, towards the backbone's output; in
+            training with `model.measures_gradients`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -55,6 +63,8 @@ class UniGRFCausalLMOutput(ModelOutput):
     generation_loss: torch.FloatTensor | None = None
     ranking_loss: torch.FloatTensor | None = None
     item_loss: torch.FloatTensor | None = None
+    candidate_loss: torch.FloatTensor | None = None
+    gradient_norms: torch.FloatTensor | None = None
 
 
 class UniGRFPreTrainedModel(PreTrainedModel):
@@ -137,6 +147,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
 
     # Of the losses of retrieval and of ranking, on top of the config's: what a callback may change during training.
     task_weights: tuple[float, float] = (1.0, 1.0)
+    # Whether a forward in training returns `gradient_norms`, which costs a second backward through the heads.
+    measures_gradients: bool = False
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
@@ -250,6 +262,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        negative_items: torch.LongTensor | None = None,
+        favorite_items: torch.LongTensor | None = None,
         **kwargs,
     ) -> UniGRFCausalLMOutput:
         """
@@ -265,17 +279,23 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 nothing is to be learnt; shifted inside.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
                 it. The loss is then this micro-batch's share, so that accumulation does not change it.
+            negative_items (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
+                each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids
+                with `code_negatives`: they take the places of as many random negatives at every position. Otherwise
+                `candidate_loss` sets the row's last supervised item against them.
+            favorite_items (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
+                row among sampled codes of atomic ids (UniGRF's potential favourites), -1 for none.
 
         Raises:
-            ValueError: if a supervised item is not in the catalogue, or negatives are asked for together with a 4-D mask,
-                position_ids or a cache.
+            ValueError: if a supervised item is not in the catalogue, negatives are asked for together with a 4-D mask,
+                position_ids or a cache, or negative_items for rows of several histories.
         """
         targets = kwargs.pop("shift_labels", None)
         if labels is not None and targets is None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
-        supervised = negatives = None
+        supervised = negatives = given = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
             supervised = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
@@ -285,13 +305,19 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 and (attention_mask is None or attention_mask.dim() == 2)
             ):
                 seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
-                inputs, mask, position_ids, negatives = self._pack(inputs, tokens, seen, supervised)
+                number, positions = self.layout.histories(tokens, seen)
+                num_items = self.catalogue.num_items
+                given = given_items(negative_items, favorite_items, number, supervised, num_items)
+                inputs, mask, packed_positions, negatives = self._pack(
+                    inputs, number, positions, seen, supervised, given
+                )
                 if mask is not None:
-                    attention_mask, use_cache = mask, False
-            elif self._negatives_per_item:
+                    attention_mask, position_ids, use_cache = mask, packed_positions, False
+            elif self._negatives_per_item or negative_items is not None:
                 raise ValueError(
                     "Negatives are packed behind the histories, which needs a 2-D attention_mask, and neither position_ids "
-                    "nor past_key_values. Set config.negatives_per_item = 0 to train with a mask or cache of your own."
+                    "nor past_key_values. Set config.negatives_per_item = 0 and leave negative_items out to train with a mask "
+                    "or cache of your own."
                 )
 
         outputs = self.model(
@@ -310,10 +336,10 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         logits = None if samples_codes else self.code_logits(hidden_states)
 
-        loss = code_loss = rank_loss = item_loss = None
+        loss = code_loss = rank_loss = item_loss = pool_loss = gradient_norms = None
         if targets is not None:
             if samples_codes:
-                code_loss = sampled_generation_loss(self, hidden_states, targets)
+                code_loss = sampled_generation_loss(self, hidden_states, targets, given)
             else:
                 code_loss = generation_loss(self.layout, logits, targets)
             rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
@@ -325,6 +351,17 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 item_loss = self._item_loss(outputs.last_hidden_state, supervised)
                 loss = loss + retrieval_weight * self.config.item_loss_weight * item_loss
                 item_loss = item_loss.detach()
+            if negatives is not None and given is not None:
+                pool_loss = candidate_loss(self, outputs.last_hidden_state, given, negatives)
+                loss = loss + retrieval_weight * self.config.candidate_loss_weight * pool_loss
+                pool_loss = pool_loss.detach()
+            if self.training and self.measures_gradients:
+                gradients = [
+                    torch.autograd.grad(one, outputs.last_hidden_state, retain_graph=True, allow_unused=True)[0]
+                    for one in (code_loss, rank_loss)
+                ]
+                norms = [code_loss.new_zeros(()) if one is None else one.norm() for one in gradients]
+                gradient_norms = torch.stack(norms).float()
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
             code_loss, rank_loss = code_loss.detach(), rank_loss.detach()
@@ -338,6 +375,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             generation_loss=code_loss,
             ranking_loss=rank_loss,
             item_loss=item_loss,
+            candidate_loss=pool_loss,
+            gradient_norms=gradient_norms,
         )
 
     def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
@@ -361,23 +400,31 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     def _pack(
         self,
         inputs: dict[str, torch.Tensor],
-        tokens: torch.LongTensor,
+        number: torch.LongTensor,
+        position_ids: torch.LongTensor,
         seen: torch.LongTensor,
         supervised: SupervisedItems,
+        given: GivenItems | None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | dict | None, torch.LongTensor | None, Negatives | None]:
         """
         Several histories in a row, and negatives behind them, as one forward: the inputs with the negatives appended, the
         4-D mask, position ids and negatives. Rows of one history without negatives need none of it.
         """
-        number, position_ids = self.layout.histories(tokens, seen)
-        if not self._negatives_per_item and number.max() <= 1:
+        if (
+            self.config.num_levels == 1 and self.config.code_negatives
+        ):  # they are among the sampled codes, without tokens
+            given = None
+        appends = self._negatives_per_item or (given is not None and given.negatives.shape[1] > 0)
+        if not appends and number.max() <= 1:
             return inputs, None, None, None
         mask = self.layout.history_mask(number, seen)
         negatives = None
-        if self._negatives_per_item:
+        if appends:
             codes, per_item = self.catalogue.item_codes, self._negatives_per_item
-            generator = self._generator(tokens.device)
-            negatives = draw_negatives(self.layout, codes, supervised, position_ids, mask, per_item, generator)
+            generator = self._generator(number.device)
+            negatives = draw_negatives(
+                self.layout, codes, supervised, position_ids, mask, per_item, given=given, generator=generator
+            )
             more = negatives.tokens if "input_ids" in inputs else self.get_input_embeddings()(negatives.tokens)
             inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}
             position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
