@@ -184,6 +184,7 @@ def read_continuations(
     history_mask: torch.BoolTensor,
     earlier_keys: torch.LongTensor,
     past_key_values: DynamicCache,
+    timestamps: torch.LongTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
     """
     Runs the next tokens of N continuations of each history, and leaves their keys and values on the cache.
@@ -195,6 +196,8 @@ def read_continuations(
             tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens are that come before
             them in each continuation, after the history.
+        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): When the event of these tokens is, and the one
+            that their outputs are asked for.
 
     Returns:
         The output `[batch_size, N, s, hidden_size]`, and where on the cache each continuation's tokens are now,
@@ -213,6 +216,9 @@ def read_continuations(
         "past_key_values": past_key_values,
         "use_cache": True,
     }
+    if timestamps is not None:
+        own, asked_for = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
+        arguments |= {"timestamps": own, "next_timestamps": asked_for}
     window = sliding_window(config)
     whole_history_seen = window is None or length + earlier + steps <= window
     if whole_history_seen and not torch.is_grad_enabled() and shares_prefix(backbone):
