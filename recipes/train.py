@@ -61,6 +61,9 @@ class ModelArguments:
     adaptive_temperature: float = field(
         default=0.1, metadata={"help": "Of the adaptive weights; lower: further apart."}
     )
+    adaptive_form: str = field(
+        default="loss_ratio", metadata={"help": "Of the adaptive weights.", "choices": ["loss_ratio", "gradient_norm"]}
+    )
     adaptive_window: int | None = field(default=None, metadata={"help": "Steps of their windows; default: an epoch."})
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
@@ -69,6 +72,7 @@ class ModelArguments:
     item_table_size: int | None = field(
         default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
     )
+    config_fields: str = field(default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON."})
 
 
 @dataclass
@@ -79,13 +83,24 @@ class DataArguments:
     checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
     max_items: int = field(default=50, metadata={"help": "Items of a training window, and of a history."})
     passes: int = field(default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."})
+    stride: int | None = field(
+        default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
+    )
 
 
-def cut_windows(length: int, max_items: int, passes: int) -> list[tuple[int, int]]:
+def cut_windows(length: int, max_items: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
     """
     Windows `(start, end)` of at most `max_items` of a history of `length` items, `passes` times at different places:
-    every item is supervised once a pass, each time with another amount of history before it.
+    every item is supervised once a pass, each time with another amount of history before it. With a `stride`, windows that
+    slide by it instead, from the end to the first that holds the history's beginning (shorter ones would be its beginning
+    again, which a causal model reads in it).
     """
+    if stride is not None:
+        if stride < 1:
+            raise ValueError(f"Expected a stride of at least one item, found {stride}.")
+        last = min(length, max_items)
+        ends = [*range(length, last, -stride), last]
+        return [(max(0, end - max_items), end) for end in ends]
     windows = []
     for offset in range(0, max_items, -(-max_items // passes)):
         ends = {length, *range(length - offset, 0, -max_items)}
@@ -111,7 +126,12 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def training_rows(
-    histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, seed: int
+    histories: Dataset,
+    tokenizer: SemanticIdTokenizer,
+    max_items: int,
+    passes: int,
+    seed: int,
+    stride: int | None = None,
 ) -> Dataset:
     """
     Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
@@ -123,7 +143,7 @@ def training_rows(
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
-        for start, end in cut_windows(len(items), max_items, passes)
+        for start, end in cut_windows(len(items), max_items, passes, stride)
     ]
     # Shuffled first, so that what shares a row is not what one user did.
     windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
@@ -177,6 +197,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         item_loss_weight=args.item_loss_weight,
         ranking_dropout=args.ranking_dropout,
         embedding_dropout=args.embedding_dropout,
+        **json.loads(args.config_fields),
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
@@ -224,13 +245,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
     with training_args.main_process_first(desc="rows"):
         train_dataset = training_rows(
-            dataset["train"], tokenizer, data_args.max_items, data_args.passes, training_args.seed
+            dataset["train"],
+            tokenizer,
+            data_args.max_items,
+            data_args.passes,
+            training_args.seed,
+            data_args.stride,
         )
         eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items)
     model = build_model(model_args, tokenizer, embeddings)
     callbacks = [LossParts(model)]
     if model_args.adaptive_weights:
-        callbacks.append(AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature))
+        callbacks.append(
+            AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
+        )
     trainer = Trainer(
         model=model,
         args=training_args,
