@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length,
     assert windows[0] == (max(0, length - 6), length) and windows[-1] == (0, min(6, length))
     assert all(end - start == min(6, length) for start, end in windows) and len(set(windows)) == len(windows)
     starts = [start for start, _ in windows]
-    assert {first - second for first, second in zip(starts[:-2], starts[1:-1], strict=True)} <= {stride}
+    assert {first - second for first, second in pairwise(starts[:-1])} <= {stride}
     if stride == 1:
         assert starts == list(range(max(0, length - 6), -1, -1))
 
