@@ -66,7 +66,7 @@ class ReproduceArguments:
     row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
     backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
     seed: int = field(default=0, metadata={"help": "Of weights, batches and negatives."})
-    epochs: int = field(default=30, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
+    epochs: int = field(default=20, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
     batch_size: int = field(default=64, metadata={"help": "Histories of a step."})
     code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
@@ -76,7 +76,6 @@ class ReproduceArguments:
     relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
     variant: str = field(default="", metadata={"help": "A name for runs with other values of the arguments above."})
     output_dir: str = field(default="runs/unigrf", metadata={"help": "One folder a run."})
-    compile_backbone: bool = field(default=False, metadata={"help": "Compile the backbone."})
     collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
 
 
@@ -194,9 +193,7 @@ def run(args: ReproduceArguments) -> None:
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
-    if args.compile_backbone:
-        model.model.language_model.compile()
-    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64)
+    collate = DataCollatorForSeq2Seq(tokenizer)
     callbacks = [LossParts(model)]
     if weighter:
         callbacks.append(AdaptiveWeighter(form=args.form))
