@@ -108,6 +108,8 @@ if rank == "0":
 model = build_model()
 run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=4, callbacks=[AdaptiveWeighter(1)])
 open({out!r} + f"/task-weights-{{rank}}.json", "w").write(str(list(model.task_weights)))
+torch.distributed.barrier()  # a process that ends while another still talks to it would abort that one
+torch.distributed.destroy_process_group()
 """
 
 
