@@ -74,6 +74,8 @@ class ReproduceArguments:
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
     batch_size: int = field(default=32, metadata={"help": "Histories of a step."})
     code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
+    code_similarity: str = field(default="cosine", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
+    code_temperature: float = field(default=0.05, metadata={"help": "Of atomic ids."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
     form: str = field(default="loss_ratio", metadata={"help": "Of the weighter."})
     pool: str | None = field(
@@ -205,7 +207,8 @@ def run(args: ReproduceArguments) -> None:
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
     if args.ids == "atomic":
-        options |= {"code_similarity": "cosine", "code_temperature": 0.05, "tie_word_embeddings": True}
+        options |= {"code_similarity": args.code_similarity, "code_temperature": args.code_temperature}
+        options["tie_word_embeddings"] = True
     is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
     config = UniGRFConfig(
         **tokenizer.config_fields(),
