@@ -332,7 +332,8 @@ def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws_that_are_not_it
     states = model.model(input_ids, mask).last_hidden_state
     targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
     torch.manual_seed(5)
-    found = training_unigrf.sampled_generation_loss(model, states, targets)
+    found = training_unigrf.generation_loss(model.train(), states, targets)
+    model.eval()
     torch.manual_seed(5)
     logits, expected, count = model(input_ids, mask).logits, 0.0, 0
     levels = model.layout.token_levels(targets)
