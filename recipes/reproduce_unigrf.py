@@ -70,12 +70,12 @@ class ReproduceArguments:
     backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
     ids: str = field(default="atomic", metadata={"help": "Codes of an item.", "choices": ["atomic", "semantic"]})
     seed: int = field(default=0, metadata={"help": "Of weights, batches and negatives."})
-    epochs: int = field(default=15, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
+    epochs: int = field(default=14, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate."})
     batch_size: int = field(default=32, metadata={"help": "Histories of a step."})
     code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
-    code_similarity: str = field(default="cosine", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
-    code_temperature: float = field(default=0.05, metadata={"help": "Of atomic ids."})
+    code_similarity: str = field(default="dot", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
+    code_temperature: float = field(default=1.0, metadata={"help": "Of atomic ids."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
     form: str = field(default="loss_ratio", metadata={"help": "Of the weighter."})
     pool: str | None = field(
@@ -256,7 +256,7 @@ def run(args: ReproduceArguments) -> None:
             train_sampling_strategy="group_by_length",
             logging_strategy="epoch",
             eval_strategy="epoch",
-            eval_delay=args.epochs // 3,
+            eval_delay=args.epochs // 2,
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=True,
