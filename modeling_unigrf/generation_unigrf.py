@@ -10,6 +10,7 @@ from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProc
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
+from .candidates_unigrf import read_candidates
 from .continuations_unigrf import check_cache, kept_as_found, read_continuations
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
@@ -162,6 +163,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"in a behaviour, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behaviour."
             )
         needed = input_ids.shape[1] + self.layout.num_levels - int(lengths.min())
+        needed += self.config.num_block_tokens if whole_items else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and needed > longest:
             raise ValueError(
@@ -341,6 +343,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         blocked_items: list | None = None,
         catalogue: CatalogueTrie | None = None,
         past_key_values: DynamicCache | None = None,
+        long_items: torch.LongTensor | None = None,
+        long_behaviors: torch.LongTensor | None = None,
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
@@ -361,6 +365,8 @@ class UniGRFGenerationMixin(GenerationMixin):
                 surface), made by `model.catalogue.subset(items)`; the histories may hold any item.
             past_key_values (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
                 all of them afterwards.
+            long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
+                `config.num_retrieved_items`.
 
         Returns:
             `UniGRFRecommendation`
@@ -383,6 +389,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                     f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
                 )
         attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
+        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
         if exclude_history:
             own = [history_items[rows == row] for row in range(len(input_ids))]
             extra = own if blocked_items is None else [torch.as_tensor(more).to(rows) for more in blocked_items]
@@ -398,11 +405,10 @@ class UniGRFGenerationMixin(GenerationMixin):
         history_states = self._read_history(input_ids, attention_mask, cache)
         with kept_as_found(cache):
             beams = self._search_items(input_ids, attention_mask, history_states, cache, num_beams, trie, item_filter)
-            # The search has read all codes of the candidates but the last, from whose state they are ranked.
-            tokens = beams.codes[..., -1:] + self.layout.code_offsets[-1]
-            states, _ = read_continuations(self.model, tokens, attention_mask.bool(), beams.keys, cache)
-        items = trie.leaf_items[beams.nodes].long()
-        logits = self.ranking_logits(states[:, :, 0], history_states, items)
+            items = trie.leaf_items[beams.nodes].long()
+            # The search has read all codes of the candidates but the last.
+            states = read_candidates(self, items, attention_mask.bool(), beams.keys, cache, long_history)
+        logits = self.ranking_logits(states[:, :, -1], history_states, items)
         ranking_scores = nn.functional.logsigmoid(logits[..., targets.index(ranking_target)]).masked_fill(
             beams.scores == -torch.inf, -torch.inf
         )

@@ -1,0 +1,195 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""Candidates: how one is read on its history's cache, and how the model learns from its own (RecoChain, stage II).
+
+`model` is a `UniGRFForCausalLM` throughout.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .continuations_unigrf import read_continuations
+from .subhistory_unigrf import LongHistory, retrieve
+from .training_unigrf import SupervisedItems, ranking_loss
+
+
+def block_inputs(
+    model, items: torch.LongTensor, long_history: LongHistory
+) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+    """Candidates `[B, N]` -> what is read behind their codes, `[B, N, k + 2, hidden_size]`, and which of it is there."""
+    config = model.config
+    places = retrieve(
+        model.catalogue.item_embeddings,
+        long_history.items,
+        items,
+        config.num_retrieved_items,
+        config.exclude_candidate,
+    )
+    if places.shape[2]:
+        flat = places.clamp(min=0).flatten(1)
+        retrieved, behaviors = (
+            one.gather(1, flat).view_as(places) for one in (long_history.items, long_history.behaviors)
+        )
+    else:  # of histories without a column there is nothing to gather
+        retrieved = behaviors = places
+    # A slot that stands empty may name an item of -1, or none at all.
+    vectors = model.item_vectors(retrieved.clamp(min=0))
+    behavior_ids = behaviors.new_tensor(config.behavior_token_ids)[behaviors]
+    block = model.candidate_block(model.item_vectors(items), vectors, model.get_input_embeddings()(behavior_ids))
+    return block, nn.functional.pad(places >= 0, (1, 1), value=True)
+
+
+def read_candidates(
+    model,
+    items: torch.LongTensor,
+    history_mask: torch.BoolTensor,
+    earlier_keys: torch.LongTensor,
+    cache: DynamicCache,
+    long_history: LongHistory | None,
+) -> torch.FloatTensor:
+    """
+    Runs what the cache lacks of candidates: their last codes and, with `config.num_retrieved_items`, their blocks, whose
+    keys and values are left on it. At the last state a candidate is ranked.
+
+    Args:
+        items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What they see of the cache's first T tokens.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache their first m codes are.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2, hidden_size)`.
+    """
+    codes = model.catalogue.item_codes[items].long()
+    tokens = model.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
+    if long_history is None:
+        return read_continuations(model.model, tokens, history_mask, earlier_keys, cache)[0]
+    block, there = block_inputs(model, items, long_history)
+    inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
+    mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
+    return read_continuations(model.model, None, history_mask, earlier_keys, cache, inputs, mask)[0]
+
+
+def detached(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values, into which no gradient flows."""
+    copy = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        copy.update(layer.keys.detach(), layer.values.detach(), index)
+    return copy
+
+
+@torch.no_grad()
+def beam_candidates(
+    model, history_states: torch.FloatTensor, history_mask: torch.BoolTensor, cache: DynamicCache
+) -> torch.LongTensor:
+    """
+    The items of the model's own beam search, `[batch_size, config.num_train_beams]` or as many as there are; -1: none.
+
+    Args:
+        history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The histories on the cache, which is left as it is.
+    """
+    trie = model.catalogue.trie
+    # The search asks the tokens only what is begun at their end: nothing.
+    ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
+    beams = model._search_items(
+        ends, history_mask, history_states, detached(cache), model.config.num_train_beams, trie
+    )
+    return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)
+
+
+def with_targets(
+    candidates: torch.LongTensor, targets: torch.LongTensor, generator: torch.Generator | None = None
+) -> torch.LongTensor:
+    """Candidates `[B, N]` in which a random one is replaced by the row's target `[B]`, where it is missed (-1: no target)."""
+    place = torch.randint(candidates.shape[1], (len(targets), 1), device=targets.device, generator=generator)
+    missed = (targets >= 0) & (candidates != targets[:, None]).all(dim=1)
+    kept = candidates.gather(1, place)
+    return candidates.scatter(1, place, torch.where(missed[:, None], targets[:, None], kept))
+
+
+def candidate_loss(
+    model,
+    tokens: torch.LongTensor,
+    attention_mask: torch.LongTensor,
+    supervised: SupervisedItems,
+    hidden_states: torch.FloatTensor,
+    cache: DynamicCache,
+    candidates: torch.LongTensor | None,
+    long_history: LongHistory | None,
+) -> torch.Tensor:
+    """
+    RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
+    model's own beams, the true item among them. All their tokens are run here, the true item's as the others': nothing of
+    them is left from the search. In training that search has the dropout of training.
+
+    Args:
+        tokens, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`)
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
+        cache (`DynamicCache`): Of the tokens; the candidates are appended.
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
+
+    Raises:
+        ValueError: if candidates are outside the catalogue or do not fit into the backbone's positions, or nothing is on the
+            cache.
+    """
+    config, layout, batch_size = model.config, model.layout, len(tokens)
+    _check_candidates(candidates, batch_size, model.catalogue.num_items)
+    if cache.get_seq_length() != tokens.shape[1]:
+        raise ValueError(
+            f"Expected the cache of {tokens.shape[1]} tokens, on which candidates are ranked, found one of "
+            f"{cache.get_seq_length()}. Train with candidates without gradient checkpointing, which keeps no cache."
+        )
+    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
+    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
+    rows = supervised.rows[is_last]
+    targets = tokens.new_full((batch_size,), -1)
+    ends, behaviors = torch.zeros_like(targets), torch.zeros_like(targets)
+    for column, values in (
+        (targets, supervised.items),
+        (ends, supervised.history_ends),
+        (behaviors, supervised.behaviors),
+    ):
+        column[rows] = values[is_last]
+    number, _ = layout.histories(tokens, attention_mask)
+    history_mask = layout.history_up_to(ends, number, attention_mask)
+    needed = int(history_mask.sum(dim=1).max()) + config.num_levels + config.num_block_tokens
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and needed > longest:
+        raise ValueError(
+            f"History and candidate take {needed} positions, the backbone has {longest}. Keep fewer items of the history: "
+            f"config.max_history_items is {config.max_history_items}."
+        )
+
+    history_states = hidden_states[torch.arange(batch_size, device=tokens.device), ends]
+    if candidates is None and config.num_train_beams:
+        candidates = beam_candidates(model, history_states, history_mask, cache)
+    if candidates is None or candidates.shape[1] == 0:
+        candidates = targets[:, None]
+    candidates = with_targets(candidates, targets, model._generator(tokens.device))
+    if config.detach_history:
+        cache, history_states = detached(cache), history_states.detach()
+    items = candidates.clamp(min=0)
+    nothing = items.new_empty(*items.shape, 0)
+    states = read_candidates(model, items, history_mask, nothing, cache, long_history)[:, :, -1]
+    logits = model.ranking_head(states, history_states[:, None], model.item_vectors(items))
+    is_target = candidates == targets[:, None]
+    usable = (candidates >= 0) & (targets >= 0)[:, None]
+    positive, negative = usable & is_target, usable & ~is_target
+    behavior_ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
+    behaviors = behaviors[:, None].expand_as(candidates)[positive]
+    return ranking_loss(config.ranking_targets, behavior_ids, logits[positive], behaviors, logits[negative])
+
+
+def _check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_items: int) -> None:
+    if candidates is None:
+        return
+    if candidates.dim() != 2 or len(candidates) != batch_size or candidates.is_floating_point():
+        raise ValueError(
+            f"Expected integer candidates of shape ({batch_size}, N), one row a history, found {candidates.dtype} of shape "
+            f"{tuple(candidates.shape)}."
+        )
+    if candidates.numel() and not -1 <= int(candidates.min()) <= int(candidates.max()) < num_items:
+        raise ValueError(
+            f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of {num_items} "
+            "items. Pass item indices, and -1 where there is none."
+        )
