@@ -1,5 +1,6 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Candidates: how one is read on its history's cache, and how the model learns from its own (RecoChain, stage II).
+"""Candidates: how one is read on its history's cache, which the item-level score adds to the beams, and how the model learns
+from its own (RecoChain, stage II).
 
 `model` is a `UniGRFForCausalLM` throughout.
 """
@@ -11,6 +12,9 @@ from transformers.cache_utils import DynamicCache
 from .continuations_unigrf import read_continuations
 from .subhistory_unigrf import LongHistory, retrieve
 from .training_unigrf import SupervisedItems, ranking_loss
+from .trie_unigrf import CatalogueTrie, ItemFilter
+
+LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
 
 
 def block_inputs(
@@ -67,6 +71,46 @@ def read_candidates(
     inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
     mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
     return read_continuations(model.model, None, history_mask, earlier_keys, cache, inputs, mask)[0]
+
+
+def best_by_item_score(
+    model, history_states: torch.FloatTensor, count: int, trie: CatalogueTrie, item_filter: ItemFilter | None
+) -> torch.LongTensor:
+    """
+    The items of a catalogue with the best item-level score (`ranking_head.item_scores`), among those that the filter leaves:
+    `[batch_size, count]` or as many as there are; -1: none.
+
+    Args:
+        history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+    """
+    level, queries = len(trie.levels) - 1, model.ranking_head.history_query(history_states)
+    best = queries.new_empty(len(queries), 0, dtype=torch.float32)
+    best_items = best.long()
+    for leaves in torch.arange(trie.num_items, device=queries.device).split(LEAVES_AT_ONCE):
+        items = trie.leaf_items[leaves].long()
+        scores = (queries @ model.item_vectors(items).T).float()
+        if item_filter is not None and item_filter.concerns(level):
+            scores.masked_fill_(~item_filter.alive(level, leaves.expand(len(scores), -1)), -torch.inf)
+        scores, items = torch.cat([best, scores], dim=1), torch.cat([best_items, items.expand_as(scores)], dim=1)
+        best, order = scores.topk(min(count, scores.shape[1]), dim=1)
+        best_items = items.gather(1, order)
+    return best_items.masked_fill(best == -torch.inf, -1)
+
+
+def item_log_probs(
+    model, items: torch.LongTensor, history_states: torch.FloatTensor, states: torch.FloatTensor
+) -> torch.FloatTensor:
+    """
+    `log P(item | history)` `[B, N]`, from states at the ends of the histories `[B, hidden_size]` and at the items' codes
+    `[B, N, >= L - 1, hidden_size]`.
+    """
+    codes = model.catalogue.item_codes[items].long()
+    total = history_states.new_zeros(items.shape, dtype=torch.float32)
+    for level in range(model.layout.num_levels):
+        before = history_states[:, None] if level == 0 else states[:, :, level - 1]
+        log_probs = model.code_logits(before, model.layout.level_slice(level)).float().log_softmax(dim=-1)
+        total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
+    return total
 
 
 def detached(cache: DynamicCache) -> DynamicCache:

@@ -87,6 +87,8 @@ class UniGRFConfig(PreTrainedConfig):
             item vectors. Needs `item_embedding_dim` or `item_table_size`.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
+        item_weight (`float`, defaults to 0.0):
+            Default weight in `recommend` of the item-level score alone: the part of `"next"` that `item_loss_weight` trains.
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -136,6 +138,7 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_loss_weight: float = 1.0
     item_loss_weight: float = 0.0
     ranking_weight: float = 1.0
+    item_weight: float = 0.0
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02

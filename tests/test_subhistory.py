@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build_model, random_histories
+from conftest import build_model, exact_scores, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hub import NO_PROJECT
@@ -248,6 +248,70 @@ def test_a_history_leaves_room_for_the_candidate_and_its_block():
     input_ids, mask, _ = random_histories(model, [fits + 2])
     with pytest.raises(ValueError, match=f"max_history_items is {fits}"):
         model(input_ids, mask, labels=input_ids, **longer)
+
+
+# Item-level scores
+
+
+@pytest.mark.parametrize("retrieved", [0, 3])
+def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone, retrieved):
+    """A beam of one and a union of everything is exact scoring of everything, in all three scores."""
+    model = build_model(backbone, num_retrieved_items=retrieved)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    longer = long_histories(model, [12, 2]) if retrieved else {}
+    everything = torch.arange(30).expand(2, -1)
+    log_probs = exact_scores(model, input_ids, mask)
+    ranks = torch.nn.functional.logsigmoid(model.rank(input_ids, mask, everything, **longer)[..., 0])
+    ends = torch.stack(
+        [model.model(ids[m.bool()][None]).last_hidden_state[0, -1] for ids, m in zip(input_ids, mask, strict=True)]
+    )
+    item_scores = model.ranking_head.item_scores(ends[:, None], model.item_vectors(everything)).detach()
+    expected = (log_probs + 0.5 * ranks + 0.25 * item_scores).sort(dim=1, descending=True)
+    for num_beams, union_items in ((1, 30), (30, 0), (7, 40)):
+        best = model.recommend(
+            input_ids,
+            mask,
+            num_beams=num_beams,
+            union_items=union_items,
+            num_return_sequences=30,
+            ranking_weight=0.5,
+            item_weight=0.25,
+            **longer,
+        )
+        assert torch.equal(best.item_indices, expected.indices)
+        torch.testing.assert_close(best.scores, expected.values, atol=5e-5, rtol=1e-4)
+        for found, exact in ((best.generation_scores, log_probs), (best.item_scores, item_scores)):
+            torch.testing.assert_close(found, exact.gather(1, expected.indices), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [4, 2**16])
+def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_once, monkeypatch):
+    monkeypatch.setattr(candidates_unigrf, "LEAVES_AT_ONCE", at_once)
+    model = build_model()
+    input_ids, mask, items = random_histories(model, [4, 2])
+    narrow = {"num_beams": 3, "exclude_history": True, "allowed_items": [list(range(20)), [7, 8, 9]]}
+    narrow["catalogue"] = model.catalogue.subset(list(range(2, 30)))
+    beams = model.recommend(input_ids, mask, num_return_sequences=3, **narrow).item_indices
+    found = model.recommend(input_ids, mask, num_return_sequences=8, union_items=5, **narrow)
+    scores = model.recommend(input_ids, mask, num_return_sequences=30, union_items=30, **narrow).item_scores
+    for row, allowed in enumerate((set(range(2, 20)), {7, 8, 9})):
+        allowed -= set(items[row])
+        listed = [item for item in found.item_indices[row].tolist() if item >= 0]
+        assert len(set(listed)) == len(listed) and set(beams[row].tolist()) - {-1} <= set(listed) <= allowed
+        best = scores[row].sort(descending=True).values[: min(5, len(allowed))]
+        assert torch.isin(best, found.item_scores[row]).all()
+    assert (found.item_indices[1] == -1).sum() >= 5 and (found.scores[found.item_indices < 0] == -torch.inf).all()
+
+
+def test_an_item_level_score_that_does_not_exist_is_refused():
+    model = build_model(embeddings=False)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    assert model.recommend(input_ids, mask).item_scores is None
+    for arguments in ({"item_weight": 0.5}, {"union_items": 3}):
+        with pytest.raises(ValueError, match="need an item-level score"):
+            model.recommend(input_ids, mask, **arguments)
+    with pytest.raises(ValueError, match=r"num_beams \+ union_items"):
+        build_model().recommend(input_ids, mask, union_items=-1)
 
 
 # The second stage
