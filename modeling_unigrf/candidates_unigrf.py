@@ -151,7 +151,7 @@ def with_targets(
     return candidates.scatter(1, place, torch.where(missed[:, None], targets[:, None], kept))
 
 
-def candidate_loss(
+def second_stage_loss(
     model,
     tokens: torch.LongTensor,
     attention_mask: torch.LongTensor,
@@ -178,7 +178,7 @@ def candidate_loss(
     """
     config, layout, batch_size = model.config, model.layout, len(tokens)
     _check_candidates(candidates, batch_size, model.catalogue.num_items)
-    if cache.get_seq_length() != tokens.shape[1]:
+    if cache.get_seq_length() < tokens.shape[1]:
         raise ValueError(
             f"Expected the cache of {tokens.shape[1]} tokens, on which candidates are ranked, found one of "
             f"{cache.get_seq_length()}. Train with candidates without gradient checkpointing, which keeps no cache."

@@ -85,6 +85,8 @@ class UniGRFConfig(PreTrainedConfig):
         item_loss_weight (`float`, defaults to 0.0):
             Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
             item vectors. Needs `item_embedding_dim` or `item_table_size`.
+        candidate_loss_weight (`float`, defaults to 1.0):
+            Weight of the softmax of a row's last item among the `negative_items` that `forward` is given, if they are.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
         item_weight (`float`, defaults to 0.0):
@@ -101,7 +103,14 @@ class UniGRFConfig(PreTrainedConfig):
     """
 
     model_type = "unigrf"
-    keys_to_ignore_at_inference = ["past_key_values", "generation_loss", "ranking_loss", "item_loss"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "generation_loss",
+        "ranking_loss",
+        "item_loss",
+        "candidate_loss",
+        "gradient_norms",
+    ]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -137,6 +146,7 @@ class UniGRFConfig(PreTrainedConfig):
     generation_loss_weight: float = 1.0
     ranking_loss_weight: float = 1.0
     item_loss_weight: float = 0.0
+    candidate_loss_weight: float = 1.0
     ranking_weight: float = 1.0
     item_weight: float = 0.0
     ranking_dropout: float = 0.0

@@ -64,7 +64,8 @@ class HSTULayer(nn.Module):
         distance: torch.LongTensor,
         seconds: torch.LongTensor | None,
         past_key_values: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output_attentions: bool | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states [B, Q, hidden_size]`, `attention_mask [B, 1, Q, K]` -> the same shape, and `[B, H, Q, K]` weights."""
         normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         u, *vqk = nn.functional.silu(self.uvqk_proj(normed)).chunk(4, dim=-1)
@@ -73,10 +74,12 @@ class HSTULayer(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to renormalise.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
-        weights = (nn.functional.silu(products) / self.longest).masked_fill(~attention_mask, 0.0)
-        attended = (weights @ value).transpose(1, 2).flatten(2)
+        weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
+        attended = (weights @ (value / self.longest)).transpose(1, 2).flatten(2)
         gated = u * nn.functional.layer_norm(attended, attended.shape[-1:], eps=self.eps)
-        return hidden_states + self.out_proj(self.dropout(gated)), weights
+        return hidden_states + self.out_proj(
+            self.dropout(gated)
+        ), weights / self.longest if output_attentions else None
 
 
 class HSTUPreTrainedModel(PreTrainedModel):
@@ -174,8 +177,12 @@ class HSTUModel(HSTUPreTrainedModel):
             places, _ = past_key_values.update(places, places[..., :0], self.config.num_hidden_layers)
         key_positions, key_times = places[:, 0].unbind(dim=-1)
         distance = key_positions[:, None] - position_ids[:, :, None]
-        if (distance == distance[:1]).all():  # unpadded rows: once for all of them
-            distance = distance[:1]
+        # Where every query is as far from what it sees as their places in the row are, also in padded or packed rows, one
+        # bias serves all rows.
+        place = torch.arange(distance.shape[2], device=distance.device)
+        between = (place - place[-length:, None])[None]
+        if ((distance == between) | ~visible[:, 0]).all():
+            distance = between
         seconds = None
         if self.config.num_time_buckets and (timestamps >= 0).any():
             seconds = (next_timestamps[:, :, None] - key_times[:, None]).abs()
@@ -186,7 +193,9 @@ class HSTUModel(HSTUPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         all_states, all_weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, visible, distance, seconds, past_key_values)
+            hidden_states, weights = layer(
+                hidden_states, visible, distance, seconds, past_key_values, output_attentions
+            )
             all_states.append(hidden_states)
             all_weights.append(weights)
         return BaseModelOutputWithPast(

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .candidates_unigrf import candidate_loss, read_candidates
+from .candidates_unigrf import read_candidates, second_stage_loss
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
@@ -22,10 +22,13 @@ from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .training_unigrf import (
+    GivenItems,
     Negatives,
     SupervisedItems,
+    candidate_loss,
     draw_negatives,
     generation_loss,
+    given_items,
     ranking_loss,
     sampled_generation_loss,
     sampled_softmax_loss,
@@ -38,7 +41,8 @@ class UniGRFCausalLMOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`): `generation_loss_weight * generation_loss + ranking_loss_weight *`
-            `ranking_loss + item_loss_weight * item_loss`, in training times `model.task_weights` (ranking: the second).
+            `ranking_loss + item_loss_weight * item_loss + candidate_loss_weight * candidate_loss`, in training times
+            `model.task_weights` (ranking: the second).
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice. None in training with `config.code_negatives`.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
@@ -47,6 +51,10 @@ class UniGRFCausalLMOutput(ModelOutput):
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
         item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
             `config.item_loss_weight`.
+        candidate_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of each row's last supervised item among
+            itself and the row's `negative_items`, by their log-probabilities as sequences.
+        gradient_norms (`torch.FloatTensor` of shape `(2,)`): Of generation and ranking loss, towards the backbone's output; in
+            training with `model.measures_gradients`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -57,6 +65,8 @@ class UniGRFCausalLMOutput(ModelOutput):
     generation_loss: torch.FloatTensor | None = None
     ranking_loss: torch.FloatTensor | None = None
     item_loss: torch.FloatTensor | None = None
+    candidate_loss: torch.FloatTensor | None = None
+    gradient_norms: torch.FloatTensor | None = None
 
 
 class UniGRFPreTrainedModel(PreTrainedModel):
@@ -139,6 +149,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
 
     # Of the losses of retrieval and of ranking, on top of the config's: what a callback may change during training.
     task_weights: tuple[float, float] = (1.0, 1.0)
+    # Whether a forward in training returns `gradient_norms`, which costs a second backward through the heads.
+    measures_gradients: bool = False
 
     def __init__(self, config: UniGRFConfig):
         config.check()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
@@ -255,6 +267,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        negative_items: torch.LongTensor | None = None,
+        favorite_items: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
@@ -274,25 +288,32 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             attention_mask (of shape `(batch_size, sequence_length)` or a 4-D mask)
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
                 nothing is to be learnt; shifted inside.
+            num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
+                it. The loss is then this micro-batch's share, so that accumulation does not change it.
+            negative_items (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
+                each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids
+                with `code_negatives`: they take the places of as many random negatives at every position. Otherwise
+                `candidate_loss` sets the row's last supervised item against them.
+            favorite_items (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
+                row among sampled codes of atomic ids (UniGRF's potential favourites), -1 for none.
             long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): With labels and
                 `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
                 there on, or the answer leaks. Item indices, oldest first, -1 where there is none; indices into
                 `config.behaviors`, not needed if there is one.
             candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): With labels: item indices (-1: none) for
                 the last supervised item of each row, in place of the model's own beams.
-            num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
-                it. The loss is then this micro-batch's share, so that accumulation does not change it.
 
         Raises:
-            ValueError: if a supervised item is not in the catalogue, or negatives or candidates are asked for together with
-                a 4-D mask, position_ids or a cache; on long histories or candidates that do not fit.
+            ValueError: if a supervised item is not in the catalogue, negatives or candidates are asked for together with a 4-D
+                mask, position_ids or a cache, negative_items for rows of several histories, or long histories or candidates
+                do not fit.
         """
         targets = kwargs.pop("shift_labels", None)
         if labels is not None and targets is None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
-        supervised = negatives = None
+        supervised = negatives = given = None
         second_stage = targets is not None and (candidates is not None or self._second_stage)
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
@@ -303,9 +324,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 and (attention_mask is None or attention_mask.dim() == 2)
             ):
                 seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
-                inputs, mask, position_ids, negatives = self._pack(inputs, tokens, seen, supervised)
+                number, positions = self.layout.histories(tokens, seen)
+                num_items = self.catalogue.num_items
+                given = given_items(negative_items, favorite_items, number, supervised, num_items)
+                inputs, mask, packed_positions, negatives = self._pack(
+                    inputs, number, positions, seen, supervised, given
+                )
                 if mask is not None:
-                    attention_mask, use_cache = mask, False
+                    attention_mask, position_ids, use_cache = mask, packed_positions, False
                 if second_stage:
                     long_history = self._long_history(len(tokens), long_items, long_behaviors)
                     past_key_values, use_cache = DynamicCache(), True
@@ -314,10 +340,11 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                     "Candidates are ranked on the histories' cache, which needs a 2-D attention_mask, and neither "
                     "position_ids nor past_key_values. Leave them out to train with candidates."
                 )
-            elif self._negatives_per_item:
+            elif self._negatives_per_item or negative_items is not None:
                 raise ValueError(
                     "Negatives are packed behind the histories, which needs a 2-D attention_mask, and neither position_ids "
-                    "nor past_key_values. Set config.negatives_per_item = 0 to train with a mask or cache of your own."
+                    "nor past_key_values. Set config.negatives_per_item = 0 and leave negative_items out to train with a mask "
+                    "or cache of your own."
                 )
 
         outputs = self.model(
@@ -336,14 +363,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         logits = None if samples_codes else self.code_logits(hidden_states)
 
-        loss = code_loss = rank_loss = item_loss = None
+        loss = code_loss = rank_loss = item_loss = pool_loss = gradient_norms = None
         if targets is not None:
             if samples_codes:
-                code_loss = sampled_generation_loss(self, hidden_states, targets)
+                code_loss = sampled_generation_loss(self, hidden_states, targets, given)
             else:
                 code_loss = generation_loss(self.layout, logits, targets)
             if second_stage:
-                rank_loss = candidate_loss(
+                rank_loss = second_stage_loss(
                     self, tokens, seen, supervised, hidden_states, past_key_values, candidates, long_history
                 )
                 outputs.past_key_values = None  # candidates stand behind the histories now
@@ -357,6 +384,17 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 item_loss = self._item_loss(outputs.last_hidden_state, supervised)
                 loss = loss + retrieval_weight * self.config.item_loss_weight * item_loss
                 item_loss = item_loss.detach()
+            if negatives is not None and given is not None:
+                pool_loss = candidate_loss(self, outputs.last_hidden_state, given, negatives)
+                loss = loss + retrieval_weight * self.config.candidate_loss_weight * pool_loss
+                pool_loss = pool_loss.detach()
+            if self.training and self.measures_gradients:
+                gradients = [
+                    torch.autograd.grad(one, outputs.last_hidden_state, retain_graph=True, allow_unused=True)[0]
+                    for one in (code_loss, rank_loss)
+                ]
+                norms = [code_loss.new_zeros(()) if one is None else one.norm() for one in gradients]
+                gradient_norms = torch.stack(norms).float()
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
             code_loss, rank_loss = code_loss.detach(), rank_loss.detach()
@@ -370,6 +408,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             generation_loss=code_loss,
             ranking_loss=rank_loss,
             item_loss=item_loss,
+            candidate_loss=pool_loss,
+            gradient_norms=gradient_norms,
         )
 
     def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
@@ -401,23 +441,31 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     def _pack(
         self,
         inputs: dict[str, torch.Tensor],
-        tokens: torch.LongTensor,
+        number: torch.LongTensor,
+        position_ids: torch.LongTensor,
         seen: torch.LongTensor,
         supervised: SupervisedItems,
+        given: GivenItems | None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | dict | None, torch.LongTensor | None, Negatives | None]:
         """
         Several histories in a row, and negatives behind them, as one forward: the inputs with the negatives appended, the
         4-D mask, position ids and negatives. Rows of one history without negatives need none of it.
         """
-        number, position_ids = self.layout.histories(tokens, seen)
-        if not self._negatives_per_item and number.max() <= 1:
+        if (
+            self.config.num_levels == 1 and self.config.code_negatives
+        ):  # they are among the sampled codes, without tokens
+            given = None
+        appends = self._negatives_per_item or (given is not None and given.negatives.shape[1] > 0)
+        if not appends and number.max() <= 1:
             return inputs, None, None, None
         mask = self.layout.history_mask(number, seen)
         negatives = None
-        if self._negatives_per_item:
+        if appends:
             codes, per_item = self.catalogue.item_codes, self._negatives_per_item
-            generator = self._generator(tokens.device)
-            negatives = draw_negatives(self.layout, codes, supervised, position_ids, mask, per_item, generator)
+            generator = self._generator(number.device)
+            negatives = draw_negatives(
+                self.layout, codes, supervised, position_ids, mask, per_item, given=given, generator=generator
+            )
             more = negatives.tokens if "input_ids" in inputs else self.get_input_embeddings()(negatives.tokens)
             inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}
             position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""What is learnt from a batch of histories: which items are supervised, random candidates, and the losses."""
+"""What is learnt from a batch of histories: which items are supervised, candidates beside them, and the losses."""
 
 import math
 from collections.abc import Callable
@@ -64,16 +64,76 @@ def supervised_items(
 
 
 @dataclass
+class GivenItems:
+    """
+    What the caller knows of each row's items beyond its history (UniGRF's enhancer): a row is one history.
+
+    Args:
+        negatives (`torch.LongTensor` of shape `(batch_size, m)`): Items to learn to tell from the next one; -1: none.
+        favorites (`torch.LongTensor` of shape `(batch_size, f)`): Items that are never negatives; -1: none.
+        last_ends (`torch.LongTensor` of shape `(batch_size,)`): Where the history before the last supervised item ends; -1
+            in a row without one.
+        targets (`torch.LongTensor` of shape `(batch_size,)`): That item; -1 in a row without one.
+    """
+
+    negatives: torch.LongTensor
+    favorites: torch.LongTensor
+    last_ends: torch.LongTensor
+    targets: torch.LongTensor
+
+
+def given_items(
+    negative_items: torch.LongTensor | None,
+    favorite_items: torch.LongTensor | None,
+    number: torch.LongTensor,
+    supervised: SupervisedItems,
+    num_items: int,
+) -> GivenItems | None:
+    """
+    Checks what the caller gave, `[B, m]` and `[B, f]` item indices or None; `number [B, T]` counts the histories of a row.
+
+    Raises:
+        ValueError: on other shapes, items outside the catalogue, or rows of several histories.
+    """
+    if negative_items is None and favorite_items is None:
+        return None
+    none = number.new_empty(len(number), 0)
+    negative_items, favorite_items = (none if one is None else one for one in (negative_items, favorite_items))
+    for name, items in (("negative_items", negative_items), ("favorite_items", favorite_items)):
+        if items.dim() != 2 or len(items) != len(number):
+            raise ValueError(
+                f"Expected {name} of shape ({len(number)}, m), one list a row, found {tuple(items.shape)}."
+            )
+        if items.numel() and (items.min() < -1 or items.max() >= num_items):
+            raise ValueError(
+                f"Expected {name} between 0 and {num_items - 1}, or -1 for none, found {int(items.min())} to "
+                f"{int(items.max())}."
+            )
+    if number.max() > 1:
+        raise ValueError(
+            f"negative_items and favorite_items belong to one user, but a row holds {int(number.max())} histories. Put "
+            "each history into a row of its own."
+        )
+    last_ends, targets = torch.full_like(number[:, 0], -1), torch.full_like(number[:, 0], -1)
+    last_ends.scatter_reduce_(0, supervised.rows, supervised.history_ends, "amax")
+    is_last = last_ends[supervised.rows] == supervised.history_ends
+    targets[supervised.rows[is_last]] = supervised.items[is_last]
+    return GivenItems(negative_items, favorite_items, last_ends, targets)
+
+
+@dataclass
 class Negatives:
     """
-    Random items packed behind the histories of each row, each placed after some supervised position.
+    Items packed behind the histories of each row, each placed after some supervised position: first random ones, then those
+    that the caller gave, which stand before the row's last supervised item.
 
     Args:
         tokens (`torch.LongTensor` of shape `(batch_size, M * L)`)
         items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
         history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each is placed.
-        usable (`torch.BoolTensor` of shape `(batch_size, M)`): False where the draw hit the true next item, and in
-            rows with fewer items than the fullest one.
+        usable (`torch.BoolTensor` of shape `(batch_size, M)`): Of the random ones: False where the draw hit the true next
+            item, and in rows with fewer items than the fullest one. False for all others.
+        given (`torch.BoolTensor` of shape `(batch_size, M)`): Of those that the caller gave: False where there is none.
         position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
         attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
     """
@@ -82,6 +142,7 @@ class Negatives:
     items: torch.LongTensor
     history_ends: torch.LongTensor
     usable: torch.BoolTensor
+    given: torch.BoolTensor
     position_ids: torch.LongTensor
     attention_mask: torch.BoolTensor
 
@@ -93,10 +154,12 @@ def draw_negatives(
     position_ids: torch.LongTensor,
     visible: torch.BoolTensor,
     negatives_per_item: float,
+    given: GivenItems | None = None,
     generator: torch.Generator | None = None,
 ) -> Negatives:
     """
-    Draws uniform items for the `"next"` target, as many as the row has supervised items times `negatives_per_item`.
+    Draws uniform items for the `"next"` target, as many as the row has supervised items times `negatives_per_item`, and
+    places them together with those that are given.
 
     Args:
         item_codes (`torch.IntTensor` of shape `(num_items, L)`)
@@ -109,20 +172,30 @@ def draw_negatives(
     next_item[supervised.rows, supervised.history_ends] = supervised.items
     has_next = next_item >= 0
     wanted = (has_next.sum(dim=1) * negatives_per_item).ceil().long()
-    count = max(1, int(wanted.max()))
+    count = int(wanted.max())
     # A row without a supervised item draws anything; `usable` drops it.
     weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
-    after = torch.multinomial(weights, count, replacement=True, generator=generator)
+    after = torch.multinomial(weights, max(1, count), replacement=True, generator=generator)[:, :count]
     items = torch.randint(len(item_codes), (batch_size, count), device=device, generator=generator)
     target = next_item.gather(1, after)
+    usable = (target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None])
+    is_given = torch.zeros_like(usable)
+    if given is not None:
+        wanted = given.negatives
+        is_given = (wanted >= 0) & (wanted != given.targets[:, None]) & (given.last_ends >= 0)[:, None]
+        is_given = torch.cat([torch.zeros_like(usable), is_given], dim=1)
+        usable = nn.functional.pad(usable, (0, wanted.shape[1]))
+        items = torch.cat([items, wanted.clamp(min=0)], dim=1)
+        after = torch.cat([after, given.last_ends.clamp(min=0)[:, None].expand(-1, wanted.shape[1])], dim=1)
     seen = visible.gather(1, after[:, :, None].expand(-1, -1, length))
     return Negatives(
         tokens=layout.item_tokens(item_codes[items].long()).flatten(1),
         items=items,
         history_ends=after,
-        usable=(target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None]),
-        position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1, count),
-        attention_mask=layout.candidate_mask(seen, count),
+        usable=usable,
+        given=is_given,
+        position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1, items.shape[1]),
+        attention_mask=layout.candidate_mask(seen, items.shape[1]),
     )
 
 
@@ -144,7 +217,9 @@ def generation_loss(layout: ItemLayout, logits: torch.Tensor, targets: torch.Lon
     return total / (levels >= 0).sum().clamp(min=1)
 
 
-def sampled_generation_loss(model, states: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+def sampled_generation_loss(
+    model, states: torch.Tensor, targets: torch.LongTensor, given: GivenItems | None = None
+) -> torch.Tensor:
     """
     `generation_loss` with each code among itself and `config.code_negatives` uniform codes of its level, without correction
     (as the public code of HSTU samples items); draws that hit the code itself do not count. Levels with no more codes than
@@ -153,6 +228,8 @@ def sampled_generation_loss(model, states: torch.Tensor, targets: torch.LongTens
     Args:
         states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): Output of the backbone.
         targets (`torch.LongTensor` of shape `(batch_size, T)`): The next token; all but codes are left out.
+        given (`GivenItems`, *optional*): With atomic ids, the row's negatives take the places of as many random ones, and
+            its favorites are no negatives.
     """
     layout, count, shared = model.layout, model.config.code_negatives, model.config.share_code_negatives
     levels = layout.token_levels(targets)
@@ -165,15 +242,58 @@ def sampled_generation_loss(model, states: torch.Tensor, targets: torch.LongTens
             total = total + nn.functional.cross_entropy(logits, true, reduction="sum")
             continue
         vectors = model.lm_head.weight[codes]
-        own = model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()
+        logits = [model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()]
+        hard = favorites = None
+        if given is not None and layout.num_levels == 1:
+            hard, favorites = (
+                model.catalogue.item_codes[items.clamp(min=0), 0].long().masked_fill(items < 0, -1)
+                for items in (given.negatives, given.favorites)
+            )
+            row = here.nonzero()[:, 0]
+            similar = model.code_similarity(states, vectors[hard.clamp(min=0)].transpose(1, 2))[here].float()
+            no_negative = (hard[row] < 0) | (hard[row] == true[:, None])
+            logits.append(similar.masked_fill(no_negative, -torch.inf))
         drawn = torch.randint(size, (count,) if shared else (len(true), count), device=states.device)
         if shared:
-            logits = model.code_similarity(queries, vectors[drawn].T)
+            random = model.code_similarity(queries, vectors[drawn].T)
         else:
-            logits = model.code_similarity(queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
-        logits = logits.float().masked_fill(drawn == true[:, None], -torch.inf)
-        total = total - torch.cat([own, logits], dim=1).log_softmax(dim=1)[:, 0].sum()
+            random = model.code_similarity(queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
+        no_negative = (drawn == true[:, None]).expand(len(true), -1)
+        if hard is not None:
+            # As many random ones fewer as the row has given ones: the first of them.
+            replaced = torch.arange(count, device=states.device) < (hard >= 0).sum(dim=1)[row][:, None]
+            favorite = (drawn.expand(len(true), -1)[:, :, None] == favorites[row][:, None]).any(dim=2)
+            no_negative = no_negative | replaced | favorite
+        logits.append(random.float().masked_fill(no_negative, -torch.inf))
+        total = total - torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0].sum()
     return total / (levels >= 0).sum().clamp(min=1)
+
+
+def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negatives: Negatives) -> torch.Tensor:
+    """
+    Mean over the rows of the cross-entropy of the last supervised item among itself and the row's given negatives, by their
+    log-probabilities as sequences: a sampled softmax over items for codes, whose own cross-entropy sees no other item whole.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, T + M * L, hidden_size)`): Of histories and packed items.
+    """
+    layout, codes = model.layout, model.catalogue.item_codes
+    has_last, count = given.last_ends >= 0, given.negatives.shape[1]
+    ends, targets = given.last_ends.clamp(min=0), given.targets.clamp(min=0)
+    steps = torch.arange(layout.num_levels, device=ends.device)
+    rows = torch.arange(len(ends), device=ends.device)[:, None]
+    of_target = hidden_states[rows, ends[:, None] + steps][:, None]
+    packed = hidden_states[:, -negatives.tokens.shape[1] :].unflatten(1, (-1, layout.num_levels))[:, -count:]
+    of_negatives = torch.cat([of_target[:, :, :1].expand(-1, count, -1, -1), packed[:, :, :-1]], dim=2)
+    states = torch.cat([of_target, of_negatives], dim=1)
+    spelt = codes[torch.cat([targets[:, None], negatives.items[:, -count:]], dim=1)].long()
+    scores = 0.0
+    for level in range(layout.num_levels):
+        log_probs = model.code_logits(states[:, :, level], layout.level_slice(level)).float().log_softmax(dim=-1)
+        scores = scores + log_probs.gather(2, spelt[:, :, level : level + 1])[..., 0]
+    scores = torch.cat([scores[:, :1], scores[:, 1:].masked_fill(~negatives.given[:, -count:], -torch.inf)], dim=1)
+    losses = -scores.log_softmax(dim=1)[:, 0]
+    return losses.masked_fill(~has_last, 0.0).sum() / has_last.sum().clamp(min=1)
 
 
 MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs memory in proportion

@@ -78,15 +78,22 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """MovieLens-1M: 1,000,209 ratings by 6,040 users; 3,883 movies in the catalogue, 3,706 of them rated.
 
     Args:
-        path: GroupLens's folder with `ratings.dat` and `movies.dat`.
+        path: GroupLens's folder with `ratings.dat` and `movies.dat`; or one with `movies.dat` and `interactions.parquet`
+            (`user_id`, `item_id`, `rating`, `position`: 1 = a user's oldest), which stands in for a `ratings.dat` whose
+            times are not all known.
 
     Returns:
-        `interactions` and `items` as [`movielens_100k`] describes them.
+        `interactions` and `items` as [`movielens_100k`] describes them; `timestamp` is the position where times are not
+        all known.
 
     Raises:
         ValueError: if a file is missing.
     """
     folder = Path(path)
+    ordered = folder / "interactions.parquet"
+    if ordered.exists() and not (folder / "ratings.dat").exists():
+        interactions = pd.read_parquet(ordered).drop(columns="timestamp").rename(columns={"position": "timestamp"})
+        return _interactions(interactions), _movies_1m(folder)
     # Every other column is the empty one between the two colons: the C parser takes single-character separators only.
     interactions = pd.read_csv(
         _existing(folder / "ratings.dat"),
@@ -95,10 +102,13 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         names=["user_id", "item_id", "rating", "timestamp"],
         header=None,
     )
+    return _interactions(interactions), _movies_1m(folder)
+
+
+def _movies_1m(folder: Path) -> pd.DataFrame:
     lines = _existing(folder / "movies.dat").read_text(encoding="latin-1").splitlines()
     items = pd.DataFrame([line.split("::") for line in lines], columns=["item_id", "title", "genres"])
-    genres = items["genres"].str.replace("|", ", ")
-    return _interactions(interactions), _items(items["item_id"], items["title"], genres)
+    return _items(items["item_id"], items["title"], items["genres"].str.replace("|", ", "))
 
 
 def clean_titles(titles: pd.Series) -> pd.Series:

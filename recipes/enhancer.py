@@ -1,0 +1,262 @@
+"""UniGRF's ranking-driven enhancer, as a callback of the stock `Trainer`: what ranking knows corrects retrieval's negatives.
+
+    enhancer = RankingDrivenEnhancer(model, tokenizer, items, behaviors)
+    Trainer(..., data_collator=enhancer.collator(DataCollatorForSeq2Seq(tokenizer)), callbacks=[enhancer])
+
+Rows of the training set hold one history each, and need the columns `user` (their number in `items`) and, to relabel, `last`
+(whether the history's end is the user's).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.cache_utils import DynamicCache
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+class RankingDrivenEnhancer(TrainerCallback):
+    """
+    Before an epoch, for each user at the last training position, without gradient: a pool of items is scored by retrieval
+    and by ranking (our reading of UniGRF, section on the ranking-driven enhancer).
+
+    - Hard-to-detect disliked items: the `num_negatives` with the highest `rho = minmax(log P) - penalty * p`, where p is the
+      ranking probability. They go to the model as `negative_items`.
+    - Potential favourites: at most `max_favorites` with `p > threshold`, the highest first. They are no hard negatives, go to
+      the model as `favorite_items` (no random negatives either) and, with `relabel`, the first of them also becomes the next
+      item after a user's last training row.
+
+    The pools are saved with the Trainer's checkpoints, and are the same on all processes. How many were found goes to the
+    log, examples with titles to `enhancer.jsonl` in the output folder.
+
+    Args:
+        model (`UniGRFForCausalLM`), tokenizer (`SemanticIdTokenizer`)
+        items, behaviors (`Sequence` of U integer arrays): Training history of each user: catalogue rows, and indices into
+            `tokenizer.behaviors`; the last item is the target, which is never in the pool, nor is anything before it.
+        pool (`str`): `"uniform"`: the hard negatives before and fresh uniform items, `pool_size` together (atomic ids).
+            `"beam"`: the `pool_size` best of the generation.
+        target (`str`): The ranking target that says p.
+        warm_up_epochs, every_epochs (`int`): Epochs without enhancer, and between two refreshments.
+        max_items (`int`): Items of a history that the model reads.
+
+    Raises:
+        ValueError: on arguments out of range, a pool smaller than `num_negatives`, and a uniform pool for several codes.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        items: Sequence[np.ndarray],
+        behaviors: Sequence[np.ndarray],
+        *,
+        pool: Literal["uniform", "beam"] = "uniform",
+        pool_size: int = 64,
+        num_negatives: int = 8,
+        penalty: float = 1.0,
+        threshold: float = 0.9,
+        max_favorites: int = 2,
+        relabel: bool = False,
+        target: str = "like",
+        warm_up_epochs: int = 2,
+        every_epochs: int = 1,
+        max_items: int = 200,
+        batch_size: int = 128,
+        seed: int = 0,
+    ):
+        if not 1 <= num_negatives <= pool_size or not 0 <= threshold <= 1 or warm_up_epochs < 0 or every_epochs < 1:
+            raise ValueError(
+                f"Expected 1 <= num_negatives <= pool_size, a threshold in [0, 1], warm_up_epochs >= 0 and every_epochs >= 1, "
+                f"found {num_negatives}, {pool_size}, {threshold}, {warm_up_epochs} and {every_epochs}."
+            )
+        if pool not in ("uniform", "beam") or (pool == "uniform" and model.config.num_levels > 1):
+            raise ValueError(
+                f"Expected the pool 'beam', or 'uniform' for atomic ids, found {pool!r} for {model.config.num_levels} codes."
+            )
+        if target not in model.config.ranking_targets:
+            raise ValueError(f"Expected a target among {model.config.ranking_targets}, found {target!r}.")
+        self.model, self.tokenizer, self.items, self.behaviors = model, tokenizer, items, behaviors
+        self.pool, self.pool_size, self.num_negatives, self.penalty = pool, pool_size, num_negatives, penalty
+        self.threshold, self.max_favorites, self.relabel, self.target = threshold, max_favorites, relabel, target
+        self.warm_up_epochs, self.every_epochs = warm_up_epochs, every_epochs
+        self.max_items, self.batch_size, self.seed = max_items, batch_size, seed
+        # Shared memory: workers of a data loader see what is written here later.
+        self.negatives = torch.full((len(items), num_negatives), -1).share_memory_()
+        self.favorites = torch.full((len(items), max(1, max_favorites)), -1).share_memory_()
+        self.refreshed_at, self.found = -1, {}
+
+    def collator(self, collate: Callable) -> Callable:
+        """Wraps a data collator: rows with a `user` also get the user's items; others (of an evaluation) pass as they are."""
+
+        def with_pools(rows: list[dict]) -> dict:
+            if "user" not in rows[0]:
+                return collate(rows)
+            users = torch.tensor([row["user"] for row in rows])
+            negatives, favorites = self.negatives[users], self.favorites[users]
+            positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
+            batch = collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
+            if self.refreshed_at >= 0:
+                batch["negative_items"], batch["favorite_items"] = negatives, favorites
+            return batch
+
+        return with_pools
+
+    def _with(self, row: dict, favorite: int) -> dict:
+        """A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none)."""
+        tokens = []
+        if favorite >= 0 and row["last"]:
+            tokens = self.tokenizer.item_tokens(np.array([favorite]))[0].tolist()
+        more = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+        return {name: [*row[name], *values] for name, values in more.items()}
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        due = epoch - self.warm_up_epochs
+        if due < 0 or due % self.every_epochs or self.refreshed_at == epoch:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        self._refresh(args, epoch)
+        self.model.train(was_training)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes the pools of the checkpoint that the training is resumed from."""
+        file = self._file(args, state)
+        if state.global_step and file.is_file():
+            saved = load_file(file)
+            self.negatives.copy_(saved["negatives"])
+            self.favorites.copy_(saved["favorites"])
+            self.refreshed_at = int(saved["refreshed_at"])
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            pools = {"negatives": self.negatives, "favorites": self.favorites}
+            pools = {name: tensor.clone() for name, tensor in pools.items()}
+            save_file({**pools, "refreshed_at": torch.tensor(self.refreshed_at)}, self._file(args, state))
+
+    @staticmethod
+    def _file(args, state) -> Path:
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "enhancer.safetensors"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and self.found:
+            logs.update(self.found)
+            state.log_history[-1].update(self.found)
+
+    @torch.no_grad()
+    def _refresh(self, args, epoch: int) -> None:
+        """Scores every user's pool, each process its part of the users."""
+        users = np.array_split(np.arange(len(self.items)), args.world_size)[args.process_index]
+        order = users[np.argsort([len(self.items[user]) for user in users], kind="stable")]  # little padding
+        parts, examples = [], []
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc="enhancer", unit="batch", disable=args.disable_tqdm or args.process_index > 0):
+            batch = order[start : start + self.batch_size]
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(batch[0]))) % 2**63)
+            pool, retrieval, ranking, usable = self._score(batch, generator)
+            parts.append((batch, *self._choose(batch, pool, retrieval, ranking, usable)))
+            if start == starts[len(starts) // 2]:
+                examples = [self._example(int(user), row, parts[-1]) for row, user in enumerate(batch[:3])]
+        numbers = torch.zeros(3)
+        for one in gather_object([parts]) if args.world_size > 1 else [parts]:
+            for batch, negatives, favorites, seen in one:
+                self.negatives[batch], self.favorites[batch] = negatives, favorites
+                numbers += seen
+        self.refreshed_at = epoch
+        names = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability")
+        self.found = dict(zip(names, (numbers / len(self.items)).tolist(), strict=True))
+        if args.process_index == 0:
+            with (Path(args.output_dir) / "enhancer.jsonl").open("a") as file:
+                file.write(json.dumps({"epoch": epoch, **self.found, "examples": examples}) + "\n")
+
+    def _score(self, users: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Pool `[b, K]` (item indices), its log P and ranking probability, and which of it may be used, all `[b, K]`."""
+        model, device = self.model, self.model.device
+        before = [slice(-1 - self.max_items, -1)] * len(users)
+        histories = [
+            self.tokenizer.encode_indices(self.items[user][part], self.behaviors[user][part])
+            for user, part in zip(users, before, strict=True)
+        ]
+        batch = self.tokenizer.pad({"input_ids": histories}, return_tensors="pt", padding_side="left").to(device)
+        own = [torch.as_tensor(np.asarray(self.items[user], dtype=np.int64)) for user in users]
+        if self.pool == "beam":
+            best = model.recommend(
+                batch["input_ids"],
+                batch["attention_mask"],
+                num_beams=self.pool_size,
+                num_return_sequences=self.pool_size,
+                ranking_weight=0.0,
+                ranking_target=self.target,
+                blocked_items=own,
+            )
+            usable = best.item_indices >= 0
+            return best.item_indices.clamp(min=0), best.generation_scores, best.ranking_scores.exp(), usable
+        fresh = torch.randint(
+            model.catalogue.num_items, (len(users), self.pool_size - self.num_negatives), generator=generator
+        )
+        pool = torch.cat([self.negatives[users], fresh], dim=1)
+        owned = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
+        ordered, order = pool.sort(dim=1, stable=True)
+        repeated = torch.zeros_like(pool, dtype=torch.bool)
+        repeated.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+        usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
+        pool, usable = pool.clamp(min=0).to(device), usable.to(device)
+        cache = DynamicCache()
+        states = model.model(
+            batch["input_ids"], batch["attention_mask"], past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
+        retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
+        ranking = model.rank(
+            batch["input_ids"], batch["attention_mask"], pool, past_key_values=cache, history_states=states
+        )
+        index = model.config.ranking_targets.index(self.target)
+        return pool, retrieval, ranking[..., index].sigmoid(), usable
+
+    def _choose(
+        self,
+        users: np.ndarray,
+        pool: torch.Tensor,
+        retrieval: torch.Tensor,
+        ranking: torch.Tensor,
+        usable: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hard negatives `[b, m]`, favourites `[b, f]`, and sums: of both counts, and of the pool's mean probability."""
+        if not (ranking.isfinite() & retrieval.isfinite())[usable].all():
+            raise ValueError(
+                f"Expected finite scores of the enhancer's pool, found NaN or infinity for some of users {users[:3].tolist()} "
+                "and others. The training diverged: lower the learning rate, or clip gradients (max_grad_norm)."
+            )
+        is_favorite = usable & (ranking > self.threshold)
+        lowest = retrieval.masked_fill(~usable, torch.inf).amin(dim=1, keepdim=True)
+        span = retrieval.masked_fill(~usable, -torch.inf).amax(dim=1, keepdim=True) - lowest
+        rho = (retrieval - lowest) / span.clamp(min=1e-9) - self.penalty * ranking
+        too_few = (usable.sum(dim=1) < self.num_negatives).nonzero()
+        if len(too_few):
+            row = int(too_few[0])
+            raise ValueError(
+                f"Expected a pool of at least {self.num_negatives} items beside a user's own, found {int(usable[row].sum())} "
+                f"for user {int(users[row])}. Lower num_negatives, or raise pool_size (now {self.pool_size})."
+            )
+        rho = rho.masked_fill(~usable | is_favorite, -torch.inf)
+        best, places = rho.topk(self.num_negatives, dim=1)
+        negatives = pool.gather(1, places).masked_fill(best == -torch.inf, -1)
+        best, places = ranking.masked_fill(~is_favorite, -torch.inf).topk(self.favorites.shape[1], dim=1)
+        favorites = pool.gather(1, places).masked_fill((best == -torch.inf) | (self.max_favorites == 0), -1)
+        mean = ranking.masked_fill(~usable, 0.0).sum(dim=1) / usable.sum(dim=1)
+        seen = torch.stack([(negatives >= 0).sum(), (favorites >= 0).sum(), mean.sum()]).float()
+        return negatives.cpu(), favorites.cpu(), seen.cpu()
+
+    def _example(self, user: int, row: int, part: tuple) -> dict:
+        """What was found for a user, in words."""
+        names = self.tokenizer.titles or self.tokenizer.item_ids
+        found = {"last items": self.items[user][-4:-1], "disliked": part[1][row], "favorites": part[2][row]}
+        return {"user": user, **{name: [names[item] for item in items if item >= 0] for name, items in found.items()}}

@@ -1,0 +1,277 @@
+"""UniGRF on MovieLens-1M: retrieval alone, ranking alone, both, and both with each module, one command a row.
+
+    python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone llama --seed 0    # trains, or goes on
+    python -m recipes.reproduce_unigrf --collect          # recipes/results/unigrf_ml1m.json and .png, then recipes.results
+
+Leave-one-out over the rated movies, items are scored over the whole catalogue without the user's own; a like is a rating of 4
+or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC on validation (of
+what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a run that broke off goes on
+from its last checkpoint, a finished one is not run again.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes.callbacks import AdaptiveWeighter, LossParts
+from recipes.enhancer import RankingDrivenEnhancer
+from recipes.evaluate import METRICS
+from recipes.movielens import movielens_1m
+from recipes.prepare import leave_one_out
+from recipes.results import made_by
+from recipes.train import cut_windows, held_out_rows
+from recipes.unigrf_report import collect
+from tokenization import SemanticIdTokenizer
+
+MAX_ITEMS = 200
+SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 512}
+BACKBONES = {
+    "hstu": {"model_type": "hstu", **SMALL, "dropout": 0.2},
+    "hstu-large": {"model_type": "hstu", **SMALL, "num_hidden_layers": 8, "num_attention_heads": 2, "dropout": 0.2},
+    "llama": {"model_type": "llama", **SMALL, "intermediate_size": 128},
+    "llama-wide": {
+        "model_type": "llama",
+        **SMALL,
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "intermediate_size": 384,
+    },
+}
+# What a row trains, beside naive joint training.
+ROWS: dict[str, dict] = {
+    "retrieval": {"ranking_loss_weight": 0.0},
+    "ranking": {"generation_loss_weight": 0.0},
+    "joint": {},
+    "weighter": {"weighter": True},
+    "enhancer": {"enhancer": True},
+    "both": {"weighter": True, "enhancer": True},
+}
+
+
+@dataclass
+class ReproduceArguments:
+    """One row of the table, or the table."""
+
+    data: str | None = field(default=None, metadata={"help": "GroupLens's ml-1m folder."})
+    row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
+    backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
+    seed: int = field(default=0, metadata={"help": "Of weights, batches and negatives."})
+    epochs: int = field(default=30, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
+    batch_size: int = field(default=64, metadata={"help": "Histories of a step."})
+    code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
+    ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
+    form: str = field(default="loss_ratio", metadata={"help": "Of the weighter."})
+    pool: str = field(default="uniform", metadata={"help": "Of the enhancer: uniform or beam."})
+    relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
+    variant: str = field(default="", metadata={"help": "A name for runs with other values of the arguments above."})
+    output_dir: str = field(default="runs/unigrf", metadata={"help": "One folder a run."})
+    compile_backbone: bool = field(default=False, metadata={"help": "Compile the backbone."})
+    collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
+
+
+def load_data(path: str, output_dir: Path) -> tuple[DatasetDict, SemanticIdTokenizer]:
+    """Leave-one-out splits of the rated movies, and a tokenizer with one code an item (kept in `output_dir`)."""
+    interactions, items = movielens_1m(path)
+    items = items[items["item_id"].isin(interactions["item_id"])]
+    ids = items["item_id"].to_numpy()
+    behaviors = ["dislike", "like"]
+    splits = leave_one_out(
+        users=interactions["user_id"].astype(str).to_numpy(),
+        items=np.searchsorted(ids, interactions["item_id"].to_numpy()),
+        behaviors=(interactions["behavior"] == "like").to_numpy().astype(np.int8),
+        timestamps=interactions["timestamp"].to_numpy(),
+    )
+    tokenizer = SemanticIdTokenizer.from_codes(
+        ids, np.arange(len(ids))[:, None], [len(ids)], behaviors, titles=items["title"].tolist()
+    )
+    seen = np.unique(np.concatenate(splits["train"].with_format("numpy")["items"][:]))
+    print(f"{len(splits['train']):,} users, {len(ids):,} movies, {len(ids) - len(seen)} of them never in training")
+    return splits, tokenizer
+
+
+def windows(split: Dataset, tokenizer: SemanticIdTokenizer) -> Dataset:
+    """Every training history in windows of at most `MAX_ITEMS`, one a row, with the user's number and the length."""
+    rows: dict[str, list] = {name: [] for name in ("user", "last", "input_ids", "attention_mask", "labels", "length")}
+    for user, (items, behaviors) in enumerate(zip(split["items"][:], split["behaviors"][:], strict=True)):
+        for start, end in cut_windows(len(items), MAX_ITEMS, 1):
+            tokens = tokenizer.encode_indices(np.array(items[start:end]), np.array(behaviors[start:end]))
+            rows["user"].append(user)
+            rows["last"].append(end == len(items))
+            rows["input_ids"].append(tokens)
+            rows["attention_mask"].append(np.ones_like(tokens))
+            rows["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
+            rows["length"].append(len(tokens))
+    return Dataset.from_dict(rows)
+
+
+@torch.no_grad()
+def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
+    """
+    HR and NDCG at 10 and 50, MRR and AUC of a split. One forward of histories and targets: the output before a target
+    scores every item (with one code an item that is all of `generate`), the output at the target ranks it.
+    """
+    layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
+    order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
+    like = model.config.ranking_targets.index("like")
+    for start in range(0, len(order), 128):
+        batch = order[start : start + 128]
+        padded = tokenizer.pad({"input_ids": [rows[int(row)]["input_ids"] for row in batch]}, return_tensors="pt")
+        states = model.model(**padded.to(model.device)).last_hidden_state[:, -3:-1]
+        logits = model.code_logits(states[:, 0], layout.level_slice(0)).float()
+        targets = torch.tensor(split[batch]["target"], device=model.device)
+        own = logits.gather(1, targets[:, None])
+        for row, items in enumerate(split[batch]["items"]):
+            logits[row, items] = -torch.inf
+        ranks[batch] = 1 + (logits > own).sum(dim=1).cpu().numpy()
+        ranking = model.ranking_logits(states[:, 1:], states[:, 0], targets[:, None])
+        scores[batch] = ranking[:, 0, like].cpu().numpy()
+    found = {f"{name}@{k}": 0.0 for k in (10, 50) for name in ("hr", "ndcg")}
+    for k in (10, 50):
+        found[f"hr@{k}"] = float(np.mean(ranks <= k))
+        found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
+    likes = (np.array(split["target_behavior"][:]) == tokenizer.behaviors.index("like")).astype(int)
+    auc = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
+    area = auc.compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
+    return {**found, "mrr": float(np.mean(1 / ranks)), "auc": area}
+
+
+class LeaveOneOutTrainer(Trainer):
+    """The stock Trainer, with an evaluation that scores items; a callback's values would not choose the best epoch."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        start = time.perf_counter()
+        self.model.eval()
+        found = self.measure()
+        found["score"] = sum(found[name] for name in self.chosen_by)
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        logs[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self.model.train()
+        return logs
+
+
+def run(args: ReproduceArguments) -> None:
+    """Trains one row and writes `result.json` into its folder."""
+    work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
+    name = "-".join(filter(None, (args.backbone, args.row, args.variant, str(args.seed))))
+    folder = Path(args.output_dir) / name
+    file = folder / "result.json"
+    if file.exists() and json.loads(file.read_text())["arguments"] == work:
+        print(f"{folder} is finished")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    splits, tokenizer = load_data(args.data, folder)
+    train_rows = windows(splits["train"], tokenizer)
+    held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS) for name in ("validation", "test")}
+    options = dict(ROWS[args.row])
+    weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
+    is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
+    config = UniGRFConfig(
+        **tokenizer.config_fields(),
+        text_config=BACKBONES[args.backbone],
+        code_similarity="cosine",
+        code_temperature=0.05,
+        code_negatives=args.code_negatives,
+        tie_word_embeddings=True,
+        ranking_targets=["like"],
+        ranking_weight=0.0,
+        ranking_dropout=0.1,
+        embedding_dropout=0.0 if is_hstu else 0.2,
+        **{"ranking_loss_weight": args.ranking_loss_weight, **options},
+    )
+    model = UniGRFForCausalLM(config)
+    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
+    if args.compile_backbone:
+        model.model.language_model.compile()
+    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64)
+    callbacks = [LossParts(model)]
+    if weighter:
+        callbacks.append(AdaptiveWeighter(form=args.form))
+    if enhancer:
+        train = splits["train"].with_format("numpy")
+        callbacks.append(
+            RankingDrivenEnhancer(
+                model,
+                tokenizer,
+                list(train["items"][:]),
+                list(train["behaviors"][:]),
+                pool=args.pool,
+                relabel=args.relabel,
+                max_items=MAX_ITEMS,
+                seed=args.seed,
+            )
+        )
+        collate = callbacks[-1].collator(collate)
+    steps = math.ceil(len(train_rows) / args.batch_size)
+    trainer = LeaveOneOutTrainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            seed=args.seed,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps,
+            adam_beta2=0.98,
+            train_sampling_strategy="group_by_length",
+            logging_strategy="epoch",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_score",
+            greater_is_better=True,
+            remove_unused_columns=False,
+            restore_callback_states_from_checkpoint=True,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        data_collator=collate,
+        train_dataset=train_rows,
+        eval_dataset=held_out["validation"],
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    chosen = [("generation_loss_weight", "ndcg@10"), ("ranking_loss_weight", "auc")]
+    trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
+    trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    history = [entry for entry in trainer.state.log_history if "epoch" in entry]
+    result = {
+        "arguments": work,
+        "epoch": trainer.state.best_global_step / steps,
+        "validation": next(
+            e for e in history if e.get("step") == trainer.state.best_global_step and "eval_score" in e
+        ),
+        "test": measure(model.eval(), tokenizer, splits["test"], held_out["test"]),
+        "seconds": time.perf_counter() - start,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])) - 2,
+        "history": history,
+        "made by": made_by(f"python -m recipes.reproduce_unigrf --row {args.row} --backbone {args.backbone}"),
+    }
+    file.write_text(json.dumps(result, indent=1))
+    print({name: round(value, 4) for name, value in result["test"].items()})
+
+
+if __name__ == "__main__":
+    arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
+    if arguments.collect:
+        collect(Path(arguments.output_dir))
+    else:
+        run(arguments)

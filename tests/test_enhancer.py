@@ -1,0 +1,260 @@
+"""UniGRF's enhancer: the items given with a batch enter the losses as they should, and pools are what ranking says of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, random_histories
+from datasets import Dataset
+from test_training import collate, run_trainer
+
+from modeling_unigrf import training_unigrf
+from recipes.callbacks import LossParts
+from recipes.enhancer import RankingDrivenEnhancer
+from tokenization import SemanticIdTokenizer
+
+ATOMIC = {"codebook_sizes": (40,), "num_items": 40, "embeddings": False, "code_negatives": 12}
+
+
+def labelled(model, lengths, seed=0):
+    input_ids, mask, items = random_histories(model, lengths, seed)
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}, items
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_given_negatives_replace_random_ones_and_favorites_are_none(shared):
+    model = build_model(**ATOMIC, share_code_negatives=shared).train()
+    batch, items = labelled(model, [4, 2])
+    negatives = torch.tensor([[7, items[0][1], -1], [-1, -1, -1]])
+    favorites = torch.tensor([[3, -1], [5, 6]])
+    torch.manual_seed(3)
+    out = model(**batch, negative_items=negatives, favorite_items=favorites)
+    torch.manual_seed(3)
+    drawn = torch.randint(40, (12,) if shared else (6, 12))
+    logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
+    codes, offset = model.catalogue.item_codes[:, 0].long(), model.config.code_offsets[0]
+    losses, place = [], 0
+    for row, own in enumerate(items):
+        first = batch["attention_mask"].shape[1] - int(batch["attention_mask"][row].sum())
+        hard = [item for item in negatives[row].tolist() if item >= 0]
+        liked = codes[[item for item in favorites[row].tolist() if item >= 0]].tolist()
+        for position, item in enumerate(own):
+            random = (drawn if shared else drawn[place]).tolist()[len(hard) :]  # the first gave way
+            chosen = [*codes[[other for other in hard if other != item]].tolist()]
+            chosen += [code for code in random if code != codes[item] and code not in liked]
+            scores = logits[row, first + 2 * position, torch.tensor([int(codes[item]), *chosen]) + offset]
+            losses.append(-scores.log_softmax(dim=0)[0])
+            place += 1
+    torch.testing.assert_close(out.generation_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_probabilities(backbone):
+    model = build_model(backbone, negatives_per_item=1.5, candidate_loss_weight=0.3)
+    batch, items = labelled(model, [4, 2, 1])
+    negatives = torch.tensor([[7, 8, 9], [items[1][1], 3, -1], [-1, -1, -1]])
+    with torch.no_grad():
+        out = model(**batch, negative_items=negatives)
+        plain = model(**batch)
+    losses = []
+    for row in range(3):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][:-5]
+        chosen = [items[row][-1], *(item for item in negatives[row].tolist() if item not in (-1, items[row][-1]))]
+        scores = []
+        for item in chosen:
+            tokens = model.layout.item_tokens(model.catalogue.item_codes[item].long())
+            with torch.no_grad():
+                logits = model(torch.cat([ids, tokens])[None]).logits[0]
+            parts = [
+                logits[len(ids) - 1 + level, model.layout.level_slice(level)].log_softmax(dim=0)[
+                    tokens[level] - model.config.code_offsets[level]
+                ]
+                for level in range(4)
+            ]
+            scores.append(sum(parts))
+        losses.append(-torch.stack(scores).log_softmax(dim=0)[0])
+    torch.testing.assert_close(out.candidate_loss, torch.stack(losses).mean(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.ranking_loss, plain.ranking_loss, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.loss, plain.loss + 0.3 * out.candidate_loss, atol=2e-5, rtol=1e-4)
+
+
+def test_given_items_that_fit_nothing_are_refused():
+    model = build_model()
+    batch, _ = labelled(model, [3, 2])
+    with pytest.raises(ValueError, match="one list a row"):
+        model(**batch, negative_items=torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="between 0 and 29"):
+        model(**batch, favorite_items=torch.tensor([[1], [30]]))
+    packed = {name: torch.cat([one[:, -11:], one[:, -11:]], dim=1)[1:] for name, one in batch.items()}
+    with pytest.raises(ValueError, match="2 histories"):
+        model(**packed, negative_items=torch.tensor([[1]]))
+    square = torch.ones(1, 1, 16, 16).tril().bool().expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="negative_items out"):
+        model(**{**batch, "attention_mask": square}, negative_items=torch.tensor([[1], [2]]))
+
+
+def users_of(model, count=6, length=9):
+    generator = np.random.default_rng(0)
+    items = [generator.choice(model.catalogue.num_items, size=length, replace=False) for _ in range(count)]
+    return items, [generator.integers(0, 2, size=length) for _ in range(count)]
+
+
+def build_enhancer(model, **options):
+    codes = model.catalogue.item_codes.numpy()
+    ids = [f"i{number}" for number in range(len(codes))]
+    titles = [f"Film {number}" for number in range(len(codes))]
+    tokenizer = SemanticIdTokenizer.from_codes(
+        ids, codes, model.config.codebook_sizes, model.config.behaviors, titles=titles
+    )
+    options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
+    return RankingDrivenEnhancer(model, tokenizer, *users_of(model), **options)
+
+
+class Arguments:
+    world_size, process_index, disable_tqdm = 1, 0, True
+
+    def __init__(self, output_dir):
+        self.output_dir = output_dir
+
+
+@pytest.mark.parametrize("pool", ["uniform", "beam"])
+def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool):
+    model = build_model(**ATOMIC) if pool == "uniform" else build_model()
+    enhancer = build_enhancer(model, pool=pool, penalty=0.7)
+    pools = []
+    original = enhancer._choose
+    enhancer._choose = lambda *args: pools.append(args) or original(*args)
+    enhancer._refresh(Arguments(tmp_path), 1)
+    enhancer._refresh(Arguments(tmp_path), 2)
+    like = model.config.ranking_targets.index("like")
+    for users, pool_items, retrieval, ranking, usable in pools[-1:]:
+        for row, user in enumerate(users.tolist()):
+            items = pool_items[row][usable[row]]
+            assert len(items.unique()) == len(items) >= 3
+            assert not set(items.tolist()) & set(enhancer.items[user].tolist()), "nothing that the user had"
+            history = enhancer.tokenizer.encode_indices(enhancer.items[user][:-1], enhancer.behaviors[user][:-1])
+            history = torch.tensor(history)[None]
+            expected = model.rank(history, candidates=items[None])[0, :, like].sigmoid()
+            torch.testing.assert_close(ranking[row][usable[row]], expected, atol=2e-5, rtol=1e-4)
+            found = model.recommend(
+                history, num_beams=model.catalogue.num_items, num_return_sequences=model.catalogue.num_items
+            )
+            log_probs = torch.zeros(model.catalogue.num_items)
+            log_probs[found.item_indices[0]] = found.generation_scores[0]
+            torch.testing.assert_close(retrieval[row][usable[row]], log_probs[items], atol=2e-5, rtol=1e-4)
+            scores = log_probs[items]
+            rho = (scores - scores.min()) / (scores.max() - scores.min()) - 0.7 * expected
+            liked = expected > 0.6
+            order = rho.masked_fill(liked, -torch.inf).argsort(descending=True)[: min(3, int((~liked).sum()))]
+            assert set(items[order].tolist()) == {one for one in enhancer.negatives[user].tolist() if one >= 0}
+            best = items[expected.masked_fill(~liked, -1).argsort(descending=True)[: min(2, int(liked.sum()))]]
+            assert best.tolist() == [one for one in enhancer.favorites[user].tolist() if one >= 0]
+    lines = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(title.startswith("Film ") for title in lines[0]["examples"][0]["disliked"])
+    assert enhancer.found["enhancer_negatives"] == pytest.approx((enhancer.negatives >= 0).sum() / 6)
+
+
+def rows_of(enhancer):
+    rows = []
+    for user, (items, behaviors) in enumerate(zip(enhancer.items, enhancer.behaviors, strict=True)):
+        tokens = enhancer.tokenizer.encode_indices(items, behaviors).tolist()
+        rows.append({"user": user, "last": True, "input_ids": tokens, "attention_mask": [1] * len(tokens)})
+        rows[-1]["labels"] = tokens
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, relabel):
+    def train(folder, resume=None, **arguments):
+        model = build_model(**ATOMIC)
+        enhancer = build_enhancer(model, relabel=relabel)
+        losses = run_trainer(
+            tmp_path / folder,
+            model,
+            rows_of(enhancer),
+            resume,
+            [enhancer],
+            enhancer.collator(collate),
+            per_device_train_batch_size=2,
+            max_steps=12,
+            remove_unused_columns=False,
+            restore_callback_states_from_checkpoint=True,
+            **arguments,
+        )
+        return model, enhancer, losses
+
+    whole, enhancer, losses = train("whole")
+    train("parts", save_strategy="steps", save_steps=5)  # in the middle of an epoch of three steps
+    resumed, again, rest = train("parts", resume=str(tmp_path / "parts" / "checkpoint-5"))
+    assert rest[-7:] == losses[-7:]
+    assert torch.equal(enhancer.negatives, again.negatives) and torch.equal(enhancer.favorites, again.favorites)
+    assert (enhancer.negatives >= 0).any()
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
+    model = build_model()
+    enhancer = build_enhancer(model, pool="beam", relabel=True)
+    enhancer.favorites[0] = torch.tensor([4, -1])
+    rows = [{**rows_of(enhancer)[0], "last": last} for last in (True, False)] + [rows_of(enhancer)[1]]
+    batch = enhancer.collator(collate)(rows)
+    tokens = model.layout.item_tokens(model.catalogue.item_codes[4].long())
+    length = len(rows[0]["input_ids"])
+    assert torch.equal(batch["input_ids"][0, length:], tokens) and torch.equal(batch["labels"][0, length:], tokens)
+    assert (batch["labels"][1:, length:] == -100).all() and (batch["attention_mask"][1:, length:] == 0).all()
+    assert model(**batch).loss.isfinite()
+
+
+def test_what_the_enhancer_cannot_do_is_said(tmp_path):
+    with pytest.raises(ValueError, match="1 <= num_negatives <= pool_size"):
+        build_enhancer(build_model(**ATOMIC), num_negatives=13)
+    with pytest.raises(ValueError, match="pool 'beam'"):
+        build_enhancer(build_model(), pool="uniform")
+    with pytest.raises(ValueError, match="a target among"):
+        build_enhancer(build_model(**ATOMIC), target="love")
+    small = build_enhancer(build_model(**{**ATOMIC, "codebook_sizes": (10,), "num_items": 10}), pool_size=4)
+    with pytest.raises(ValueError, match="a pool of at least 3 items"):
+        small._refresh(Arguments(tmp_path), 1)
+    enhancer = build_enhancer(build_model(**ATOMIC))
+    with torch.no_grad():
+        enhancer.model.ranking_head.out_proj.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="The training diverged"):
+        enhancer._refresh(Arguments(tmp_path), 1)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
+    model = build_model(**ATOMIC)
+    with torch.no_grad():
+        model.ranking_head.out_proj.bias.fill_(float("nan"))
+    enhancer = build_enhancer(model)
+    with pytest.raises(ValueError, match="Expected finite losses"):
+        run_trainer(tmp_path, model, rows_of(enhancer).remove_columns(["user", "last"]), callbacks=[LossParts(model)])
+
+
+def test_the_gradient_norm_form_balances_the_gradients():
+    from recipes.callbacks import AdaptiveWeighter
+
+    weighter, model = AdaptiveWeighter(form="gradient_norm"), build_model()
+    weighter.on_train_begin(Arguments(""), None, None, model=model)
+    batch, _ = labelled(model, [4, 2])
+    states = []
+    hook = model.model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
+    out = model.train()(**batch)
+    hook.remove()
+    generation = training_unigrf.generation_loss(
+        model.layout, model.code_logits(states[0]), torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    )
+    expected = torch.autograd.grad(generation, states[0])[0].norm()
+    torch.testing.assert_close(out.gradient_norms[0], expected, atol=1e-5, rtol=1e-4)
+    weighter.sums, weighter.count = [4.0, 1.0, 6.0, 2.0], 1
+    weighter._close_window(torch.device("cpu"))
+    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 2.0], 1  # ratios .9 and 1
+    weighter._close_window(torch.device("cpu"))
+    assert model.task_weights == pytest.approx((2 * 0.15 / 0.65, 2 * 0.5 / 0.65), abs=1e-5)
+    weighter.on_train_end(None, None, None)
+    assert model(**batch).gradient_norms is None
+    with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
+        AdaptiveWeighter(form="other")
