@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .continuations_unigrf import read_continuations
+from .continuations_unigrf import kept_as_found, read_continuations
 from .subhistory_unigrf import LongHistory, retrieve
 from .training_unigrf import SupervisedItems, ranking_loss
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
 LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
+CANDIDATES_AT_ONCE = 64  # of a row, in training, where the attention of a pack grows with its square
 
 
 def block_inputs(
@@ -169,7 +170,7 @@ def second_stage_loss(
     Args:
         tokens, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`)
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
-        cache (`DynamicCache`): Of the tokens; the candidates are appended.
+        cache (`DynamicCache`): Of the tokens, first of all.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
 
     Raises:
@@ -213,9 +214,12 @@ def second_stage_loss(
     if config.detach_history:
         cache, history_states = detached(cache), history_states.detach()
     items = candidates.clamp(min=0)
-    nothing = items.new_empty(*items.shape, 0)
-    states = read_candidates(model, items, history_mask, nothing, cache, long_history)[:, :, -1]
-    logits = model.ranking_head(states, history_states[:, None], model.item_vectors(items))
+    states = []
+    for pack in items.split(CANDIDATES_AT_ONCE, dim=1):
+        with kept_as_found(cache):
+            nothing = pack.new_empty(*pack.shape, 0)
+            states.append(read_candidates(model, pack, history_mask, nothing, cache, long_history)[:, :, -1])
+    logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_vectors(items))
     is_target = candidates == targets[:, None]
     usable = (candidates >= 0) & (targets >= 0)[:, None]
     positive, negative = usable & is_target, usable & ~is_target

@@ -56,6 +56,8 @@ class UniGRFConfig(PreTrainedConfig):
             Number of items of the catalogue, which is saved with the model.
         item_embedding_dim (`int`, defaults to 0):
             Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
+        read_item_embeddings (`bool`, defaults to `True`):
+            Whether item vectors have a part that is made of the embeddings; else these only choose sub-histories.
         item_table_size (`int`, defaults to 0):
             Rows of a learned table that the ranking head reads as well; item i has row `i % item_table_size`. As many as
             items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
@@ -136,6 +138,7 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_targets: list[str] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
+    read_item_embeddings: bool = True
     item_table_size: int = 0
     negatives_per_item: float = 0.0
     next_log_odds: float | None = None
@@ -200,6 +203,11 @@ class UniGRFConfig(PreTrainedConfig):
         if positions is None:
             return None
         return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
+
+    @property
+    def has_item_vectors(self) -> bool:
+        """Whether anything is known of an item beyond its codes."""
+        return (self.item_embedding_dim > 0 and self.read_item_embeddings) or self.item_table_size > 0
 
     @property
     def num_block_tokens(self) -> int:
@@ -278,7 +286,7 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected ranking targets among {[NEXT_TARGET, *self.behaviors]}, found {self.ranking_targets}."
             )
-        has_vectors = (self.item_embedding_dim or self.item_table_size) and NEXT_TARGET in self.ranking_targets
+        has_vectors = self.has_item_vectors and NEXT_TARGET in self.ranking_targets
         if self.item_loss_weight and not has_vectors:
             raise ValueError(
                 f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
@@ -294,9 +302,10 @@ class UniGRFConfig(PreTrainedConfig):
                 f"Expected num_retrieved_items and num_train_beams of 0 or more, found {self.num_retrieved_items} and "
                 f"{self.num_train_beams}."
             )
-        if self.num_retrieved_items and not self.item_embedding_dim:
+        if self.num_retrieved_items and not (self.item_embedding_dim and self.has_item_vectors):
             raise ValueError(
-                f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare: set item_embedding_dim."
+                f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare and item vectors to read: "
+                "set item_embedding_dim and, with read_item_embeddings=False, item_table_size."
             )
         if self.negatives_per_item and (self.num_retrieved_items or self.num_train_beams):
             raise ValueError(

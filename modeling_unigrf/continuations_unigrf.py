@@ -263,10 +263,12 @@ def shares_prefix(backbone: nn.Module) -> bool:
     if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
         token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
         cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
-        backbone(token, past_key_values=cache, use_cache=True)
         trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
-        config._attn_implementation = SHARED_PREFIX
-        backbone(token, seen, past_key_values=cache, use_cache=True, continuations=trial)
+        # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
+        with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
+            backbone(token, past_key_values=cache, use_cache=True)
+            config._attn_implementation = SHARED_PREFIX
+            backbone(token, seen, past_key_values=cache, use_cache=True, continuations=trial)
         backbone.hands_down_arguments = trial.handed_down
         if not trial.handed_down:
             config._attn_implementation = "sdpa"

@@ -373,7 +373,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 rank_loss = second_stage_loss(
                     self, tokens, seen, supervised, hidden_states, past_key_values, candidates, long_history
                 )
-                outputs.past_key_values = None  # candidates stand behind the histories now
+                outputs.past_key_values = None  # a cache of training, which nobody asked for
             else:
                 rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
             # Losses of evaluation are compared with each other, whatever the weights were when each was taken.

@@ -81,7 +81,9 @@ class ModelArguments:
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
-    rank_by_item_embeddings: bool = field(default=True, metadata={"help": "The ranking head reads item embeddings."})
+    rank_by_item_embeddings: bool = field(
+        default=True, metadata={"help": "Item vectors are made of item embeddings, too."}
+    )
     item_table_size: int | None = field(
         default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
     )
@@ -263,12 +265,11 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
                 f"other codes, in {args.init_from}. Start from a model that was trained on this data."
             )
         return model
-    if not args.rank_by_item_embeddings:
-        embeddings = None
     config = UniGRFConfig(
         **tokenizer.config_fields(),
         text_config=json.loads(args.text_config),
-        item_embedding_dim=0 if embeddings is None else embeddings.shape[1],
+        item_embedding_dim=embeddings.shape[1],
+        read_item_embeddings=args.rank_by_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         **fields,
     )

@@ -16,6 +16,10 @@ from transformers.cache_utils import DynamicCache
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
 from modeling_unigrf.subhistory_unigrf import retrieve
+from recipes.train import Collator
+from tokenization import SemanticIdTokenizer
+
+PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # for its padding alone
 
 
 def long_histories(model, lengths, seed=5):
@@ -222,6 +226,8 @@ def test_one_behaviour_needs_no_long_behaviors():
 def test_configs_that_contradict_themselves_are_refused():
     for fields, message in (
         ({"num_retrieved_items": 3}, "needs item embeddings"),
+        ({"num_retrieved_items": 3, "item_table_size": 9}, "needs item embeddings"),
+        ({"num_retrieved_items": 3, "item_embedding_dim": 6, "read_item_embeddings": False}, "item vectors to read"),
         ({"num_retrieved_items": -1}, "0 or more"),
         ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
     ):
@@ -387,6 +393,37 @@ def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
     torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
 
 
+def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monkeypatch):
+    gradients = []
+    for at_once in (64, 3):
+        monkeypatch.setattr(candidates_unigrf, "CANDIDATES_AT_ONCE", at_once)
+        model = build_model(backbone, num_retrieved_items=3, num_train_beams=7)
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        longer = long_histories(model, [12, 2])
+        out = model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), **longer)
+        out.loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("embeddings", "table"), [(True, 0), (False, 30), (True, 7)])
+def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_path):
+    model = build_model(
+        num_retrieved_items=3, num_train_beams=4, read_item_embeddings=embeddings, item_table_size=table
+    )
+    assert (model.item_encoder.proj is not None, model.item_encoder.table is not None) == (embeddings, table > 0)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    longer, candidates = long_histories(model, [12, 2]), torch.tensor([[1, 2], [3, 4]])
+    assert model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), **longer).loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    expected = model.rank(input_ids, mask, candidates, **longer)
+    torch.testing.assert_close(loaded.rank(input_ids, mask, candidates, **longer), expected)
+
+
 def test_the_target_takes_a_random_place_where_it_was_missed_and_no_other_changes():
     beams, targets = torch.arange(12).view(2, 6), torch.tensor([20, 8])
     places = set()
@@ -512,6 +549,34 @@ def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_st
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert trainer.evaluate([{name: value[0] for name, value in columns.items()}])["eval_loss"] > 0
+
+
+def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(tmp_path):
+    model = build_model(num_retrieved_items=3)
+    rows = []
+    for length in range(1, 17):
+        input_ids, _, _ = random_histories(model, [length % 5 + 1], seed=length)
+        longer = {name: value[0].tolist() for name, value in long_histories(model, [length], seed=length).items()}
+        ids = input_ids[0].tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
+
+    def train(folder, resume=None, **arguments):
+        fields = {"embedding_dropout": 0.2, "ranking_dropout": 0.3, "item_loss_weight": 0.5}
+        model = build_model(num_retrieved_items=3, num_train_beams=6, **fields)
+        arguments |= {"max_steps": 6, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
+        arguments |= {"save_steps": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        trainer = Trainer(
+            model, TrainingArguments(str(folder), **arguments), data_collator=Collator(PAD), train_dataset=rows
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole, losses = train(tmp_path / "whole", save_strategy="no")
+    train(tmp_path / "parts", save_strategy="steps")
+    resumed, rest = train(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-3"), save_strategy="no")
+    assert rest[-3:] == losses[-3:]
+    for (name, first), second in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(first, second), name
 
 
 ELSEWHERE = (
