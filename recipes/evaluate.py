@@ -2,7 +2,8 @@
 
     python -m recipes.evaluate --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --output_dir runs/demo
 
-Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search.
+Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
+where users come back to items: `--exclude_history False`).
 Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written into the
 checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes `metrics.json`.
 """
@@ -49,6 +50,7 @@ class EvaluateArguments:
     )
     union_items: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
     batch_size: int = field(default=64, metadata={"help": "Users run together."})
+    exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
 
 
 def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
@@ -91,7 +93,7 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateA
             num_return_sequences=num_beams + args.union_items,
             ranking_weight=0.0,
             ranking_target=args.ranking_target,
-            blocked_items=[split[int(row)]["items"] for row in rows],
+            blocked_items=[split[int(row)]["items"] for row in rows] if args.exclude_history else None,
             item_weight=0.0,
             union_items=args.union_items,
             **long_histories(model, split, rows, args),
@@ -181,13 +183,15 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     generation, generation_ranks = measure(found, 0.0, targets["test"])
     ranked, ranked_ranks = measure(found, weight, targets["test"], item_weight)
     if baselines is None:
-        baselines = baseline_results(dataset, tokenizer.num_items, args.list_length)
+        baselines = baseline_results(
+            dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
+        )
     checked = invalid_items(model, tokenizer, dataset["test"], num_beams, args)
     metrics = {
         "protocol": {
             "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
             "filtering": f"users with at least {prepared['arguments']['min_interactions']} interactions; a user's "
-            "history is left out of every list",
+            f"history {'is left out of' if args.exclude_history else 'may be in'} every list",
             "users": len(dataset["test"]),
             "catalogue size": tokenizer.num_items,
             "scored": f"items, over the whole catalogue, lists of {args.list_length}",

@@ -13,7 +13,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes import train
+from recipes import reproduce_recochain, train
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -153,6 +153,24 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
         train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4))
     assert len(dataset["test"]) == metrics["protocol"]["users"]
+
+
+def test_a_row_of_recochain_is_trained_once_and_collected_with_its_baselines(prepared, tmp_path):
+    arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
+    arguments |= {"epochs": 1, "second_epochs": 1, "passes": 1, "num_beams": [3, 6], "num_train_beams": 4}
+    for row in ("default", "k0", "no-embedding-part"):
+        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row=row, **arguments))
+    result = json.loads((tmp_path / "default-0" / "result.json").read_text())
+    cells = result["beams"]["6"]["cells"]
+    assert all(cells["oracle"][name] >= cells["ranked"][name] for name in ("recall@5", "ndcg@5"))
+    stages = [folder.name for folder in tmp_path.glob("stage-one-*")]
+    assert sorted(stages) == ["stage-one-window7-l-0", "stage-one-window7-le-0"], "rows share a stage I"
+    before = (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns
+    reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row="k0", **arguments))
+    assert (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns == before
+    table = reproduce_recochain.collect(reproduce_recochain.ReproduceArguments(collect=True, **arguments))
+    for beginning in ("| default | 3 | ranked | 1 |", "| k0 | 6 | oracle | 1 |", "| recency |  | baseline | 1 |"):
+        assert f"\n{beginning}" in table
 
 
 def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_came_later(prepared):
