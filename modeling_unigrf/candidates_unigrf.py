@@ -51,6 +51,7 @@ def read_candidates(
     earlier_keys: torch.LongTensor,
     cache: DynamicCache,
     long_history: LongHistory | None,
+    timestamps: torch.LongTensor | None = None,
 ) -> torch.FloatTensor:
     """
     Runs what the cache lacks of candidates: their last codes and, with `config.num_retrieved_items`, their blocks, whose
@@ -60,6 +61,8 @@ def read_candidates(
         items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What they see of the cache's first T tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache their first m codes are.
+        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): As `read_continuations` takes them; a block
+            has them, too.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2, hidden_size)`.
@@ -67,11 +70,11 @@ def read_candidates(
     codes = model.catalogue.item_codes[items].long()
     tokens = model.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
     if long_history is None:
-        return read_continuations(model.model, tokens, history_mask, earlier_keys, cache)[0]
+        return read_continuations(model.model, tokens, history_mask, earlier_keys, cache, timestamps)[0]
     block, there = block_inputs(model, items, long_history)
     inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
     mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
-    return read_continuations(model.model, None, history_mask, earlier_keys, cache, inputs, mask)[0]
+    return read_continuations(model.model, None, history_mask, earlier_keys, cache, timestamps, inputs, mask)[0]
 
 
 def best_by_item_score(
@@ -124,7 +127,11 @@ def detached(cache: DynamicCache) -> DynamicCache:
 
 @torch.no_grad()
 def beam_candidates(
-    model, history_states: torch.FloatTensor, history_mask: torch.BoolTensor, cache: DynamicCache
+    model,
+    history_states: torch.FloatTensor,
+    history_mask: torch.BoolTensor,
+    cache: DynamicCache,
+    request_timestamps: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
     The items of the model's own beam search, `[batch_size, config.num_train_beams]` or as many as there are; -1: none.
@@ -132,12 +139,19 @@ def beam_candidates(
     Args:
         history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The histories on the cache, which is left as it is.
+        request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
     """
     trie = model.catalogue.trie
     # The search asks the tokens only what is begun at their end: nothing.
     ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
     beams = model._search_items(
-        ends, history_mask, history_states, detached(cache), model.config.num_train_beams, trie
+        ends,
+        history_mask,
+        history_states,
+        detached(cache),
+        model.config.num_train_beams,
+        trie,
+        request_timestamps=request_timestamps,
     )
     return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)
 
@@ -161,6 +175,7 @@ def second_stage_loss(
     cache: DynamicCache,
     candidates: torch.LongTensor | None,
     long_history: LongHistory | None,
+    next_timestamps: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """
     RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
@@ -172,6 +187,8 @@ def second_stage_loss(
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
         cache (`DynamicCache`): Of the tokens, first of all.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
+        next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*): As `forward` takes them: a candidate is
+            asked for when the true item came.
 
     Raises:
         ValueError: if candidates are outside the catalogue or do not fit into the backbone's positions, or nothing is on the
@@ -205,9 +222,13 @@ def second_stage_loss(
             f"config.max_history_items is {config.max_history_items}."
         )
 
+    asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])
+    times = None if asked_for is None else asked_for.expand(-1, 2)
     history_states = hidden_states[torch.arange(batch_size, device=tokens.device), ends]
     if candidates is None and config.num_train_beams:
-        candidates = beam_candidates(model, history_states, history_mask, cache)
+        candidates = beam_candidates(
+            model, history_states, history_mask, cache, None if asked_for is None else asked_for[:, 0]
+        )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
     candidates = with_targets(candidates, targets, model._generator(tokens.device))
@@ -218,7 +239,7 @@ def second_stage_loss(
     for pack in items.split(CANDIDATES_AT_ONCE, dim=1):
         with kept_as_found(cache):
             nothing = pack.new_empty(*pack.shape, 0)
-            states.append(read_candidates(model, pack, history_mask, nothing, cache, long_history)[:, :, -1])
+            states.append(read_candidates(model, pack, history_mask, nothing, cache, long_history, times)[:, :, -1])
     logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_vectors(items))
     is_target = candidates == targets[:, None]
     usable = (candidates >= 0) & (targets >= 0)[:, None]

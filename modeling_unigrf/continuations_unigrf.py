@@ -189,6 +189,7 @@ def read_continuations(
     history_mask: torch.BoolTensor,
     earlier_keys: torch.LongTensor,
     past_key_values: DynamicCache,
+    timestamps: torch.LongTensor | None = None,
     inputs_embeds: torch.FloatTensor | None = None,
     token_mask: torch.BoolTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
@@ -202,6 +203,8 @@ def read_continuations(
             tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens are that come before
             them in each continuation, after the history.
+        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): When the event of these tokens is, and the one
+            that their outputs are asked for.
         inputs_embeds (`torch.FloatTensor` of shape `(batch_size, N, s, hidden_size)`, *optional*): What is read in place of
             `token_ids`.
         token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens are there; all by
@@ -229,6 +232,9 @@ def read_continuations(
         "past_key_values": past_key_values,
         "use_cache": True,
     }
+    if timestamps is not None:
+        own_times, asked_for = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
+        arguments |= {"timestamps": own_times, "next_timestamps": asked_for}
     window = sliding_window(config)
     whole_history_seen = window is None or length + earlier + steps <= window
     if whole_history_seen and not torch.is_grad_enabled() and shares_prefix(backbone):

@@ -185,8 +185,45 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
         return attention_mask, rows, items
 
+    def prepare_inputs_for_generation(self, input_ids, timestamps=None, request_timestamps=None, **kwargs):
+        """As every decoder of transformers; all codes of the next item have the request's time."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if timestamps is not None:
+            asked_for = timestamps[:, -1:] if request_timestamps is None else request_timestamps[:, None]
+            times = torch.cat([timestamps, asked_for.expand(-1, input_ids.shape[1] + 1 - timestamps.shape[1])], dim=1)
+            length = inputs["input_ids"].shape[1]
+            inputs |= {"timestamps": times[:, -length - 1 : -1], "next_timestamps": times[:, -length:]}
+        return inputs
+
+    @staticmethod
+    def _check_timestamps(
+        input_ids: torch.LongTensor, timestamps: torch.LongTensor | None, request_timestamps: torch.LongTensor | None
+    ) -> torch.LongTensor | None:
+        """`request_timestamps [B]`, by default the last token's; None without `timestamps [B, T]`; raises `ValueError`."""
+        if timestamps is None and request_timestamps is None:
+            return None
+        if timestamps is None or timestamps.shape != input_ids.shape:
+            found = "none" if timestamps is None else tuple(timestamps.shape)
+            raise ValueError(
+                f"Expected timestamps of shape {tuple(input_ids.shape)} as input_ids, found {found}. "
+                "`tokenizer.encode_history(..., timestamps=...)` makes them."
+            )
+        if request_timestamps is None:
+            return timestamps[:, -1]
+        if request_timestamps.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"Expected request_timestamps of shape ({len(input_ids)},), one a row, found "
+                f"{tuple(request_timestamps.shape)}."
+            )
+        return request_timestamps
+
     def _read_history(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, past_key_values: DynamicCache
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        past_key_values: DynamicCache,
+        timestamps: torch.LongTensor | None = None,
+        request_timestamps: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
         Runs what the cache lacks of the histories; the output at their last token, `[batch_size, hidden_size]`. If it
@@ -196,16 +233,29 @@ class UniGRFGenerationMixin(GenerationMixin):
         cached, length = past_key_values.get_seq_length(), input_ids.shape[1]
         if cached > length:
             raise ValueError(f"Expected a cache of at most the {length} tokens of input_ids, found one of {cached}.")
+        times = None
+        if timestamps is not None:
+            times = torch.cat([timestamps, request_timestamps[:, None]], dim=1)
         if cached < length:
+            arguments = {}
+            if times is not None:
+                arguments = {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
             outputs = self.model(
-                input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True
+                input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True, **arguments
             )
             return outputs.last_hidden_state[:, -1]
         before = attention_mask.bool().clone()
         before[:, -1] = False
         nothing = input_ids.new_empty(len(input_ids), 1, 0)
         with kept_as_found(past_key_values):
-            states, _ = read_continuations(self.model, input_ids[:, -1:, None], before, nothing, past_key_values)
+            states, _ = read_continuations(
+                self.model,
+                input_ids[:, -1:, None],
+                before,
+                nothing,
+                past_key_values,
+                None if times is None else times[:, -2:],
+            )
         return states[:, 0, 0]
 
     def _search_items(
@@ -219,6 +269,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         item_filter: ItemFilter | None = None,
         logits_processor: LogitsProcessorList | None = None,
         max_steps: int | None = None,
+        request_timestamps: torch.LongTensor | None = None,
     ) -> Beams:
         """
         Beam search over the items: a step runs one token a beam on the histories' cache, on which nothing is copied or
@@ -231,7 +282,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*): The user's own, called as stock beam search does, on
                 `[batch_size * K, T + steps]` tokens and log-probabilities over the vocabulary.
             max_steps (`int`, *optional*): Stop before the items are whole.
+            request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
         """
+        times = None if request_timestamps is None else request_timestamps[:, None].expand(-1, 2)
         layout, history_mask = self.layout, attention_mask.bool()
         lengths, prefix = layout.prefix(input_ids)
         begun = int(lengths[0])
@@ -247,7 +300,9 @@ class UniGRFGenerationMixin(GenerationMixin):
         for level in range(begun, last):
             if level > begun:
                 tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
-                states, beams.keys = read_continuations(self.model, tokens, history_mask, beams.keys, past_key_values)
+                states, beams.keys = read_continuations(
+                    self.model, tokens, history_mask, beams.keys, past_key_values, times
+                )
                 states = states[:, :, 0]
             log_probs = self.code_logits(states, layout.level_slice(level)).float().log_softmax(dim=-1)
             if logits_processor:
@@ -303,7 +358,12 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = input_ids[::num_beams]
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[::num_beams]
-        history_states = self._read_history(input_ids, attention_mask, cache)
+        timestamps, asked_for = (
+            None if model_kwargs.get(name) is None else model_kwargs[name][::num_beams]
+            for name in ("timestamps", "request_timestamps")
+        )
+        asked_for = self._check_timestamps(input_ids, timestamps, asked_for)
+        history_states = self._read_history(input_ids, attention_mask, cache, timestamps, asked_for)
         with kept_as_found(cache):
             beams = self._search_items(
                 input_ids,
@@ -316,6 +376,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                     one for one in logits_processor if not isinstance(one, TrieLogitsProcessor)
                 ),
                 max_steps=generation_config.max_length - input_ids.shape[1],
+                request_timestamps=asked_for,
             )
         keep = min(num_return, beams.nodes.shape[1])
         steps = beams.codes.shape[2]
@@ -347,6 +408,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         blocked_items: list | None = None,
         catalogue: CatalogueTrie | None = None,
         past_key_values: DynamicCache | None = None,
+        timestamps: torch.LongTensor | None = None,
+        request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         item_weight: float | None = None,
@@ -371,6 +434,10 @@ class UniGRFGenerationMixin(GenerationMixin):
                 surface), made by `model.catalogue.subset(items)`; the histories may hold any item.
             past_key_values (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
                 all of them afterwards.
+            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): When each token's event was, for a backbone
+                that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
+            request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for; by
+                default at the time of the last event.
             long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
                 `config.num_retrieved_items`.
             item_weight (`float`, *optional*): Of the item-level score in `scores`; `config.item_weight` by default.
@@ -418,12 +485,23 @@ class UniGRFGenerationMixin(GenerationMixin):
             item_filter = ItemFilter(trie, self.catalogue.item_codes, allowed_items, blocked_items)
 
         cache = DynamicCache() if past_key_values is None else past_key_values
-        history_states = self._read_history(input_ids, attention_mask, cache)
+        asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
+        times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
+        history_states = self._read_history(input_ids, attention_mask, cache, timestamps, asked_for)
         with kept_as_found(cache):
-            beams = self._search_items(input_ids, attention_mask, history_states, cache, num_beams, trie, item_filter)
+            beams = self._search_items(
+                input_ids,
+                attention_mask,
+                history_states,
+                cache,
+                num_beams,
+                trie,
+                item_filter,
+                request_timestamps=asked_for,
+            )
             items = trie.leaf_items[beams.nodes].long()
             # The search has read all codes of the candidates but the last.
-            states = read_candidates(self, items, attention_mask.bool(), beams.keys, cache, long_history)
+            states = read_candidates(self, items, attention_mask.bool(), beams.keys, cache, long_history, times)
             states, generation_scores = states[:, :, -1], beams.scores
             if union_items:
                 more = best_by_item_score(self, history_states, union_items, trie, item_filter)
@@ -431,7 +509,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                     dim=2
                 )
                 more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
-                more_states = read_candidates(self, more, attention_mask.bool(), nothing, cache, long_history)
+                more_states = read_candidates(self, more, attention_mask.bool(), nothing, cache, long_history, times)
                 log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)
                 items, states = torch.cat([items, more], dim=1), torch.cat([states, more_states[:, :, -1]], dim=1)
                 generation_scores = torch.cat([generation_scores, log_probs], dim=1)

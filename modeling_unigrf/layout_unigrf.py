@@ -134,6 +134,15 @@ class ItemLayout:
         start = (tokens == self.bos_token_id) | (seen & ~nn.functional.pad(seen, (1, 0))[:, :-1])
         return start.cumsum(dim=1), place - torch.where(start, place, 0).cummax(dim=1).values
 
+    def next_timestamps(self, timestamps: torch.LongTensor, number: torch.LongTensor) -> torch.LongTensor:
+        """
+        When the event is that each token's output is asked for: that of the token after it in its history; the last one's
+        own. `timestamps [B, T]`, `number [B, T]` from `histories` -> `[B, T]`.
+        """
+        after = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
+        same = torch.cat([number[:, 1:] == number[:, :-1], torch.ones_like(number[:, :1], dtype=torch.bool)], dim=1)
+        return torch.where(same, after, timestamps)
+
     def history_mask(self, number: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.BoolTensor:
         """
         Which tokens each token of packed histories sees: those before it in its own history, and itself, also if it is

@@ -120,12 +120,23 @@ class UniGRFModel(UniGRFPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        timestamps: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         As every decoder of transformers. `position_ids` not given are counted on the 2-D `attention_mask`, so that a
         left-padded row is read exactly as it would be alone.
+
+        Raises:
+            ValueError: on timestamps for a backbone that does not read them.
         """
+        if timestamps is not None:
+            if not getattr(self.config.text_config, "num_time_buckets", 0):
+                raise ValueError(
+                    f"Expected no timestamps for the backbone {self.config.text_config.model_type!r}, which does not read "
+                    "them. Leave them out, or train `hstu` with num_time_buckets."
+                )
+            kwargs["timestamps"] = timestamps
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -269,6 +280,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         negative_items: torch.LongTensor | None = None,
         favorite_items: torch.LongTensor | None = None,
+        timestamps: torch.LongTensor | None = None,
+        next_timestamps: torch.LongTensor | None = None,
+        request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
@@ -296,6 +310,11 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 `candidate_loss` sets the row's last supervised item against them.
             favorite_items (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
                 row among sampled codes of atomic ids (UniGRF's potential favourites), -1 for none.
+            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
+                for a backbone that reads times (`hstu` with `num_time_buckets`), in seconds; -1 where not known.
+            next_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
+                of the token after it in its history, and the last one's own.
+            request_timestamps: Of `generate`, which makes `next_timestamps` of it; not for a forward.
             long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): With labels and
                 `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
                 there on, or the answer leaks. Item indices, oldest first, -1 where there is none; indices into
@@ -332,6 +351,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 )
                 if mask is not None:
                     attention_mask, position_ids, use_cache = mask, packed_positions, False
+                if timestamps is not None:
+                    if next_timestamps is None:
+                        next_timestamps = self.layout.next_timestamps(timestamps, number)
+                    if negatives is not None:  # each is asked for when the true next item came
+                        asked_for = next_timestamps.gather(1, negatives.history_ends)
+                        asked_for = asked_for.repeat_interleave(self.config.num_levels, dim=1)
+                        timestamps = torch.cat([timestamps, asked_for], dim=1)
+                        next_timestamps = torch.cat([next_timestamps, asked_for], dim=1)
                 if second_stage:
                     long_history = self._long_history(len(tokens), long_items, long_behaviors)
                     past_key_values, use_cache = DynamicCache(), True
@@ -347,6 +374,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                     "or cache of your own."
                 )
 
+        if timestamps is not None:
+            kwargs |= {"timestamps": timestamps, "next_timestamps": next_timestamps}
         outputs = self.model(
             **inputs,
             attention_mask=attention_mask,
@@ -371,7 +400,15 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 code_loss = generation_loss(self.layout, logits, targets)
             if second_stage:
                 rank_loss = second_stage_loss(
-                    self, tokens, seen, supervised, hidden_states, past_key_values, candidates, long_history
+                    self,
+                    tokens,
+                    seen,
+                    supervised,
+                    hidden_states,
+                    past_key_values,
+                    candidates,
+                    long_history,
+                    None if timestamps is None else next_timestamps,
                 )
                 outputs.past_key_values = None  # a cache of training, which nobody asked for
             else:
@@ -512,6 +549,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         past_key_values: Cache | None = None,
         history_states: torch.FloatTensor | None = None,
         candidates_per_pack: int = 64,
+        timestamps: torch.LongTensor | None = None,
+        request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
@@ -528,6 +567,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): The backbone's output at
                 the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
             candidates_per_pack (`int`): Candidates of a history that are run at a time: memory grows with it.
+            timestamps, request_timestamps: As `recommend` takes them.
             long_items (`torch.LongTensor` of shape `(batch_size, H)`): With `config.num_retrieved_items`: all that the user did,
                 as item indices, oldest first; -1 where there is none (padding, unknown items). Any H, also 0.
             long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; not needed if
@@ -553,22 +593,30 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         long_history = self._long_history(len(input_ids), long_items, long_behaviors)
         length = input_ids.shape[1]
+        asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
+        times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         if past_key_values is None:
             past_key_values = DynamicCache()
-            history_states = self._read_history(input_ids, attention_mask, past_key_values)
+            history_states = self._read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
         check_cache(past_key_values)
         if past_key_values.get_seq_length() != length:
             raise ValueError(
                 f"Expected a cache of the {length} tokens of input_ids, found one of {past_key_values.get_seq_length()}."
             )
         if history_states is None and self.ranking_head.history_query is not None:
-            history_states = self._read_history(input_ids, attention_mask, past_key_values)
+            history_states = self._read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1):
             with kept_as_found(past_key_values):
                 states = read_candidates(
-                    self, pack, history_mask, nothing.expand(-1, pack.shape[1], -1), past_key_values, long_history
+                    self,
+                    pack,
+                    history_mask,
+                    nothing.expand(-1, pack.shape[1], -1),
+                    past_key_values,
+                    long_history,
+                    times,
                 )
             logits.append(self.ranking_logits(states[:, :, -1], history_states, pack))
         return torch.cat(logits, dim=1)

@@ -4,7 +4,7 @@
 import torch
 from transformers import AutoModelForCausalLM, Pipeline
 
-REQUEST_KEYS = {"items", "behaviors", "allowed_items", "blocked_items"}
+REQUEST_KEYS = {"items", "behaviors", "timestamps", "request_timestamp", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
 FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalogue")
 FORWARD += ("item_weight", "union_items")
@@ -47,8 +47,9 @@ class RecommendationPipeline(Pipeline):
         """
         Args:
             inputs: one history or a list of them (or a `Dataset` or generator of them). A history is a list of item ids
-                or a dict with `items` and, if the model knows several behaviours, `behaviors`; the dict may restrict its
-                own request by `allowed_items` and `blocked_items`, lists of item ids.
+                or a dict with `items` and, if the model knows several behaviours, `behaviors`; for a model that reads times
+                also `timestamps`, seconds, and `request_timestamp`; the dict may restrict its own request by
+                `allowed_items` and `blocked_items`, lists of item ids.
             batch_size (`int`, *optional*): Histories run together.
 
         Returns:
@@ -81,8 +82,11 @@ class RecommendationPipeline(Pipeline):
             request.get("behaviors"),
             max_items=self.model.config.max_history_items if max_items is None else max_items,
             unknown=unknown,
+            timestamps=request.get("timestamps"),
             return_tensors="pt",
         )
+        if request.get("request_timestamp") is not None:
+            encoded["request_timestamps"] = torch.tensor([request["request_timestamp"]]).long()
         allowed = self._indices(request.get("allowed_items") or [], unknown)
         if request.get("allowed_items") is not None and not allowed.any():
             raise ValueError(

@@ -77,6 +77,9 @@ class ModelArguments:
     adaptive_temperature: float = field(
         default=0.1, metadata={"help": "Of the adaptive weights; lower: further apart."}
     )
+    adaptive_form: str = field(
+        default="loss_ratio", metadata={"help": "Of the adaptive weights.", "choices": ["loss_ratio", "gradient_norm"]}
+    )
     adaptive_window: int | None = field(default=None, metadata={"help": "Steps of their windows; default: an epoch."})
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
@@ -87,6 +90,7 @@ class ModelArguments:
     item_table_size: int | None = field(
         default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
     )
+    config_fields: str = field(default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON."})
 
     @property
     def second_stage(self) -> bool:
@@ -102,14 +106,25 @@ class DataArguments:
     checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
     max_items: int = field(default=50, metadata={"help": "Items of a training window, and of a history."})
     passes: int = field(default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."})
+    stride: int | None = field(
+        default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
+    )
     max_long_items: int = field(default=1000, metadata={"help": "Items of a long history, for num_retrieved_items."})
 
 
-def cut_windows(length: int, max_items: int, passes: int) -> list[tuple[int, int]]:
+def cut_windows(length: int, max_items: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
     """
     Windows `(start, end)` of at most `max_items` of a history of `length` items, `passes` times at different places:
-    every item is supervised once a pass, each time with another amount of history before it.
+    every item is supervised once a pass, each time with another amount of history before it. With a `stride`, windows that
+    slide by it instead, from the end to the first that holds the history's beginning (shorter ones would be its beginning
+    again, which a causal model reads in it).
     """
+    if stride is not None:
+        if stride < 1:
+            raise ValueError(f"Expected a stride of at least one item, found {stride}.")
+        last = min(length, max_items)
+        ends = [*range(length, last, -stride), last]
+        return [(max(0, end - max_items), end) for end in ends]
     windows = []
     for offset in range(0, max_items, -(-max_items // passes)):
         ends = {length, *range(length - offset, 0, -max_items)}
@@ -135,7 +150,12 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def training_rows(
-    histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, seed: int
+    histories: Dataset,
+    tokenizer: SemanticIdTokenizer,
+    max_items: int,
+    passes: int,
+    seed: int,
+    stride: int | None = None,
 ) -> Dataset:
     """
     Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
@@ -147,7 +167,7 @@ def training_rows(
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
-        for start, end in cut_windows(len(items), max_items, passes)
+        for start, end in cut_windows(len(items), max_items, passes, stride)
     ]
     # Shuffled first, so that what shares a row is not what one user did.
     windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
@@ -173,7 +193,12 @@ def training_rows(
 
 
 def second_stage_rows(
-    histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, max_long_items: int
+    histories: Dataset,
+    tokenizer: SemanticIdTokenizer,
+    max_items: int,
+    passes: int,
+    max_long_items: int,
+    stride: int | None = None,
 ) -> Dataset:
     """
     Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
@@ -186,7 +211,7 @@ def second_stage_rows(
     ends = [
         (user, end)
         for user, items in enumerate(histories["items"])
-        for end in sorted({end for _, end in cut_windows(len(items), max_items, passes)})
+        for end in sorted({end for _, end in cut_windows(len(items), max_items, passes, stride)})
     ]
     items, behaviors = histories["items"][:], histories["behaviors"][:]
 
@@ -257,7 +282,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
     if args.init_from is not None:
         # With the odds of the new candidates: those of the old are in the checkpoint's config.
         old = UniGRFConfig.from_pretrained(args.init_from).to_dict()
-        config = UniGRFConfig(**{**old, **fields, "next_log_odds": None})
+        config = UniGRFConfig(**{**old, **fields, "next_log_odds": None, **json.loads(args.config_fields)})
         model = UniGRFForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32)
         if not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
             raise ValueError(
@@ -271,7 +296,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         item_embedding_dim=embeddings.shape[1],
         read_item_embeddings=args.rank_by_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
-        **fields,
+        **{**fields, **json.loads(args.config_fields)},
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
@@ -321,14 +346,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
     with training_args.main_process_first(desc="rows"):
         if model_args.second_stage:
-            train_dataset = second_stage_rows(*cut, max_long_items)
+            train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride)
         else:
-            train_dataset = training_rows(*cut, training_args.seed)
+            train_dataset = training_rows(*cut, training_args.seed, data_args.stride)
         eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items, max_long_items)
     model = build_model(model_args, tokenizer, embeddings)
     callbacks = [LossParts(model)]
     if model_args.adaptive_weights:
-        callbacks.append(AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature))
+        callbacks.append(
+            AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
+        )
     trainer = Trainer(
         model=model,
         args=training_args,

@@ -11,8 +11,10 @@ import torch
 from conftest import build_model, random_histories
 from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
 
 from modeling_unigrf import HSTUConfig, HSTUModel
+from modeling_unigrf.generation_unigrf import UniGRFGenerationMixin
 
 
 def build(seed=0, **config):
@@ -132,6 +134,110 @@ def test_a_saved_model_with_this_backbone_is_the_same(tmp_path):
     torch.testing.assert_close(best.scores, model.recommend(input_ids, mask, num_beams=12).scores)
     sampled = loaded.generate(input_ids, attention_mask=mask, num_beams=1, do_sample=True)
     assert sampled.shape == (2, input_ids.shape[1] + 4)
+
+
+def timed(model, lengths):
+    """Left-padded histories, times of their tokens (some of them unknown), and times of the requests."""
+    input_ids, mask, items = random_histories(model, lengths)
+    generator = torch.Generator().manual_seed(1)
+    step = model.config.num_levels + 1
+    times = torch.full_like(input_ids, -1)
+    for row, length in enumerate(lengths):
+        seconds = torch.randint(1, 10**5, (length,), generator=generator).cumsum(0)
+        seconds[0] = -1 if row == 0 else seconds[0]
+        times[row, -step * length - 1 :] = torch.cat([seconds[:1], seconds.repeat_interleave(step)])
+    return input_ids, mask, items, times, times[:, -1] + torch.randint(1, 10**6, (len(lengths),), generator=generator)
+
+
+def states_alone(model, ids, times, request, item):
+    """Output of the backbone over one history and an item behind it, in one forward of its own."""
+    tokens = torch.cat([ids, model.layout.item_tokens(model.catalogue.item_codes[item].long())])
+    times = torch.cat([times, request.expand(model.config.num_levels + 1)])
+    return model.model(tokens[None], timestamps=times[None, :-1], next_timestamps=times[None, 1:]).last_hidden_state[0]
+
+
+@torch.no_grad()
+def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
+    model = build_model("hstu")
+    input_ids, mask, _, times, requests = timed(model, [4, 2])
+    given = {"timestamps": times, "request_timestamps": requests}
+    best = model.recommend(input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=0.5, **given)
+    candidates = torch.arange(30).expand(2, -1)
+    ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **given)
+    cache, later = DynamicCache(), torch.cat([times[:, 1:], requests[:, None]], dim=1)
+    model.model(input_ids, mask, past_key_values=cache, use_cache=True, timestamps=times, next_timestamps=later)
+    again = model.rank(input_ids, mask, candidates, past_key_values=cache, **given)
+    for row in range(2):
+        real = mask[row].bool()
+        length = int(real.sum())
+        for item in range(30):
+            states = states_alone(model, input_ids[row][real], times[row][real], requests[row], item)
+            tokens = model.catalogue.item_codes[item].long()
+            log_prob = sum(
+                model.code_logits(states[length - 1 + level], model.layout.level_slice(level)).log_softmax(0)[code]
+                for level, code in enumerate(tokens)
+            )
+            logits = model.ranking_head(states[-1], states[length - 1], model.item_vectors(torch.tensor(item)))
+            place = int((best.item_indices[row] == item).nonzero())
+            torch.testing.assert_close(best.generation_scores[row, place], log_prob, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(ranked[row, item], logits, atol=2e-5, rtol=1e-4)
+            score = torch.nn.functional.logsigmoid(logits[0])
+            torch.testing.assert_close(best.ranking_scores[row, place], score, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(again, ranked, atol=2e-5, rtol=1e-4)
+    beams = {"num_beams": 30, "num_return_sequences": 30, "output_scores": True, "return_dict_in_generate": True}
+    generated = model.generate(input_ids, attention_mask=mask, **beams, **given)
+    torch.testing.assert_close(generated.sequences_scores.view(2, 30), best.generation_scores.sort(descending=True)[0])
+    monkeypatch.setattr(UniGRFGenerationMixin, "_beam_search", GenerationMixin._beam_search)
+    by_transformers = model.generate(input_ids, attention_mask=mask, **beams, **given)
+    torch.testing.assert_close(by_transformers.sequences_scores, generated.sequences_scores, atol=2e-5, rtol=1e-4)
+
+
+def test_packed_negatives_are_asked_for_when_the_true_item_came():
+    model = build_model("hstu", negatives_per_item=2.0)
+    input_ids, mask, _, times, _ = timed(model, [4, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    seen = {}
+    model.ranking_head.register_forward_hook(lambda module, args, out: seen.setdefault("calls", []).append(out))
+    original = model._pack
+
+    def keep(*args):
+        *rest, seen["negatives"] = original(*args)
+        return *rest, seen["negatives"]
+
+    model._pack = keep
+    with torch.no_grad():
+        out = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
+        negatives, scores = seen["negatives"], seen["calls"][1]
+        model.config.negatives_per_item = 0.0
+        plain = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
+        no_times = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(plain.generation_loss, no_times.generation_loss)
+    found = []
+    for row, column in negatives.usable.nonzero().tolist():
+        end = int(negatives.history_ends[row, column])
+        part = mask[row].bool() & (torch.arange(input_ids.shape[1]) <= end)
+        request = {"timestamps": times[row][part][None], "request_timestamps": times[row, end + 1][None]}
+        found.append(
+            model.rank(input_ids[row][part][None], candidates=negatives.items[row, column].view(1, 1), **request)
+        )
+    prior = torch.tensor([model.config.next_log_odds, 0.0, 0.0])
+    torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
+
+
+def test_times_that_nothing_reads_or_that_fit_no_row_are_refused():
+    model = build_model("llama")
+    input_ids, mask, _, times, _ = timed(model, [3, 1])
+    with pytest.raises(ValueError, match="does not read"):
+        model.recommend(input_ids, mask, timestamps=times)
+    model = build_model("hstu")
+    input_ids, mask, _, times, requests = timed(model, [3, 1])
+    with pytest.raises(ValueError, match="as input_ids"):
+        model.recommend(input_ids, mask, timestamps=times[:, 1:])
+    with pytest.raises(ValueError, match="found none"):
+        model.rank(input_ids, mask, torch.tensor([[1], [2]]), request_timestamps=requests)
+    with pytest.raises(ValueError, match="one a row"):
+        model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, request_timestamps=requests[:1])
 
 
 ELSEWHERE = """

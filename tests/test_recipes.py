@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,17 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
     assert len(set(train.cut_windows(17, 6, 3))) > len(train.cut_windows(17, 6, 1))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(17, 1), (17, 4), (6, 1), (3, 2), (7, 50)])
+def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length, stride):
+    windows = train.cut_windows(length, 6, 1, stride)
+    assert windows[0] == (max(0, length - 6), length) and windows[-1] == (0, min(6, length))
+    assert all(end - start == min(6, length) for start, end in windows) and len(set(windows)) == len(windows)
+    starts = [start for start, _ in windows]
+    assert {first - second for first, second in pairwise(starts[:-1])} <= {stride}
+    if stride == 1:
+        assert starts == list(range(max(0, length - 6), -1, -1))
 
 
 def test_only_the_held_out_item_is_supervised_in_validation(prepared):

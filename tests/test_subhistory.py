@@ -377,6 +377,25 @@ def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backb
     assert out.past_key_values is None
 
 
+def test_candidates_of_training_are_asked_for_when_the_true_item_came():
+    model = build_model("hstu", num_retrieved_items=3, num_train_beams=6)
+    input_ids, mask, _ = random_histories(model, [4, 4, 4])
+    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    events = torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(3)).cumsum(dim=1)
+    times = events.repeat_interleave(5, dim=1)[:, 4:]  # <bos> has one of its own
+    timed = {"timestamps": times[:, :-5], "request_timestamps": times[:, -1]}
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
+    asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **timed, **longer).item_indices
+    targets = model.catalogue.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    timed["request_timestamps"] = times[:, -1] + 10**6
+    assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
+
+
 def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
     """Would fail if only the item's index took the place of a beam whose keys and values stayed."""
     model = build_model(num_retrieved_items=3)

@@ -9,6 +9,8 @@ import torch
 from .item_catalogue import ItemCatalogue
 from .vocabulary_layout import PAD, VocabularyLayout
 
+UNKNOWN_TIME = -1
+
 
 def known_rows(catalogue: ItemCatalogue, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
     """Catalogue rows int64 [n], -1 where unknown, and which are known bool [n].
@@ -35,8 +37,9 @@ def history_batch(
     behaviors: Sequence | None,
     max_items: int | None,
     unknown: str,
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """`encode_history` up to its output format: int64 input ids and mask [B, T], and whether it was a batch."""
+    timestamps: Sequence | None = None,
+) -> tuple[dict[str, np.ndarray], bool]:
+    """`encode_history` up to its output format: int64 columns [B, T], and whether it was a batch."""
     if max_items is not None and max_items < 1:
         raise ValueError(f"expected max_items >= 1 or None, found {max_items}")
     items = _as_sequence(items)
@@ -50,6 +53,7 @@ def history_batch(
     ids = list(chain.from_iterable(histories))
     rows, known = known_rows(catalogue, ids, unknown)
     actions = _behavior_indices(layout, behaviors, lengths, batched)
+    times = None if timestamps is None else _times(timestamps, lengths, batched)[known]
     owner = np.repeat(np.arange(len(lengths)), lengths)[known]
     lengths = np.bincount(owner, minlength=len(lengths))  # from here on without the skipped items
     if not lengths.all():
@@ -62,13 +66,17 @@ def history_batch(
     kept = lengths if max_items is None else np.minimum(lengths, max_items)
     width = 1 + int(kept.max()) * (len(layout.codebook_sizes) + 1)
     input_ids = np.full((len(kept), width), PAD, dtype=np.int64)
-    mask = np.zeros_like(input_ids)
+    columns = {"input_ids": input_ids, "attention_mask": np.zeros_like(input_ids)}
+    if times is not None:
+        columns["timestamps"] = np.full_like(input_ids, UNKNOWN_TIME)
     for i, (end, count) in enumerate(zip(ends, kept, strict=True)):
         part = slice(end - count, end)
         one = layout.encode(catalogue.codes[rows[part]], actions[part])
-        input_ids[i, width - len(one) :] = one
-        mask[i, width - len(one) :] = 1
-    return input_ids, mask, batched
+        columns["input_ids"][i, width - len(one) :] = one
+        columns["attention_mask"][i, width - len(one) :] = 1
+        if times is not None:
+            columns["timestamps"][i, width - len(one) :] = layout.spread(times[part])
+    return columns, batched
 
 
 def decode_rows(
@@ -140,6 +148,22 @@ def _behavior_indices(
     if unknown:
         raise ValueError(f"expected behaviours out of {layout.behaviors}, found {unknown[:5]}")
     return np.array([index_of[name] for name in names], dtype=np.int64)
+
+
+def _times(timestamps: Sequence, lengths: np.ndarray, batched: bool) -> np.ndarray:
+    """Seconds of every item of every history, one after another, -1 where they are None: int64 [sum of lengths]."""
+    rows = [_as_sequence(one) for one in timestamps] if batched else [_as_sequence(timestamps)]
+    found = [len(one) for one in rows]
+    if found != lengths.tolist():
+        raise ValueError(
+            f"expected as many timestamps as items, {lengths.tolist()[:5]} in the first histories, found {found[:5]} "
+            f"(histories: {len(lengths)} of items, {len(found)} of timestamps)"
+        )
+    flat = [UNKNOWN_TIME if value is None else value for value in chain.from_iterable(rows)]
+    times = np.asarray(flat, dtype=np.float64)
+    if not np.isfinite(times).all():
+        raise ValueError("expected timestamps in seconds, or None where they are not known, found NaN or infinity")
+    return times.astype(np.int64)
 
 
 def _flatten(token_ids: np.ndarray | torch.Tensor | Sequence) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -225,6 +225,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         *,
         max_items: int | None = None,
         unknown: Literal["error", "skip"] = "error",
+        timestamps: Sequence | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
         """Tokens of one history, or of a batch of them (a sequence whose first element is a list, tuple or array).
@@ -234,22 +235,23 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             behaviors: a behaviour name for each item, in the same shape; None if there is only one behaviour.
             max_items: keep this many of the most recent items (that are known).
             unknown: "skip" drops ids that are not in the catalogue, and their behaviours.
+            timestamps: seconds of each item, in the same shape, None where not known; for a model that reads them.
             return_tensors: None, "pt" or "np".
 
         Returns:
-            `input_ids` and `attention_mask`: lists for one history, lists of lists for a batch; int64 [B, T] tensors
-            (B = 1 for one history) with `return_tensors`. A batch is padded on the left.
+            `input_ids`, `attention_mask` and, if given, `timestamps`: lists for one history, lists of lists for a batch;
+            int64 [B, T] tensors (B = 1 for one history) with `return_tensors`. A batch is padded on the left.
 
         Raises:
-            ValueError: an unknown id or behaviour, an empty history (also after skipping), items and behaviours of
-                different lengths, no behaviours where there are several.
+            ValueError: an unknown id or behaviour, an empty history (also after skipping), items, behaviours and
+                timestamps of different lengths, no behaviours where there are several.
         """
-        input_ids, mask, batched = history_batch(self._layout, self._catalogue, items, behaviors, max_items, unknown)
-        if return_tensors is None and not batched:
-            input_ids, mask = input_ids[0], mask[0]
-        if return_tensors is None:
-            input_ids, mask = input_ids.tolist(), mask.tolist()
-        return BatchEncoding({"input_ids": input_ids, "attention_mask": mask}, tensor_type=return_tensors)
+        columns, batched = history_batch(
+            self._layout, self._catalogue, items, behaviors, max_items, unknown, timestamps
+        )
+        if return_tensors is not None:
+            return BatchEncoding(columns, tensor_type=return_tensors)
+        return BatchEncoding({name: (one if batched else one[0]).tolist() for name, one in columns.items()})
 
     def encode_indices(self, item_index: np.ndarray, behavior_index: np.ndarray) -> np.ndarray:
         """Tokens of one history by table lookup, for data pipelines.

@@ -65,6 +65,10 @@ class VocabularyLayout:
         np.add(behavior_index, self.behavior_token_ids[0], out=blocks[:, num_levels], casting="unsafe")
         return tokens
 
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """A number of each item for each of its tokens, the first item's for <bos>: int64 [n] -> [1 + n * (L + 1)]."""
+        return np.concatenate([values[:1], np.repeat(values, len(self.codebook_sizes) + 1)])
+
 
 def check_behaviors(behaviors: Sequence[str]) -> tuple[str, ...]:
     """The names as a tuple. `ValueError` unless they are distinct, at least one, and can be tokens of their own."""
