@@ -17,7 +17,7 @@ The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter, LossParts
+from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 from recipes.histories import padded
 from tokenization import SemanticIdTokenizer
 
@@ -60,6 +60,9 @@ class ModelArguments:
     )
     exclude_candidate: bool = field(default=False, metadata={"help": "The candidate itself is none of them."})
     num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
+    beams_kept_epochs: int = field(
+        default=0, metadata={"help": "Epochs that a row keeps its beams; 0: they are searched for in every step."}
+    )
     detach_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
     text_config: str = field(
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
@@ -356,10 +359,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks.append(
             AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
         )
+    collate = Collator(tokenizer)
+    if model_args.num_train_beams and model_args.beams_kept_epochs:
+        train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
+        training_args = replace(training_args, remove_unused_columns=False)
+        callbacks.append(KeptBeams(model, train_dataset, model_args.num_train_beams, model_args.beams_kept_epochs))
+        collate = callbacks[-1].collator(collate)
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=Collator(tokenizer),
+        data_collator=collate,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

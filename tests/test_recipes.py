@@ -125,6 +125,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     shared += ["--per_device_train_batch_size=16", "--learning_rate=5e-3", "--save_strategy=no", "--disable_tqdm=True"]
     first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", "--max_steps=10"]))
     second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
+    second += ["--beams_kept_epochs=1"]
     second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
     checkpoint = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'two'}", *second]))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]

@@ -7,15 +7,17 @@ import sys
 import pytest
 import torch
 from conftest import build_model, exact_scores, random_histories
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hub import NO_PROJECT
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
 from modeling_unigrf.subhistory_unigrf import retrieve
+from recipes.callbacks import KeptBeams
 from recipes.train import Collator
 from tokenization import SemanticIdTokenizer
 
@@ -570,32 +572,77 @@ def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_st
     assert trainer.evaluate([{name: value[0] for name, value in columns.items()}])["eval_loss"] > 0
 
 
-def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(tmp_path):
-    model = build_model(num_retrieved_items=3)
-    rows = []
-    for length in range(1, 17):
-        input_ids, _, _ = random_histories(model, [length % 5 + 1], seed=length)
-        longer = {name: value[0].tolist() for name, value in long_histories(model, [length], seed=length).items()}
-        ids = input_ids[0].tolist()
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
+@pytest.mark.parametrize("kept_epochs", [0, 2])
+def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_epochs, tmp_path):
+    rows = second_stage_rows(build_model(num_retrieved_items=3))
 
     def train(folder, resume=None, **arguments):
         fields = {"embedding_dropout": 0.2, "ranking_dropout": 0.3, "item_loss_weight": 0.5}
         model = build_model(num_retrieved_items=3, num_train_beams=6, **fields)
-        arguments |= {"max_steps": 6, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
-        arguments |= {"save_steps": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        arguments |= {"max_steps": 14, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
+        arguments |= {"save_steps": 10, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        arguments |= {"remove_unused_columns": False}
+        kept = KeptBeams(model, rows, 6, kept_epochs) if kept_epochs else None
         trainer = Trainer(
-            model, TrainingArguments(str(folder), **arguments), data_collator=Collator(PAD), train_dataset=rows
+            model,
+            TrainingArguments(str(folder), **arguments),
+            data_collator=kept.collator(Collator(PAD)) if kept else Collator(PAD),
+            train_dataset=rows if kept else rows.remove_columns("row"),
+            callbacks=[kept] if kept else None,
         )
         trainer.train(resume_from_checkpoint=resume)
         return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     whole, losses = train(tmp_path / "whole", save_strategy="no")
     train(tmp_path / "parts", save_strategy="steps")
-    resumed, rest = train(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-3"), save_strategy="no")
-    assert rest[-3:] == losses[-3:]
+    resumed, rest = train(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-10"), save_strategy="no")
+    assert rest[-4:] == losses[-4:]
     for (name, first), second in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(first, second), name
+
+
+def second_stage_rows(model, count=16) -> Dataset:
+    rows = []
+    for row in range(count):
+        input_ids, _, _ = random_histories(model, [row % 5 + 1], seed=row)
+        longer = {name: value[0].tolist() for name, value in long_histories(model, [row + 1], seed=row).items()}
+        ids = input_ids[0].tolist()
+        rows.append({"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
+    return Dataset.from_list(rows)
+
+
+def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_asked_for():
+    model = build_model(num_retrieved_items=3)
+    rows = second_stage_rows(model)
+    kept = KeptBeams(model, rows, num_beams=40, every_epochs=2, batch_size=3)
+    args, state = TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0)
+    model.train()
+    kept.on_epoch_begin(args, state, None)
+    assert model.training
+    batch = kept.collator(Collator(PAD))([rows[5], rows[2]])
+    assert "row" not in batch and batch["candidates"].shape == (2, 40)
+    assert (batch["candidates"][:, 30:] == -1).all(), "there are thirty items"
+    for row, found in zip((5, 2), batch["candidates"], strict=True):
+        history = torch.tensor([rows[row]["input_ids"][:-5]])
+        best = model.eval().recommend(
+            history,
+            num_beams=30,
+            num_return_sequences=30,
+            ranking_weight=0.0,
+            long_items=history[:, :0],
+            long_behaviors=history[:, :0],
+        )
+        assert torch.equal(found[:30], best.item_indices[0])
+    assert "candidates" not in kept.collator(Collator(PAD))([rows.remove_columns("row")[0]])
+    before = kept.items.clone()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    kept.on_epoch_begin(args, TrainerState(epoch=1.0), None)
+    assert torch.equal(kept.items, before)
+    kept.on_epoch_begin(args, TrainerState(epoch=2.0), None)
+    assert not torch.equal(kept.items, before)
+    with pytest.raises(ValueError, match="a column `row`"):
+        KeptBeams(model, rows.remove_columns("row"), num_beams=4)
 
 
 ELSEWHERE = (
