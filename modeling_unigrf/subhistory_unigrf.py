@@ -141,7 +141,7 @@ def retrieve(
             if exclude_candidate:
                 hidden = hidden | (some[:, :, None] == items[:, None])
             # Whole numbers below 2^53, all different: which are the greatest is no matter of the device.
-            keys = (cosines.double() * TIE).round_().mul_(length).add_(time).masked_fill_(hidden, -torch.inf)
+            keys = cosines.mul_(TIE).round_().double().mul_(length).add_(time).masked_fill_(hidden, -torch.inf)
             best, found = keys.topk(places.shape[2], dim=2)
             places[rows, part : part + at_once] = found.masked_fill(best == -torch.inf, -1).sort(dim=2).values
     return places
