@@ -166,9 +166,26 @@ def with_targets(
     return candidates.scatter(1, place, torch.where(missed[:, None], targets[:, None], kept))
 
 
+def last_items(
+    supervised: SupervisedItems, batch_size: int
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    The last supervised item of each row, -1 in a row without one, the end of the history before it, and the behaviour that
+    follows, each `[batch_size]`.
+    """
+    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
+    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
+    rows = supervised.rows[is_last]
+    items = supervised.rows.new_full((batch_size,), -1)
+    ends, behaviors = torch.zeros_like(items), torch.zeros_like(items)
+    items[rows], ends[rows] = supervised.items[is_last], supervised.history_ends[is_last]
+    behaviors[rows] = supervised.behaviors[is_last]
+    return items, ends, behaviors
+
+
 def second_stage_loss(
     model,
-    tokens: torch.LongTensor,
+    number: torch.LongTensor,
     attention_mask: torch.LongTensor,
     supervised: SupervisedItems,
     hidden_states: torch.FloatTensor,
@@ -183,7 +200,8 @@ def second_stage_loss(
     them is left from the search. In training that search has the dropout of training.
 
     Args:
-        tokens, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`)
+        number, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Which history of its row a token belongs to,
+            from the layout, and which tokens there are.
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
         cache (`DynamicCache`): Of the tokens, first of all.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
@@ -194,25 +212,14 @@ def second_stage_loss(
         ValueError: if candidates are outside the catalogue or do not fit into the backbone's positions, or nothing is on the
             cache.
     """
-    config, layout, batch_size = model.config, model.layout, len(tokens)
+    config, layout, batch_size = model.config, model.layout, len(number)
     _check_candidates(candidates, batch_size, model.catalogue.num_items)
-    if cache.get_seq_length() < tokens.shape[1]:
+    if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
-            f"Expected the cache of {tokens.shape[1]} tokens, on which candidates are ranked, found one of "
+            f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
             f"{cache.get_seq_length()}. Train with candidates without gradient checkpointing, which keeps no cache."
         )
-    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
-    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
-    rows = supervised.rows[is_last]
-    targets = tokens.new_full((batch_size,), -1)
-    ends, behaviors = torch.zeros_like(targets), torch.zeros_like(targets)
-    for column, values in (
-        (targets, supervised.items),
-        (ends, supervised.history_ends),
-        (behaviors, supervised.behaviors),
-    ):
-        column[rows] = values[is_last]
-    number, _ = layout.histories(tokens, attention_mask)
+    targets, ends, behaviors = last_items(supervised, batch_size)
     history_mask = layout.history_up_to(ends, number, attention_mask)
     needed = int(history_mask.sum(dim=1).max()) + config.num_levels + config.num_block_tokens
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -224,14 +231,14 @@ def second_stage_loss(
 
     asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])
     times = None if asked_for is None else asked_for.expand(-1, 2)
-    history_states = hidden_states[torch.arange(batch_size, device=tokens.device), ends]
+    history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
     if candidates is None and config.num_train_beams:
         candidates = beam_candidates(
             model, history_states, history_mask, cache, None if asked_for is None else asked_for[:, 0]
         )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
-    candidates = with_targets(candidates, targets, model._generator(tokens.device))
+    candidates = with_targets(candidates, targets, model._generator(number.device))
     if config.detach_history:
         cache, history_states = detached(cache), history_states.detach()
     items = candidates.clamp(min=0)

@@ -401,7 +401,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             if second_stage:
                 rank_loss = second_stage_loss(
                     self,
-                    tokens,
+                    number,
                     seen,
                     supervised,
                     hidden_states,
