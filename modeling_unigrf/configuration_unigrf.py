@@ -56,6 +56,8 @@ class UniGRFConfig(PreTrainedConfig):
             Number of items of the catalogue, which is saved with the model.
         item_embedding_dim (`int`, defaults to 0):
             Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
+        read_item_embeddings (`bool`, defaults to `True`):
+            Whether item vectors have a part that is made of the embeddings; else these only choose sub-histories.
         item_table_size (`int`, defaults to 0):
             Rows of a learned table that the ranking head reads as well; item i has row `i % item_table_size`. As many as
             items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
@@ -67,6 +69,17 @@ class UniGRFConfig(PreTrainedConfig):
             `log((num_items - 1) / negatives_per_item)`, or 0 without negatives. `rank` subtracts it from the `"next"`
             logit (prior correction for case-control sampling: King and Zeng 2001, section 4.1), whose sigmoid is then
             the probability that the item, among all, comes next, on the scale of the generation score.
+        num_retrieved_items (`int`, defaults to 0):
+            Sub-history of a candidate: this many items of the user's long history (`long_items`), those of the greatest
+            cosine of item embeddings, which ranking reads behind the candidate's codes (RecoChain, section 1). 0: the
+            candidate is ranked from its last code. Needs `item_embedding_dim`.
+        exclude_candidate (`bool`, defaults to `False`):
+            Leave the candidate itself out of its sub-history.
+        num_train_beams (`int`, defaults to 0):
+            In training, rank this many items that the model's own beam search proposes for the last item of each row
+            (RecoChain, stage II), the true one among them. Takes the place of `negatives_per_item`.
+        detach_history (`bool`, defaults to `False`):
+            Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):
             Weight of the generation loss; 0 for a ranker alone.
         ranking_loss_weight (`float`, defaults to 1.0):
@@ -78,6 +91,8 @@ class UniGRFConfig(PreTrainedConfig):
             Weight of the softmax of a row's last item among the `negative_items` that `forward` is given, if they are.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
+        item_weight (`float`, defaults to 0.0):
+            Default weight in `recommend` of the item-level score alone: the part of `"next"` that `item_loss_weight` trains.
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -123,14 +138,20 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_targets: list[str] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
+    read_item_embeddings: bool = True
     item_table_size: int = 0
     negatives_per_item: float = 0.0
     next_log_odds: float | None = None
+    num_retrieved_items: int = 0
+    exclude_candidate: bool = False
+    num_train_beams: int = 0
+    detach_history: bool = False
     generation_loss_weight: float = 1.0
     ranking_loss_weight: float = 1.0
     item_loss_weight: float = 0.0
     candidate_loss_weight: float = 1.0
     ranking_weight: float = 1.0
+    item_weight: float = 0.0
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -162,7 +183,7 @@ class UniGRFConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self.text_config, name, getattr(self, name))
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
-        self._check()
+        self.check()
 
     @property
     def num_levels(self) -> int:
@@ -177,9 +198,21 @@ class UniGRFConfig(PreTrainedConfig):
 
     @property
     def max_history_items(self) -> int | None:
-        """Items of a history that fit into the backbone's positions, beside <bos> and the next item; None: no limit."""
+        """Items of a history that fit into the backbone's positions, beside <bos> and a candidate; None: no limit."""
         positions = getattr(self.text_config, "max_position_embeddings", None)
-        return None if positions is None else (positions - 1 - self.num_levels) // (self.num_levels + 1)
+        if positions is None:
+            return None
+        return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
+
+    @property
+    def has_item_vectors(self) -> bool:
+        """Whether anything is known of an item beyond its codes."""
+        return (self.item_embedding_dim > 0 and self.read_item_embeddings) or self.item_table_size > 0
+
+    @property
+    def num_block_tokens(self) -> int:
+        """Most positions of a candidate behind its codes: item, sub-history, place of scoring; 0 without a sub-history."""
+        return self.num_retrieved_items + 2 if self.num_retrieved_items else 0
 
     # The rest of transformers reads these from the outer config; they live in the backbone's.
     @property
@@ -222,7 +255,7 @@ class UniGRFConfig(PreTrainedConfig):
     def use_cache(self, value: bool):
         self.text_config.use_cache = value
 
-    def _check(self):
+    def check(self):
         """Refuses a config whose parts do not fit each other (here: `@strict` validators lose the `ValueError`)."""
         if not self.codebook_sizes or min(self.codebook_sizes) < 1 or len(self.code_offsets) != self.num_levels:
             raise ValueError(
@@ -253,7 +286,7 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected ranking targets among {[NEXT_TARGET, *self.behaviors]}, found {self.ranking_targets}."
             )
-        has_vectors = (self.item_embedding_dim or self.item_table_size) and NEXT_TARGET in self.ranking_targets
+        has_vectors = self.has_item_vectors and NEXT_TARGET in self.ranking_targets
         if self.item_loss_weight and not has_vectors:
             raise ValueError(
                 f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
@@ -263,6 +296,22 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 "Expected code_similarity 'dot' or 'cosine', a positive code_temperature and code_negatives >= 0, found "
                 f"{self.code_similarity!r}, {self.code_temperature} and {self.code_negatives}."
+            )
+        if min(self.num_retrieved_items, self.num_train_beams) < 0:
+            raise ValueError(
+                f"Expected num_retrieved_items and num_train_beams of 0 or more, found {self.num_retrieved_items} and "
+                f"{self.num_train_beams}."
+            )
+        if self.num_retrieved_items and not (self.item_embedding_dim and self.has_item_vectors):
+            raise ValueError(
+                f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare and item vectors to read: "
+                "set item_embedding_dim and, with read_item_embeddings=False, item_table_size."
+            )
+        if self.negatives_per_item and (self.num_retrieved_items or self.num_train_beams):
+            raise ValueError(
+                f"negatives_per_item={self.negatives_per_item} are placed all over a history, where candidates have no "
+                f"sub-history; found num_retrieved_items={self.num_retrieved_items} and num_train_beams="
+                f"{self.num_train_beams}. Set negatives_per_item=0 and next_log_odds=0: beams are the candidates then."
             )
         if self.num_items < 1:
             raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")

@@ -36,11 +36,13 @@ class Continuations:
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What of the cache's first T tokens is seen.
         own_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens of each continuation are,
             in order. The last ones are the queries of this forward.
+        own_mask (`torch.BoolTensor` of shape `(batch_size, N, m)`, *optional*): Which of them are seen; all by default.
         handed_down (`bool`): Set by the attention: the backbone passes its keyword arguments on.
     """
 
     history_mask: torch.BoolTensor
     own_keys: torch.LongTensor
+    own_mask: torch.BoolTensor | None = None
     handed_down: bool = False
 
     def __post_init__(self):
@@ -81,6 +83,9 @@ def shared_prefix_attention(
     hidden = None
     if steps > 1:
         hidden = ~torch.ones(steps, own, dtype=torch.bool, device=query.device).tril(own - steps)
+        if continuations.own_mask is not None:
+            hidden = hidden | ~continuations.own_mask[:, None, None, :, None]
+        hidden = hidden.expand(batch_size, 1, 1, count, steps, own)
 
     outputs = []
     at_once = max(1, MAX_SCORES // (batch_size * num_heads * steps * length))
@@ -99,7 +104,7 @@ def shared_prefix_attention(
 
         own_scores = (block @ own_keys[:, :, :, part].transpose(-1, -2)).float()
         if hidden is not None:
-            own_scores = own_scores.masked_fill(hidden, -torch.inf)
+            own_scores = own_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
         both = torch.maximum(top, own_scores.amax(dim=-1, keepdim=True))
         own_weights, shrunk = (own_scores - both).exp(), (top - both).exp()
         norm = shrunk * norm + own_weights.sum(dim=-1, keepdim=True)
@@ -180,61 +185,72 @@ def check_cache(cache: Cache) -> None:
 
 def read_continuations(
     backbone: nn.Module,
-    token_ids: torch.LongTensor,
+    token_ids: torch.LongTensor | None,
     history_mask: torch.BoolTensor,
     earlier_keys: torch.LongTensor,
     past_key_values: DynamicCache,
     timestamps: torch.LongTensor | None = None,
+    inputs_embeds: torch.FloatTensor | None = None,
+    token_mask: torch.BoolTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
     """
     Runs the next tokens of N continuations of each history, and leaves their keys and values on the cache.
 
     Args:
         backbone (`UniGRFModel`)
-        token_ids (`torch.LongTensor` of shape `(batch_size, N, s)`)
+        token_ids (`torch.LongTensor` of shape `(batch_size, N, s)`): None with `inputs_embeds`.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What the continuations see of the cache's first T
             tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens are that come before
             them in each continuation, after the history.
         timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): When the event of these tokens is, and the one
             that their outputs are asked for.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, N, s, hidden_size)`, *optional*): What is read in place of
+            `token_ids`.
+        token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens are there; all by
+            default. The others are seen by none and take no position: a continuation is read as if it had been given
+            without them. Their own output means nothing.
 
     Returns:
         The output `[batch_size, N, s, hidden_size]`, and where on the cache each continuation's tokens are now,
         `[batch_size, N, m + s]`.
     """
     config = backbone.language_model.config
-    batch_size, count, steps = token_ids.shape
-    earlier, length = earlier_keys.shape[2], history_mask.shape[1]
-    start, own = past_key_values.get_seq_length(), torch.arange(count * steps, device=token_ids.device)
+    inputs = token_ids if inputs_embeds is None else inputs_embeds
+    batch_size, count, steps = inputs.shape[:3]
+    earlier, length, device = earlier_keys.shape[2], history_mask.shape[1], inputs.device
+    start, own = past_key_values.get_seq_length(), torch.arange(count * steps, device=device)
     own_keys = torch.cat([earlier_keys, (start + own).view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
-    history_length = history_mask.sum(dim=1)[:, None]
-    positions = history_length + earlier + torch.arange(steps, device=token_ids.device)
+    positions, own_mask = torch.arange(earlier + steps, device=device).expand(batch_size, count, -1), None
+    if token_mask is not None:
+        own_mask = nn.functional.pad(token_mask, (earlier, 0), value=True)
+        positions = (own_mask.long().cumsum(dim=2) - 1).clamp(min=0)
+    positions = history_mask.sum(dim=1)[:, None, None] + positions
     arguments = {
-        "input_ids": token_ids.flatten(1),
-        "position_ids": positions.repeat(1, count),
+        "input_ids" if inputs_embeds is None else "inputs_embeds": inputs.flatten(1, 2),
+        "position_ids": positions[:, :, earlier:].flatten(1),
         "past_key_values": past_key_values,
         "use_cache": True,
     }
     if timestamps is not None:
-        own, asked_for = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
-        arguments |= {"timestamps": own, "next_timestamps": asked_for}
+        own_times, asked_for = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
+        arguments |= {"timestamps": own_times, "next_timestamps": asked_for}
     window = sliding_window(config)
     whole_history_seen = window is None or length + earlier + steps <= window
     if whole_history_seen and not torch.is_grad_enabled() and shares_prefix(backbone):
         # A mask that says nothing new keeps the backbone from making one of its own.
-        continuations, mask = Continuations(history_mask, own_keys), history_mask[:, None, None]
+        continuations, mask = Continuations(history_mask, own_keys, own_mask), history_mask[:, None, None]
         states = backbone(attention_mask=mask, continuations=continuations, **arguments)
     else:
-        visible = torch.zeros(
-            batch_size, count, steps, start + count * steps, dtype=torch.bool, device=token_ids.device
-        )
+        visible = torch.zeros(batch_size, count, steps, start + count * steps, dtype=torch.bool, device=device)
         visible[..., :length] = history_mask[:, None, None]
-        causal = torch.ones(steps, earlier + steps, dtype=torch.bool, device=token_ids.device).tril(earlier)
-        visible.scatter_(3, own_keys[:, :, None].expand(-1, -1, steps, -1), causal.expand(batch_size, count, -1, -1))
+        causal = torch.ones(steps, earlier + steps, dtype=torch.bool, device=device).tril(earlier)
+        seen = causal.expand(batch_size, count, -1, -1)
+        if own_mask is not None:
+            seen = seen & own_mask[:, :, None]
+        visible.scatter_(3, own_keys[:, :, None].expand(-1, -1, steps, -1), seen)
         key_positions = nn.functional.pad(history_mask.long().cumsum(1) - 1, (0, start + count * steps - length))
-        own_positions = history_length + torch.arange(earlier + steps, device=token_ids.device)
-        key_positions.scatter_(1, own_keys.flatten(1), own_positions.repeat(1, count))
+        key_positions.scatter_(1, own_keys.flatten(1), positions.flatten(1))
         mask = attention_mask_4d(
             config, visible.flatten(1, 2), arguments["position_ids"], key_positions, backbone.dtype
         )
@@ -253,10 +269,12 @@ def shares_prefix(backbone: nn.Module) -> bool:
     if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
         token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
         cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
-        backbone(token, past_key_values=cache, use_cache=True)
         trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
-        config._attn_implementation = SHARED_PREFIX
-        backbone(token, seen, past_key_values=cache, use_cache=True, continuations=trial)
+        # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
+        with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
+            backbone(token, past_key_values=cache, use_cache=True)
+            config._attn_implementation = SHARED_PREFIX
+            backbone(token, seen, past_key_values=cache, use_cache=True, continuations=trial)
         backbone.hands_down_arguments = trial.handed_down
         if not trial.handed_down:
             config._attn_implementation = "sdpa"

@@ -10,6 +10,7 @@ from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProc
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
+from .candidates_unigrf import best_by_item_score, item_log_probs, read_candidates
 from .continuations_unigrf import check_cache, kept_as_found, read_continuations
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
@@ -24,15 +25,19 @@ class UniGRFRecommendation(ModelOutput):
 
     Args:
         item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Rows of the catalogue.
-        scores (`torch.FloatTensor` of shape `(batch_size, R)`): `generation_scores + ranking_weight * ranking_scores`.
+        scores (`torch.FloatTensor` of shape `(batch_size, R)`): `generation_scores + ranking_weight * ranking_scores`, and
+            `item_weight * item_scores`, if there are any.
         generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
         ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target.
+        item_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The item-level score: the logit of the item
+            among all items, by the history's end and the item's vector. None without item vectors or target `"next"`.
     """
 
     item_indices: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
     generation_scores: torch.FloatTensor | None = None
     ranking_scores: torch.FloatTensor | None = None
+    item_scores: torch.FloatTensor | None = None
 
 
 class TrieLogitsProcessor(LogitsProcessor):
@@ -162,6 +167,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"in a behaviour, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behaviour."
             )
         needed = input_ids.shape[1] + self.layout.num_levels - int(lengths.min())
+        needed += self.config.num_block_tokens if whole_items else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and needed > longest:
             raise ValueError(
@@ -404,6 +410,10 @@ class UniGRFGenerationMixin(GenerationMixin):
         past_key_values: DynamicCache | None = None,
         timestamps: torch.LongTensor | None = None,
         request_timestamps: torch.LongTensor | None = None,
+        long_items: torch.LongTensor | None = None,
+        long_behaviors: torch.LongTensor | None = None,
+        item_weight: float | None = None,
+        union_items: int = 0,
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
@@ -414,7 +424,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
             num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
                 default.
-            num_return_sequences (`int`): Items returned, at most `num_beams`.
+            num_return_sequences (`int`): Items returned, at most `num_beams + union_items`.
             ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
             ranking_target (`str`, *optional*): One of `config.ranking_targets`, by default the first.
             exclude_history (`bool`): Leave out the items of the history itself.
@@ -428,6 +438,11 @@ class UniGRFGenerationMixin(GenerationMixin):
                 that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
             request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for; by
                 default at the time of the last event.
+            long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
+                `config.num_retrieved_items`.
+            item_weight (`float`, *optional*): Of the item-level score in `scores`; `config.item_weight` by default.
+            union_items (`int`): Rank this many items of the best item-level score as well, whether or not the beams found
+                them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
 
         Returns:
             `UniGRFRecommendation`
@@ -440,9 +455,16 @@ class UniGRFGenerationMixin(GenerationMixin):
         ranking_target = targets[0] if ranking_target is None else ranking_target
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")
-        if not 1 <= num_return_sequences <= num_beams:
+        if union_items < 0 or not 1 <= num_return_sequences <= num_beams + union_items:
             raise ValueError(
-                f"Expected 1 <= num_return_sequences <= num_beams, found {num_return_sequences} and {num_beams}."
+                f"Expected 1 <= num_return_sequences <= num_beams + union_items, found {num_return_sequences}, {num_beams} "
+                f"and {union_items}."
+            )
+        item_weight = self.config.item_weight if item_weight is None else item_weight
+        if (item_weight or union_items) and self.ranking_head.history_query is None:
+            raise ValueError(
+                f"item_weight={item_weight} and union_items={union_items} need an item-level score, which this model does not "
+                'have. Train one with the ranking target "next" and item_embedding_dim or item_table_size.'
             )
         for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
             if lists is not None and len(lists) != len(input_ids):
@@ -450,6 +472,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                     f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
                 )
         attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
+        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
         if exclude_history:
             own = [history_items[rows == row] for row in range(len(input_ids))]
             extra = own if blocked_items is None else [torch.as_tensor(more).to(rows) for more in blocked_items]
@@ -476,16 +499,31 @@ class UniGRFGenerationMixin(GenerationMixin):
                 item_filter,
                 request_timestamps=asked_for,
             )
-            # The search has read all codes of the candidates but the last, from whose state they are ranked.
-            tokens = beams.codes[..., -1:] + self.layout.code_offsets[-1]
-            states, _ = read_continuations(self.model, tokens, attention_mask.bool(), beams.keys, cache, times)
-        items = trie.leaf_items[beams.nodes].long()
-        logits = self.ranking_logits(states[:, :, 0], history_states, items)
+            items = trie.leaf_items[beams.nodes].long()
+            # The search has read all codes of the candidates but the last.
+            states = read_candidates(self, items, attention_mask.bool(), beams.keys, cache, long_history, times)
+            states, generation_scores = states[:, :, -1], beams.scores
+            if union_items:
+                more = best_by_item_score(self, history_states, union_items, trie, item_filter)
+                new = (more >= 0) & ~((more[..., None] == items[:, None]) & (beams.scores > -torch.inf)[:, None]).any(
+                    dim=2
+                )
+                more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
+                more_states = read_candidates(self, more, attention_mask.bool(), nothing, cache, long_history, times)
+                log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)
+                items, states = torch.cat([items, more], dim=1), torch.cat([states, more_states[:, :, -1]], dim=1)
+                generation_scores = torch.cat([generation_scores, log_probs], dim=1)
+        logits = self.ranking_logits(states, history_states, items)
         ranking_scores = nn.functional.logsigmoid(logits[..., targets.index(ranking_target)]).masked_fill(
-            beams.scores == -torch.inf, -torch.inf
+            generation_scores == -torch.inf, -torch.inf
         )
         weight = self.config.ranking_weight if ranking_weight is None else ranking_weight
-        scores = beams.scores + weight * ranking_scores if weight else beams.scores
+        scores = generation_scores + weight * ranking_scores if weight else generation_scores
+        columns = {"generation_scores": generation_scores, "ranking_scores": ranking_scores}
+        if self.ranking_head.history_query is not None:
+            item_scores = self.ranking_head.item_scores(history_states[:, None], self.item_vectors(items)).float()
+            columns["item_scores"] = item_scores.masked_fill(generation_scores == -torch.inf, -torch.inf)
+            scores = scores + item_weight * columns["item_scores"] if item_weight else scores
         best_scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)
         missing = num_return_sequences - best.shape[1]
         return UniGRFRecommendation(
@@ -494,10 +532,6 @@ class UniGRFGenerationMixin(GenerationMixin):
             ),
             **{
                 name: nn.functional.pad(column.gather(1, best), (0, missing), value=-torch.inf)
-                for name, column in (
-                    ("scores", scores),
-                    ("generation_scores", beams.scores),
-                    ("ranking_scores", ranking_scores),
-                )
+                for name, column in {"scores": scores, **columns}.items()
             },
         )

@@ -152,6 +152,22 @@ class ItemLayout:
         same = number[:, :, None] == number[:, None]
         return (same & (place[:, None] >= place) & attention_mask.bool()[:, None]) | (place[:, None] == place)
 
+    def history_up_to(
+        self, ends: torch.LongTensor, number: torch.LongTensor, attention_mask: torch.LongTensor
+    ) -> torch.BoolTensor:
+        """
+        The tokens of packed histories that are seen at one position of each row.
+
+        Args:
+            ends (`torch.LongTensor` of shape `(batch_size,)`): The positions.
+            number, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): From `histories`, and of the tokens.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, T)`
+        """
+        before = torch.arange(number.shape[1], device=number.device) <= ends[:, None]
+        return before & (number == number.gather(1, ends[:, None])) & attention_mask.bool()
+
     def candidate_positions(self, history_length: torch.LongTensor, num_candidates: int) -> torch.LongTensor:
         """
         Position ids of candidates packed in one row: each follows the history as if it were alone.

@@ -11,14 +11,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .candidates_unigrf import read_candidates, second_stage_loss
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
-from .continuations_unigrf import attention_mask_4d, check_cache, kept_as_found, read_continuations
+from .continuations_unigrf import attention_mask_4d, check_cache, kept_as_found
 from .generation_unigrf import UniGRFGenerationMixin
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
+from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .training_unigrf import (
     GivenItems,
     Negatives,
@@ -79,7 +81,7 @@ class UniGRFPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, UniGRFRankingHead | UniGRFItemEncoder):
+        if isinstance(module, UniGRFRankingHead | UniGRFItemEncoder | UniGRFCandidateBlock):
             for child in module.children():
                 if isinstance(child, nn.Linear | nn.Embedding):
                     init.normal_(child.weight, mean=0.0, std=self.config.initializer_range)
@@ -162,11 +164,13 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     measures_gradients: bool = False
 
     def __init__(self, config: UniGRFConfig):
+        config.check()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
         super().__init__(config)
         self.model = UniGRFModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.item_encoder = UniGRFItemEncoder(config)
         self.ranking_head = UniGRFRankingHead(config)
+        self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
         self.catalogue = UniGRFCatalogue(config)
         if config.tie_word_embeddings:
             embeddings = self.model.get_input_embeddings()
@@ -195,7 +199,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         """For `peft.LoraConfig(modules_to_save=...)`: heads and code embeddings, all that is small and task-specific."""
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
-        return ["ranking_head", "lm_head", name.rpartition(".")[2]]
+        block = [] if self.candidate_block is None else ["candidate_block"]
+        return ["ranking_head", "lm_head", name.rpartition(".")[2], *block]
 
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices of any shape -> what the ranking head reads of them, `[..., hidden_size]`; None without any part."""
@@ -278,12 +283,18 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         timestamps: torch.LongTensor | None = None,
         next_timestamps: torch.LongTensor | None = None,
         request_timestamps: torch.LongTensor | None = None,
+        long_items: torch.LongTensor | None = None,
+        long_behaviors: torch.LongTensor | None = None,
+        candidates: torch.LongTensor | None = None,
         **kwargs,
     ) -> UniGRFCausalLMOutput:
         """
         Next-token prediction, where the next token chooses the head: a code is predicted by `lm_head` among its level's
         codes, a behaviour by the ranking head as binary targets (UniGRF, section 3.1: the output at an item predicts the
         behaviour, the output at a behaviour the next item).
+
+        With `config.num_retrieved_items`, `config.num_train_beams` or `candidates` the ranking loss is that of RecoChain's
+        stage II instead: of the candidates for the LAST supervised item of each row, and of that one item's behaviour.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With labels, a row may hold several
@@ -304,10 +315,17 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             next_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
                 of the token after it in its history, and the last one's own.
             request_timestamps: Of `generate`, which makes `next_timestamps` of it; not for a forward.
+            long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): With labels and
+                `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
+                there on, or the answer leaks. Item indices, oldest first, -1 where there is none; indices into
+                `config.behaviors`, not needed if there is one.
+            candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): With labels: item indices (-1: none) for
+                the last supervised item of each row, in place of the model's own beams.
 
         Raises:
-            ValueError: if a supervised item is not in the catalogue, negatives are asked for together with a 4-D mask,
-                position_ids or a cache, or negative_items for rows of several histories.
+            ValueError: if a supervised item is not in the catalogue, negatives or candidates are asked for together with a 4-D
+                mask, position_ids or a cache, negative_items for rows of several histories, or long histories or candidates
+                do not fit.
         """
         targets = kwargs.pop("shift_labels", None)
         if labels is not None and targets is None:
@@ -315,6 +333,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
         supervised = negatives = given = None
+        second_stage = targets is not None and (candidates is not None or self._second_stage)
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
             supervised = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
@@ -340,6 +359,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                         asked_for = asked_for.repeat_interleave(self.config.num_levels, dim=1)
                         timestamps = torch.cat([timestamps, asked_for], dim=1)
                         next_timestamps = torch.cat([next_timestamps, asked_for], dim=1)
+                if second_stage:
+                    long_history = self._long_history(len(tokens), long_items, long_behaviors)
+                    past_key_values, use_cache = DynamicCache(), True
+            elif second_stage:
+                raise ValueError(
+                    "Candidates are ranked on the histories' cache, which needs a 2-D attention_mask, and neither "
+                    "position_ids nor past_key_values. Leave them out to train with candidates."
+                )
             elif self._negatives_per_item or negative_items is not None:
                 raise ValueError(
                     "Negatives are packed behind the histories, which needs a 2-D attention_mask, and neither position_ids "
@@ -368,7 +395,21 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         loss = code_loss = rank_loss = item_loss = pool_loss = gradient_norms = None
         if targets is not None:
             code_loss = generation_loss(self, hidden_states, targets, given)
-            rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
+            if second_stage:
+                rank_loss = second_stage_loss(
+                    self,
+                    number,
+                    seen,
+                    supervised,
+                    hidden_states,
+                    past_key_values,
+                    candidates,
+                    long_history,
+                    None if timestamps is None else next_timestamps,
+                )
+                outputs.past_key_values = None  # a cache of training, which nobody asked for
+            else:
+                rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
             # Losses of evaluation are compared with each other, whatever the weights were when each was taken.
             retrieval_weight, ranking_weight = self.task_weights if self.training else (1.0, 1.0)
             loss = retrieval_weight * self.config.generation_loss_weight * code_loss
@@ -422,6 +463,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
     @property
     def _negatives_per_item(self) -> float:
         return self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
+
+    @property
+    def _second_stage(self) -> bool:
+        """Whether the ranking is trained on candidates for the last item of a row."""
+        return self.config.num_retrieved_items > 0 or self.config.num_train_beams > 0
+
+    def _long_history(self, batch_size: int, long_items, long_behaviors) -> LongHistory | None:
+        return check_long_history(self.config, self.catalogue.num_items, batch_size, long_items, long_behaviors)
 
     def _pack(
         self,
@@ -499,9 +548,12 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         candidates_per_pack: int = 64,
         timestamps: torch.LongTensor | None = None,
         request_timestamps: torch.LongTensor | None = None,
+        long_items: torch.LongTensor | None = None,
+        long_behaviors: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
-        Scores candidates that see the history and themselves, never each other.
+        Scores candidates that see the history and themselves, never each other; with `config.num_retrieved_items` also what
+        of the long history is most like them.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Histories, left-padded.
@@ -513,6 +565,10 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
             candidates_per_pack (`int`): Candidates of a history that are run at a time: memory grows with it.
             timestamps, request_timestamps: As `recommend` takes them.
+            long_items (`torch.LongTensor` of shape `(batch_size, H)`): With `config.num_retrieved_items`: all that the user did,
+                as item indices, oldest first; -1 where there is none (padding, unknown items). Any H, also 0.
+            long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; not needed if
+                there is one.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
@@ -520,8 +576,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             that the behaviour follows if it is shown.
 
         Raises:
-            ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, or the cache
-                is not of these histories.
+            ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, the cache is not
+                of these histories, or the long histories do not fit.
         """
         if candidates is None or candidates.dim() != 2 or len(candidates) != len(input_ids):
             found = None if candidates is None else tuple(candidates.shape)
@@ -532,6 +588,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
                 f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
+        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
         length = input_ids.shape[1]
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
@@ -548,10 +605,15 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1):
-            tokens = self.layout.item_tokens(self.catalogue.item_codes[pack].long())
             with kept_as_found(past_key_values):
-                states, _ = read_continuations(
-                    self.model, tokens, history_mask, nothing.expand(-1, pack.shape[1], -1), past_key_values, times
+                states = read_candidates(
+                    self,
+                    pack,
+                    history_mask,
+                    nothing.expand(-1, pack.shape[1], -1),
+                    past_key_values,
+                    long_history,
+                    times,
                 )
             logits.append(self.ranking_logits(states[:, :, -1], history_states, pack))
         return torch.cat(logits, dim=1)
@@ -563,7 +625,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         What `rank` returns, from the backbone's output.
 
         Args:
-            states (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): At the last codes of the items.
+            states (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): At the last codes of the items, or at the
+                ends of their blocks.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the end of the histories.
             items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
         """

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, Pipeline
 REQUEST_KEYS = {"items", "behaviors", "timestamps", "request_timestamp", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
 FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalogue")
+FORWARD += ("item_weight", "union_items")
 COLUMNS = ("item_indices", "scores", "generation_scores", "ranking_scores")
 
 
@@ -21,7 +22,10 @@ class RecommendationPipeline(Pipeline):
         max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model reads.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
         exclude_history (`bool`, defaults to `True`): Never recommend an item of the history.
-        num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue: As in `UniGRFForCausalLM.recommend`.
+        num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue, item_weight, union_items: As in
+            `UniGRFForCausalLM.recommend`.
+
+    A model with `num_retrieved_items` searches the whole history, also what is beyond `max_items`.
     """
 
     _load_processor = False
@@ -91,7 +95,20 @@ class RecommendationPipeline(Pipeline):
         blocked = list(request.get("blocked_items") or [])
         if exclude_history:  # all of it, also what is beyond `max_items`
             blocked += items
+        if self.model.config.num_retrieved_items:
+            encoded |= self._long_history(items, request.get("behaviors"), unknown)
         return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
+
+    def _long_history(self, items, behaviors, unknown) -> dict[str, torch.LongTensor]:
+        """All known items and their behaviours, each as `_indices`, so that padding is no item here either."""
+        tokens = self.tokenizer.encode_history(items, behaviors, unknown=unknown, return_tensors="pt")["input_ids"][0]
+        indices = torch.as_tensor(self.tokenizer.decode_indices(tokens)).long()
+        on_them = tokens[1:].view(len(indices), -1)[:, -1:]
+        names = (on_them == tokens.new_tensor(self.model.config.behavior_token_ids)).int().argmax(dim=1)
+        return {
+            name: torch.nn.functional.pad(column + 1, (1, 0))[None]
+            for name, column in (("long_items", indices), ("long_behaviors", names))
+        }
 
     def _indices(self, item_ids, unknown) -> torch.LongTensor:
         """
@@ -110,6 +127,9 @@ class RecommendationPipeline(Pipeline):
         if "allowed_items" in lists:  # a request without a list, beside one that has one
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
+        for name in ("long_items", "long_behaviors"):
+            if name in model_inputs:
+                lists[name] = model_inputs.pop(name) - 1
         return self.model.recommend(**model_inputs, **lists, **parameters)
 
     def postprocess(self, model_outputs):

@@ -16,7 +16,7 @@ class UniGRFItemEncoder(nn.Module):
     def __init__(self, config: UniGRFConfig):
         super().__init__()
         width, dim, rows = config.hidden_size, config.item_embedding_dim, config.item_table_size
-        self.proj = nn.Linear(dim, width) if dim else None
+        self.proj = nn.Linear(dim, width) if dim and config.read_item_embeddings else None
         self.table = nn.Embedding(rows, width) if rows else None
 
     def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
@@ -46,7 +46,7 @@ class UniGRFRankingHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.ranking_dropout)
         self.out_proj = nn.Linear(width, num_targets)
-        has_vectors = config.item_embedding_dim or config.item_table_size
+        has_vectors = config.has_item_vectors
         self.query = nn.Linear(width, num_targets * width) if has_vectors else None
         self.next_target = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
         self.history_query = nn.Linear(width, width) if has_vectors and self.next_target is not None else None

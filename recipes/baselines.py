@@ -37,7 +37,7 @@ class BaselineArguments:
 
 
 class Ranker:
-    """What both baselines share: lists of items from scores."""
+    """What the baselines share: lists of items from scores."""
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
@@ -76,6 +76,19 @@ class Popularity(Ranker):
 
     def scores(self, histories: Histories) -> np.ndarray:
         return np.tile(self.counts, (len(histories), 1))
+
+
+class Recency(Ranker):
+    """The items of the history itself, the last one first: what there is to beat where users come back to items."""
+
+    def fit(self, histories: Histories) -> "Recency":
+        return self
+
+    def scores(self, histories: Histories) -> np.ndarray:
+        rows, items, distance = _flatten(histories)
+        scores = np.full((len(histories), self.num_items), -np.inf, np.float32)
+        np.maximum.at(scores, (rows, items), -distance.astype(np.float32))
+        return scores
 
 
 class ItemKNN(Ranker):
@@ -123,18 +136,24 @@ class ItemKNN(Ranker):
 
 
 def baseline_results(
-    dataset: DatasetDict, num_items: int, k: int = 50, grid: Mapping[str, Sequence[Any]] = GRID
+    dataset: DatasetDict,
+    num_items: int,
+    k: int = 50,
+    grid: Mapping[str, Sequence[Any]] = GRID,
+    *,
+    exclude_history: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Fit both baselines on `train`, choose item-kNN's settings on `validation`, measure on `test`.
+    """Fit the baselines on `train`, choose item-kNN's settings on `validation`, measure on `test`.
 
     Args:
         dataset: splits of [`recipes.prepare`]: `train` with `items`; `validation` and `test` with `items`, `target`.
         num_items: size of the catalogue.
         k: length of the ranked lists, in items (mrr is over such a list).
         grid: the values that are tried for every argument of [`ItemKNN`].
+        exclude_history: leave a history's own items out of its list; else recency is a third baseline.
 
     Returns:
-        `{"popularity": ..., "item_knn": ...}`, each with `settings`, `validation` and `test` (the values of the metric
+        `{"popularity": ..., "item_knn": ...}`, and `recency` where it may list something, each with `settings`, `validation` and `test` (the values of the metric
         next_item) and `ranks` (of every test target, 1 = first; None where it is not among the `k`).
     """
     metric = evaluate.load(METRIC, keep_in_memory=True)  # no file, no lock between two runs at a time
@@ -145,7 +164,7 @@ def baseline_results(
 
     def measure(ranker: Ranker, split: str) -> tuple[dict[str, float], list[int | None]]:
         histories, targets = splits[split]
-        lists = ranker.top_items(histories, k)
+        lists = ranker.top_items(histories, k, exclude_history=exclude_history)
         found = lists == targets[:, None]
         ranks = [int(row.argmax()) + 1 if row.any() else None for row in found]
         return metric.compute(predictions=lists.tolist(), references=targets.tolist()), ranks
@@ -159,7 +178,9 @@ def baseline_results(
                 best, settings = reached, {"neighbours": neighbours, "shrink": shrink, "window": knn.window}
 
     results = {}
-    rankers = {"popularity": Popularity(num_items), "item_knn": ItemKNN(num_items, **settings)}
+    rankers: dict[str, Ranker] = {"popularity": Popularity(num_items), "item_knn": ItemKNN(num_items, **settings)}
+    if not exclude_history:
+        rankers["recency"] = Recency(num_items)
     for name, ranker in rankers.items():
         validation, _ = measure(ranker.fit(train), "validation")
         test, ranks = measure(ranker, "test")

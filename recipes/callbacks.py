@@ -1,12 +1,22 @@
-"""Callbacks of the stock `Trainer`: the parts of the loss in its log, and UniGRF's adaptive weighter."""
+"""
+Callbacks of the stock `Trainer`: the parts of the loss in its log, UniGRF's adaptive weighter, and candidates of RecoChain's
+stage II that are kept for some epochs.
+"""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class LossParts(TrainerCallback):
@@ -143,3 +153,99 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             weights = dict(zip(("generation_weight", "ranking_weight"), self.weights, strict=True))
             logs.update(weights)
             state.log_history[-1].update(weights)
+
+
+class KeptBeams(TrainerCallback):
+    """
+    Stage II on candidates that the model proposes for all rows every `every_epochs` epochs, in place of a search in every
+    step: cheaper from two epochs on, and without the dropout that a search inside a training step has.
+
+        beams = KeptBeams(model, rows, num_beams=20, every_epochs=2)
+        Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
+
+    They are saved with the Trainer's checkpoints, and are the same on all processes.
+
+    Args:
+        model (`UniGRFForCausalLM`)
+        rows (`Dataset`): Training rows, each of one history that ends in the item that is to be ranked, with `row`, its number
+            (`remove_unused_columns=False` keeps it).
+        num_beams (`int`): Candidates a row.
+        every_epochs (`int`): Epochs that they are kept.
+
+    Raises:
+        ValueError: on numbers below 1, or rows without `row`.
+    """
+
+    def __init__(self, model, rows: Dataset, num_beams: int, every_epochs: int = 1, batch_size: int = 128):
+        if min(num_beams, every_epochs) < 1 or "row" not in rows.column_names:
+            raise ValueError(
+                f"Expected num_beams and every_epochs of at least 1 and rows with a column `row`, found {num_beams}, "
+                f"{every_epochs} and {rows.column_names}."
+            )
+        self.model, self.rows, self.every_epochs, self.batch_size = model, rows, every_epochs, batch_size
+        # Shared memory: workers of a data loader see what is written here later.
+        self.items = torch.full((len(rows), num_beams), -1).share_memory_()
+        self.proposed_at = -1
+
+    def collator(self, collate: Callable) -> Callable:
+        """Wraps a data collator: rows with their number also get `candidates`; others (of an evaluation) pass as they are."""
+
+        def with_candidates(rows: list[dict]) -> dict:
+            if "row" not in rows[0]:
+                return collate(rows)
+            batch = collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
+            batch["candidates"] = self.items[[row["row"] for row in rows]]
+            return batch
+
+        return with_candidates
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        if epoch % self.every_epochs == 0 and self.proposed_at != epoch:
+            self._propose(args, epoch)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes the candidates of the checkpoint that the training is resumed from."""
+        file = self._file(args, state)
+        if state.global_step and file.is_file():
+            saved = load_file(file)
+            self.items.copy_(saved["items"])
+            self.proposed_at = int(saved["proposed_at"])
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            saved = {"items": self.items.clone(), "proposed_at": torch.tensor(self.proposed_at)}
+            save_file(saved, self._file(args, state))
+
+    @staticmethod
+    def _file(args, state) -> Path:
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "candidates.safetensors"
+
+    @torch.no_grad()
+    def _propose(self, args, epoch: int) -> None:
+        """Searches for all rows, each process its part of them."""
+        model, layout, (count, num_beams) = self.model, self.model.layout, self.items.shape
+        was_training = model.training
+        model.eval()
+        lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
+        mine = np.array_split(np.arange(count), args.world_size)[args.process_index]
+        mine, parts = mine[np.argsort(lengths[mine], kind="stable")], []  # little padding
+        starts = range(0, len(mine), self.batch_size)
+        for start in tqdm(
+            starts, desc="candidates", unit="batch", disable=args.disable_tqdm or args.process_index > 0
+        ):
+            rows = mine[start : start + self.batch_size]
+            histories = [
+                torch.tensor(self.rows[int(row)]["input_ids"])[: -layout.num_levels - 1].flip(0) for row in rows
+            ]
+            padded = torch.nn.utils.rnn.pad_sequence(histories, True, model.config.pad_token_id).flip(1)
+            input_ids = padded.to(model.device)
+            found = model.generate(input_ids, num_beams=num_beams, num_return_sequences=num_beams)
+            codes = found[:, -layout.num_levels :] - found.new_tensor(layout.code_offsets)
+            items = model.catalogue.trie.lookup(codes).view(len(rows), -1).cpu()
+            parts.append((rows, torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)))
+        for one in gather_object([parts]) if args.world_size > 1 else [parts]:
+            for rows, items in one:
+                self.items[rows] = items
+        self.proposed_at = epoch
+        model.train(was_training)

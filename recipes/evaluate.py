@@ -2,13 +2,15 @@
 
     python -m recipes.evaluate --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --output_dir runs/demo
 
-Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search.
+Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
+where users come back to items: `--exclude_history False`).
 Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written into the
 checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes `metrics.json`.
 """
 
 import json
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import evaluate
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 import modeling_unigrf  # noqa: F401  # registers the model with the Auto classes
 import tokenization  # noqa: F401
 from recipes.baselines import baseline_results
+from recipes.histories import padded
 
 METRICS = Path(__file__).parent / "metrics"
 
@@ -41,7 +44,13 @@ class EvaluateArguments:
     like: str = field(default="like", metadata={"help": "The behaviour whose AUC is measured."})
     list_length: int = field(default=50, metadata={"help": "Items of a list; MRR counts within it."})
     max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
+    max_long_items: int = field(default=1000, metadata={"help": "Items of a history that sub-histories come from."})
+    item_weights: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "Weights of the item-level score to choose from."}
+    )
+    union_items: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
     batch_size: int = field(default=64, metadata={"help": "Users run together."})
+    exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
 
 
 def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
@@ -59,18 +68,35 @@ def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
         yield rows, batch["input_ids"], batch["attention_mask"]
 
 
+def long_histories(model, split: Dataset, rows: np.ndarray, args: EvaluateArguments) -> dict[str, torch.Tensor]:
+    """`long_items` and `long_behaviors [b, H]` of some users, for a model that reads them."""
+    if not model.config.num_retrieved_items:
+        return {}
+    users = [split[int(row)] for row in rows]
+    return {
+        f"long_{name}": padded([user[name][-args.max_long_items :] for user in users]).to(model.device)
+        for name in ("items", "behaviors")
+    }
+
+
 def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, torch.Tensor]:
-    """All beams of every user: `item_indices [U, K]` and their `generation_scores` and `ranking_scores [U, K]`."""
-    columns = {name: [None] * len(split) for name in ("item_indices", "generation_scores", "ranking_scores")}
+    """All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `item_scores` if there are some."""
+    names = ["item_indices", "generation_scores", "ranking_scores"]
+    if model.ranking_head.history_query is not None:
+        names.append("item_scores")
+    columns = {name: [None] * len(split) for name in names}
     for rows, input_ids, attention_mask in batches(split, tokenizer, args, f"beams of {num_beams}"):
         found = model.recommend(
             input_ids.to(model.device),
             attention_mask.to(model.device),
             num_beams=num_beams,
-            num_return_sequences=num_beams,
+            num_return_sequences=num_beams + args.union_items,
             ranking_weight=0.0,
             ranking_target=args.ranking_target,
-            blocked_items=[split[int(row)]["items"] for row in rows],
+            blocked_items=[split[int(row)]["items"] for row in rows] if args.exclude_history else None,
+            item_weight=0.0,
+            union_items=args.union_items,
+            **long_histories(model, split, rows, args),
         )
         for name, column in columns.items():
             for row, values in zip(rows, found[name].cpu(), strict=True):
@@ -78,9 +104,12 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateA
     return {name: torch.stack(column) for name, column in columns.items()}
 
 
-def lists_and_ranks(found, weight: float, targets: torch.Tensor, length: int) -> tuple[list, list[int | None]]:
+def lists_and_ranks(
+    found, weight: float, targets: torch.Tensor, length: int, item_weight: float = 0.0
+) -> tuple[list, list[int | None]]:
     """Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there)."""
     scores = found["generation_scores"] + (weight * found["ranking_scores"] if weight else 0.0)
+    scores = scores + item_weight * found["item_scores"] if item_weight else scores
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :length]
     lists = found["item_indices"].gather(1, order)
     hits = lists == targets[:, None]
@@ -94,7 +123,12 @@ def like_auc(model, tokenizer, split: Dataset, args: EvaluateArguments) -> dict[
     scores = np.zeros(len(split))
     targets = torch.tensor(split["target"][:]).long()
     for rows, input_ids, attention_mask in batches(split, tokenizer, args, "AUC"):
-        logits = model.rank(input_ids.to(model.device), attention_mask.to(model.device), targets[rows][:, None])
+        logits = model.rank(
+            input_ids.to(model.device),
+            attention_mask.to(model.device),
+            targets[rows][:, None].to(model.device),
+            **long_histories(model, split, rows, args),
+        )
         scores[rows] = logits[:, 0, index].cpu()
     labels = [int(behavior == like) for behavior in split["target_behavior"][:]]
     metric = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
@@ -131,31 +165,33 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     prepared = json.loads((data_dir / "prepare.json").read_text())
     metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
 
-    def measure(found, weight, targets):
-        lists, ranks = lists_and_ranks(found, weight, targets, args.list_length)
+    def measure(found, weight, targets, item_weight=0.0):
+        lists, ranks = lists_and_ranks(found, weight, targets, args.list_length, item_weight)
         return metric.compute(predictions=lists, references=targets.tolist()), ranks
 
     targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
     tried = []
     for num_beams in args.num_beams:
         found = candidates(model, tokenizer, dataset["validation"], num_beams, args)
-        for weight in [0.0, *args.ranking_weights]:
-            values, _ = measure(found, weight, targets["validation"])
-            tried.append({"num_beams": num_beams, "ranking_weight": weight, **values})
+        for weight, item_weight in product([0.0, *args.ranking_weights], args.item_weights):
+            values, _ = measure(found, weight, targets["validation"], item_weight)
+            tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
     best = max((one for one in tried if one["ranking_weight"]), key=lambda one: one["ndcg@10"])
-    num_beams, weight = best["num_beams"], best["ranking_weight"]
+    num_beams, weight, item_weight = best["num_beams"], best["ranking_weight"], best["item_weight"]
 
     found = candidates(model, tokenizer, dataset["test"], num_beams, args)
     generation, generation_ranks = measure(found, 0.0, targets["test"])
-    ranked, ranked_ranks = measure(found, weight, targets["test"])
+    ranked, ranked_ranks = measure(found, weight, targets["test"], item_weight)
     if baselines is None:
-        baselines = baseline_results(dataset, tokenizer.num_items, args.list_length)
+        baselines = baseline_results(
+            dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
+        )
     checked = invalid_items(model, tokenizer, dataset["test"], num_beams, args)
     metrics = {
         "protocol": {
             "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
             "filtering": f"users with at least {prepared['arguments']['min_interactions']} interactions; a user's "
-            "history is left out of every list",
+            f"history {'is left out of' if args.exclude_history else 'may be in'} every list",
             "users": len(dataset["test"]),
             "catalogue size": tokenizer.num_items,
             "scored": f"items, over the whole catalogue, lists of {args.list_length}",
@@ -168,6 +204,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "chosen on": "validation, ranked ndcg@10",
             "num_beams": num_beams,
             "ranking_weight": weight,
+            "item_weight": item_weight,
             **{
                 f"settings of {name}": str(result["settings"])
                 for name, result in baselines.items()
@@ -189,7 +226,8 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
-    model.config.ranking_weight, model.generation_config.num_beams = weight, num_beams
+    model.config.ranking_weight, model.config.item_weight = weight, item_weight
+    model.generation_config.num_beams = num_beams
     model.config.save_pretrained(args.checkpoint)
     model.generation_config.save_pretrained(args.checkpoint)
     return metrics

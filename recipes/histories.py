@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -45,6 +46,12 @@ class Histories:
     behaviors: list[np.ndarray]
     answered: np.ndarray
     problems: dict[str, np.ndarray]
+
+
+def padded(rows: list) -> torch.LongTensor:
+    """Rows of integers, of any lengths -> `[B, longest]`, filled up by -1, as `long_items` and `long_behaviors` are."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def load_histories(source: str, split: str | None = None) -> Dataset:

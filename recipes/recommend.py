@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes.histories import COLUMNS, Histories, check_columns, check_rows, load_histories, read_histories
+from recipes.histories import COLUMNS, Histories, check_columns, check_rows, load_histories, padded, read_histories
 from tokenization import SemanticIdTokenizer
 
 SCORES = ("scores", "generation_scores", "ranking_scores")
@@ -140,6 +140,10 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
         rows = order[start : start + settings.batch_size]
         tokens = [tokenizer.encode_indices(histories.items[row][read], histories.behaviors[row][read]) for row in rows]
         batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(model.device)
+        longer = {}
+        if model.config.num_retrieved_items:  # all of each history, also what is not read
+            columns = {"long_items": histories.items, "long_behaviors": histories.behaviors}
+            longer = {name: padded([column[row] for row in rows]).to(model.device) for name, column in columns.items()}
         best = model.recommend(
             batch["input_ids"],
             batch["attention_mask"],
@@ -148,6 +152,7 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
             ranking_weight=settings.ranking_weight,
             ranking_target=settings.ranking_target,
             blocked_items=[histories.items[row] for row in rows] if settings.exclude_history else None,
+            **longer,
         )
         best_items[rows] = best.item_indices.cpu()
         for name in SCORES:

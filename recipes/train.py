@@ -3,17 +3,21 @@
     python -m recipes.train --data_dir runs/demo/data --output_dir runs/demo/training --bf16 \
         --passes 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...     # several processes
+    python -m recipes.train --init_from runs/demo/checkpoint --output_dir runs/demo/second_stage \
+        --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
 packed into rows, so that padding does not eat the machine. The validation target of each user is held out of training
 and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`, or
 does nothing if that was finished; one with other arguments or data is refused there.
+In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
+ranks its own beams; the places where histories are cut are those of its last items.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +34,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter, LossParts
+from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
+from recipes.histories import padded
 from tokenization import SemanticIdTokenizer
 
 LLAMA = {
@@ -47,10 +52,24 @@ LLAMA = {
 class ModelArguments:
     """What is trained."""
 
+    init_from: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from, of the same items; it brings its own text_config."}
+    )
+    num_retrieved_items: int = field(
+        default=0, metadata={"help": "Items of the long history that a candidate is ranked with."}
+    )
+    exclude_candidate: bool = field(default=False, metadata={"help": "The candidate itself is none of them."})
+    num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
+    beams_kept_epochs: int = field(
+        default=0, metadata={"help": "Epochs that a row keeps its beams; 0: they are searched for in every step."}
+    )
+    detach_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
     text_config: str = field(
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
     )
-    negatives_per_item: float = field(default=1.0, metadata={"help": "Random candidates an item, for target `next`."})
+    negatives_per_item: float = field(
+        default=1.0, metadata={"help": "Random candidates an item, for target `next`; none in stage II."}
+    )
     generation_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the generation loss; 0: ranking alone."}
     )
@@ -68,11 +87,18 @@ class ModelArguments:
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
-    rank_by_item_embeddings: bool = field(default=True, metadata={"help": "The ranking head reads item embeddings."})
+    rank_by_item_embeddings: bool = field(
+        default=True, metadata={"help": "Item vectors are made of item embeddings, too."}
+    )
     item_table_size: int | None = field(
         default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
     )
     config_fields: str = field(default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON."})
+
+    @property
+    def second_stage(self) -> bool:
+        """Whether candidates are ranked for the last item of a row alone."""
+        return self.num_retrieved_items > 0 or self.num_train_beams > 0
 
 
 @dataclass
@@ -86,6 +112,7 @@ class DataArguments:
     stride: int | None = field(
         default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
     )
+    max_long_items: int = field(default=1000, metadata={"help": "Items of a long history, for num_retrieved_items."})
 
 
 def cut_windows(length: int, max_items: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
@@ -168,8 +195,54 @@ def training_rows(
     )
 
 
-def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int) -> Dataset:
-    """Histories followed by their target, on which alone the loss is taken; columns as in `training_rows`."""
+def second_stage_rows(
+    histories: Dataset,
+    tokenizer: SemanticIdTokenizer,
+    max_items: int,
+    passes: int,
+    max_long_items: int,
+    stride: int | None = None,
+) -> Dataset:
+    """
+    Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
+    would end a window.
+
+    Returns:
+        Dataset as of `training_rows`, with `long_items` and `long_behaviors` (up to `max_long_items` before the last item,
+        and never that item or a later one), unless that is 0.
+    """
+    ends = [
+        (user, end)
+        for user, items in enumerate(histories["items"])
+        for end in sorted({end for _, end in cut_windows(len(items), max_items, passes, stride)})
+    ]
+    items, behaviors = histories["items"][:], histories["behaviors"][:]
+
+    def spell(batch):
+        rows = {"input_ids": [], "attention_mask": [], "labels": []}
+        if max_long_items:
+            rows |= {"long_items": [], "long_behaviors": []}
+        for user, end in zip(batch["user"], batch["end"], strict=True):
+            window = slice(max(0, end - 1 - max_items), end)
+            tokens = tokenizer.encode_indices(np.array(items[user][window]), np.array(behaviors[user][window]))
+            rows["input_ids"].append(tokens)
+            rows["attention_mask"].append(np.ones_like(tokens))
+            rows["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
+            if max_long_items:
+                before = slice(max(0, end - 1 - max_long_items), end - 1)
+                rows["long_items"].append(items[user][before])
+                rows["long_behaviors"].append(behaviors[user][before])
+        return rows
+
+    columns = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
+    return Dataset.from_dict(columns).map(spell, batched=True, remove_columns=list(columns), desc="training rows")
+
+
+def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, max_long_items: int = 0) -> Dataset:
+    """
+    Histories followed by their target, on which alone the loss is taken; columns as in `training_rows` or, with
+    `max_long_items`, in `second_stage_rows`.
+    """
 
     def append(user):
         items = [*user["items"][-max_items:], user["target"]]
@@ -177,27 +250,56 @@ def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int
         tokens = tokenizer.encode_indices(np.array(items), np.array(behaviors))
         labels = tokens.copy()
         labels[: -tokenizer.num_levels - 1] = -100
-        return {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+        row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+        if max_long_items:
+            row |= {f"long_{name}": user[name][-max_long_items:] for name in ("items", "behaviors")}
+        return row
 
     return split.map(append, remove_columns=split.column_names, desc="validation rows")
 
 
+class Collator(DataCollatorForSeq2Seq):
+    """Pads long histories with -1, which is no item, and the rest as usual."""
+
+    def __call__(self, features, return_tensors=None):
+        names = {"long_items", "long_behaviors"} & set(features[0])
+        longer = {name: padded([row[name] for row in features]) for name in names}
+        rest = [{name: value for name, value in row.items() if name not in names} for row in features]
+        return {**super().__call__(rest, return_tensors), **longer}
+
+
 def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor) -> UniGRFForCausalLM:
-    """A fresh model for the tokenizer's items, with its catalogue set. `embeddings`: `[num_items, D]`."""
-    if not args.rank_by_item_embeddings:
-        embeddings = None
+    """A model for the tokenizer's items, fresh or from `args.init_from`. `embeddings`: `[num_items, D]`."""
+    fields = {
+        "num_retrieved_items": args.num_retrieved_items,
+        "exclude_candidate": args.exclude_candidate,
+        "num_train_beams": args.num_train_beams,
+        "detach_history": args.detach_history,
+        "negatives_per_item": 0.0 if args.second_stage else args.negatives_per_item,
+        "generation_loss_weight": args.generation_loss_weight,
+        "ranking_loss_weight": args.ranking_loss_weight,
+        "item_loss_weight": args.item_loss_weight,
+        "ranking_dropout": args.ranking_dropout,
+        "embedding_dropout": args.embedding_dropout,
+    }
+    if args.init_from is not None:
+        # With the odds of the new candidates: those of the old are in the checkpoint's config.
+        old = UniGRFConfig.from_pretrained(args.init_from).to_dict()
+        config = UniGRFConfig(**{**old, **fields, "next_log_odds": None, **json.loads(args.config_fields)})
+        model = UniGRFForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32)
+        if not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
+            raise ValueError(
+                f"Expected a checkpoint of the {tokenizer.num_items} items in data_dir, found {config.num_items} items, or "
+                f"other codes, in {args.init_from}. Start from a model that was trained on this data."
+            )
+        return model
     config = UniGRFConfig(
         **tokenizer.config_fields(),
         text_config=json.loads(args.text_config),
-        item_embedding_dim=0 if embeddings is None else embeddings.shape[1],
+        item_embedding_dim=embeddings.shape[1],
+        read_item_embeddings=args.rank_by_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
-        negatives_per_item=args.negatives_per_item,
-        generation_loss_weight=args.generation_loss_weight,
-        ranking_loss_weight=args.ranking_loss_weight,
-        item_loss_weight=args.item_loss_weight,
-        ranking_dropout=args.ranking_dropout,
-        embedding_dropout=args.embedding_dropout,
-        **json.loads(args.config_fields),
+        **{**fields, **json.loads(args.config_fields)},
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
@@ -243,26 +345,30 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
     dataset = load_from_disk(str(data_dir / "dataset"))
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
+    max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
+    cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
     with training_args.main_process_first(desc="rows"):
-        train_dataset = training_rows(
-            dataset["train"],
-            tokenizer,
-            data_args.max_items,
-            data_args.passes,
-            training_args.seed,
-            data_args.stride,
-        )
-        eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items)
+        if model_args.second_stage:
+            train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride)
+        else:
+            train_dataset = training_rows(*cut, training_args.seed, data_args.stride)
+        eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items, max_long_items)
     model = build_model(model_args, tokenizer, embeddings)
     callbacks = [LossParts(model)]
     if model_args.adaptive_weights:
         callbacks.append(
             AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
         )
+    collate = Collator(tokenizer)
+    if model_args.num_train_beams and model_args.beams_kept_epochs:
+        train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
+        training_args = replace(training_args, remove_unused_columns=False)
+        callbacks.append(KeptBeams(model, train_dataset, model_args.num_train_beams, model_args.beams_kept_epochs))
+        collate = callbacks[-1].collator(collate)
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=collate,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

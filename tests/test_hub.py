@@ -303,6 +303,42 @@ def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommen
         recommender(long, max_items=16)
 
 
+def test_sub_histories_are_searched_for_in_all_of_a_history(recommender):
+    config = UniGRFConfig(**{**recommender.model.config.to_dict(), "num_retrieved_items": 3})
+    model = UniGRFForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    model.catalogue.load_state_dict(recommender.model.catalogue.state_dict())
+    pipe, tokenizer = (
+        RecommendationPipeline(model=model.eval(), tokenizer=recommender.tokenizer),
+        recommender.tokenizer,
+    )
+    items = [f"film {1 + 7 * i % 29}" for i in range(40)]
+    behaviors = ["like" if i % 3 else "dislike" for i in range(40)]
+    requests = [
+        {"items": items, "behaviors": behaviors},
+        {"items": ["film 3", "no such film", "film 5"], "behaviors": ["like", "like", "dislike"]},
+    ]
+    asked = {"max_items": 4, "num_beams": 6, "num_return_sequences": 6, "exclude_history": False}
+    together = pipe(requests, batch_size=2, unknown="skip", **asked)
+    assert approx(together[0]) == pipe(requests[0], **asked) and approx(together[1]) == pipe(
+        requests[1], unknown="skip", **asked
+    )
+    for request, known, found in zip(requests, (range(40), (0, 2)), together, strict=True):
+        names = [request["behaviors"][place] for place in known]
+        ids = [request["items"][place] for place in known]
+        best = model.recommend(
+            **tokenizer.encode_history(ids, names, max_items=4, return_tensors="pt"),
+            long_items=torch.tensor(tokenizer.item_indices(ids))[None],
+            long_behaviors=torch.tensor([tokenizer.behaviors.index(name) for name in names])[None],
+            num_beams=6,
+            num_return_sequences=6,
+        )
+        assert [tokenizer.item_ids[item] for item in best.item_indices[0]] == [row["item_id"] for row in found]
+        torch.testing.assert_close(torch.tensor([row["score"] for row in found]), best.scores[0], atol=2e-5, rtol=1e-4)
+
+
 def test_unknown_items_are_an_error_or_skipped_everywhere_alike(recommender):
     strange = {"items": ["film 5", "film 99"], "behaviors": ["dislike", "like"], "blocked_items": ["film 98"]}
     with pytest.raises(ValueError, match="film 99"):

@@ -14,7 +14,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes import train
+from recipes import reproduce_recochain, train
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -111,6 +111,88 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
     assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     assert tokenizer.titles[3] == "Film 3"
+
+
+def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    shared = [
+        f"--data_dir={prepared}",
+        f"--text_config={json.dumps(TINY)}",
+        "--max_items=4",
+        "--passes=2",
+        "--use_cpu",
+    ]
+    shared += ["--per_device_train_batch_size=16", "--learning_rate=5e-3", "--save_strategy=no", "--disable_tqdm=True"]
+    first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", "--max_steps=10"]))
+    second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
+    second += ["--beams_kept_epochs=1"]
+    second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
+    checkpoint = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'two'}", *second]))
+    log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
+    assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
+    assert sum("eval_loss" in entry for entry in log) == 2
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert (model.config.negatives_per_item, model.config.next_log_odds) == (0.0, 0.0)
+    assert model.config.num_retrieved_items == 3
+    measured = EvaluateArguments(
+        checkpoint=str(checkpoint),
+        data_dir=str(prepared),
+        output_dir=str(tmp_path),
+        num_beams=[5],
+        ranking_weights=[1.0],
+        item_weights=[0.0, 0.5],
+        union_items=4,
+        list_length=8,
+        max_items=4,
+        max_long_items=12,
+    )
+    metrics = evaluate_checkpoint(measured)
+    assert len(metrics["validation"]) == 4 and metrics["selection"]["item_weight"] in (0.0, 0.5)
+    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
+        codes = np.roll(tokenizer.item_codes, 1, axis=0)
+        ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
+        other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
+        train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4))
+    assert len(dataset["test"]) == metrics["protocol"]["users"]
+
+
+def test_a_row_of_recochain_is_trained_once_and_collected_with_its_baselines(prepared, tmp_path):
+    arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
+    arguments |= {"epochs": 1, "second_epochs": 1, "passes": 1, "num_beams": [3, 6], "num_train_beams": 4}
+    for row in ("default", "k0", "no-embedding-part"):
+        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row=row, **arguments))
+    result = json.loads((tmp_path / "default-0" / "result.json").read_text())
+    cells = result["beams"]["6"]["cells"]
+    assert all(cells["oracle"][name] >= cells["ranked"][name] for name in ("recall@5", "ndcg@5"))
+    stages = [folder.name for folder in tmp_path.glob("stage-one-*")]
+    assert sorted(stages) == ["stage-one-window7-l-0", "stage-one-window7-le-0"], "rows share a stage I"
+    before = (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns
+    reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row="k0", **arguments))
+    assert (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns == before
+    table = reproduce_recochain.collect(reproduce_recochain.ReproduceArguments(collect=True, **arguments))
+    for beginning in ("| default | 3 | ranked | 1 |", "| k0 | 6 | oracle | 1 |", "| recency |  | baseline | 1 |"):
+        assert f"\n{beginning}" in table
+
+
+def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_came_later(prepared):
+    tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
+    histories = load_from_disk(str(prepared / "dataset"))["train"]
+    rows = train.second_stage_rows(histories, tokenizer, 3, 3, 5)
+    places = [(user, end) for user, items in enumerate(histories["items"]) for end in range(1, len(items) + 1)]
+    assert len(rows) == len(places), "every item is the last one of a row: as many passes as a window has items"
+    for row, (user, end) in zip(rows, places, strict=True):
+        items, behaviors = (histories[user][name] for name in ("items", "behaviors"))
+        assert tokenizer.decode_indices(np.array(row["input_ids"])).tolist() == items[max(0, end - 4) : end]
+        assert row["long_items"] == items[max(0, end - 6) : end - 1]
+        assert row["long_behaviors"] == behaviors[max(0, end - 6) : end - 1]
+    batch = train.Collator(tokenizer)([rows[0], rows[3]])
+    assert batch["long_items"].tolist() == [[-1] * 3, rows[3]["long_items"]]
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert "long_items" not in train.second_stage_rows(histories, tokenizer, 3, 1, 0).column_names
+    split = load_from_disk(str(prepared / "dataset"))["validation"]
+    for row, user in zip(train.held_out_rows(split, tokenizer, 3, 5), split, strict=True):
+        assert row["long_items"] == user["items"][-5:] and row["long_behaviors"] == user["behaviors"][-5:]
 
 
 def test_a_stage_is_done_again_when_one_before_it_was_even_if_a_run_broke_off_between(tmp_path):

@@ -127,6 +127,24 @@ def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model
     assert pd.read_parquet(tmp_path / "b")["item_ids"].map(len).tolist() == [30] * len(dataset)
 
 
+def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
+    model, dataset = build_model(num_retrieved_items=3), histories()
+    model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
+    found = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
+    rows = [
+        one_by_one(
+            model,
+            tokenizer,
+            dataset.select([row]),
+            max_items=2,
+            long_items=torch.tensor(tokenizer.item_indices(user["items"]))[None],
+            long_behaviors=torch.tensor([["dislike", "like"].index(name) for name in user["behaviors"]])[None],
+        )
+        for row, user in enumerate(dataset)
+    ]
+    assert_same(found, pd.concat(rows, ignore_index=True))
+
+
 def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
     codes, sizes, names = model.catalogue.item_codes, model.config.codebook_sizes, model.config.behaviors
     tokenizer = SemanticIdTokenizer.from_codes(range(100, 130), codes, sizes, names)

@@ -1,0 +1,271 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""Candidates: how one is read on its history's cache, which the item-level score adds to the beams, and how the model learns
+from its own (RecoChain, stage II).
+
+`model` is a `UniGRFForCausalLM` throughout.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .continuations_unigrf import kept_as_found, read_continuations
+from .subhistory_unigrf import LongHistory, retrieve
+from .training_unigrf import SupervisedItems, ranking_loss
+from .trie_unigrf import CatalogueTrie, ItemFilter
+
+LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
+CANDIDATES_AT_ONCE = 64  # of a row, in training, where the attention of a pack grows with its square
+
+
+def block_inputs(
+    model, items: torch.LongTensor, long_history: LongHistory
+) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+    """Candidates `[B, N]` -> what is read behind their codes, `[B, N, k + 2, hidden_size]`, and which of it is there."""
+    config = model.config
+    places = retrieve(
+        model.catalogue.item_embeddings,
+        long_history.items,
+        items,
+        config.num_retrieved_items,
+        config.exclude_candidate,
+    )
+    if places.shape[2]:
+        flat = places.clamp(min=0).flatten(1)
+        retrieved, behaviors = (
+            one.gather(1, flat).view_as(places) for one in (long_history.items, long_history.behaviors)
+        )
+    else:  # of histories without a column there is nothing to gather
+        retrieved = behaviors = places
+    # A slot that stands empty may name an item of -1, or none at all.
+    vectors = model.item_vectors(retrieved.clamp(min=0))
+    behavior_ids = behaviors.new_tensor(config.behavior_token_ids)[behaviors]
+    block = model.candidate_block(model.item_vectors(items), vectors, model.get_input_embeddings()(behavior_ids))
+    return block, nn.functional.pad(places >= 0, (1, 1), value=True)
+
+
+def read_candidates(
+    model,
+    items: torch.LongTensor,
+    history_mask: torch.BoolTensor,
+    earlier_keys: torch.LongTensor,
+    cache: DynamicCache,
+    long_history: LongHistory | None,
+    timestamps: torch.LongTensor | None = None,
+) -> torch.FloatTensor:
+    """
+    Runs what the cache lacks of candidates: their last codes and, with `config.num_retrieved_items`, their blocks, whose
+    keys and values are left on it. At the last state a candidate is ranked.
+
+    Args:
+        items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What they see of the cache's first T tokens.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache their first m codes are.
+        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): As `read_continuations` takes them; a block
+            has them, too.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2, hidden_size)`.
+    """
+    codes = model.catalogue.item_codes[items].long()
+    tokens = model.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
+    if long_history is None:
+        return read_continuations(model.model, tokens, history_mask, earlier_keys, cache, timestamps)[0]
+    block, there = block_inputs(model, items, long_history)
+    inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
+    mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
+    return read_continuations(model.model, None, history_mask, earlier_keys, cache, timestamps, inputs, mask)[0]
+
+
+def best_by_item_score(
+    model, history_states: torch.FloatTensor, count: int, trie: CatalogueTrie, item_filter: ItemFilter | None
+) -> torch.LongTensor:
+    """
+    The items of a catalogue with the best item-level score (`ranking_head.item_scores`), among those that the filter leaves:
+    `[batch_size, count]` or as many as there are; -1: none.
+
+    Args:
+        history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+    """
+    level, queries = len(trie.levels) - 1, model.ranking_head.history_query(history_states)
+    best = queries.new_empty(len(queries), 0, dtype=torch.float32)
+    best_items = best.long()
+    for leaves in torch.arange(trie.num_items, device=queries.device).split(LEAVES_AT_ONCE):
+        items = trie.leaf_items[leaves].long()
+        scores = (queries @ model.item_vectors(items).T).float()
+        if item_filter is not None and item_filter.concerns(level):
+            scores.masked_fill_(~item_filter.alive(level, leaves.expand(len(scores), -1)), -torch.inf)
+        scores, items = torch.cat([best, scores], dim=1), torch.cat([best_items, items.expand_as(scores)], dim=1)
+        best, order = scores.topk(min(count, scores.shape[1]), dim=1)
+        best_items = items.gather(1, order)
+    return best_items.masked_fill(best == -torch.inf, -1)
+
+
+def item_log_probs(
+    model, items: torch.LongTensor, history_states: torch.FloatTensor, states: torch.FloatTensor
+) -> torch.FloatTensor:
+    """
+    `log P(item | history)` `[B, N]`, from states at the ends of the histories `[B, hidden_size]` and at the items' codes
+    `[B, N, >= L - 1, hidden_size]`.
+    """
+    codes = model.catalogue.item_codes[items].long()
+    total = history_states.new_zeros(items.shape, dtype=torch.float32)
+    for level in range(model.layout.num_levels):
+        before = history_states[:, None] if level == 0 else states[:, :, level - 1]
+        log_probs = model.code_logits(before, model.layout.level_slice(level)).float().log_softmax(dim=-1)
+        total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
+    return total
+
+
+def detached(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values, into which no gradient flows."""
+    copy = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        copy.update(layer.keys.detach(), layer.values.detach(), index)
+    return copy
+
+
+@torch.no_grad()
+def beam_candidates(
+    model,
+    history_states: torch.FloatTensor,
+    history_mask: torch.BoolTensor,
+    cache: DynamicCache,
+    request_timestamps: torch.LongTensor | None = None,
+) -> torch.LongTensor:
+    """
+    The items of the model's own beam search, `[batch_size, config.num_train_beams]` or as many as there are; -1: none.
+
+    Args:
+        history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The histories on the cache, which is left as it is.
+        request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
+    """
+    trie = model.catalogue.trie
+    # The search asks the tokens only what is begun at their end: nothing.
+    ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
+    beams = model._search_items(
+        ends,
+        history_mask,
+        history_states,
+        detached(cache),
+        model.config.num_train_beams,
+        trie,
+        request_timestamps=request_timestamps,
+    )
+    return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)
+
+
+def with_targets(
+    candidates: torch.LongTensor, targets: torch.LongTensor, generator: torch.Generator | None = None
+) -> torch.LongTensor:
+    """Candidates `[B, N]` in which a random one is replaced by the row's target `[B]`, where it is missed (-1: no target)."""
+    place = torch.randint(candidates.shape[1], (len(targets), 1), device=targets.device, generator=generator)
+    missed = (targets >= 0) & (candidates != targets[:, None]).all(dim=1)
+    kept = candidates.gather(1, place)
+    return candidates.scatter(1, place, torch.where(missed[:, None], targets[:, None], kept))
+
+
+def last_items(
+    supervised: SupervisedItems, batch_size: int
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    The last supervised item of each row, -1 in a row without one, the end of the history before it, and the behaviour that
+    follows, each `[batch_size]`.
+    """
+    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
+    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
+    rows = supervised.rows[is_last]
+    items = supervised.rows.new_full((batch_size,), -1)
+    ends, behaviors = torch.zeros_like(items), torch.zeros_like(items)
+    items[rows], ends[rows] = supervised.items[is_last], supervised.history_ends[is_last]
+    behaviors[rows] = supervised.behaviors[is_last]
+    return items, ends, behaviors
+
+
+def second_stage_loss(
+    model,
+    number: torch.LongTensor,
+    attention_mask: torch.LongTensor,
+    supervised: SupervisedItems,
+    hidden_states: torch.FloatTensor,
+    cache: DynamicCache,
+    candidates: torch.LongTensor | None,
+    long_history: LongHistory | None,
+    next_timestamps: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """
+    RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
+    model's own beams, the true item among them. All their tokens are run here, the true item's as the others': nothing of
+    them is left from the search. In training that search has the dropout of training.
+
+    Args:
+        number, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Which history of its row a token belongs to,
+            from the layout, and which tokens there are.
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
+        cache (`DynamicCache`): Of the tokens, first of all.
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
+        next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*): As `forward` takes them: a candidate is
+            asked for when the true item came.
+
+    Raises:
+        ValueError: if candidates are outside the catalogue or do not fit into the backbone's positions, or nothing is on the
+            cache.
+    """
+    config, layout, batch_size = model.config, model.layout, len(number)
+    _check_candidates(candidates, batch_size, model.catalogue.num_items)
+    if cache.get_seq_length() < number.shape[1]:
+        raise ValueError(
+            f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
+            f"{cache.get_seq_length()}. Train with candidates without gradient checkpointing, which keeps no cache."
+        )
+    targets, ends, behaviors = last_items(supervised, batch_size)
+    history_mask = layout.history_up_to(ends, number, attention_mask)
+    needed = int(history_mask.sum(dim=1).max()) + config.num_levels + config.num_block_tokens
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and needed > longest:
+        raise ValueError(
+            f"History and candidate take {needed} positions, the backbone has {longest}. Keep fewer items of the history: "
+            f"config.max_history_items is {config.max_history_items}."
+        )
+
+    asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])
+    times = None if asked_for is None else asked_for.expand(-1, 2)
+    history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
+    if candidates is None and config.num_train_beams:
+        candidates = beam_candidates(
+            model, history_states, history_mask, cache, None if asked_for is None else asked_for[:, 0]
+        )
+    if candidates is None or candidates.shape[1] == 0:
+        candidates = targets[:, None]
+    candidates = with_targets(candidates, targets, model._generator(number.device))
+    if config.detach_history:
+        cache, history_states = detached(cache), history_states.detach()
+    items = candidates.clamp(min=0)
+    states = []
+    for pack in items.split(CANDIDATES_AT_ONCE, dim=1):
+        with kept_as_found(cache):
+            nothing = pack.new_empty(*pack.shape, 0)
+            states.append(read_candidates(model, pack, history_mask, nothing, cache, long_history, times)[:, :, -1])
+    logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_vectors(items))
+    is_target = candidates == targets[:, None]
+    usable = (candidates >= 0) & (targets >= 0)[:, None]
+    positive, negative = usable & is_target, usable & ~is_target
+    behavior_ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
+    behaviors = behaviors[:, None].expand_as(candidates)[positive]
+    return ranking_loss(config.ranking_targets, behavior_ids, logits[positive], behaviors, logits[negative])
+
+
+def _check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_items: int) -> None:
+    if candidates is None:
+        return
+    if candidates.dim() != 2 or len(candidates) != batch_size or candidates.is_floating_point():
+        raise ValueError(
+            f"Expected integer candidates of shape ({batch_size}, N), one row a history, found {candidates.dtype} of shape "
+            f"{tuple(candidates.shape)}."
+        )
+    if candidates.numel() and not -1 <= int(candidates.min()) <= int(candidates.max()) < num_items:
+        raise ValueError(
+            f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of {num_items} "
+            "items. Pass item indices, and -1 where there is none."
+        )

@@ -1,0 +1,175 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""Sub-histories: of a user's long history, the items most like a candidate, and how ranking reads them (RecoChain, section 1).
+
+A long history goes beyond what the backbone reads: thousands of items, `long_items [B, H]` and `long_behaviors [B, H]`,
+oldest first. An index of -1 is no item (padding on either side, an item that the catalogue lacks) and is passed over
+wherever it stands. Behind a candidate's codes stands its block:
+
+    s_1 .. s_L  ITEM(c)  R_1 .. R_k  CAND(c)
+
+ITEM and CAND are the candidate's item vector, R the vectors of the retrieved items with the behaviours on them, oldest
+first; a learned segment tells the three apart. Ranking reads the output at CAND.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .configuration_unigrf import UniGRFConfig
+
+MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and as much again in double precision
+TIE = 2**24  # cosines that agree to so fine a part of 1 are ties
+ITEM, RETRIEVED, CANDIDATE = range(3)  # segments
+
+
+@dataclass
+class LongHistory:
+    """
+    Args:
+        items (`torch.LongTensor` of shape `(batch_size, H)`): Item indices, oldest first; -1 where there is no item.
+        behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; any of them where there is
+            no item.
+    """
+
+    items: torch.LongTensor
+    behaviors: torch.LongTensor
+
+
+def check_long_history(
+    config: UniGRFConfig,
+    num_items: int,
+    batch_size: int,
+    long_items: torch.LongTensor | None,
+    long_behaviors: torch.LongTensor | None,
+) -> LongHistory | None:
+    """
+    The long histories of a batch; None for a model that reads none.
+
+    Raises:
+        ValueError: if they are missing or superfluous, of another shape, or hold items or behaviours that there are not.
+    """
+    if not config.num_retrieved_items:
+        if long_items is not None:
+            raise ValueError(
+                "Expected no long_items, which a model with num_retrieved_items=0 does not read, found some. Leave them out, "
+                "or load the model with num_retrieved_items=10."
+            )
+        return None
+    shape = None if long_items is None else tuple(long_items.shape)
+    if shape is None or len(shape) != 2 or shape[0] != batch_size or long_items.is_floating_point():
+        raise ValueError(
+            f"Expected integer long_items of shape ({batch_size}, H), the whole history of each row (num_retrieved_items="
+            f"{config.num_retrieved_items}), found {None if shape is None else (long_items.dtype, shape)}. Pass item "
+            "indices, oldest first and padded with -1; without any history, a tensor of no columns."
+        )
+    if long_items.numel() and not -1 <= int(long_items.min()) <= int(long_items.max()) < num_items:
+        raise ValueError(
+            f"long_items range from {int(long_items.min())} to {int(long_items.max())}, outside a catalogue of {num_items} "
+            "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`, and -1 for items that are not in it."
+        )
+    count = len(config.behaviors)
+    if long_behaviors is None and count == 1:
+        long_behaviors = torch.zeros_like(long_items)
+    if long_behaviors is None or long_behaviors.shape != long_items.shape or long_behaviors.is_floating_point():
+        found = None if long_behaviors is None else (long_behaviors.dtype, tuple(long_behaviors.shape))
+        raise ValueError(
+            f"Expected integer long_behaviors of shape {shape} as long_items, found {found}. Pass an index into "
+            f"{config.behaviors} for each item."
+        )
+    long_items, long_behaviors = long_items.long(), long_behaviors.long()
+    strange = ((long_behaviors < 0) | (long_behaviors >= count)) & (long_items >= 0)
+    if strange.any():
+        raise ValueError(
+            f"Expected long_behaviors below {count}, indices into {config.behaviors}, found "
+            f"{int(long_behaviors[strange][0])} in row {int(strange.nonzero()[0, 0])}."
+        )
+    return LongHistory(long_items, long_behaviors.clamp(0, count - 1))
+
+
+def first_places(items: torch.LongTensor) -> torch.LongTensor:
+    """Items `[B, H]` -> where in its row each item stands first, `[B, H]`."""
+    ordered, order = items.sort(dim=1, stable=True)
+    place = torch.arange(items.shape[1], device=items.device)
+    is_new = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    first = order.gather(1, torch.where(is_new, place, 0).cummax(dim=1).values)
+    return torch.empty_like(order).scatter_(1, order, first)
+
+
+@torch.no_grad()
+def retrieve(
+    item_embeddings: torch.Tensor,
+    long_items: torch.LongTensor,
+    candidates: torch.LongTensor,
+    num_retrieved: int,
+    exclude_candidate: bool = False,
+) -> torch.LongTensor:
+    """
+    The sub-history of every candidate: the places of the items of the long history with the greatest cosine to it, in order
+    of time. Of equal cosines (exact repeats above all) the later one is taken. Embeddings of zeros have cosines of 0.
+
+    Args:
+        item_embeddings (`torch.FloatTensor` of shape `(num_items, D)`)
+        long_items (`torch.LongTensor` of shape `(batch_size, H)`): -1 where there is no item.
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`)
+        exclude_candidate (`bool`): Leave the candidate itself out.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, N, min(num_retrieved, H))`: places in the long history, ascending. Where it
+        has fewer items, -1 before them.
+    """
+
+    def directions(items: torch.LongTensor) -> torch.Tensor:
+        return nn.functional.normalize(item_embeddings[items.clamp(min=0)].float(), dim=-1)
+
+    (batch_size, length), count, width = long_items.shape, candidates.shape[1], item_embeddings.shape[1]
+    places = candidates.new_empty(batch_size, count, min(num_retrieved, length))
+    if places.numel() == 0:
+        return places
+    time = torch.arange(length, device=long_items.device)
+    rows_at_once = max(1, MAX_SIMILARITIES // (length * max(count, width)))
+    at_once = max(1, MAX_SIMILARITIES // length)
+    for start in range(0, batch_size, rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        items, first = long_items[rows], first_places(long_items[rows])
+        history = directions(items).transpose(1, 2)
+        for part in range(0, count, at_once):
+            some = candidates[rows, part : part + at_once]
+            # A repeated item has one cosine: which column of a product it stands in may change the last bit.
+            cosines = (directions(some) @ history).gather(2, first[:, None].expand(-1, some.shape[1], -1))
+            hidden = (items < 0)[:, None]
+            if exclude_candidate:
+                hidden = hidden | (some[:, :, None] == items[:, None])
+            # Whole numbers below 2^53, all different: which are the greatest is no matter of the device.
+            keys = cosines.mul_(TIE).round_().double().mul_(length).add_(time).masked_fill_(hidden, -torch.inf)
+            best, found = keys.topk(places.shape[2], dim=2)
+            places[rows, part : part + at_once] = found.masked_fill(best == -torch.inf, -1).sort(dim=2).values
+    return places
+
+
+class UniGRFCandidateBlock(nn.Module):
+    """What is read behind a candidate's codes: `ITEM(c) R_1 .. R_k CAND(c)`, as embeddings."""
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        self.segments = nn.Embedding(3, config.hidden_size)
+
+    def forward(self, candidates: torch.Tensor, retrieved: torch.Tensor, behaviors: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            candidates (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): Item vectors.
+            retrieved (`torch.FloatTensor` of shape `(batch_size, N, k, hidden_size)`): Item vectors.
+            behaviors (the same): Embeddings of the behaviours on the retrieved items.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, N, k + 2, hidden_size)`
+        """
+        segments = self.segments.weight
+        return torch.cat(
+            [
+                (candidates + segments[ITEM])[:, :, None],
+                retrieved + behaviors + segments[RETRIEVED],
+                (candidates + segments[CANDIDATE])[:, :, None],
+            ],
+            dim=2,
+        )
