@@ -30,7 +30,6 @@ from .training_unigrf import (
     generation_loss,
     given_items,
     ranking_loss,
-    sampled_generation_loss,
     sampled_softmax_loss,
     supervised_items,
 )
@@ -44,7 +43,8 @@ class UniGRFCausalLMOutput(ModelOutput):
             `ranking_loss + item_loss_weight * item_loss + candidate_loss_weight * candidate_loss`, in training times
             `model.task_weights` (ranking: the second).
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
-            probability is the softmax over its own level's slice. None in training with `config.code_negatives`.
+            probability is the softmax over its own level's slice. None in training with labels: they would cost more than the
+            loss, which needs a level's logits only where the level is.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
             negatives behind the sequence as well.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
@@ -385,19 +385,16 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state[:, :length]
-        samples_codes = targets is not None and self.training and self.config.code_negatives
         if targets is None and isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         elif targets is None:
             hidden_states = hidden_states[:, logits_to_keep]
-        logits = None if samples_codes else self.code_logits(hidden_states)
+        # Training needs a level's logits where the level is, no others: a fifth of them with four codes an item.
+        logits = None if targets is not None and self.training else self.code_logits(hidden_states)
 
         loss = code_loss = rank_loss = item_loss = pool_loss = gradient_norms = None
         if targets is not None:
-            if samples_codes:
-                code_loss = sampled_generation_loss(self, hidden_states, targets, given)
-            else:
-                code_loss = generation_loss(self.layout, logits, targets)
+            code_loss = generation_loss(self, hidden_states, targets, given)
             if second_stage:
                 rank_loss = second_stage_loss(
                     self,

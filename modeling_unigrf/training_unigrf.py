@@ -199,45 +199,28 @@ def draw_negatives(
     )
 
 
-def generation_loss(layout: ItemLayout, logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-    """
-    Mean cross-entropy of the codes, each among the codes of its own level (level-wise softmax).
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(batch_size, T, vocab_size)`)
-        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next token; all but codes are left out.
-    """
-    levels = layout.token_levels(targets)
-    total = logits.new_zeros((), dtype=torch.float32)
-    for level in range(layout.num_levels):
-        codes = layout.level_slice(level)
-        here = levels == level
-        level_logits = logits[..., codes][here].float()
-        total = total + nn.functional.cross_entropy(level_logits, targets[here] - codes.start, reduction="sum")
-    return total / (levels >= 0).sum().clamp(min=1)
-
-
-def sampled_generation_loss(
+def generation_loss(
     model, states: torch.Tensor, targets: torch.LongTensor, given: GivenItems | None = None
 ) -> torch.Tensor:
     """
-    `generation_loss` with each code among itself and `config.code_negatives` uniform codes of its level, without correction
-    (as the public code of HSTU samples items); draws that hit the code itself do not count. Levels with no more codes than
-    that are taken whole.
+    Mean cross-entropy of the codes, each among the codes of its own level (level-wise softmax). In training with
+    `config.code_negatives`, among itself and so many uniform codes of its level, without correction (as the public code of
+    HSTU samples items); draws that hit the code itself do not count, and levels with no more codes are taken whole.
 
     Args:
         states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): Output of the backbone.
         targets (`torch.LongTensor` of shape `(batch_size, T)`): The next token; all but codes are left out.
-        given (`GivenItems`, *optional*): With atomic ids, the row's negatives take the places of as many random ones, and
-            its favorites are no negatives.
+        given (`GivenItems`, *optional*): With atomic ids and sampled codes, the row's negatives take the places of as many
+            random ones, and its favorites are no negatives.
     """
-    layout, count, shared = model.layout, model.config.code_negatives, model.config.share_code_negatives
+    layout, shared = model.layout, model.config.share_code_negatives
+    count = model.config.code_negatives if model.training else 0
     levels = layout.token_levels(targets)
     total = states.new_zeros((), dtype=torch.float32)
     for level in range(layout.num_levels):
         codes, here = layout.level_slice(level), levels == level
         size, queries, true = codes.stop - codes.start, states[here], targets[here] - codes.start
-        if size <= count:
+        if count == 0 or size <= count:
             logits = model.code_logits(queries, codes).float()
             total = total + nn.functional.cross_entropy(logits, true, reduction="sum")
             continue

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainingArguments
+from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import AdaptiveWeighter, LossParts
+from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.evaluate import METRICS
 from recipes.movielens import movielens_1m
@@ -31,10 +33,11 @@ from recipes.prepare import leave_one_out
 from recipes.results import made_by
 from recipes.train import cut_windows, held_out_rows
 from recipes.unigrf_report import collect
-from tokenization import SemanticIdTokenizer
+from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 MAX_ITEMS = 200
-SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 512}
+BEAMS = 100  # of semantic ids, in evaluation
+SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 1024}
 BACKBONES = {
     "hstu": {"model_type": "hstu", **SMALL, "dropout": 0.2},
     "hstu-large": {"model_type": "hstu", **SMALL, "num_hidden_layers": 8, "num_attention_heads": 2, "dropout": 0.2},
@@ -65,23 +68,27 @@ class ReproduceArguments:
     data: str | None = field(default=None, metadata={"help": "GroupLens's ml-1m folder."})
     row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
     backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
+    ids: str = field(default="atomic", metadata={"help": "Codes of an item.", "choices": ["atomic", "semantic"]})
     seed: int = field(default=0, metadata={"help": "Of weights, batches and negatives."})
-    epochs: int = field(default=30, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
-    batch_size: int = field(default=64, metadata={"help": "Histories of a step."})
+    epochs: int = field(default=14, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate."})
+    batch_size: int = field(default=32, metadata={"help": "Histories of a step."})
     code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
+    code_similarity: str = field(default="dot", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
+    code_temperature: float = field(default=1.0, metadata={"help": "Of atomic ids."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
     form: str = field(default="loss_ratio", metadata={"help": "Of the weighter."})
-    pool: str = field(default="uniform", metadata={"help": "Of the enhancer: uniform or beam."})
+    pool: str | None = field(
+        default=None, metadata={"help": "Of the enhancer: uniform or beam; default: uniform for atomic ids."}
+    )
     relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
     variant: str = field(default="", metadata={"help": "A name for runs with other values of the arguments above."})
     output_dir: str = field(default="runs/unigrf", metadata={"help": "One folder a run."})
-    compile_backbone: bool = field(default=False, metadata={"help": "Compile the backbone."})
     collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
 
 
-def load_data(path: str, output_dir: Path) -> tuple[DatasetDict, SemanticIdTokenizer]:
-    """Leave-one-out splits of the rated movies, and a tokenizer with one code an item (kept in `output_dir`)."""
+def load_data(path: str, ids_kind: str, cache_dir: Path) -> tuple[DatasetDict, SemanticIdTokenizer]:
+    """Leave-one-out splits of the rated movies, and a tokenizer; embeddings of their texts are kept in `cache_dir`."""
     interactions, items = movielens_1m(path)
     items = items[items["item_id"].isin(interactions["item_id"])]
     ids = items["item_id"].to_numpy()
@@ -92,9 +99,16 @@ def load_data(path: str, output_dir: Path) -> tuple[DatasetDict, SemanticIdToken
         behaviors=(interactions["behavior"] == "like").to_numpy().astype(np.int8),
         timestamps=interactions["timestamp"].to_numpy(),
     )
-    tokenizer = SemanticIdTokenizer.from_codes(
-        ids, np.arange(len(ids))[:, None], [len(ids)], behaviors, titles=items["title"].tolist()
-    )
+    titles = items["title"].tolist()
+    if ids_kind == "atomic":
+        codes = np.arange(len(ids))[:, None]
+        tokenizer = SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles=titles)
+    else:
+        file = cache_dir / "movies.npy"
+        if not file.exists():
+            np.save(file, encode_texts(items["text"].tolist(), str(minilm_folder())))
+        quantizer = ResidualKMeans((64, 64, 64), pca_dim=32).fit(np.load(file))
+        tokenizer = SemanticIdTokenizer.from_embeddings(ids, np.load(file), quantizer, behaviors, titles=titles)
     seen = np.unique(np.concatenate(splits["train"].with_format("numpy")["items"][:]))
     print(f"{len(splits['train']):,} users, {len(ids):,} movies, {len(ids) - len(seen)} of them never in training")
     return splits, tokenizer
@@ -118,25 +132,39 @@ def windows(split: Dataset, tokenizer: SemanticIdTokenizer) -> Dataset:
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and AUC of a split. One forward of histories and targets: the output before a target
-    scores every item (with one code an item that is all of `generate`), the output at the target ranks it.
+    HR and NDCG at 10 and 50, MRR and AUC of a split, whose `rows` end in the target. With one code an item the output before
+    the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
     order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    like = model.config.ranking_targets.index("like")
-    for start in range(0, len(order), 128):
-        batch = order[start : start + 128]
-        padded = tokenizer.pad({"input_ids": [rows[int(row)]["input_ids"] for row in batch]}, return_tensors="pt")
-        states = model.model(**padded.to(model.device)).last_hidden_state[:, -3:-1]
-        logits = model.code_logits(states[:, 0], layout.level_slice(0)).float()
+    like, block = model.config.ranking_targets.index("like"), layout.num_levels + 1
+    size = 128 if layout.num_levels == 1 else 32
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        histories = {"input_ids": [rows[int(row)]["input_ids"][:-block] for row in batch]}
+        padded = tokenizer.pad(histories, return_tensors="pt").to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
-        own = logits.gather(1, targets[:, None])
-        for row, items in enumerate(split[batch]["items"]):
-            logits[row, items] = -torch.inf
-        ranks[batch] = 1 + (logits > own).sum(dim=1).cpu().numpy()
-        ranking = model.ranking_logits(states[:, 1:], states[:, 0], targets[:, None])
+        cache, own = DynamicCache(), split[batch]["items"]
+        states = model.model(**padded, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        if layout.num_levels == 1:
+            logits = model.code_logits(states, layout.level_slice(0)).float()
+            score = logits.gather(1, targets[:, None])
+            for row, items in enumerate(own):
+                logits[row, items] = -torch.inf
+            ranks[batch] = 1 + (logits > score).sum(dim=1).cpu().numpy()
+        else:
+            beams = {
+                "num_beams": BEAMS,
+                "num_return_sequences": BEAMS,
+                "ranking_weight": 0.0,
+                "ranking_target": "like",
+            }
+            best = model.recommend(**padded, **beams, blocked_items=own, past_key_values=cache)
+            hits = (best.item_indices == targets[:, None]).cpu().numpy()
+            ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
+        ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
         scores[batch] = ranking[:, 0, like].cpu().numpy()
-    found = {f"{name}@{k}": 0.0 for k in (10, 50) for name in ("hr", "ndcg")}
+    found = {}
     for k in (10, 50):
         found[f"hr@{k}"] = float(np.mean(ranks <= k))
         found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
@@ -165,7 +193,7 @@ class LeaveOneOutTrainer(Trainer):
 def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
-    name = "-".join(filter(None, (args.backbone, args.row, args.variant, str(args.seed))))
+    name = "-".join(filter(None, (args.backbone, args.ids, args.row, args.variant, str(args.seed))))
     folder = Path(args.output_dir) / name
     file = folder / "result.json"
     if file.exists() and json.loads(file.read_text())["arguments"] == work:
@@ -173,19 +201,19 @@ def run(args: ReproduceArguments) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
-    splits, tokenizer = load_data(args.data, folder)
+    splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir))
     train_rows = windows(splits["train"], tokenizer)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS) for name in ("validation", "test")}
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
+    if args.ids == "atomic":
+        options |= {"code_similarity": args.code_similarity, "code_temperature": args.code_temperature}
+        options["tie_word_embeddings"] = True
     is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
     config = UniGRFConfig(
         **tokenizer.config_fields(),
         text_config=BACKBONES[args.backbone],
-        code_similarity="cosine",
-        code_temperature=0.05,
         code_negatives=args.code_negatives,
-        tie_word_embeddings=True,
         ranking_targets=["like"],
         ranking_weight=0.0,
         ranking_dropout=0.1,
@@ -194,9 +222,7 @@ def run(args: ReproduceArguments) -> None:
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
-    if args.compile_backbone:
-        model.model.language_model.compile()
-    collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64)
+    collate = DataCollatorForSeq2Seq(tokenizer)
     callbacks = [LossParts(model)]
     if weighter:
         callbacks.append(AdaptiveWeighter(form=args.form))
@@ -208,7 +234,7 @@ def run(args: ReproduceArguments) -> None:
                 tokenizer,
                 list(train["items"][:]),
                 list(train["behaviors"][:]),
-                pool=args.pool,
+                pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
                 max_items=MAX_ITEMS,
                 seed=args.seed,
@@ -230,6 +256,7 @@ def run(args: ReproduceArguments) -> None:
             train_sampling_strategy="group_by_length",
             logging_strategy="epoch",
             eval_strategy="epoch",
+            eval_delay=args.epochs // 2,
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=True,
@@ -261,7 +288,7 @@ def run(args: ReproduceArguments) -> None:
         "test": measure(model.eval(), tokenizer, splits["test"], held_out["test"]),
         "seconds": time.perf_counter() - start,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])) - 2,
+        "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
         "made by": made_by(f"python -m recipes.reproduce_unigrf --row {args.row} --backbone {args.backbone}"),
     }

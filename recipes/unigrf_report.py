@@ -30,15 +30,13 @@ def collect(output_dir: Path) -> None:
     groups = defaultdict(list)
     for run in runs:
         arguments = run["arguments"]
-        groups[arguments["backbone"], arguments["row"], arguments["variant"]].append(run)
+        groups[tuple(arguments[name] for name in ("backbone", "ids", "row", "variant"))].append(run)
     rows = []
-    for (backbone, row, variant), group in groups.items():
+    for (backbone, ids, row, variant), group in groups.items():
         tests = [run["test"] for run in group]
         rows.append(
             {
-                "backbone": backbone,
-                "row": row,
-                "variant": variant,
+                "name": f"{backbone}, {ids}, {row}" + (f" ({variant})" if variant else ""),
                 "arguments": {name: value for name, value in group[0]["arguments"].items() if name != "seed"},
                 "seeds": [run["arguments"]["seed"] for run in group],
                 "epochs": [run["epoch"] for run in group],
@@ -78,16 +76,16 @@ def table(data: dict) -> str:
         cells = []
         for name in COLUMNS:
             # A row that does not train a task cannot be asked for it.
-            untrained = (row["row"] == "ranking" and name != "auc") or (row["row"] == "retrieval" and name == "auc")
+            trained = row["arguments"]["row"]
+            untrained = (trained == "ranking" and name != "auc") or (trained == "retrieval" and name == "auc")
             spread = "" if row["std"][name] is None else f" ± {row['std'][name]:.4f}"
             cells.append("-" if untrained else f"{row['test'][name]:.4f}{spread}")
-        name = f"{row['backbone']}, {row['row']}" + (f" ({row['variant']})" if row["variant"] else "")
         epochs = f"{statistics.mean(row['epochs']):.0f} of {row['arguments']['epochs']}"
         minutes = f"{statistics.mean(row['seconds']) / 60:.0f}"
-        lines.append(f"| {name} | {len(row['seeds'])} | " + " | ".join(cells) + f" | {epochs} | {minutes} |")
+        lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + f" | {epochs} | {minutes} |")
     for name, values in PUBLISHED.items():
         lines.append(f"| *{name}* | | " + " | ".join(values) + " | | |")
-    sizes = {row["backbone"]: row["parameters"] for row in data["rows"]}
+    sizes = {row["arguments"]["backbone"]: row["parameters"] for row in data["rows"]}
     made = data["made by"]
     lines += [
         "",
@@ -100,14 +98,13 @@ def table(data: dict) -> str:
 
 def draw(data: dict, file: Path) -> None:
     """Both training losses over the epochs for every joint row, and the weights of those that have them."""
-    joint = [row for row in data["rows"] if row["row"] not in ("retrieval", "ranking")]
+    joint = [row for row in data["rows"] if row["arguments"]["row"] not in ("retrieval", "ranking")]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for row in joint:
-        name = f"{row['backbone']}, {row['row']}" + (f" ({row['variant']})" if row["variant"] else "")
         for axis, curve in zip(axes, ("generation_loss", "ranking_loss", "ranking_weight"), strict=True):
             values = row["curves"][curve]
             if values:
-                axis.plot(range(1, len(values) + 1), values, label=name)
+                axis.plot(range(1, len(values) + 1), values, label=row["name"])
     for axis, title in zip(axes, ("generation loss", "ranking loss", "weight of the ranking loss"), strict=True):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)

@@ -244,9 +244,8 @@ def test_the_gradient_norm_form_balances_the_gradients():
     hook = model.model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
     out = model.train()(**batch)
     hook.remove()
-    generation = training_unigrf.generation_loss(
-        model.layout, model.code_logits(states[0]), torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    )
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    generation = training_unigrf.generation_loss(model, states[0], targets)
     expected = torch.autograd.grad(generation, states[0])[0].norm()
     torch.testing.assert_close(out.gradient_norms[0], expected, atol=1e-5, rtol=1e-4)
     weighter.sums, weighter.count = [4.0, 1.0, 6.0, 2.0], 1
