@@ -180,10 +180,12 @@ class RankingDrivenEnhancer(TrainerCallback):
     def _score(self, users: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Pool `[b, K]` (item indices), its log P and ranking probability, and which of it may be used, all `[b, K]`."""
         model, device = self.model, self.model.device
-        before = [slice(-1 - self.max_items, -1)] * len(users)
+        before = slice(-1 - self.max_items, -1)
         histories = [
-            self.tokenizer.encode_indices(self.items[user][part], self.behaviors[user][part])
-            for user, part in zip(users, before, strict=True)
+            self.tokenizer.encode_indices(
+                *(np.asarray(column[user][before], dtype=np.int64) for column in (self.items, self.behaviors))
+            )
+            for user in users
         ]
         batch = self.tokenizer.pad({"input_ids": histories}, return_tensors="pt", padding_side="left").to(device)
         own = [torch.as_tensor(np.asarray(self.items[user], dtype=np.int64)) for user in users]

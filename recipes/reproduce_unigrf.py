@@ -31,7 +31,7 @@ from recipes.evaluate import METRICS
 from recipes.movielens import movielens_1m
 from recipes.prepare import leave_one_out
 from recipes.results import made_by
-from recipes.train import cut_windows, held_out_rows
+from recipes.training_rows import held_out_rows, history_rows
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
@@ -114,21 +114,6 @@ def load_data(path: str, ids_kind: str, cache_dir: Path) -> tuple[DatasetDict, S
     return splits, tokenizer
 
 
-def windows(split: Dataset, tokenizer: SemanticIdTokenizer) -> Dataset:
-    """Every training history in windows of at most `MAX_ITEMS`, one a row, with the user's number and the length."""
-    rows: dict[str, list] = {name: [] for name in ("user", "last", "input_ids", "attention_mask", "labels", "length")}
-    for user, (items, behaviors) in enumerate(zip(split["items"][:], split["behaviors"][:], strict=True)):
-        for start, end in cut_windows(len(items), MAX_ITEMS, 1):
-            tokens = tokenizer.encode_indices(np.array(items[start:end]), np.array(behaviors[start:end]))
-            rows["user"].append(user)
-            rows["last"].append(end == len(items))
-            rows["input_ids"].append(tokens)
-            rows["attention_mask"].append(np.ones_like(tokens))
-            rows["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
-            rows["length"].append(len(tokens))
-    return Dataset.from_dict(rows)
-
-
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
     """
@@ -202,7 +187,7 @@ def run(args: ReproduceArguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir))
-    train_rows = windows(splits["train"], tokenizer)
+    train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS) for name in ("validation", "test")}
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
@@ -227,13 +212,11 @@ def run(args: ReproduceArguments) -> None:
     if weighter:
         callbacks.append(AdaptiveWeighter(form=args.form))
     if enhancer:
-        train = splits["train"].with_format("numpy")
         callbacks.append(
             RankingDrivenEnhancer(
                 model,
                 tokenizer,
-                list(train["items"][:]),
-                list(train["behaviors"][:]),
+                *(splits["train"][name][:] for name in ("items", "behaviors")),
                 pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
                 max_items=MAX_ITEMS,

@@ -7,7 +7,7 @@
         --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
-packed into rows, so that padding does not eat the machine. The validation target of each user is held out of training
+packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a user's). The validation target of each user is held out of training
 and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`, or
 does nothing if that was finished; one with other arguments or data is refused there.
 In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
@@ -18,24 +18,19 @@ The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from safetensors.torch import load_file
-from transformers import (
-    DataCollatorForSeq2Seq,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
-from recipes.histories import padded
+from recipes.enhancer import RankingDrivenEnhancer
+from recipes.training_rows import Collator, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
 
 LLAMA = {
@@ -84,6 +79,11 @@ class ModelArguments:
         default="loss_ratio", metadata={"help": "Of the adaptive weights.", "choices": ["loss_ratio", "gradient_norm"]}
     )
     adaptive_window: int | None = field(default=None, metadata={"help": "Steps of their windows; default: an epoch."})
+    enhancer: bool = field(
+        default=False, metadata={"help": "Correct the negatives of retrieval by what ranking says (UniGRF)."}
+    )
+    enhancer_target: str = field(default="like", metadata={"help": "The ranking target that says it."})
+    relabel: bool = field(default=False, metadata={"help": "Its favourites become positives, too."})
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
@@ -113,159 +113,6 @@ class DataArguments:
         default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
     )
     max_long_items: int = field(default=1000, metadata={"help": "Items of a long history, for num_retrieved_items."})
-
-
-def cut_windows(length: int, max_items: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
-    """
-    Windows `(start, end)` of at most `max_items` of a history of `length` items, `passes` times at different places:
-    every item is supervised once a pass, each time with another amount of history before it. With a `stride`, windows that
-    slide by it instead, from the end to the first that holds the history's beginning (shorter ones would be its beginning
-    again, which a causal model reads in it).
-    """
-    if stride is not None:
-        if stride < 1:
-            raise ValueError(f"Expected a stride of at least one item, found {stride}.")
-        last = min(length, max_items)
-        ends = [*range(length, last, -stride), last]
-        return [(max(0, end - max_items), end) for end in ends]
-    windows = []
-    for offset in range(0, max_items, -(-max_items // passes)):
-        ends = {length, *range(length - offset, 0, -max_items)}
-        windows += pairwise([0, *sorted(ends)])
-    return windows
-
-
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of windows that share a row of `capacity` items, longest first."""
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # room left -> rows
-    for index in np.argsort(-lengths, kind="stable"):
-        length = lengths[index]
-        room = next((room for room in range(length, capacity + 1) if with_room[room]), None)
-        if room is None:
-            rows.append([])
-            row, room = len(rows) - 1, capacity
-        else:
-            row = with_room[room].pop()
-        rows[row].append(int(index))
-        with_room[room - length].append(row)
-    return rows
-
-
-def training_rows(
-    histories: Dataset,
-    tokenizer: SemanticIdTokenizer,
-    max_items: int,
-    passes: int,
-    seed: int,
-    stride: int | None = None,
-) -> Dataset:
-    """
-    Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
-    model reads every `<bos>` as the beginning of another history.
-
-    Returns:
-        Dataset with `input_ids`, `attention_mask` and `labels` (every token but `<bos>` is supervised).
-    """
-    windows = [
-        (user, start, end)
-        for user, items in enumerate(histories["items"])
-        for start, end in cut_windows(len(items), max_items, passes, stride)
-    ]
-    # Shuffled first, so that what shares a row is not what one user did.
-    windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
-    rows = pack(np.array([end - start for _, start, end in windows]), max_items)
-    items, behaviors = histories["items"][:], histories["behaviors"][:]
-
-    def spell(batch):
-        spelt = {"input_ids": [], "attention_mask": [], "labels": []}
-        for row in batch["windows"]:
-            parts = [
-                tokenizer.encode_indices(np.array(items[user][start:end]), np.array(behaviors[user][start:end]))
-                for user, start, end in (windows[index] for index in row)
-            ]
-            tokens = np.concatenate(parts)
-            spelt["input_ids"].append(tokens)
-            spelt["attention_mask"].append(np.ones_like(tokens))
-            spelt["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
-        return spelt
-
-    return Dataset.from_dict({"windows": rows}).map(
-        spell, batched=True, remove_columns=["windows"], desc="training rows"
-    )
-
-
-def second_stage_rows(
-    histories: Dataset,
-    tokenizer: SemanticIdTokenizer,
-    max_items: int,
-    passes: int,
-    max_long_items: int,
-    stride: int | None = None,
-) -> Dataset:
-    """
-    Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
-    would end a window.
-
-    Returns:
-        Dataset as of `training_rows`, with `long_items` and `long_behaviors` (up to `max_long_items` before the last item,
-        and never that item or a later one), unless that is 0.
-    """
-    ends = [
-        (user, end)
-        for user, items in enumerate(histories["items"])
-        for end in sorted({end for _, end in cut_windows(len(items), max_items, passes, stride)})
-    ]
-    items, behaviors = histories["items"][:], histories["behaviors"][:]
-
-    def spell(batch):
-        rows = {"input_ids": [], "attention_mask": [], "labels": []}
-        if max_long_items:
-            rows |= {"long_items": [], "long_behaviors": []}
-        for user, end in zip(batch["user"], batch["end"], strict=True):
-            window = slice(max(0, end - 1 - max_items), end)
-            tokens = tokenizer.encode_indices(np.array(items[user][window]), np.array(behaviors[user][window]))
-            rows["input_ids"].append(tokens)
-            rows["attention_mask"].append(np.ones_like(tokens))
-            rows["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
-            if max_long_items:
-                before = slice(max(0, end - 1 - max_long_items), end - 1)
-                rows["long_items"].append(items[user][before])
-                rows["long_behaviors"].append(behaviors[user][before])
-        return rows
-
-    columns = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
-    return Dataset.from_dict(columns).map(spell, batched=True, remove_columns=list(columns), desc="training rows")
-
-
-def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, max_long_items: int = 0) -> Dataset:
-    """
-    Histories followed by their target, on which alone the loss is taken; columns as in `training_rows` or, with
-    `max_long_items`, in `second_stage_rows`.
-    """
-
-    def append(user):
-        items = [*user["items"][-max_items:], user["target"]]
-        behaviors = [*user["behaviors"][-max_items:], user["target_behavior"]]
-        tokens = tokenizer.encode_indices(np.array(items), np.array(behaviors))
-        labels = tokens.copy()
-        labels[: -tokenizer.num_levels - 1] = -100
-        row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
-        if max_long_items:
-            row |= {f"long_{name}": user[name][-max_long_items:] for name in ("items", "behaviors")}
-        return row
-
-    return split.map(append, remove_columns=split.column_names, desc="validation rows")
-
-
-class Collator(DataCollatorForSeq2Seq):
-    """Pads long histories with -1, which is no item, and the rest as usual."""
-
-    def __call__(self, features, return_tensors=None):
-        names = {"long_items", "long_behaviors"} & set(features[0])
-        longer = {name: padded([row[name] for row in features]) for name in names}
-        rest = [{name: value for name, value in row.items() if name not in names} for row in features]
-        return {**super().__call__(rest, return_tensors), **longer}
 
 
 def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor) -> UniGRFForCausalLM:
@@ -340,6 +187,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if log_file.exists() and json.loads(log_file.read_text()).get("work") == work:
         print(f"{folder} was trained with these arguments and data, reused")  # resuming it would train on
         return folder
+    if model_args.enhancer and model_args.second_stage:
+        raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
     set_seed(training_args.seed)
     data_dir = Path(data_args.data_dir)
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
@@ -348,10 +197,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
     with training_args.main_process_first(desc="rows"):
-        if model_args.second_stage:
+        if model_args.enhancer:
+            train_dataset = history_rows(*cut, data_args.stride)
+        elif model_args.second_stage:
             train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride)
         else:
-            train_dataset = training_rows(*cut, training_args.seed, data_args.stride)
+            train_dataset = packed_rows(*cut, training_args.seed, data_args.stride)
         eval_dataset = held_out_rows(dataset["validation"], tokenizer, data_args.max_items, max_long_items)
     model = build_model(model_args, tokenizer, embeddings)
     callbacks = [LossParts(model)]
@@ -360,6 +211,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
             AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
         )
     collate = Collator(tokenizer)
+    if model_args.enhancer:
+        training_args = replace(training_args, remove_unused_columns=False)
+        callbacks.append(
+            RankingDrivenEnhancer(
+                model,
+                tokenizer,
+                *(dataset["train"][name][:] for name in ("items", "behaviors")),
+                pool="uniform" if tokenizer.num_levels == 1 else "beam",
+                target=model_args.enhancer_target,
+                relabel=model_args.relabel,
+                max_items=data_args.max_items,
+                seed=training_args.seed,
+            )
+        )
+        collate = callbacks[-1].collator(collate)
     if model_args.num_train_beams and model_args.beams_kept_epochs:
         train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
         training_args = replace(training_args, remove_unused_columns=False)

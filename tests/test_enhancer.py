@@ -96,8 +96,9 @@ def test_given_items_that_fit_nothing_are_refused():
 
 def users_of(model, count=6, length=9):
     generator = np.random.default_rng(0)
-    items = [generator.choice(model.catalogue.num_items, size=length, replace=False) for _ in range(count)]
-    return items, [generator.integers(0, 2, size=length) for _ in range(count)]
+    lengths = [1] + [length] * (count - 1)  # of one item nothing is before the last
+    items = [generator.choice(model.catalogue.num_items, size=size, replace=False).tolist() for size in lengths]
+    return items, [generator.integers(0, 2, size=size).tolist() for size in lengths]
 
 
 def build_enhancer(model, **options):
@@ -132,9 +133,9 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
         for row, user in enumerate(users.tolist()):
             items = pool_items[row][usable[row]]
             assert len(items.unique()) == len(items) >= 3
-            assert not set(items.tolist()) & set(enhancer.items[user].tolist()), "nothing that the user had"
-            history = enhancer.tokenizer.encode_indices(enhancer.items[user][:-1], enhancer.behaviors[user][:-1])
-            history = torch.tensor(history)[None]
+            assert not set(items.tolist()) & set(enhancer.items[user]), "nothing that the user had"
+            before = [np.array(column[user][:-1], dtype=int) for column in (enhancer.items, enhancer.behaviors)]
+            history = torch.tensor(enhancer.tokenizer.encode_indices(*before))[None]
             expected = model.rank(history, candidates=items[None])[0, :, like].sigmoid()
             torch.testing.assert_close(ranking[row][usable[row]], expected, atol=2e-5, rtol=1e-4)
             found = model.recommend(
@@ -159,7 +160,7 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
 def rows_of(enhancer):
     rows = []
     for user, (items, behaviors) in enumerate(zip(enhancer.items, enhancer.behaviors, strict=True)):
-        tokens = enhancer.tokenizer.encode_indices(items, behaviors).tolist()
+        tokens = enhancer.tokenizer.encode_indices(np.array(items), np.array(behaviors)).tolist()
         rows.append({"user": user, "last": True, "input_ids": tokens, "attention_mask": [1] * len(tokens)})
         rows[-1]["labels"] = tokens
     return Dataset.from_list(rows)
@@ -198,8 +199,8 @@ def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, r
 def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
     model = build_model()
     enhancer = build_enhancer(model, pool="beam", relabel=True)
-    enhancer.favorites[0] = torch.tensor([4, -1])
-    rows = [{**rows_of(enhancer)[0], "last": last} for last in (True, False)] + [rows_of(enhancer)[1]]
+    enhancer.favorites[1] = torch.tensor([4, -1])
+    rows = [{**rows_of(enhancer)[1], "last": last} for last in (True, False)] + [rows_of(enhancer)[2]]
     batch = enhancer.collator(collate)(rows)
     tokens = model.layout.item_tokens(model.catalogue.item_codes[4].long())
     length = len(rows[0]["input_ids"])

@@ -14,7 +14,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes import reproduce_recochain, train
+from recipes import reproduce_recochain, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -113,6 +113,22 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
     assert tokenizer.titles[3] == "Film 3"
 
 
+def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
+    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
+    arguments += ["--max_items=10", "--use_cpu", "--per_device_train_batch_size=16", "--save_strategy=no"]
+    arguments += ["--num_train_epochs=4", "--logging_steps=1", "--disable_tqdm=True", "--negatives_per_item=0.5"]
+    arguments += ["--enhancer", "--relabel", "--adaptive_weights", "--adaptive_form=gradient_norm", "--stride=5"]
+    checkpoint = train.train(*train.parse([*arguments, '--config_fields={"candidate_loss_weight": 0.5}']))
+    log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
+    losses = [entry for entry in log if "loss" in entry]
+    assert "candidate_loss" not in losses[0] and losses[-1]["candidate_loss"] > 0
+    assert losses[-1]["enhancer_negatives"] > 1 and losses[-1]["generation_weight"] != 1
+    found = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in found] == [2, 3] and found[0]["examples"][0]["disliked"][0].startswith("Film")
+    with pytest.raises(ValueError, match="the enhancer or stage II"):
+        train.train(*train.parse([*arguments, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
+
+
 def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     shared = [
@@ -178,7 +194,7 @@ def test_a_row_of_recochain_is_trained_once_and_collected_with_its_baselines(pre
 def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_came_later(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
-    rows = train.second_stage_rows(histories, tokenizer, 3, 3, 5)
+    rows = training_rows.second_stage_rows(histories, tokenizer, 3, 3, 5)
     places = [(user, end) for user, items in enumerate(histories["items"]) for end in range(1, len(items) + 1)]
     assert len(rows) == len(places), "every item is the last one of a row: as many passes as a window has items"
     for row, (user, end) in zip(rows, places, strict=True):
@@ -186,12 +202,12 @@ def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_cam
         assert tokenizer.decode_indices(np.array(row["input_ids"])).tolist() == items[max(0, end - 4) : end]
         assert row["long_items"] == items[max(0, end - 6) : end - 1]
         assert row["long_behaviors"] == behaviors[max(0, end - 6) : end - 1]
-    batch = train.Collator(tokenizer)([rows[0], rows[3]])
+    batch = training_rows.Collator(tokenizer)([rows[0], rows[3]])
     assert batch["long_items"].tolist() == [[-1] * 3, rows[3]["long_items"]]
     assert batch["input_ids"].shape == batch["labels"].shape
-    assert "long_items" not in train.second_stage_rows(histories, tokenizer, 3, 1, 0).column_names
+    assert "long_items" not in training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0).column_names
     split = load_from_disk(str(prepared / "dataset"))["validation"]
-    for row, user in zip(train.held_out_rows(split, tokenizer, 3, 5), split, strict=True):
+    for row, user in zip(training_rows.held_out_rows(split, tokenizer, 3, 5), split, strict=True):
         assert row["long_items"] == user["items"][-5:] and row["long_behaviors"] == user["behaviors"][-5:]
 
 
@@ -219,18 +235,18 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     total = sum(map(len, histories["items"]))
     for passes in (1, 3):
-        rows = train.training_rows(histories, tokenizer, 6, passes, seed=0)
+        rows = training_rows.packed_rows(histories, tokenizer, 6, passes, seed=0)
         spelt = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
         assert sum(map(len, spelt)) == passes * total and max(map(len, spelt)) <= 6
         assert np.mean([len(items) for items in spelt]) > 5, "packed: little room is left"
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
-    assert len(set(train.cut_windows(17, 6, 3))) > len(train.cut_windows(17, 6, 1))
+    assert len(set(training_rows.cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
 
 
 @pytest.mark.parametrize(("length", "stride"), [(17, 1), (17, 4), (6, 1), (3, 2), (7, 50)])
 def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length, stride):
-    windows = train.cut_windows(length, 6, 1, stride)
+    windows = training_rows.cut_windows(length, 6, 1, stride)
     assert windows[0] == (max(0, length - 6), length) and windows[-1] == (0, min(6, length))
     assert all(end - start == min(6, length) for start, end in windows) and len(set(windows)) == len(windows)
     starts = [start for start, _ in windows]
@@ -242,7 +258,7 @@ def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length,
 def test_only_the_held_out_item_is_supervised_in_validation(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     split = load_from_disk(str(prepared / "dataset"))["validation"]
-    for row, target in zip(train.held_out_rows(split, tokenizer, 4), split["target"], strict=True):
+    for row, target in zip(training_rows.held_out_rows(split, tokenizer, 4), split["target"], strict=True):
         supervised = [token for token in row["labels"] if token != -100]
         assert supervised == row["input_ids"][-len(supervised) :]
         assert tokenizer.decode_indices(np.array(supervised)).tolist() == [target]
