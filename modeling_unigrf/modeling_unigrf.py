@@ -11,28 +11,17 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .candidates_unigrf import read_candidates, second_stage_loss
+from .candidates_unigrf import read_candidates
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
-from .continuations_unigrf import attention_mask_4d, check_cache, kept_as_found
+from .continuations_unigrf import check_cache, kept_as_found
 from .generation_unigrf import UniGRFGenerationMixin
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
-from .training_unigrf import (
-    GivenItems,
-    Negatives,
-    SupervisedItems,
-    candidate_loss,
-    draw_negatives,
-    generation_loss,
-    given_items,
-    ranking_loss,
-    sampled_softmax_loss,
-    supervised_items,
-)
+from .supervision_unigrf import UniGRFSupervisionMixin
 
 
 @dataclass
@@ -155,13 +144,8 @@ class UniGRFModel(UniGRFPreTrainedModel):
         )
 
 
-class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
+class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGenerationMixin):
     """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
-
-    # Of the losses of retrieval and of ranking, on top of the config's: what a callback may change during training.
-    task_weights: tuple[float, float] = (1.0, 1.0)
-    # Whether a forward in training returns `gradient_norms`, which costs a second backward through the heads.
-    measures_gradients: bool = False
 
     def __init__(self, config: UniGRFConfig):
         config.check()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
@@ -332,118 +316,38 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
-        supervised = negatives = given = None
-        second_stage = targets is not None and (candidates is not None or self._second_stage)
+        inputs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+        if timestamps is not None:
+            inputs |= {"timestamps": timestamps, "next_timestamps": next_timestamps}
+        supervision = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
-            supervised = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
-            if (
-                past_key_values is None
-                and position_ids is None
-                and (attention_mask is None or attention_mask.dim() == 2)
-            ):
-                seen = torch.ones_like(tokens) if attention_mask is None else attention_mask
-                number, positions = self.layout.histories(tokens, seen)
-                num_items = self.catalogue.num_items
-                given = given_items(negative_items, favorite_items, number, supervised, num_items)
-                inputs, mask, packed_positions, negatives = self._pack(
-                    inputs, number, positions, seen, supervised, given
-                )
-                if mask is not None:
-                    attention_mask, position_ids, use_cache = mask, packed_positions, False
-                if timestamps is not None:
-                    if next_timestamps is None:
-                        next_timestamps = self.layout.next_timestamps(timestamps, number)
-                    if negatives is not None:  # each is asked for when the true next item came
-                        asked_for = next_timestamps.gather(1, negatives.history_ends)
-                        asked_for = asked_for.repeat_interleave(self.config.num_levels, dim=1)
-                        timestamps = torch.cat([timestamps, asked_for], dim=1)
-                        next_timestamps = torch.cat([next_timestamps, asked_for], dim=1)
-                if second_stage:
-                    long_history = self._long_history(len(tokens), long_items, long_behaviors)
-                    past_key_values, use_cache = DynamicCache(), True
-            elif second_stage:
-                raise ValueError(
-                    "Candidates are ranked on the histories' cache, which needs a 2-D attention_mask, and neither "
-                    "position_ids nor past_key_values. Leave them out to train with candidates."
-                )
-            elif self._negatives_per_item or negative_items is not None:
-                raise ValueError(
-                    "Negatives are packed behind the histories, which needs a 2-D attention_mask, and neither position_ids "
-                    "nor past_key_values. Set config.negatives_per_item = 0 and leave negative_items out to train with a mask "
-                    "or cache of your own."
-                )
+            given = (negative_items, favorite_items, candidates, long_items, long_behaviors)
+            inputs, supervision = self._supervise(inputs, tokens, targets, *given)
 
-        if timestamps is not None:
-            kwargs |= {"timestamps": timestamps, "next_timestamps": next_timestamps}
-        outputs = self.model(
-            **inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs = self.model(**inputs, **kwargs)
         hidden_states = outputs.last_hidden_state[:, :length]
-        if targets is None and isinstance(logits_to_keep, int):
+        if supervision is None and isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        elif targets is None:
+        elif supervision is None:
             hidden_states = hidden_states[:, logits_to_keep]
-        # Training needs a level's logits where the level is, no others: a fifth of them with four codes an item.
-        logits = None if targets is not None and self.training else self.code_logits(hidden_states)
-
-        loss = code_loss = rank_loss = item_loss = pool_loss = gradient_norms = None
-        if targets is not None:
-            code_loss = generation_loss(self, hidden_states, targets, given)
-            if second_stage:
-                rank_loss = second_stage_loss(
-                    self,
-                    number,
-                    seen,
-                    supervised,
-                    hidden_states,
-                    past_key_values,
-                    candidates,
-                    long_history,
-                    None if timestamps is None else next_timestamps,
-                )
+        losses = {}
+        if supervision is not None:
+            losses = self._losses(outputs.last_hidden_state, supervision, num_items_in_batch)
+            if supervision.cache is not None:
                 outputs.past_key_values = None  # a cache of training, which nobody asked for
-            else:
-                rank_loss = self._ranking_loss(outputs.last_hidden_state, supervised, negatives)
-            # Losses of evaluation are compared with each other, whatever the weights were when each was taken.
-            retrieval_weight, ranking_weight = self.task_weights if self.training else (1.0, 1.0)
-            loss = retrieval_weight * self.config.generation_loss_weight * code_loss
-            loss = loss + ranking_weight * self.config.ranking_loss_weight * rank_loss
-            if self.config.item_loss_weight:
-                item_loss = self._item_loss(outputs.last_hidden_state, supervised)
-                loss = loss + retrieval_weight * self.config.item_loss_weight * item_loss
-                item_loss = item_loss.detach()
-            if negatives is not None and given is not None:
-                pool_loss = candidate_loss(self, outputs.last_hidden_state, given, negatives)
-                loss = loss + retrieval_weight * self.config.candidate_loss_weight * pool_loss
-                pool_loss = pool_loss.detach()
-            if self.training and self.measures_gradients:
-                gradients = [
-                    torch.autograd.grad(one, outputs.last_hidden_state, retain_graph=True, allow_unused=True)[0]
-                    for one in (code_loss, rank_loss)
-                ]
-                norms = [code_loss.new_zeros(()) if one is None else one.norm() for one in gradients]
-                gradient_norms = torch.stack(norms).float()
-            if num_items_in_batch is not None:
-                loss = loss * (targets != -100).sum() / num_items_in_batch
-            code_loss, rank_loss = code_loss.detach(), rank_loss.detach()
-
         return UniGRFCausalLMOutput(
-            loss=loss,
-            logits=logits,
+            # Training needs a level's logits where the level is, no others: a fifth of them with four codes an item.
+            logits=None if losses and self.training else self.code_logits(hidden_states),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            generation_loss=code_loss,
-            ranking_loss=rank_loss,
-            item_loss=item_loss,
-            candidate_loss=pool_loss,
-            gradient_norms=gradient_norms,
+            **losses,
         )
 
     def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
@@ -460,82 +364,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFGenerationMixin):
         logits = states @ vectors
         return logits if self.config.code_temperature == 1.0 else logits / self.config.code_temperature
 
-    @property
-    def _negatives_per_item(self) -> float:
-        return self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
-
-    @property
-    def _second_stage(self) -> bool:
-        """Whether the ranking is trained on candidates for the last item of a row."""
-        return self.config.num_retrieved_items > 0 or self.config.num_train_beams > 0
-
     def _long_history(self, batch_size: int, long_items, long_behaviors) -> LongHistory | None:
         return check_long_history(self.config, self.catalogue.num_items, batch_size, long_items, long_behaviors)
-
-    def _pack(
-        self,
-        inputs: dict[str, torch.Tensor],
-        number: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        seen: torch.LongTensor,
-        supervised: SupervisedItems,
-        given: GivenItems | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | dict | None, torch.LongTensor | None, Negatives | None]:
-        """
-        Several histories in a row, and negatives behind them, as one forward: the inputs with the negatives appended, the
-        4-D mask, position ids and negatives. Rows of one history without negatives need none of it.
-        """
-        if (
-            self.config.num_levels == 1 and self.config.code_negatives
-        ):  # they are among the sampled codes, without tokens
-            given = None
-        appends = self._negatives_per_item or (given is not None and given.negatives.shape[1] > 0)
-        if not appends and number.max() <= 1:
-            return inputs, None, None, None
-        mask = self.layout.history_mask(number, seen)
-        negatives = None
-        if appends:
-            codes, per_item = self.catalogue.item_codes, self._negatives_per_item
-            generator = self._generator(number.device)
-            negatives = draw_negatives(
-                self.layout, codes, supervised, position_ids, mask, per_item, given=given, generator=generator
-            )
-            more = negatives.tokens if "input_ids" in inputs else self.get_input_embeddings()(negatives.tokens)
-            inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}
-            position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
-            mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
-            mask = torch.cat([mask, negatives.attention_mask], dim=1)
-        config = self.model.language_model.config
-        return inputs, attention_mask_4d(config, mask, position_ids, position_ids, self.dtype), position_ids, negatives
-
-    def _ranking_loss(
-        self, hidden_states: torch.Tensor, supervised: SupervisedItems, negatives: Negatives | None
-    ) -> torch.Tensor:
-        """Hidden states `[B, T (+ M * L), hidden_size]` of histories and negatives -> the ranking loss."""
-        rows, last = supervised.rows, supervised.positions
-        logits = self.ranking_head(
-            hidden_states[rows, last],
-            hidden_states[rows, supervised.history_ends],
-            self.item_vectors(supervised.items),
-        )
-        negative_logits = None
-        if negatives is not None:
-            usable, appended = negatives.usable, negatives.tokens.shape[1]
-            states = self.layout.ranking_states(hidden_states[:, -appended:])
-            ends = hidden_states[usable.nonzero()[:, 0], negatives.history_ends[usable]]
-            negative_logits = self.ranking_head(states[usable], ends, self.item_vectors(negatives.items[usable]))
-        behavior_ids = dict(zip(self.config.behaviors, self.config.behavior_token_ids, strict=True))
-        return ranking_loss(self.config.ranking_targets, behavior_ids, logits, supervised.behaviors, negative_logits)
-
-    def _item_loss(self, hidden_states: torch.Tensor, supervised: SupervisedItems) -> torch.Tensor:
-        """Hidden states `[B, T, hidden_size]` -> cross-entropy of each supervised item among the items."""
-        states = self.ranking_head.history_query(hidden_states[supervised.rows, supervised.history_ends])
-        num_items, generator = self.catalogue.num_items, self._generator(states.device)
-        return sampled_softmax_loss(states, supervised.items, self.item_vectors, num_items, generator)
-
-    def _generator(self, device: torch.device) -> torch.Generator | None:
-        """The global generator in training; a fixed one in evaluation, whose loss must not depend on what ran before."""
-        return None if self.training else torch.Generator(device).manual_seed(0)
 
     @torch.no_grad()
     def rank(

@@ -79,6 +79,19 @@ def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_prob
     torch.testing.assert_close(out.loss, plain.loss + 0.3 * out.candidate_loss, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("ids", [{"negatives_per_item": 1.5}, {**ATOMIC, "negatives_per_item": 1.5}])
+def test_random_negatives_of_the_ranking_are_no_given_ones(ids):
+    model = build_model(**ids)
+    batch, _ = labelled(model, [4, 2])
+    given = {"favorite_items": torch.tensor([[7], [8]])}
+    if "code_negatives" in ids:  # among the sampled codes, without tokens of their own
+        given["negative_items"] = torch.tensor([[1, 2], [3, -1]])
+    with torch.no_grad():
+        out, plain = model(**batch, **given), model(**batch)
+    assert out.candidate_loss is None
+    torch.testing.assert_close(out.loss, plain.loss)
+
+
 def test_given_items_that_fit_nothing_are_refused():
     model = build_model()
     batch, _ = labelled(model, [3, 2])
