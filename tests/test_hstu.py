@@ -13,8 +13,9 @@ from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
-from modeling_unigrf import HSTUConfig, HSTUModel
+from modeling_unigrf import HSTUConfig, HSTUModel, RecommendationPipeline
 from modeling_unigrf.generation_unigrf import UniGRFGenerationMixin
+from tokenization import SemanticIdTokenizer
 
 
 def build(seed=0, **config):
@@ -223,6 +224,32 @@ def test_packed_negatives_are_asked_for_when_the_true_item_came():
         )
     prior = torch.tensor([model.config.next_log_odds, 0.0, 0.0])
     torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
+
+
+def test_the_pipeline_takes_times_of_items_and_of_the_request():
+    model = build_model("hstu")
+    names = [f"i{number}" for number in range(30)]
+    tokenizer = SemanticIdTokenizer.from_codes(
+        names, model.catalogue.item_codes.numpy(), model.config.codebook_sizes, model.config.behaviors
+    )
+    recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
+    history = {"items": ["i3", "i4", "i5"], "behaviors": ["like", "dislike", "like"], "timestamps": [100, None, 9000]}
+    found = recommender({**history, "request_timestamp": 500_000}, num_beams=12, exclude_history=False)
+    encoded = tokenizer.encode_history(
+        history["items"], history["behaviors"], timestamps=history["timestamps"], return_tensors="pt"
+    )
+    spelt = [value for time in (100, -1, 9000) for value in [time] * 5]
+    assert encoded["timestamps"].tolist() == [[100, *spelt]]
+    best = model.recommend(**encoded, request_timestamps=torch.tensor([500_000]), num_beams=12)
+    assert [one["score"] for one in found] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
+    at_once = model.recommend(**encoded, num_beams=12)
+    assert not torch.allclose(at_once.scores, best.scores)
+    batch = tokenizer.encode_history([["i3"], ["i4", "i5"]], [["like"], ["like", "like"]], timestamps=[[1], [2, 3]])
+    assert batch["timestamps"] == [[-1] * 5 + [1] * 6, [2] * 6 + [3] * 5]
+    with pytest.raises(ValueError, match="as many timestamps as items"):
+        tokenizer.encode_history(["i3"], ["like"], timestamps=[1, 2])
+    with pytest.raises(ValueError, match="found NaN"):
+        tokenizer.encode_history(["i3"], ["like"], timestamps=[float("nan")])
 
 
 def test_times_that_nothing_reads_or_that_fit_no_row_are_refused():
