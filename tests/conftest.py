@@ -92,6 +92,20 @@ def exact_scores(model, input_ids, attention_mask):
     return scores
 
 
+def watch_negatives(model):
+    """A dict that the model's next forwards fill: `negatives`, as packed, and `calls`, what the ranking head returned."""
+    seen = {}
+    model.ranking_head.register_forward_hook(lambda module, args, out: seen.setdefault("calls", []).append(out))
+    original = model._pack
+
+    def keep(*args):
+        *rest, seen["negatives"] = original(*args)
+        return *rest, seen["negatives"]
+
+    model._pack = keep
+    return seen
+
+
 @pytest.fixture(params=list(BACKBONES))
 def backbone(request):
     return request.param

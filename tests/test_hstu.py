@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build_model, random_histories
+from conftest import build_model, random_histories, watch_negatives
 from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
@@ -197,15 +197,7 @@ def test_packed_negatives_are_asked_for_when_the_true_item_came():
     model = build_model("hstu", negatives_per_item=2.0)
     input_ids, mask, _, times, _ = timed(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
-    seen = {}
-    model.ranking_head.register_forward_hook(lambda module, args, out: seen.setdefault("calls", []).append(out))
-    original = model._pack
-
-    def keep(*args):
-        *rest, seen["negatives"] = original(*args)
-        return *rest, seen["negatives"]
-
-    model._pack = keep
+    seen = watch_negatives(model)
     with torch.no_grad():
         out = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
         negatives, scores = seen["negatives"], seen["calls"][1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, random_histories
+from conftest import build_model, random_histories, watch_negatives
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -219,15 +219,7 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     model.set_attn_implementation(attention)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
     labels = input_ids.masked_fill(mask == 0, -100)
-    seen = {}
-    model.ranking_head.register_forward_hook(lambda module, args, out: seen.setdefault("calls", []).append(out))
-    original = model._pack
-
-    def keep(*args):
-        *rest, seen["negatives"] = original(*args)
-        return *rest, seen["negatives"]
-
-    model._pack = keep
+    seen = watch_negatives(model)
     with torch.no_grad():
         with_negatives = model(input_ids=input_ids, attention_mask=mask, labels=labels)
         negatives, scores = seen["negatives"], seen["calls"][1]

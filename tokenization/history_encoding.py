@@ -127,6 +127,18 @@ def _as_sequence(values: Sequence) -> Sequence:
     return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else values
 
 
+def _one_an_item(name: str, values: Sequence, lengths: np.ndarray, batched: bool) -> list:
+    """Values of all histories, one after another. `ValueError` unless each history has as many as items."""
+    rows = [_as_sequence(one) for one in values] if batched else [_as_sequence(values)]
+    found = [len(one) for one in rows]
+    if found != lengths.tolist():
+        raise ValueError(
+            f"expected as many {name} as items, {lengths.tolist()[:5]} in the first histories, found {found[:5]} "
+            f"(histories: {len(lengths)} of items, {len(found)} of {name})"
+        )
+    return list(chain.from_iterable(rows))
+
+
 def _behavior_indices(
     layout: VocabularyLayout, behaviors: Sequence | None, lengths: np.ndarray, batched: bool
 ) -> np.ndarray:
@@ -135,15 +147,8 @@ def _behavior_indices(
         if len(layout.behaviors) > 1:
             raise ValueError(f"expected a behaviour for each item, one of {layout.behaviors}, found None")
         return np.zeros(lengths.sum(), dtype=np.int64)
-    rows = [_as_sequence(one) for one in behaviors] if batched else [_as_sequence(behaviors)]
-    found = [len(one) for one in rows]
-    if found != lengths.tolist():
-        raise ValueError(
-            f"expected as many behaviours as items, {lengths.tolist()[:5]} in the first histories, found {found[:5]}"
-            f" (histories: {len(lengths)} of items, {len(found)} of behaviours)"
-        )
     index_of = {name: i for i, name in enumerate(layout.behaviors)}
-    names = list(chain.from_iterable(rows))
+    names = _one_an_item("behaviours", behaviors, lengths, batched)
     unknown = list(dict.fromkeys(str(name) for name in names if name not in index_of))
     if unknown:
         raise ValueError(f"expected behaviours out of {layout.behaviors}, found {unknown[:5]}")
@@ -152,14 +157,8 @@ def _behavior_indices(
 
 def _times(timestamps: Sequence, lengths: np.ndarray, batched: bool) -> np.ndarray:
     """Seconds of every item of every history, one after another, -1 where they are None: int64 [sum of lengths]."""
-    rows = [_as_sequence(one) for one in timestamps] if batched else [_as_sequence(timestamps)]
-    found = [len(one) for one in rows]
-    if found != lengths.tolist():
-        raise ValueError(
-            f"expected as many timestamps as items, {lengths.tolist()[:5]} in the first histories, found {found[:5]} "
-            f"(histories: {len(lengths)} of items, {len(found)} of timestamps)"
-        )
-    flat = [UNKNOWN_TIME if value is None else value for value in chain.from_iterable(rows)]
+    values = _one_an_item("timestamps", timestamps, lengths, batched)
+    flat = [UNKNOWN_TIME if value is None else value for value in values]
     times = np.asarray(flat, dtype=np.float64)
     if not np.isfinite(times).all():
         raise ValueError("expected timestamps in seconds, or None where they are not known, found NaN or infinity")
