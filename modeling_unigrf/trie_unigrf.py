@@ -81,14 +81,28 @@ class TrieLevel:
         Returns:
             `(parent, child, code)`, each `[m]`: index into `parents`, node, and its code; ordered by parent and code.
         """
-        # `take` and `index_select` cost a third of what indexing does, and most lists here are short.
-        start, end = self.child_start.take(parents), self.child_start.take(parents + 1)
+        # `index_select` costs less than half of what indexing does, and most lists here are short.
+        start, end = self.child_start.index_select(0, parents), self.child_start.index_select(0, parents + 1)
         counts = (end - start).long()
         ends = counts.cumsum(0)
         parent = torch.repeat_interleave(counts, output_size=int(ends[-1]) if len(ends) else 0)
-        child = torch.arange(len(parent), device=parents.device).add_((end - ends).take(parent))
-        codes = self.codes.take(child) if self.ranks is None else (self.ranks[parents] >= 0).nonzero()[:, 1]
-        return parent, child, codes.long()
+        child = torch.arange(len(parent), device=parents.device).add_((end - ends).index_select(0, parent))
+        if self.ranks is None:
+            return parent, child, self.codes.index_select(0, child).long()
+        return parent, child, (self.ranks[parents] >= 0).nonzero()[:, 1]
+
+
+def top(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    `scores.topk(count)` of `[B, n]`. For one row of very many it takes half the time: among the best of its blocks of 32, the
+    `count`-th is a bound that few scores reach.
+    """
+    if len(scores) > 1 or scores.shape[1] % 32 or scores.shape[1] < 128 * count:
+        return scores.topk(count, dim=1)
+    bound = scores.view(-1, 32).amax(dim=1).topk(count, sorted=False).values.amin()
+    places = (scores[0] >= bound).nonzero()[:, 0]
+    best, order = scores[0].index_select(0, places).topk(count)
+    return best[None], places.index_select(0, order)[None]
 
 
 def lexicographic_order(item_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.LongTensor:
@@ -235,12 +249,15 @@ class CatalogueTrie:
             if item_filter is not None and item_filter.concerns(level):
                 child = trie_level.child_start[nodes][..., None] + ranks.clamp(min=0).long()
                 table.masked_fill_(~item_filter.alive(level, child.flatten(1)), -torch.inf)
-            best_scores, best = table.topk(min(count, table.shape[1]), dim=1)
+            best_scores, best = top(table, min(count, table.shape[1]))
             parent, code = best // num_codes, best % num_codes
-            child = trie_level.child(nodes.gather(1, parent), code).clamp_(min=0)
+            child = (
+                trie_level.child_start[nodes.gather(1, parent)] + ranks.flatten(1).gather(1, best).clamp(min=0).long()
+            )
         else:  # only the children that exist, one request after another
             parents, children, codes = trie_level.children(nodes.flatten())
-            table = log_probs.take(parents * num_codes + codes).add_(scores.take(parents))[None]
+            places = torch.add(codes, parents, alpha=num_codes)
+            table = log_probs.flatten().index_select(0, places).add_(scores.flatten().index_select(0, parents))[None]
             first, last = 0, len(children) - 1
             if batch_size > 1:
                 counts = (parents // width).bincount(minlength=batch_size)
