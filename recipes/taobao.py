@@ -1,12 +1,13 @@
 """TAOBAO-MM made ready for the trainer in bounded memory: published tables in, memory-mapped arrays out.
 
-    hf download TaoBao-MM/Taobao-MM --repo-type dataset --include "raw/*" --local-dir taobao-mm       # 100 GB
+    hf download TaoBao-MM/Taobao-MM --repo-type dataset --include "raw/*" --local-dir taobao-mm
     python -m recipes.taobao --tables taobao-mm/raw --output_dir runs/taobao
     python -m recipes.taobao_train --tables taobao-mm/raw --data_dir runs/taobao --output_dir runs/taobao/training \
         --max_steps 10000 --learning_rate 1e-3
     python -m recipes.taobao_synthetic --output_dir runs/taobao/tables       # or tables in the same schema, made up
 
-The tables and how they are read are in `recipes/taobao_tables.py`, the stages in `taobao_items.py` and `taobao_clicks.py`. Output, rows in the order of the sorted item ids:
+The tables and how they are read are in `recipes/taobao_tables.py`, the stages in `taobao_items.py` and
+`taobao_clicks.py`. Output, rows in the order of the sorted item ids:
 
     item_ids.npy             int64 [N]
     item_embeddings.npy      int8 [N, 128], divide by 127
@@ -16,13 +17,14 @@ The tables and how they are read are in `recipes/taobao_tables.py`, the stages i
     tokenizer/               with --tokenizer: a SemanticIdTokenizer, for a checkpoint that takes and gives item ids
     measured.json            of each stage: seconds, peak memory, disk, and what was counted
 
-Trainer and rows need the arrays alone. The tokenizer holds every item id as a string in a dictionary: see `measured.json`,
-and the extrapolation in `recipes/results/taobao.json`, before you ask for one of all 35 million items.
+Trainer and rows need the arrays alone. The tokenizer holds every item id as a string in a dictionary: see
+`measured.json`, and the extrapolation in `recipes/results/taobao.json`, before you ask for one of all 35 million
+items.
 
 What is dropped is counted and printed: history items and clicked items without an embedding, clicks of users without a
-known item. The last stages read all rows once, before any model does, and print what "the five last distinct items" reach
-and how many clicks are repeats. A second run with equal arguments and files does nothing; one that broke off goes on with
-the stage where it did.
+known item. The last stages read all rows once, before any model does, and print what "the five last distinct items"
+reach and how many clicks are repeats. A second run with equal arguments and files does nothing; one that broke off
+goes on with the stage where it did.
 """
 
 import json
@@ -82,7 +84,8 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
         stages(name, arguments, watched)
         measured[name] = {"seconds": stages.done[name]["seconds"]} | measured[name]
         file.write_text(json.dumps(measured, indent=1))
-        print(", ".join(f"{key} {value}" for key, value in measured[name].items()), flush=True)
+        plain = {key: value for key, value in measured[name].items() if not isinstance(value, dict)}
+        print(", ".join(f"{key} {value}" for key, value in plain.items()), flush=True)
 
     files = [_identity(tables, name) for name in (EMBEDDINGS, "item_features")]
     names = ("codebook_sizes", "points_per_code", "num_iterations", "seed")

@@ -1,4 +1,4 @@
-"""The users of TAOBAO-MM in bounded memory: their clicks sorted on disk, and the rows that training will see read once.
+"""The users of TAOBAO-MM in bounded memory: clicks sorted on disk, and all rows read once before training reads them.
 
 Stages of recipes.taobao, after the items; each returns what it counted.
 """
@@ -30,8 +30,8 @@ RECENT = 5
 
 
 def write_clicks(tables: Path, out: Path, split: str) -> dict:
-    """`{split}_click_users.npy` and `{split}_click_items.npy`: the samples that are clicks on known items, by user and, of a
-    user, in the order of the table."""
+    """`{split}_click_users.npy` and `{split}_click_items.npy`: samples that are clicks on known items, sorted by user; those
+    of a user in the order of the table."""
     columns = [LABEL, USER, ITEM]
     shards, rows = table_shards(tables, SAMPLES.format(split), columns)
     item_ids = np.load(out / "item_ids.npy", mmap_mode="r")

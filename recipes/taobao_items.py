@@ -1,7 +1,7 @@
-"""The items of TAOBAO-MM in bounded memory: embeddings in a map by sorted id, codes by chunks, a last code that tells apart.
+"""The items of TAOBAO-MM in bounded memory: embeddings mapped by sorted id, codes by chunks, a last code to tell apart.
 
-Stages of recipes.taobao; each writes into its output folder and returns what it counted. What grows with the items are some
-arrays of numbers, 8 bytes an item each; the embeddings, 128 bytes an item, are a mapped file.
+Stages of recipes.taobao; each writes into its output folder and returns what it counted. What grows with the items are
+some arrays of numbers, 8 bytes an item each; the embeddings, 128 bytes an item, are a mapped file.
 """
 
 from pathlib import Path

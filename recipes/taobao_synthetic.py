@@ -3,10 +3,10 @@
     python -m recipes.taobao_synthetic --output_dir runs/taobao/tables
     python -m recipes.taobao_synthetic --output_dir runs/taobao-small/tables --num_items 250000 --num_users 50000
 
-What is like the original: types, names, hashed ids sorted as text, one row group a user table, one duplicated key among the
-embeddings, embeddings cut to int8 with clusters within clusters and some equal ones, rare items of the histories without an embedding,
-repeats (a fifth of all steps repeats the one before), 14 % clicks, of which a third repeats the history. What is not: the
-sizes, and that no columns but those that the recipe reads mean anything.
+What is like the original: types, names, hashed ids sorted as text, one row group a user table, one duplicated key
+among the embeddings, embeddings cut to int8 with clusters within clusters and some equal ones, rare items of the
+histories without an embedding, repeats (a fifth of all steps repeats the one before), 14 % clicks, of which a third
+repeats the history. What is not: the sizes, and that no columns but those that the recipe reads mean anything.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ def in_text_order(ids: np.ndarray) -> np.ndarray:
 
 
 def write_embeddings(folder: Path, items: np.ndarray, num_clusters: int, rng: np.random.Generator) -> None:
-    """Unit vectors times 127, cut to int8: a centre, one of 40 sub-centres of it, and noise; 2 % equal another one's."""
+    """Unit vectors times 127, cut to int8: a centre, one of its 40 sub-centres, and noise; 2 % equal another one."""
     top, sub = rng.normal(size=(num_clusters, DIM)), 0.6 * rng.normal(size=(num_clusters, 40, DIM))
     top, sub = top.astype(np.float32), sub.astype(np.float32)
     file, type_ = folder / f"{EMBEDDINGS}.parquet", pa.list_(pa.int8())

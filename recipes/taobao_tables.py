@@ -1,15 +1,17 @@
-"""The tables of TAOBAO-MM as they are published, read in bounded memory: items, clicks, histories, rows for the trainer.
+"""The tables of TAOBAO-MM as they are published, read in bounded memory: histories, clicks, rows for the trainer.
 
     scl_embedding_int8_p90*.parquet    205 item, 205_c int8 [128], a unit vector times 127       35.5M items, 5.3 GB
     {train,test}_samples*.parquet      129_1 user, 205 item, label_0 [0, 1] clicked, [1, 0] not   99.0M
     {train,test}_user_features*.parquet   129_1 user, 150_2_180 items, oldest first, 0 = padding  8.79M users, 44.6 GB
 
-The samples that are clicks are small (16 bytes each, 14 % of all), so they are sorted by user on disk and mapped; the user
-table is streamed past them and each user's clicks are found by binary search. Nothing grows with the number of users.
+The samples that are clicks are small (16 bytes each, 14 % of all), so they are sorted by user on disk and mapped; the
+user table is streamed past them and each user's clicks are found by binary search. Of the user table nothing but its
+ids, 8 bytes a user, is ever held.
 
-The published user table has row groups of 1,048,576 users (16 GB). `load_dataset(..., streaming=True)` decodes a whole row
-group before it yields a first batch (26 bytes an item and more were measured: 27 GB); `ParquetFile.iter_batches` on a
-buffered stream holds pages. It is what the generator of the `datasets.IterableDataset` reads with; its shards are row groups.
+The published user table has row groups as `pyarrow` makes them, of 1,048,576 users (7 for 6.9M), 8 GB of history each.
+`load_dataset("parquet", streaming=True)` decodes a whole one before its first batch; LOADED `ParquetFile.iter_batches`
+on a buffered stream holds pages. It is what the generator of the `datasets.IterableDataset` here reads with; its
+shards are row groups.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,7 +44,7 @@ BATCH_USERS = 256  # 2 MB of history
 
 
 def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Shards, int]:
-    """Row groups of a table's files, and how many rows they have. `ValueError` on missing or damaged files or columns."""
+    """Row groups of a table's files, and their rows. `ValueError` on missing or damaged files or columns."""
     files = sorted(Path(folder).glob(f"{table}*.parquet"))
     if not files:
         found = sorted(path.name for path in Path(folder).glob("*"))[:10]
@@ -69,7 +71,7 @@ def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Sh
 
 
 def read_batches(shards: Shards, columns: list[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """Batches of at most `batch_rows` rows. Holds pages of the columns, not row groups. `ValueError` on damaged files."""
+    """Batches of at most `batch_rows` rows. Holds pages, not row groups. `ValueError` on damaged files."""
     for file, group in shards:
         try:
             with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet:
@@ -99,7 +101,7 @@ def lists(batch: pa.RecordBatch, name: str, width: int | None = None) -> tuple[n
 
 
 def find_items(item_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Catalogue indices int32 `[n]` of ids int64 `[n]` by binary search in the sorted ids `[N]`; `UNKNOWN` if not there."""
+    """Catalogue indices int32 `[n]` of ids int64 `[n]`, by binary search in sorted ids `[N]`; `UNKNOWN`: not there."""
     distinct, back = np.unique(wanted, return_inverse=True)  # sorted: neighbours stay in the cache
     at = np.searchsorted(item_ids, distinct)
     at[at == len(item_ids)] = 0
@@ -173,7 +175,7 @@ def stream_rows(
 ) -> IterableDataset:
     """`training_rows` as a streaming dataset: shuffle it with a buffer, split it over processes, resume it."""
     shards, _ = table_shards(tables, USERS.format(split), [USER, HISTORY])
-    # Names and numbers alone: `datasets` hashes these arguments and copies them to its workers. The list is the shards.
+    # Names and numbers alone: `datasets` hashes these arguments and copies them to workers. The list is the shards.
     rows: dict[str, Any] = {"shards": shards, "data_dir": str(data_dir), "split": split}
     rows |= {"codebook_sizes": tuple(codebook_sizes), "max_items": max_items, "max_long_items": max_long_items}
     return IterableDataset.from_generator(training_rows, gen_kwargs=rows)

@@ -3,15 +3,17 @@
     python -m recipes.taobao_train --tables runs/taobao/tables --data_dir runs/taobao --output_dir runs/taobao/training \
         --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
 
-Every argument of `transformers.TrainingArguments` is taken. A row is the last `--max_items` items of a user and the clicked
-one (RecoChain reads 32 tokens: 6 items here); with `--max_long_items` it carries the longer history as well, padded with -1,
-for a model whose `forward` takes `long_items` (the Trainer leaves the column out for one that does not).
+Every argument of `transformers.TrainingArguments` is taken. A row is the last `--max_items` items of a user and the
+clicked one (RecoChain reads 32 tokens: 6 items here); with `--max_long_items` it carries the longer history as well,
+padded with -1, for a model whose `forward` takes `long_items` (the Trainer leaves the column out for one that does
+not).
 
-In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows` rows. The
-learned table of items has `--item_table_size` rows, shared by hashing. Then the first `--eval_rows` rows of the test split are
-read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last distinct items, each also for
-the clicks that repeat the history and those that explore. A second run of the same command resumes from the last checkpoint in `--output_dir`, if some are saved,
-or does nothing if `training_log.json` is there; one with other arguments is refused.
+In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
+rows. The learned table of items has `--item_table_size` rows, shared by hashing. Then the first `--eval_rows` rows of
+the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last
+distinct items, each also for the clicks that repeat the history and those that explore. A second run of the same
+command resumes from the last checkpoint in `--output_dir`, if some are saved, or does nothing if `training_log.json`
+is there; one with other arguments is refused.
 """
 
 import json
@@ -29,7 +31,17 @@ from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import LossParts
 from recipes.hardware import PeakMemory
 from recipes.taobao_clicks import RECENT, last_distinct
-from recipes.taobao_tables import BEHAVIORS, HISTORY, USER, USERS, spell, stream_rows, table_shards, user_histories
+from recipes.taobao_tables import (
+    BATCH_USERS,
+    BEHAVIORS,
+    HISTORY,
+    USER,
+    USERS,
+    spell,
+    stream_rows,
+    table_shards,
+    user_histories,
+)
 from tokenization.vocabulary_layout import PAD, VocabularyLayout
 
 LLAMA = {
@@ -142,6 +154,11 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         model = build_model(args, np.load(data_dir / "item_codes.npy", mmap_mode="r"), sizes)
     memory = {"model_private_mb": round(peak.private / 2**20)}
     rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.max_long_items)
+    row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.max_long_items
+    print(
+        f"held of the user table at a time: pages, {BATCH_USERS} users and {args.shuffle_rows:,} rows of at most "
+        f"{row_bytes:,} bytes ({args.shuffle_rows * row_bytes / 2**20:.1f} MB), whatever its size"
+    )
     trainer = Trainer(
         model=model,
         args=training_args,

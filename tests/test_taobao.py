@@ -14,8 +14,9 @@ import torch
 from recipes import taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
-from recipes.taobao_clicks import check_rows, last_distinct, write_clicks
+from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
 from recipes.taobao_items import make_unique, write_items
+from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
 from recipes.taobao_synthetic import SyntheticArguments, main
 from recipes.taobao_tables import read_batches, stream_rows, table_shards
 from tokenization import SemanticIdTokenizer
@@ -203,6 +204,8 @@ def test_what_cannot_be_joined_is_counted_or_refused(tables, arguments, prepared
     )
     with pytest.raises(ValueError, match=f"found none: .*'rows_without_history': {counts['clicks'] - 1}"):
         check_rows(copy, out, "test", None)
+    np.save(out / "test_click_users.npy", np.array([7, 7, 8]))
+    assert check_users(copy, out, "test", "skip")["clicks_of_unknown_users"] == 3
     with pytest.raises(ValueError, match="share the first codes, found"):
         make_unique(out, last_level_size=1)
     with pytest.raises(ValueError, match=r"expected scl_embedding_int8_p90\*.parquet in"):
@@ -248,6 +251,18 @@ def test_rows_of_different_lengths_are_padded_on_the_left():
     batch = taobao_train.collate(rows)
     assert torch.equal(batch["input_ids"], torch.tensor([[0, 0], [0, 1]]))
     assert batch["labels"].tolist() == [[-100, 0], [0, 1]] and batch["long_items"].tolist() == [[0, 1], [-1, 0]]
+
+
+def test_a_linear_cost_is_extrapolated_exactly():
+    def measured(items, users, samples):
+        count = {"items": items, "users": users, "samples": samples}
+        stages = {name: dict.fromkeys(MEASURES, 5 + 3 * count[unit]) | count for name, unit in UNITS.items()}
+        return stages | {"codebooks": {"points": 1024, "seconds": 2, "peak_mb": 9, "private_mb": 8, "disk_mb": 1}}
+
+    slopes, full = extrapolate(measured(10, 4, 7), measured(30, 5, 9))
+    assert all(slope["seconds"] == 3 for slope in slopes.values())
+    assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
+    assert full["codebooks"]["seconds"] == 2 * 1024, "the default sample of 256 x 4096 is 1,024 times as large"
 
 
 def test_peak_memory_counts_what_was_held_in_between():
