@@ -15,7 +15,7 @@ The tables and how they are read are in `recipes/taobao_tables.py`, the stages i
     item_codes.npy           int32 [N, 4]; the last code is a running index inside a group of equal codes
     {train,test}_click_users.npy, {train,test}_click_items.npy    int64 and int32 [clicks], sorted by user
     tokenizer/               with --tokenizer: a SemanticIdTokenizer, for a checkpoint that takes and gives item ids
-    measured.json            of each stage: seconds, peak memory, disk, and what was counted
+    measured.json            of each stage: seconds (by the clock and of all cores), peak memory, disk, counts
 
 Trainer and rows need the arrays alone. The tokenizer holds every item id as a string in a dictionary: see
 `measured.json`, and the extrapolation in `recipes/results/taobao.json`, before you ask for one of all 35 million
@@ -28,6 +28,7 @@ goes on with the stage where it did.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -71,10 +72,12 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
 
     def stage(name: str, run: Callable[[], dict], made: Iterable[str], **arguments) -> None:
         def watched() -> None:
+            start = time.process_time()
             with PeakMemory() as peak:
                 counts = run()
             paths = [path for one in made for path in (out / one, *(out / one).glob("*")) if path.is_file()]
             measured[name] = {
+                "cpu_seconds": round(time.process_time() - start, 1),
                 "peak_mb": round(peak.resident / 2**20),
                 "private_mb": round(peak.private / 2**20),
                 "disk_mb": round(sum(path.stat().st_size for path in paths) / 2**20, 1),

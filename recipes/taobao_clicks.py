@@ -92,8 +92,8 @@ def check_rows(tables: Path, out: Path, split: str, max_users: int | None) -> di
         counts["history_items"] += len(history) + unknown
         counts["unknown_items"] += unknown
         counts["rows" if len(history) else "rows_without_history"] += len(clicks)
-        repeats += int(np.isin(clicks, history).sum())
-        recent += int(np.isin(clicks, last_distinct(history)).sum())
+        repeats += int((clicks[:, None] == history).any(axis=1).sum())
+        recent += sum(item in last_distinct(history) for item in clicks.tolist())
     if counts["rows"] == 0:
         raise ValueError(
             f"expected clicks of users with known items in the {split} tables, found none: {counts}. Are the tables of one "
@@ -110,4 +110,9 @@ def check_rows(tables: Path, out: Path, split: str, max_users: int | None) -> di
 
 def last_distinct(history: np.ndarray) -> list[int]:
     """The last distinct items of a history `[n]`, at most `RECENT`, the last first: the recency baseline's list."""
-    return list(islice(dict.fromkeys(history[::-1].tolist()), RECENT))
+    found: dict[int, None] = {}
+    for item in history[::-1]:
+        found[int(item)] = None
+        if len(found) == RECENT:
+            break
+    return list(found)

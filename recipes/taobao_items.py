@@ -75,7 +75,7 @@ def fit(out: Path, codebook_sizes: list[int], points_per_code: int, num_iteratio
         seed=seed,
     )
     quantizer.fit(_floats(embeddings[rows])).save(out)
-    return {"points": points}
+    return {"points": points, "num_iterations": num_iterations}
 
 
 def encode(out: Path) -> dict:
