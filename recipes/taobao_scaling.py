@@ -9,11 +9,12 @@
     done
     python -m recipes.taobao_scaling --runs runs/taobao-small runs/taobao --output_file recipes/results/taobao.json
 
-Time, memory and disk of a stage are taken to grow linearly with what it reads (`UNITS`), from the larger run on. The
-sample for the codebooks does not grow with the items: its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. Two
-things are measured at full size instead, on random numbers, since caches and arrays of that size are not what a slope
-tells: a look-up among all item ids, whose difference to one among the larger run's is added for each history item, and
-a model with all codes and their trie. Disk and network are not told by tables that lie in the page cache.
+Time (of one core, since a shared machine tells nothing by its clock), memory and disk of a stage are taken to grow
+linearly with what it reads (`UNITS`), from the larger run on. The sample for the codebooks does not grow with the items:
+its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. Two things are measured at full size
+instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
+ids, whose difference to one among the larger run's is added for each history item, and a model with all codes and their
+trie. Disk and network are not told by tables that lie in the page cache.
 """
 
 import json

@@ -9,9 +9,10 @@ user table is streamed past them and each user's clicks are found by binary sear
 ids, 8 bytes a user, is ever held.
 
 The published user table has row groups as `pyarrow` makes them, of 1,048,576 users (7 for 6.9M), 8 GB of history each.
-`load_dataset("parquet", streaming=True)` decodes a whole one before its first batch; LOADED `ParquetFile.iter_batches`
-on a buffered stream holds pages. It is what the generator of the `datasets.IterableDataset` here reads with; its
-shards are row groups.
+`load_dataset("parquet", streaming=True)` scans with `pyarrow.dataset`, which decodes a whole one before its first batch:
+33 bytes an item on a group of 40,000 users, which makes 34 GB of a published one. `ParquetFile.iter_batches` on a buffered
+stream holds pages: 28 MB there. It is what the generator of the `datasets.IterableDataset` here reads with; its shards are
+row groups.
 """
 
 from collections.abc import Iterable, Iterator
