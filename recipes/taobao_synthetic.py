@@ -5,8 +5,8 @@
 
 What is like the original: types, names, hashed ids sorted as text, one row group a user table, one duplicated key
 among the embeddings, embeddings cut to int8 with clusters within clusters and some equal ones, rare items of the
-histories without an embedding, repeats (a fifth of all steps repeats the one before), 14 % clicks, of which a third
-repeats the history. What is not: the sizes, and that no columns but those that the recipe reads mean anything.
+histories without an embedding, repeats (a fifth of all steps repeats the one before), 14 % clicks, of which
+most repeat the history. What is not: the sizes, and that no columns but those that the recipe reads mean anything.
 """
 
 from dataclasses import dataclass, field
