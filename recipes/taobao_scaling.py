@@ -1,0 +1,170 @@
+"""What all of TAOBAO-MM would take in time, memory and disk: the slopes between two measured runs of recipes.taobao.
+
+    python -m recipes.taobao_synthetic --output_dir runs/taobao-small/tables --num_items 250000 --num_users 50000
+    python -m recipes.taobao_synthetic --output_dir runs/taobao/tables
+    for run in runs/taobao-small runs/taobao; do
+        python -m recipes.taobao --tables $run/tables --output_dir $run --points_per_code 64 --num_iterations 10 --tokenizer
+        python -m recipes.taobao_train --tables $run/tables --data_dir $run --output_dir $run/training \
+            --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
+    done
+    python -m recipes.taobao_scaling --runs runs/taobao-small runs/taobao --output_file recipes/results/taobao.json
+
+Time (of one core, since a shared machine tells nothing by its clock), memory and disk of a stage are taken to grow
+linearly with what it reads (`UNITS`), from the larger run on. The sample for the codebooks does not grow with the items:
+its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. Two things are measured at full size
+instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
+ids, whose difference to one among the larger run's is added for each history item, and a model with all codes and their
+trie. Disk and network are not told by tables that lie in the page cache.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import HfArgumentParser
+
+from recipes.hardware import PeakMemory
+from recipes.results import made_by
+from recipes.taobao import TaobaoArguments
+from recipes.taobao_tables import BATCH_USERS, find_items
+from recipes.taobao_train import TaobaoTrainArguments, build_model
+
+FULL = {"items": 35_400_000, "users": 8_790_000, "samples": 99_000_000}
+UNITS = {
+    "items": "items",
+    "codes": "items",
+    "suffixes": "items",
+    "clicks": "samples",
+    "users": "users",
+    "rows": "users",
+    "tokenizer": "items",
+}
+MEASURES = ("seconds", "cpu_seconds", "peak_mb", "private_mb", "disk_mb")
+DEFAULTS = TaobaoArguments("", "")
+
+
+@dataclass
+class ScalingArguments:
+    """Which runs, and where the numbers go."""
+
+    runs: list[str] = field(metadata={"help": "Output folders of recipes.taobao, the smaller first."})
+    output_file: str = field(metadata={"help": "JSON file for slopes and extrapolation."})
+
+
+def both_splits(measured: dict[str, dict]) -> dict[str, dict]:
+    """`measured.json` with the stages of train and test put together: seconds and disk add up, memory does not."""
+    stages = {name: dict(measured[name]) for name in ("items", "codebooks", "codes", "suffixes", "tokenizer")}
+    for name in ("clicks", "users", "rows"):
+        train, test = (measured[f"{split} {name}"] for split in ("train", "test"))
+        stages[name] = {key: train[key] + test[key] for key in train}
+        stages[name] |= {key: max(train[key], test[key]) for key in ("peak_mb", "private_mb")}
+    stages["rows"]["users"] = stages["users"]["users"]  # all that are read, with or without clicks
+    for key in ("repeat_share", "recency_recall@5"):
+        stages["rows"][key] = measured["test rows"][key]
+    health = stages["suffixes"].pop("health")
+    stages["suffixes"] |= {"items": stages["items"]["items"]}
+    stages["suffixes"] |= {key: health[key] for key in ("collision_rate", "largest_group", "reconstruction_error")}
+    return stages
+
+
+def extrapolate(small: dict[str, dict], large: dict[str, dict]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """What each stage of `both_splits` takes at full size, and what of it for one more item, user or sample."""
+    slopes, full = {}, {}
+    for stage, unit in UNITS.items():
+        more, left = large[stage][unit] - small[stage][unit], FULL[unit] - large[stage][unit]
+        slopes[stage] = {key: max(0.0, (large[stage][key] - small[stage][key]) / more) for key in MEASURES}
+        full[stage] = {key: large[stage][key] + slopes[stage][key] * left for key in MEASURES}
+    books, base = large["codebooks"], min(stage["private_mb"] for stage in large.values())  # base: what is imported
+    ratio = DEFAULTS.points_per_code * max(DEFAULTS.codebook_sizes) / books["points"]
+    work = ratio * DEFAULTS.num_iterations / books["num_iterations"]
+    full["codebooks"] = {key: books[key] * work for key in ("seconds", "cpu_seconds")} | {"disk_mb": books["disk_mb"]}
+    more = (books["private_mb"] - base) * (ratio - 1)
+    full["codebooks"] |= {key: books[key] + more for key in ("peak_mb", "private_mb")}
+    return slopes, full
+
+
+def lookup_seconds(num_items: int) -> float:
+    """Of one history item among so many, in batches as `user_histories` reads them: the median of five."""
+    rng = np.random.default_rng(0)
+    item_ids = np.sort(rng.integers(-(2**63), 2**63, num_items, dtype=np.int64))
+    times = []
+    for _ in range(5):
+        wanted = np.repeat(rng.choice(item_ids, BATCH_USERS * 500), 2)  # histories of 1,000, half of them repeats
+        start = time.process_time()
+        find_items(item_ids, wanted)
+        times.append((time.process_time() - start) / len(wanted))
+    return float(np.median(times))
+
+
+def full_model() -> dict[str, float]:
+    """Time and memory of an untrained model with `FULL["items"]` codes."""
+    number = np.random.default_rng(0).permutation(FULL["items"])
+    codes = np.empty((FULL["items"], 4), np.int32)
+    for level, shift in ((0, 24), (1, 12), (2, 0)):
+        codes[:, level] = (number % 2**24 * 4093 % 2**36) >> shift & 4095
+    codes[:, 3] = number >> 24
+    del number
+    start = time.process_time()
+    with PeakMemory() as peak:
+        model = build_model(TaobaoTrainArguments("", ""), codes, [4096, 4096, 4096, 64])
+    with PeakMemory() as after:
+        model.catalogue.trie  # noqa: B018 - built at first use
+    return {
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "private_mb": max(round(peak.private / 2**20), round(after.private / 2**20)),
+        "codes_mb": round(codes.nbytes / 2**20),
+    }
+
+
+def main(args: ScalingArguments) -> dict:
+    """Writes the file and prints its table."""
+    small, large = (both_splits(json.loads((Path(run) / "measured.json").read_text())) for run in args.runs)
+    slopes, full = extrapolate(small, large)
+    lookups = {count: lookup_seconds(count) for count in (large["items"]["items"], FULL["items"])}
+    history_items = large["rows"]["history_items"] / large["rows"]["users"] * FULL["users"]
+    for key in ("seconds", "cpu_seconds"):
+        full["rows"][key] += history_items * (lookups[FULL["items"]] - lookups[large["items"]["items"]])
+    trainings = [json.loads((Path(run) / "training/training_log.json").read_text()) for run in args.runs]
+    results = {
+        "full": FULL,
+        "extrapolated": {
+            stage: {key: round(value, 1) for key, value in full[stage].items()} for stage in ("codebooks", *UNITS)
+        },
+        "slopes": {
+            stage: {"unit": UNITS[stage], **{key: float(f"{value:.4g}") for key, value in slope.items()}}
+            for stage, slope in slopes.items()
+        },
+        "lookup_ns": {str(count): round(1e9 * seconds, 1) for count, seconds in lookups.items()},
+        "model at full size": full_model(),
+        "runs": [small, large],
+        "training": [
+            {
+                "memory": log["memory"],
+                "evaluation": log["evaluation"],
+                "rows_per_second": log["metrics"]["train_samples_per_second"],
+                "generation_losses": {
+                    str(entry["step"]): round(entry["generation_loss"], 4)
+                    for entry in log["log_history"]
+                    if "generation_loss" in entry
+                },
+            }
+            for log in trainings
+        ],
+        "made by": made_by(
+            f"python -m recipes.taobao_scaling --runs {' '.join(args.runs)} --output_file {args.output_file}"
+        ),
+    }
+    Path(args.output_file).write_text(json.dumps(results, indent=1))
+    print(
+        "| stage | core hours | private memory, GB | with mapped files | disk, GB |\n| --- | --- | --- | --- | --- |"
+    )
+    for stage, one in results["extrapolated"].items():
+        sizes = (f"{one[key] / 1024:.1f}" for key in ("private_mb", "peak_mb", "disk_mb"))
+        print(f"| {stage} | {one['cpu_seconds'] / 3600:.2f} | {' | '.join(sizes)} |")
+    return results
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(ScalingArguments).parse_args_into_dataclasses()[0])

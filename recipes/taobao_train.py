@@ -1,0 +1,192 @@
+"""Trains on the streamed rows of TAOBAO-MM with the stock `Trainer`, after `python -m recipes.taobao`.
+
+    python -m recipes.taobao_train --tables runs/taobao/tables --data_dir runs/taobao --output_dir runs/taobao/training \
+        --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
+
+Every argument of `transformers.TrainingArguments` is taken. A row is the last `--max_items` items of a user and the
+clicked one (RecoChain reads 32 tokens: 6 items here); with `--max_long_items` it carries the longer history as well,
+padded with -1, for a model whose `forward` takes `long_items` (the Trainer leaves the column out for one that does
+not).
+
+In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
+rows. The learned table of items has `--item_table_size` rows, shared by hashing. Then the first `--eval_rows` rows of
+the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last
+distinct items, each also for the clicks that repeat the history and those that explore. A second run of the same
+command resumes from the last checkpoint in `--output_dir`, if some are saved, or does nothing if `training_log.json`
+is there; one with other arguments is refused.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes.callbacks import LossParts
+from recipes.hardware import PeakMemory
+from recipes.taobao_clicks import RECENT, last_distinct
+from recipes.taobao_tables import (
+    BATCH_USERS,
+    BEHAVIORS,
+    HISTORY,
+    USER,
+    USERS,
+    spell,
+    stream_rows,
+    table_shards,
+    user_histories,
+)
+from tokenization.vocabulary_layout import PAD, VocabularyLayout
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+@dataclass
+class TaobaoTrainArguments:
+    """What is trained, and on what."""
+
+    tables: str = field(metadata={"help": "Folder of the published raw tables."})
+    data_dir: str = field(metadata={"help": "Output folder of recipes.taobao."})
+    text_config: str = field(default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON."})
+    item_table_size: int = field(default=65_536, metadata={"help": "Learned rows of items, shared by hashing."})
+    negatives_per_item: float = field(default=1.0, metadata={"help": "Random candidates an item, for `next`."})
+    max_items: int = field(default=6, metadata={"help": "Items of the history that a row spells."})
+    max_long_items: int = field(default=0, metadata={"help": "Items of the longer history beside them; 0: none."})
+    shuffle_rows: int = field(default=4096, metadata={"help": "Rows of the buffer that shuffles them."})
+    eval_rows: int = field(default=512, metadata={"help": "Rows of the test split that are evaluated."})
+    num_beams: int = field(default=20, metadata={"help": "Of the search in the evaluation."})
+
+
+def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Rows of `training_rows` as tensors int64 `[B, T]`, padded on the left."""
+    padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "long_items": -1}
+    batch = {}
+    for name in rows[0]:
+        columns = [torch.as_tensor(row[name], dtype=torch.long) for row in rows]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(
+            columns, batch_first=True, padding_value=padding[name], padding_side="left"
+        )
+    return batch
+
+
+def build_model(args: TaobaoTrainArguments, codes: np.ndarray, codebook_sizes: list[int]) -> UniGRFForCausalLM:
+    """A fresh model for the codes int32 `[N, 4]`."""
+    layout = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes))
+    config = UniGRFConfig(
+        text_config=json.loads(args.text_config),
+        codebook_sizes=codebook_sizes,
+        code_offsets=list(layout.code_offsets),
+        behaviors=list(BEHAVIORS),
+        behavior_token_ids=list(layout.behavior_token_ids),
+        num_items=len(codes),
+        item_table_size=args.item_table_size,
+        negatives_per_item=args.negatives_per_item,
+    )
+    model = UniGRFForCausalLM(config)
+    model.set_catalogue(torch.from_numpy(np.array(codes)))
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: int = 32) -> dict[str, float]:
+    """Shares and Recall@5 of the first rows of the test split, of model and recency baseline."""
+    shards, _ = table_shards(args.tables, USERS.format("test"), [USER, HISTORY])
+    stream = user_histories(shards, args.data_dir, "test")
+    pairs = ((history, item) for _, history, clicks, _ in stream if len(history) for item in clicks)
+    rows = list(islice(pairs, args.eval_rows))
+    layout = VocabularyLayout(BEHAVIORS, tuple(model.config.codebook_sizes))
+    codes, lists = model.catalogue.item_codes.cpu().numpy(), []
+    for start in tqdm(range(0, len(rows), batch_size), desc="evaluating"):
+        tokens = [spell(layout, codes, history[-args.max_items :]) for history, _ in rows[start : start + batch_size]]
+        batch = collate([{"input_ids": one, "attention_mask": np.ones_like(one)} for one in tokens])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        best = model.recommend(**batch, num_beams=args.num_beams, num_return_sequences=RECENT)
+        lists += best.item_indices.tolist()
+    hits = {
+        "model": np.array([item in found for found, (_, item) in zip(lists, rows, strict=True)]),
+        "recency": np.array([item in last_distinct(history) for history, item in rows]),
+    }
+    repeats = np.array([item in history for history, item in rows])
+    results = {"rows": len(rows), "repeat_share": repeats.mean()}
+    for name, hit in hits.items():
+        results[f"{name}_recall@{RECENT}"] = hit.mean()
+        for kind, some in (("repeats", repeats), ("explore", ~repeats)):
+            results[f"{name}_recall@{RECENT}_{kind}"] = hit[some].mean() if some.any() else 0.0
+    return {name: round(float(value), 5) for name, value in results.items()}
+
+
+def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
+    """Trains, evaluates, saves the model in `output_dir/checkpoint` and returns `training_log.json`."""
+    data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
+    stages = data_dir / "stages.json"
+    if not stages.exists() or "test rows" not in json.loads(stages.read_text()):
+        raise ValueError(
+            f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
+        )
+    work = json.loads(json.dumps([asdict(args), training_args.to_dict(), json.loads(stages.read_text())], default=str))
+    begun, finished = out / "arguments.json", out / "training_log.json"
+    if begun.exists() and json.loads(begun.read_text()) != work:
+        raise ValueError(
+            f"expected a new output_dir, or the arguments and data of the training in {out}, found others: name another "
+            "output_dir, or remove this one"
+        )
+    if finished.exists():
+        print(f"{out} was trained with these arguments and data, reused")
+        return json.loads(finished.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(work, indent=1))
+    sizes = json.loads((data_dir / "measured.json").read_text())["suffixes"]["codebook_sizes"]
+    set_seed(training_args.seed)
+    with PeakMemory() as peak:
+        model = build_model(args, np.load(data_dir / "item_codes.npy", mmap_mode="r"), sizes)
+    memory = {"model_private_mb": round(peak.private / 2**20)}
+    rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.max_long_items)
+    row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.max_long_items
+    print(
+        f"held of the user table at a time: pages, {BATCH_USERS} users and {args.shuffle_rows:,} rows of at most "
+        f"{row_bytes:,} bytes ({args.shuffle_rows * row_bytes / 2**20:.1f} MB), whatever its size"
+    )
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=collate,
+        # One endless epoch: the Trainer cannot resume in the second of a stream whose length it does not know.
+        train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
+        callbacks=[LossParts(model)],
+    )
+    with PeakMemory() as peak:
+        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
+    memory |= {"training_private_mb": round(peak.private / 2**20), "training_peak_mb": round(peak.resident / 2**20)}
+    evaluation = evaluate(model.eval(), args)
+    trainer.save_model(str(out / "checkpoint"))
+    log = {"metrics": result.metrics, "memory": memory, "evaluation": evaluation}
+    log["log_history"] = trainer.state.log_history
+    finished.write_text(json.dumps(log, indent=1))
+    print(", ".join(f"{name} {value}" for name, value in {**memory, **evaluation}.items()))
+    return log
+
+
+def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, TrainingArguments]:
+    """Command-line arguments, with defaults that suit this model unless given."""
+    parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
+    parser.set_defaults(
+        max_steps=300, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), adam_beta2=0.98
+    )
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+if __name__ == "__main__":
+    train(*parse())

@@ -1,0 +1,274 @@
+"""recipes.taobao: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recipes import taobao_train
+from recipes.hardware import PeakMemory
+from recipes.taobao import TaobaoArguments, prepare
+from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
+from recipes.taobao_items import make_unique, write_items
+from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
+from recipes.taobao_synthetic import SyntheticArguments, main
+from recipes.taobao_tables import read_batches, stream_rows, table_shards
+from tokenization import SemanticIdTokenizer
+
+EMBEDDINGS = "scl_embedding_int8_p90"
+MAX_ITEMS, MAX_LONG_ITEMS = 4, 9
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables")
+    return main(SyntheticArguments(str(folder), num_items=400, num_users=150, num_clusters=8, max_history=40))
+
+
+@pytest.fixture(scope="module")
+def arguments(tables, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared")
+    return TaobaoArguments(str(tables), str(out), codebook_sizes=[8, 8, 8], tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(arguments):
+    return prepare(arguments)
+
+
+def rows_of(arguments, prepared, split):
+    sizes = prepared["suffixes"]["codebook_sizes"]
+    return stream_rows(arguments.tables, arguments.output_dir, split, sizes, MAX_ITEMS, MAX_LONG_ITEMS)
+
+
+def change(folder, tmp_path, table, edit):
+    """A copy of the tables, one of them edited as a data frame."""
+    copy = shutil.copytree(folder, tmp_path / f"tables with other {table}")
+    file = copy / f"{table}.parquet"
+    schema = pq.read_schema(file)
+    frame = edit(pd.read_parquet(file))
+    kept = pa.schema([field for field in schema if field.name in frame])
+    pq.write_table(pa.Table.from_pandas(frame, kept, preserve_index=False), file)
+    return copy
+
+
+def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prepared):
+    table = pd.read_parquet(tables / f"{EMBEDDINGS}.parquet")
+    assert len(table) == 401 and prepared["items"]["repeated_keys"] == 1
+    first = {}
+    for item, embedding in zip(table["205"], table["205_c"], strict=True):
+        first.setdefault(item, embedding)
+    ids = np.load(f"{arguments.output_dir}/item_ids.npy", mmap_mode="r")
+    embeddings = np.load(f"{arguments.output_dir}/item_embeddings.npy", mmap_mode="r")
+    assert ids.tolist() == sorted(first) and embeddings.dtype == np.int8
+    assert np.array_equal(embeddings, np.stack([first[item] for item in ids]))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_equal_a_slow_join_of_the_tables(tables, arguments, prepared, split):
+    ids = np.load(f"{arguments.output_dir}/item_ids.npy").tolist()
+    codes, sizes = np.load(f"{arguments.output_dir}/item_codes.npy"), prepared["suffixes"]["codebook_sizes"]
+    samples = pd.read_parquet(tables / f"{split}_samples.parquet")
+    expected, unknown, padding = [], 0, 0
+    for user in pd.read_parquet(tables / f"{split}_user_features.parquet").to_dict("records"):
+        clicks = [
+            ids.index(item)
+            for label, of, item in zip(samples["label_0"], samples["129_1"], samples["205"], strict=True)
+            if of == user["129_1"] and list(label) == [0, 1]
+        ]
+        history = [ids.index(item) for item in user["150_2_180"] if item in ids]
+        padding += (user["150_2_180"] == 0).sum()
+        unknown += sum(item != 0 and item not in ids for item in user["150_2_180"]) if clicks else 0
+        for click in clicks if history else ():
+            tokens = [1]
+            for item in [*history[-MAX_ITEMS:], click]:
+                tokens += [5 + sum(sizes[:level]) + code for level, code in enumerate(codes[item])] + [4]
+            expected.append((tokens, [-100, *tokens[1:]], [1] * len(tokens), history[-MAX_LONG_ITEMS:]))
+    found = [
+        tuple(row[name].tolist() for name in ("input_ids", "labels", "attention_mask", "long_items"))
+        for row in rows_of(arguments, prepared, split)
+    ]
+    assert found == expected and unknown > 0 and len(expected) > 20
+    assert prepared[f"{split} rows"]["unknown_items"] == unknown and prepared[f"{split} rows"]["rows"] == len(expected)
+    assert split == "test" or padding > 0
+
+
+def test_the_tokenizer_spells_what_the_rows_spell(tables, arguments, prepared):
+    tokenizer = SemanticIdTokenizer.from_pretrained(f"{arguments.output_dir}/tokenizer")
+    assert list(tokenizer.codebook_sizes) == prepared["suffixes"]["codebook_sizes"]
+    ids = np.load(f"{arguments.output_dir}/item_ids.npy")
+    for row in rows_of(arguments, prepared, "test"):
+        items = tokenizer.decode_items(row["input_ids"])
+        assert tokenizer.encode_history(items)["input_ids"] == row["input_ids"].tolist()
+        assert items[:-1] == [str(ids[item]) for item in row["long_items"][-len(items) + 1 :]]
+
+
+def test_every_row_comes_once_shuffled_and_in_shards_of_several_readers(tables, arguments, prepared, tmp_path):
+    def spelt(rows):
+        return sorted(row["input_ids"].tolist() for row in rows)
+
+    table = pq.read_table(tables / "train_user_features.parquet")
+    copy = shutil.copytree(tables, tmp_path / "tables")
+    pq.write_table(table.slice(0, 50), copy / "train_user_features.parquet", row_group_size=20)
+    pq.write_table(table.slice(50), copy / "train_user_features-2.parquet")
+    everything = rows_of(arguments, prepared, "train")
+    split = rows_of(replace(arguments, tables=str(copy)), prepared, "train")
+    assert split.num_shards == 4
+    parts = [split.shard(2, index) for index in range(2)]
+    assert spelt(everything) == spelt(split) == spelt([row for part in parts for row in part])
+    assert spelt(everything) == spelt(everything.shuffle(seed=1, buffer_size=7))
+
+
+def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(arguments, prepared, tmp_path, capsys):
+    copy, out = shutil.copytree(arguments.tables, tmp_path / "tables"), tmp_path / "prepared"
+    shutil.copytree(arguments.output_dir, out)
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
+    again = replace(arguments, tables=str(copy), output_dir=str(out))
+    assert prepare(again) == prepared
+    assert times == {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
+    (copy / "test_samples.parquet").touch()
+    prepare(again)
+    changed = {file.name for file in times if file.stat().st_mtime_ns != times[file]}
+    assert changed == {"test_click_users.npy", "test_click_items.npy"}
+
+
+def test_pages_of_a_row_group_are_held_and_not_all_of_it(tmp_path):
+    values = np.random.default_rng(0).integers(1, 2**60, 20_000 * 100)
+    lists = pa.ListArray.from_arrays(pa.array(np.arange(20_001, dtype=np.int32) * 100), pa.array(values))
+    pq.write_table(pa.table({"150_2_180": lists}), tmp_path / "users.parquet")
+    shards, rows = table_shards(tmp_path, "users", ["150_2_180"])
+    assert len(shards) == 1 and rows == 20_000
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in read_batches(shards, ["150_2_180"], 256):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < values.nbytes / 3
+
+
+def test_the_five_last_distinct_items_are_the_recency_baseline():
+    assert last_distinct(np.array([9, 1, 2, 3, 3, 2, 4, 5, 5])) == [5, 4, 2, 3, 1]
+
+
+def truncated(tables, tmp_path, table):
+    copy = shutil.copytree(tables, tmp_path / "tables")
+    file = copy / f"{table}.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    return copy
+
+
+def nulled(column):
+    return lambda frame: frame.assign(**{column: [None, *frame[column][1:]]})
+
+
+@pytest.mark.parametrize(
+    ("table", "edit", "message"),
+    [
+        (EMBEDDINGS, None, "expected a complete Parquet file"),
+        ("test_user_features", None, "expected a complete Parquet file"),
+        (EMBEDDINGS, lambda frame: frame.drop(columns="205_c"), "expected a column 205_c of list<.*int8>"),
+        (EMBEDDINGS, lambda frame: frame.assign(**{"205_c": [row[:64] for row in frame["205_c"]]}), "lists of 128"),
+        ("train_samples", nulled("label_0"), "a value in every row of the column label_0, found 1 empty"),
+        ("train_samples", lambda frame: frame.assign(label_0=[[1, 1]] * len(frame)), r"or \[1, 0\].*found \[1, 1\]"),
+        ("train_user_features", nulled("150_2_180"), "a value in every row of the column 150_2_180"),
+        ("train_user_features", lambda frame: frame[:3], "clicks, found .* of users without a row"),
+        ("test_user_features", lambda frame: pd.concat([frame, frame[:1]]), "one row a user"),
+    ],
+)
+def test_bad_tables_are_refused(tables, arguments, prepared, tmp_path, table, edit, message):
+    copy = truncated(tables, tmp_path, table) if edit is None else change(tables, tmp_path, table, edit)
+    out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(arguments, tables=str(copy), output_dir=str(out)))
+
+
+def test_what_cannot_be_joined_is_counted_or_refused(tables, arguments, prepared, tmp_path, capsys):
+    def stranger(frame):  # one click on an item without an embedding
+        clicked = [list(label) == [0, 1] for label in frame["label_0"]]
+        frame.loc[clicked.index(True), "205"] = 12345
+        return frame
+
+    def padded(frame):  # and the others of users without a history
+        return frame.assign(**{"150_2_180": [np.zeros(3, np.int64)] * len(frame)})
+
+    copy = change(tables, tmp_path, "test_samples", stranger)
+    copy = change(copy, tmp_path, "test_user_features", padded)
+    out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+    counts = write_clicks(copy, out, "test")
+    assert (
+        counts["clicks_on_unknown_items"] == 1 and "1 of them on items without an embedding" in capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=f"found none: .*'rows_without_history': {counts['clicks'] - 1}"):
+        check_rows(copy, out, "test", None)
+    np.save(out / "test_click_users.npy", np.array([7, 7, 8]))
+    assert check_users(copy, out, "test", "skip")["clicks_of_unknown_users"] == 3
+    with pytest.raises(ValueError, match="share the first codes, found"):
+        make_unique(out, last_level_size=1)
+    with pytest.raises(ValueError, match=r"expected scl_embedding_int8_p90\*.parquet in"):
+        write_items(tmp_path, out)
+
+
+def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path):
+    def run(output_dir, *more):
+        options = [
+            f"--tables={arguments.tables}",
+            f"--data_dir={arguments.output_dir}",
+            f"--output_dir={output_dir}",
+            "--item_table_size=64",
+            "--max_steps=40",
+            "--learning_rate=5e-3",
+            "--logging_steps=5",
+            "--save_strategy=steps",
+            "--save_steps=30",
+            "--shuffle_rows=20",
+            "--disable_tqdm=True",
+            *more,
+        ]
+        return taobao_train.train(*taobao_train.parse(options))
+
+    log = run(tmp_path / "training")
+    losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    rows = [row for row in log["evaluation"] if row.startswith("recency")]
+    assert len(rows) == 3 and log["evaluation"]["recency_recall@5_explore"] == 0
+    weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
+    assert run(tmp_path / "training") == json.loads(json.dumps(log)), "a finished training is reused"
+    with pytest.raises(ValueError, match="found others"):
+        run(tmp_path / "training", "--seed=1")
+    (tmp_path / "training/training_log.json").unlink()
+    shutil.rmtree(tmp_path / "training/checkpoint-40")
+    run(tmp_path / "training")
+    assert (tmp_path / "training/checkpoint/model.safetensors").read_bytes() == weights, "resumed = uninterrupted"
+
+
+def test_rows_of_different_lengths_are_padded_on_the_left():
+    rows = [{"input_ids": np.arange(n), "labels": np.arange(n), "long_items": np.arange(3 - n)} for n in (1, 2)]
+    batch = taobao_train.collate(rows)
+    assert torch.equal(batch["input_ids"], torch.tensor([[0, 0], [0, 1]]))
+    assert batch["labels"].tolist() == [[-100, 0], [0, 1]] and batch["long_items"].tolist() == [[0, 1], [-1, 0]]
+
+
+def test_a_linear_cost_is_extrapolated_exactly():
+    def measured(items, users, samples):
+        count = {"items": items, "users": users, "samples": samples}
+        stages = {name: dict.fromkeys(MEASURES, 5 + 3 * count[unit]) | count for name, unit in UNITS.items()}
+        return stages | {"codebooks": dict.fromkeys(MEASURES, 2) | {"points": 1024, "num_iterations": 10}}
+
+    slopes, full = extrapolate(measured(10, 4, 7), measured(30, 5, 9))
+    assert all(slope["seconds"] == 3 for slope in slopes.values())
+    assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
+    assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
+
+
+def test_peak_memory_counts_what_was_held_in_between():
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as peak:
+        held = np.ones(8 << 20)
+        torch.tensor(held.sum()).item()
+        del held
+    assert peak.private > before.private + (50 << 20) and peak.resident >= peak.private
