@@ -183,7 +183,8 @@ class UniGRFConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self.text_config, name, getattr(self, name))
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
-        self.check()
+        self._check_spelling()
+        self.check_training()
 
     @property
     def num_levels(self) -> int:
@@ -255,8 +256,8 @@ class UniGRFConfig(PreTrainedConfig):
     def use_cache(self, value: bool):
         self.text_config.use_cache = value
 
-    def check(self):
-        """Refuses a config whose parts do not fit each other (here: `@strict` validators lose the `ValueError`)."""
+    def _check_spelling(self):
+        """Refuses items that cannot be spelt (here: `@strict` validators lose the `ValueError`)."""
         if not self.codebook_sizes or min(self.codebook_sizes) < 1 or len(self.code_offsets) != self.num_levels:
             raise ValueError(
                 "Expected one positive codebook size and one code offset a level, found "
@@ -282,6 +283,11 @@ class UniGRFConfig(PreTrainedConfig):
                 f"Expected a vocabulary of at least {self.num_spelling_tokens} tokens to spell the items, found "
                 f"vocab_size={self.vocab_size}."
             )
+        if self.num_items < 1:
+            raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")
+
+    def check_training(self):
+        """Refuses losses and candidates that do not fit each other; raises `ValueError`."""
         if not self.ranking_targets or not {NEXT_TARGET, *self.behaviors}.issuperset(self.ranking_targets):
             raise ValueError(
                 f"Expected ranking targets among {[NEXT_TARGET, *self.behaviors]}, found {self.ranking_targets}."
@@ -313,8 +319,6 @@ class UniGRFConfig(PreTrainedConfig):
                 f"sub-history; found num_retrieved_items={self.num_retrieved_items} and num_train_beams="
                 f"{self.num_train_beams}. Set negatives_per_item=0 and next_log_odds=0: beams are the candidates then."
             )
-        if self.num_items < 1:
-            raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")
 
 
 __all__ = ["UniGRFConfig"]
