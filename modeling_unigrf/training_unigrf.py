@@ -172,7 +172,7 @@ def draw_negatives(
     next_item[supervised.rows, supervised.history_ends] = supervised.items
     has_next = next_item >= 0
     wanted = (has_next.sum(dim=1) * negatives_per_item).ceil().long()
-    count = int(wanted.max())
+    count = max(1, int(wanted.max())) if negatives_per_item else 0  # also of a batch without a supervised item
     # A row without a supervised item draws anything; `usable` drops it.
     weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
     after = torch.multinomial(weights, max(1, count), replacement=True, generator=generator)[:, :count]
