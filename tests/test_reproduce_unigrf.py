@@ -1,0 +1,80 @@
+"""UniGRF's table: a row is trained once, scored as `recommend` scores, and put into a table beside what others published."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from modeling_unigrf import UniGRFForCausalLM
+from recipes import reproduce_unigrf, unigrf_report
+from recipes.training_rows import held_out_rows
+
+
+@pytest.fixture
+def movielens(tmp_path):
+    """A folder like MovieLens-1M's, whose times are not all known: 42 users, 70 movies, one of them never rated."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    lines = [f"{movie}::Film {movie} (1999)::Drama|Comedy" for movie in range(1, 71)]
+    (folder / "movies.dat").write_text("\n".join(lines), encoding="latin-1")
+    rows = []
+    for user in range(1, 41):
+        chosen = generator.choice(np.arange(1, 70), size=generator.integers(5, 15), replace=False)
+        rows += [(user, movie, generator.integers(1, 6), place + 1) for place, movie in enumerate(chosen)]
+    rows += [(41 + movie // 36, movie, 1 + movie % 5, movie) for movie in range(1, 70)]  # each film by somebody
+    table = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "position"])
+    table.assign(timestamp=pd.array([None] * len(table), dtype="Int64")).to_parquet(folder / "interactions.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("ids", ["atomic", "semantic"])
+def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_path, ids, monkeypatch):
+    monkeypatch.setattr(unigrf_report, "RESULTS", tmp_path / "unigrf_ml1m.json")
+    monkeypatch.setattr(reproduce_unigrf, "BEAMS", 69)
+    np.save(tmp_path / "movies.npy", np.random.default_rng(1).normal(size=(69, 40)).astype("float32"))
+    monkeypatch.setattr(
+        reproduce_unigrf,
+        "ResidualKMeans",
+        lambda sizes, pca_dim, build=reproduce_unigrf.ResidualKMeans: build((4, 4, 4), pca_dim=8),
+    )
+    arguments = reproduce_unigrf.ReproduceArguments(
+        data=movielens, row="both", ids=ids, epochs=4, batch_size=8, code_negatives=16, output_dir=str(tmp_path)
+    )
+    reproduce_unigrf.run(arguments)
+    folder = tmp_path / f"llama-{ids}-both-0"
+    result = json.loads((folder / "result.json").read_text())
+    written = (folder / "result.json").stat().st_mtime_ns
+    reproduce_unigrf.run(arguments)
+    assert (folder / "result.json").stat().st_mtime_ns == written, "a finished run is not run again"
+    assert result["validation"]["epoch"] == result["epoch"] >= 2
+
+    splits, tokenizer = reproduce_unigrf.load_data(movielens, ids, tmp_path)
+    assert tokenizer.num_items == 69 and tokenizer.num_levels == (1 if ids == "atomic" else 4)
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
+    test = splits["test"]
+    found = reproduce_unigrf.measure(model, tokenizer, test, held_out_rows(test, tokenizer, 200))
+    ranks = []
+    for user in test:
+        tokens = tokenizer.encode_indices(np.array(user["items"]), np.array(user["behaviors"]))
+        best = model.recommend(
+            torch.tensor(tokens)[None], num_beams=69, num_return_sequences=69, ranking_weight=0.0, exclude_history=True
+        )
+        ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
+    ranks = np.array(ranks)
+    assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
+    assert found["hr@10"] == pytest.approx(np.mean(ranks <= 10)) and 0 <= found["auc"] <= 1
+
+    unigrf_report.collect(tmp_path)
+    data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
+    table = unigrf_report.table(data)
+    assert f"| llama, {ids}, both | 1 | {result['test']['hr@10']:.4f} |" in table
+    assert len(data["rows"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
+
+
+def test_a_table_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="finished runs"):
+        unigrf_report.collect(tmp_path)
