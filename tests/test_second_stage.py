@@ -1,0 +1,336 @@
+"""RecoChain's second stage: the model learns to rank its own beams, the true item among them, for the last item of a row."""
+
+import pytest
+import torch
+from conftest import build_model, random_histories
+from datasets import Dataset
+from test_subhistory import long_histories
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
+from modeling_unigrf.candidates_unigrf import with_targets
+from recipes.callbacks import KeptBeams
+from recipes.train import Collator
+from tokenization import SemanticIdTokenizer
+
+PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # for its padding alone
+
+CANDIDATES = torch.tensor([[3, 29, -1, 7], [0, 1, 2, -1], [11, 12, 13, 14]])
+
+
+def expected_ranking_loss(model, input_ids, mask, candidates, longer):
+    """By `rank` on every row's history without its last item: binary cross-entropy for `next`, and for the behaviours."""
+    losses = {target: [] for target in model.config.ranking_targets}
+    for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True)):
+        ids, own = ids[seen.bool()], {name: value[row : row + 1] for name, value in longer.items()}
+        target = model.catalogue.trie.lookup(model.layout.history_codes(ids[None])[1][-1:])
+        items = candidates[row][candidates[row] >= 0]
+        logits = model.rank(ids[None, :-5], candidates=items[None], **own)[0]
+        assert (items == target).sum() == 1
+        losses["next"] += [
+            -torch.nn.functional.logsigmoid(logit if item == target else -logit)
+            for item, logit in zip(items, logits[:, 0], strict=True)
+        ]
+        for name, logit in zip(model.config.ranking_targets[1:], logits[items == target][0, 1:], strict=True):
+            happened = int(ids[-1]) == model.config.behavior_token_ids[model.config.behaviors.index(name)]
+            losses[name].append(-torch.nn.functional.logsigmoid(logit if happened else -logit))
+    return torch.stack([torch.stack(one).mean() for one in losses.values()]).mean()
+
+
+@pytest.mark.parametrize("retrieved", [0, 3])
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backbone, retrieved, detach):
+    model = build_model(backbone, num_retrieved_items=retrieved, num_train_beams=6, detach_history=detach)
+    input_ids, mask, items = random_histories(model, [4, 2, 1])
+    longer = long_histories(model, [12, 2, 4]) if retrieved else {}
+    labels = input_ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        out = model(input_ids, mask, labels=labels, **longer)
+    beams = torch.cat(
+        [
+            model.recommend(
+                ids[seen.bool()][None, :-5],
+                num_beams=6,
+                num_return_sequences=6,
+                ranking_weight=0.0,
+                **{name: value[row : row + 1] for name, value in longer.items()},
+            ).item_indices
+            for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True))
+        ]
+    )
+    targets = torch.tensor([row[-1] for row in items])
+    assert not (beams == targets[:, None]).any(dim=1).all(), "some target is missed, and injected"
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    expected = expected_ranking_loss(model, input_ids, mask, candidates, longer)
+    torch.testing.assert_close(out.ranking_loss, expected, atol=3e-5, rtol=1e-4)
+    stage_one = build_model(backbone)
+    stage_one.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(out.generation_loss, stage_one(input_ids, mask, labels=labels).generation_loss)
+    assert out.past_key_values is None
+
+
+def test_candidates_of_training_are_asked_for_when_the_true_item_came():
+    model = build_model("hstu", num_retrieved_items=3, num_train_beams=6)
+    input_ids, mask, _ = random_histories(model, [4, 4, 4])
+    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    events = torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(3)).cumsum(dim=1)
+    times = events.repeat_interleave(5, dim=1)[:, 4:]  # <bos> has one of its own
+    timed = {"timestamps": times[:, :-5], "request_timestamps": times[:, -1]}
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
+    asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **timed, **longer).item_indices
+    targets = model.catalogue.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    timed["request_timestamps"] = times[:, -1] + 10**6
+    assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
+
+
+def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
+    """Would fail if only the item's index took the place of a beam whose keys and values stayed."""
+    model = build_model(num_retrieved_items=3)
+    input_ids, mask, items = random_histories(model, [4, 2, 1])
+    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    targets = torch.tensor([row[-1] for row in items])
+    given = CANDIDATES.masked_fill(targets[:, None] == CANDIDATES, -1)
+    with torch.no_grad():
+        missed = model(input_ids, mask, labels=labels, candidates=given, **longer).ranking_loss
+        there = with_targets(given, targets, torch.Generator().manual_seed(0))
+        found = model(input_ids, mask, labels=labels, candidates=there, **longer).ranking_loss
+    torch.testing.assert_close(missed, found)
+    expected = expected_ranking_loss(model, input_ids, mask, there, longer)
+    torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monkeypatch):
+    gradients = []
+    for at_once in (64, 3):
+        monkeypatch.setattr(candidates_unigrf, "CANDIDATES_AT_ONCE", at_once)
+        model = build_model(backbone, num_retrieved_items=3, num_train_beams=7)
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        longer = long_histories(model, [12, 2])
+        out = model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), **longer)
+        out.loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("embeddings", "table"), [(True, 0), (False, 30), (True, 7)])
+def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_path):
+    model = build_model(
+        num_retrieved_items=3, num_train_beams=4, read_item_embeddings=embeddings, item_table_size=table
+    )
+    assert (model.item_encoder.proj is not None, model.item_encoder.table is not None) == (embeddings, table > 0)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    longer, candidates = long_histories(model, [12, 2]), torch.tensor([[1, 2], [3, 4]])
+    assert model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), **longer).loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    expected = model.rank(input_ids, mask, candidates, **longer)
+    torch.testing.assert_close(loaded.rank(input_ids, mask, candidates, **longer), expected)
+
+
+def test_the_target_takes_a_random_place_where_it_was_missed_and_no_other_changes():
+    beams, targets = torch.arange(12).view(2, 6), torch.tensor([20, 8])
+    places = set()
+    for seed in range(40):
+        found = with_targets(beams, targets, torch.Generator().manual_seed(seed))
+        assert torch.equal(found[1], beams[1]) and (found[0] != beams[0]).sum() == 1
+        places.add(int((found[0] == 20).nonzero()[0]))
+    assert places == set(range(6))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_gradient_of_stage_two_stops_at_the_history_if_it_is_detached(backbone, detach):
+    model = build_model(
+        backbone, num_retrieved_items=3, num_train_beams=5, detach_history=detach, generation_loss_weight=0.0
+    )
+    input_ids, _, _ = random_histories(model, [4])
+    inputs_embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+    model(inputs_embeds=inputs_embeds, labels=input_ids, **long_histories(model, [12])).loss.backward()
+    history, answer = inputs_embeds.grad[:, :-5], inputs_embeds.grad[:, -5:]
+    assert (answer == 0).all(), "the target is read as a candidate: the row's own spelling of it is not ranked"
+    assert bool((history == 0).all()) == detach
+    assert model.candidate_block.segments.weight.grad.abs().sum(dim=1).min() > 0
+    assert model.item_encoder.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_search_leaves_no_trace_in_the_gradient(backbone, autocast, monkeypatch):
+    """Nor under autocast, which keeps its casts of weights: one made without gradient would lose it for all the step."""
+    candidates, gradients = [], []
+    original = candidates_unigrf.with_targets
+    monkeypatch.setattr(
+        candidates_unigrf, "with_targets", lambda *args: candidates.append(original(*args)) or candidates[-1]
+    )
+    for beams in (5, 0):
+        model = build_model(backbone, num_retrieved_items=3, num_train_beams=beams)
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        inputs = {"input_ids": input_ids, "attention_mask": mask, **long_histories(model, [12, 2])}
+        inputs["labels"] = input_ids.masked_fill(mask == 0, -100)
+        if not beams:
+            inputs["candidates"] = candidates[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**inputs).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_of_histories_packed_in_one_row_the_last_one_has_candidates_that_see_no_other(backbone):
+    model = build_model(backbone, num_retrieved_items=3)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
+    packed = torch.nn.functional.pad(torch.cat(rows), (2, 3))[None]
+    labels, seen = packed.masked_fill(packed == 0, -100), (packed != 0).long()
+    longer, candidates = long_histories(model, [12]), CANDIDATES[:1]
+    with torch.no_grad():
+        found = model(packed, seen, labels=labels, candidates=candidates, **longer)
+        alone = model(rows[1][None], labels=rows[1][None], candidates=candidates, **longer)
+    torch.testing.assert_close(found.ranking_loss, alone.ranking_loss, atol=3e-5, rtol=1e-4)
+
+
+def test_a_row_without_a_supervised_item_has_no_candidates_to_learn_from():
+    model = build_model(num_retrieved_items=3, num_train_beams=4)
+    input_ids, mask, items = random_histories(model, [4, 2, 3])
+    labels, longer = input_ids.masked_fill(mask == 0, -100), long_histories(model, [12, 2, 5])
+    labels[1] = -100
+    kept = torch.tensor([0, 2])
+    candidates = torch.tensor([[row[-1], 28, 29] for row in items])  # the targets are there: nothing is injected
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, candidates=candidates, **longer)
+        own = {name: value[kept] for name, value in longer.items()}
+        expected = model(input_ids[kept], mask[kept], labels=labels[kept], candidates=candidates[kept], **own)
+        assert model(input_ids, mask, labels=labels, **longer).loss.isfinite()
+        nothing = model(input_ids, mask, labels=torch.full_like(labels, -100), **longer)
+    torch.testing.assert_close(found.loss, expected.loss, atol=2e-5, rtol=1e-4)
+    assert nothing.ranking_loss == 0
+
+
+def test_candidates_that_do_not_fit_are_refused():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    for candidates, message in (
+        (torch.tensor([[1, 2]]), "one row a history"),
+        (torch.tensor([[1.0], [2.0]]), "integer candidates"),
+        (torch.tensor([[1], [30]]), "outside a catalogue of 30"),
+        (torch.tensor([[1], [-2]]), "outside a catalogue of 30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(input_ids, mask, labels=labels, candidates=candidates)
+    candidates = torch.tensor([[1], [2]])
+    with pytest.raises(ValueError, match="Leave them out"):
+        square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()
+        model(input_ids, square, labels=labels, candidates=candidates)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="without gradient checkpointing"):
+        model.train()(input_ids, mask, labels=labels, candidates=candidates)
+    empty = torch.empty(2, 0, dtype=torch.long)
+    assert build_model()(input_ids, mask, labels=labels, candidates=empty).ranking_loss.isfinite()
+
+
+def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_stock_trainer(tmp_path):
+    first = build_model(negatives_per_item=1.0)
+    first.save_pretrained(tmp_path / "one")
+    fields = {"num_retrieved_items": 3, "num_train_beams": 6, "next_log_odds": 0.0}
+    with pytest.raises(ValueError, match="Set negatives_per_item=0"):
+        UniGRFForCausalLM.from_pretrained(tmp_path / "one", **fields)
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "one", negatives_per_item=0.0, **fields)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert 0 < model.candidate_block.segments.weight.abs().max() < 0.2
+    input_ids, mask, _ = random_histories(model, [4, 2, 1, 3])
+    columns = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    columns |= long_histories(model, [12, 2, 1, 5])
+    arguments = {"max_steps": 8, "learning_rate": 0.01, "logging_steps": 1, "save_strategy": "no", "use_cpu": True}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, **arguments),
+        train_dataset=[{name: value[row] for name, value in columns.items()} for row in range(4)],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert trainer.evaluate([{name: value[0] for name, value in columns.items()}])["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("kept_epochs", [0, 2])
+def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_epochs, tmp_path):
+    rows = second_stage_rows(build_model(num_retrieved_items=3))
+
+    def train(folder, resume=None, **arguments):
+        fields = {"embedding_dropout": 0.2, "ranking_dropout": 0.3, "item_loss_weight": 0.5}
+        model = build_model(num_retrieved_items=3, num_train_beams=6, **fields)
+        arguments |= {"max_steps": 14, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
+        arguments |= {"save_steps": 10, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        arguments |= {"remove_unused_columns": False}
+        kept = KeptBeams(model, rows, 6, kept_epochs) if kept_epochs else None
+        trainer = Trainer(
+            model,
+            TrainingArguments(str(folder), **arguments),
+            data_collator=kept.collator(Collator(PAD)) if kept else Collator(PAD),
+            train_dataset=rows if kept else rows.remove_columns("row"),
+            callbacks=[kept] if kept else None,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole, losses = train(tmp_path / "whole", save_strategy="no")
+    train(tmp_path / "parts", save_strategy="steps")
+    resumed, rest = train(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-10"), save_strategy="no")
+    assert rest[-4:] == losses[-4:]
+    for (name, first), second in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def second_stage_rows(model, count=16) -> Dataset:
+    rows = []
+    for row in range(count):
+        input_ids, _, _ = random_histories(model, [row % 5 + 1], seed=row)
+        longer = {name: value[0].tolist() for name, value in long_histories(model, [row + 1], seed=row).items()}
+        ids = input_ids[0].tolist()
+        rows.append({"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
+    return Dataset.from_list(rows)
+
+
+def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_asked_for():
+    model = build_model(num_retrieved_items=3)
+    rows = second_stage_rows(model)
+    kept = KeptBeams(model, rows, num_beams=40, every_epochs=2, batch_size=3)
+    args, state = TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0)
+    model.train()
+    kept.on_epoch_begin(args, state, None)
+    assert model.training
+    batch = kept.collator(Collator(PAD))([rows[5], rows[2]])
+    assert "row" not in batch and batch["candidates"].shape == (2, 40)
+    assert (batch["candidates"][:, 30:] == -1).all(), "there are thirty items"
+    for row, found in zip((5, 2), batch["candidates"], strict=True):
+        history = torch.tensor([rows[row]["input_ids"][:-5]])
+        best = model.eval().recommend(
+            history,
+            num_beams=30,
+            num_return_sequences=30,
+            ranking_weight=0.0,
+            long_items=history[:, :0],
+            long_behaviors=history[:, :0],
+        )
+        assert torch.equal(found[:30], best.item_indices[0])
+    assert "candidates" not in kept.collator(Collator(PAD))([rows.remove_columns("row")[0]])
+    before = kept.items.clone()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    kept.on_epoch_begin(args, TrainerState(epoch=1.0), None)
+    assert torch.equal(kept.items, before)
+    kept.on_epoch_begin(args, TrainerState(epoch=2.0), None)
+    assert not torch.equal(kept.items, before)
+    with pytest.raises(ValueError, match="a column `row`"):
+        KeptBeams(model, rows.remove_columns("row"), num_beams=4)
