@@ -22,6 +22,7 @@ from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
+from .training_unigrf import softmax_over_items
 
 
 @dataclass
@@ -358,11 +359,22 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
     def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """States `[..., n, hidden_size]`, rows of `lm_head` as columns `[..., hidden_size, m]` -> logits `[..., n, m]`."""
+        states, vectors = self._comparable(states, vectors, dim=-2)
+        return states @ vectors
+
+    def code_cross_entropy(self, states: torch.Tensor, targets: torch.LongTensor, codes: slice) -> torch.Tensor:
+        """Output of the backbone `[n, hidden_size]`, places `[n]` in a slice of the tokens -> their summed cross-entropy."""
+        if self.config.num_levels > 1 or type(self.lm_head) is not nn.Linear:
+            return nn.functional.cross_entropy(self.code_logits(states, codes).float(), targets, reduction="sum")
+        states, vectors = self._comparable(states, self.lm_head.weight[codes], dim=-1)
+        return softmax_over_items(states, vectors, targets, retain_graph=self.measures_gradients)
+
+    def _comparable(self, states: torch.Tensor, vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[..., hidden_size]` and rows of `lm_head`, along `dim`, whose dot products are logits."""
         if self.config.code_similarity == "cosine":
             states = nn.functional.normalize(states, dim=-1, eps=1e-6)
-            vectors = nn.functional.normalize(vectors, dim=-2, eps=1e-6)
-        logits = states @ vectors
-        return logits if self.config.code_temperature == 1.0 else logits / self.config.code_temperature
+            vectors = nn.functional.normalize(vectors, dim=dim, eps=1e-6)
+        return (states if self.config.code_temperature == 1.0 else states / self.config.code_temperature), vectors
 
     def _long_history(self, batch_size: int, long_items, long_behaviors) -> LongHistory | None:
         return check_long_history(self.config, self.catalogue.num_items, batch_size, long_items, long_behaviors)
