@@ -290,11 +290,12 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
                 it. The loss is then this micro-batch's share, so that accumulation does not change it.
             negative_items (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
-                each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids
-                with `code_negatives`: they take the places of as many random negatives at every position. Otherwise
-                `candidate_loss` sets the row's last supervised item against them.
+                each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids, in
+                training: at every position they take the places of as many random `code_negatives`, or count
+                `config.given_negative_weight` times among all items. Several codes an item: `candidate_loss` sets the
+                row's last supervised item against them.
             favorite_items (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
-                row among sampled codes of atomic ids (UniGRF's potential favourites), -1 for none.
+                row among atomic ids (UniGRF's potential favourites), -1 for none.
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
                 for a backbone that reads times (`hstu` with `num_time_buckets`), in seconds; -1 where not known.
             next_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
@@ -363,9 +364,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         return states @ vectors
 
     def code_cross_entropy(self, states: torch.Tensor, targets: torch.LongTensor, codes: slice) -> torch.Tensor:
-        """Output of the backbone `[n, hidden_size]`, places `[n]` in a slice of the tokens -> their summed cross-entropy."""
+        """Output of the backbone `[n, hidden_size]`, places `[n]` in a slice of the tokens -> their cross-entropy `[n]`."""
         if self.config.num_levels > 1 or type(self.lm_head) is not nn.Linear:
-            return nn.functional.cross_entropy(self.code_logits(states, codes).float(), targets, reduction="sum")
+            return nn.functional.cross_entropy(self.code_logits(states, codes).float(), targets, reduction="none")
         states, vectors = self._comparable(states, self.lm_head.weight[codes], dim=-1)
         return softmax_over_items(states, vectors, targets, retain_graph=self.measures_gradients)
 

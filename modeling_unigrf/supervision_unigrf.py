@@ -74,9 +74,8 @@ class UniGRFSupervisionMixin:
         return self.config.num_retrieved_items > 0 or self.config.num_train_beams > 0
 
     def _appends(self, given: GivenItems | None) -> bool:
-        """Whether given negatives have tokens of their own; those of sampled atomic ids are among the samples."""
-        sampled = self.config.num_levels == 1 and self.config.code_negatives > 0
-        return given is not None and given.negatives.shape[1] > 0 and not sampled
+        """Whether given negatives have tokens of their own; those of atomic ids are in the generation loss."""
+        return given is not None and given.negatives.shape[1] > 0 and self.config.num_levels > 1
 
     def _supervise(
         self,

@@ -22,9 +22,12 @@ def labelled(model, lengths, seed=0):
     return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}, items
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_given_negatives_replace_random_ones_and_favorites_are_none(shared):
-    model = build_model(**ATOMIC, share_code_negatives=shared).train()
+@pytest.mark.parametrize("shared", [True, False, None])
+def test_given_negatives_replace_random_ones_or_count_more_and_favorites_are_none(shared):
+    sampling = (
+        {"code_negatives": 0, "given_negative_weight": 5.0} if shared is None else {"share_code_negatives": shared}
+    )
+    model = build_model(**{**ATOMIC, **sampling}).train()
     batch, items = labelled(model, [4, 2])
     negatives = torch.tensor([[7, items[0][1], -1], [-1, -1, -1]])
     favorites = torch.tensor([[3, -1], [5, 6]])
@@ -40,8 +43,12 @@ def test_given_negatives_replace_random_ones_and_favorites_are_none(shared):
         hard = [item for item in negatives[row].tolist() if item >= 0]
         liked = codes[[item for item in favorites[row].tolist() if item >= 0]].tolist()
         for position, item in enumerate(own):
-            random = (drawn if shared else drawn[place]).tolist()[len(hard) :]  # the first gave way
             chosen = [*codes[[other for other in hard if other != item]].tolist()]
+            if shared is None:
+                random = [code for code in range(40) if code not in chosen]
+                chosen *= 5
+            else:
+                random = (drawn if shared else drawn[place]).tolist()[len(hard) :]  # the first gave way
             chosen += [code for code in random if code != codes[item] and code not in liked]
             scores = logits[row, first + 2 * position, torch.tensor([int(codes[item]), *chosen]) + offset]
             losses.append(-scores.log_softmax(dim=0)[0])
