@@ -363,12 +363,15 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         states, vectors = self._comparable(states, vectors, dim=-2)
         return states @ vectors
 
-    def code_cross_entropy(self, states: torch.Tensor, targets: torch.LongTensor, codes: slice) -> torch.Tensor:
-        """Output of the backbone `[n, hidden_size]`, places `[n]` in a slice of the tokens -> their cross-entropy `[n]`."""
+    def code_cross_entropy(
+        self, states: torch.Tensor, targets: torch.LongTensor, codes: slice, reduction: str
+    ) -> torch.Tensor:
+        """Output of the backbone `[n, hidden_size]`, places `[n]` in a slice of the tokens -> their cross-entropy."""
         if self.config.num_levels > 1 or type(self.lm_head) is not nn.Linear:
-            return nn.functional.cross_entropy(self.code_logits(states, codes).float(), targets, reduction="none")
+            logits = self.code_logits(states, codes).float()
+            return nn.functional.cross_entropy(logits, targets, reduction=reduction)
         states, vectors = self._comparable(states, self.lm_head.weight[codes], dim=-1)
-        return softmax_over_items(states, vectors, targets, retain_graph=self.measures_gradients)
+        return softmax_over_items(states, vectors, targets, reduction, retain_graph=self.measures_gradients)
 
     def _comparable(self, states: torch.Tensor, vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """States `[..., hidden_size]` and rows of `lm_head`, along `dim`, whose dot products are logits."""

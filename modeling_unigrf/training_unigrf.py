@@ -226,10 +226,8 @@ def generation_loss(
                 for items in (given.negatives, given.favorites)
             ]
         is_whole = count == 0 or codes.stop - codes.start <= count
-        losses = (_whole_softmax if is_whole else _sampled_softmax)(
-            model, states, here, targets[here] - codes.start, codes, of_given
-        )
-        total = total + losses.sum()
+        loss = _whole_softmax if is_whole else _sampled_softmax
+        total = total + loss(model, states, here, targets[here] - codes.start, codes, of_given)
     return total / (levels >= 0).sum().clamp(min=1)
 
 
@@ -251,18 +249,18 @@ def _whole_softmax(
     codes: slice,
     of_given: list[torch.LongTensor] | None,
 ) -> torch.Tensor:
-    """Cross-entropy `[n]` of `true` at the positions `here` among all codes of a level."""
+    """Summed cross-entropy of `true [n]` at the positions `here` among all codes of a level."""
     queries = states[here]
-    losses = model.code_cross_entropy(queries, true, codes)
     if of_given is None:
-        return losses
+        return model.code_cross_entropy(queries, true, codes, reduction="sum")
+    losses = model.code_cross_entropy(queries, true, codes, reduction="none")
     # The softmax's denominator with the given negatives counted `weight` times and without the favorites.
     own = model.code_similarity(queries[:, None], model.lm_head.weight[codes][true][:, :, None])[:, 0, 0].float()
     changes = 0.0
     for given, weight in zip(of_given, (model.config.given_negative_weight, 0.0), strict=True):
         logits = _given_logits(model, states, here, true, codes, given)
         changes = changes + (weight - 1) * (logits - (losses + own)[:, None]).exp().sum(dim=1)
-    return losses + torch.log1p(changes)
+    return (losses + torch.log1p(changes)).sum()
 
 
 def _sampled_softmax(
@@ -273,7 +271,7 @@ def _sampled_softmax(
     codes: slice,
     of_given: list[torch.LongTensor] | None,
 ) -> torch.Tensor:
-    """Cross-entropy `[n]` of `true` at the positions `here` among itself and `config.code_negatives` random codes of a level."""
+    """Summed cross-entropy of `true [n]` at the positions `here`, each among itself and random codes of a level."""
     count, shared = model.config.code_negatives, model.config.share_code_negatives
     queries, vectors = states[here], model.lm_head.weight[codes]
     logits = [model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()]
@@ -292,7 +290,7 @@ def _sampled_softmax(
         favorite = (drawn.expand(len(true), -1)[:, :, None] == favorites[row][:, None]).any(dim=2)
         no_negative = no_negative | replaced | favorite
     logits.append(random.float().masked_fill(no_negative, -torch.inf))
-    return -torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0]
+    return -torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0].sum()
 
 
 def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negatives: Negatives) -> torch.Tensor:
@@ -323,18 +321,23 @@ def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negati
 
 
 def softmax_over_items(
-    states: torch.Tensor, vectors: torch.Tensor, items: torch.LongTensor, retain_graph: bool = False
-):
+    states: torch.Tensor,
+    vectors: torch.Tensor,
+    items: torch.LongTensor,
+    reduction: str = "sum",
+    retain_graph: bool = False,
+) -> torch.Tensor:
     """
-    Summed cross-entropy of `items [n]` by the dot products of `states [n, d]` and all `vectors [num_items, d]`, in float32
+    Cross-entropy of `items [n]` by the dot products of `states [n, d]` and all `vectors [num_items, d]`, in float32
     and in chunks of positions, whose logits are never all there at once: a third of the time of doing it at once, too.
 
     Args:
+        reduction (`str`): `"sum"`, or `"none"` for `[n]`, which takes a third longer.
         retain_graph (`bool`): Whether more than one backward goes through it.
     """
     options = nn.LinearCrossEntropyOptions(allow_retain_graph=retain_graph)
     return nn.functional.linear_cross_entropy(
-        states.float(), vectors.float(), items, reduction="none", options=options
+        states.float(), vectors.float(), items, reduction=reduction, options=options
     )
 
 
@@ -359,7 +362,7 @@ def sampled_softmax_loss(
     """
     if num_items <= MAX_SOFTMAX_ITEMS:
         vectors = item_vectors(torch.arange(num_items, device=states.device))
-        total = softmax_over_items(states, vectors, items).sum()
+        total = softmax_over_items(states, vectors, items)
     else:
         sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device, generator=generator)
         logits = (states @ item_vectors(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)
