@@ -73,7 +73,8 @@ class ReproduceArguments:
     epochs: int = field(default=14, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
     learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate."})
     batch_size: int = field(default=32, metadata={"help": "Histories of a step."})
-    code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16, where the hardware has it."})
+    code_negatives: int = field(default=0, metadata={"help": "Negatives that all positions share; 0: all items."})
     code_similarity: str = field(default="dot", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
     code_temperature: float = field(default=1.0, metadata={"help": "Of atomic ids."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
@@ -247,6 +248,7 @@ def run(args: ReproduceArguments) -> None:
             greater_is_better=True,
             remove_unused_columns=False,
             restore_callback_states_from_checkpoint=True,
+            bf16=args.bf16,
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
         ),
