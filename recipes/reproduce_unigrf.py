@@ -28,7 +28,7 @@ from recipes.callbacks import AdaptiveWeighter, LossParts
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.evaluate import METRICS
-from recipes.movielens import movielens_1m
+from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import leave_one_out
 from recipes.results import made_by
 from recipes.training_rows import held_out_rows, history_rows
@@ -50,6 +50,8 @@ BACKBONES = {
         "intermediate_size": 384,
     },
 }
+# What follows a movie in a history, from the least to the best, and how many of the best are likes.
+BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "5"], 2)}
 # What a row trains, beside naive joint training.
 ROWS: dict[str, dict] = {
     "retrieval": {"ranking_loss_weight": 0.0},
@@ -66,6 +68,9 @@ class ReproduceArguments:
     """One row of the table, or the table."""
 
     data: str | None = field(default=None, metadata={"help": "GroupLens's ml-1m folder."})
+    behaviors: str = field(
+        default="like", metadata={"help": "Likes and dislikes, or ratings.", "choices": list(BEHAVIORS)}
+    )
     row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
     backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
     ids: str = field(default="atomic", metadata={"help": "Codes of an item.", "choices": ["atomic", "semantic"]})
@@ -88,16 +93,19 @@ class ReproduceArguments:
     collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
 
 
-def load_data(path: str, ids_kind: str, cache_dir: Path) -> tuple[DatasetDict, SemanticIdTokenizer]:
+def load_data(
+    path: str, ids_kind: str, cache_dir: Path, behaviors_kind: str = "like"
+) -> tuple[DatasetDict, SemanticIdTokenizer]:
     """Leave-one-out splits of the rated movies, and a tokenizer; embeddings of their texts are kept in `cache_dir`."""
     interactions, items = movielens_1m(path)
     items = items[items["item_id"].isin(interactions["item_id"])]
     ids = items["item_id"].to_numpy()
-    behaviors = ["dislike", "like"]
+    behaviors, _ = BEHAVIORS[behaviors_kind]
+    ratings = interactions["rating"].to_numpy()
     splits = leave_one_out(
         users=interactions["user_id"].astype(str).to_numpy(),
         items=np.searchsorted(ids, interactions["item_id"].to_numpy()),
-        behaviors=(interactions["behavior"] == "like").to_numpy().astype(np.int8),
+        behaviors=(ratings - 1 if behaviors_kind == "rating" else ratings >= LIKED_FROM).astype(np.int8),
         timestamps=interactions["timestamp"].to_numpy(),
     )
     titles = items["title"].tolist()
@@ -122,8 +130,9 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
     the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
+    liked = model.config.ranking_targets
     order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    like, block = model.config.ranking_targets.index("like"), layout.num_levels + 1
+    block = layout.num_levels + 1
     size = 128 if layout.num_levels == 1 else 32
     for start in range(0, len(order), size):
         batch = order[start : start + size]
@@ -143,18 +152,18 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "num_beams": BEAMS,
                 "num_return_sequences": BEAMS,
                 "ranking_weight": 0.0,
-                "ranking_target": "like",
+                "ranking_target": liked[0],
             }
             best = model.recommend(**padded, **beams, blocked_items=own, past_key_values=cache)
             hits = (best.item_indices == targets[:, None]).cpu().numpy()
             ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
         ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
-        scores[batch] = ranking[:, 0, like].cpu().numpy()
+        scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()  # of any of the behaviours that are likes
     found = {}
     for k in (10, 50):
         found[f"hr@{k}"] = float(np.mean(ranks <= k))
         found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
-    likes = (np.array(split["target_behavior"][:]) == tokenizer.behaviors.index("like")).astype(int)
+    likes = np.isin(split["target_behavior"][:], [tokenizer.behaviors.index(name) for name in liked]).astype(int)
     auc = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
     area = auc.compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
     return {**found, "mrr": float(np.mean(1 / ranks)), "auc": area}
@@ -176,6 +185,13 @@ class LeaveOneOutTrainer(Trainer):
         return logs
 
 
+def command(work: dict) -> str:
+    """The command line of a run: what differs from the defaults."""
+    defaults = vars(ReproduceArguments())
+    options = [f"--{name} {value}" for name, value in work.items() if value != defaults[name]]
+    return " ".join(["python -m recipes.reproduce_unigrf", *options])
+
+
 def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
@@ -185,11 +201,19 @@ def run(args: ReproduceArguments) -> None:
     if file.exists() and json.loads(file.read_text())["arguments"] == work:
         print(f"{folder} is finished")
         return
+    begun = folder / "arguments.json"
+    if begun.exists() and json.loads(begun.read_text()) != work:
+        raise ValueError(
+            f"Expected a run of the same arguments in {folder}, found another's: {begun.read_text()}. Give this one a name "
+            "with --variant, or another --output_dir."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(work))
     set_seed(args.seed)
-    splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir))
+    splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
     train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS) for name in ("validation", "test")}
+    liked = list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
     if args.ids == "atomic":
@@ -200,7 +224,7 @@ def run(args: ReproduceArguments) -> None:
         **tokenizer.config_fields(),
         text_config=BACKBONES[args.backbone],
         code_negatives=args.code_negatives,
-        ranking_targets=["like"],
+        ranking_targets=liked,
         ranking_weight=0.0,
         ranking_dropout=0.1,
         embedding_dropout=0.0 if is_hstu else 0.2,
@@ -220,6 +244,7 @@ def run(args: ReproduceArguments) -> None:
                 *(splits["train"][name][:] for name in ("items", "behaviors")),
                 pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
+                target=liked[-1],
                 max_items=MAX_ITEMS,
                 seed=args.seed,
             )
@@ -275,7 +300,7 @@ def run(args: ReproduceArguments) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
-        "made by": made_by(f"python -m recipes.reproduce_unigrf --row {args.row} --backbone {args.backbone}"),
+        "made by": made_by(command(work)),
     }
     file.write_text(json.dumps(result, indent=1))
     print({name: round(value, 4) for name, value in result["test"].items()})

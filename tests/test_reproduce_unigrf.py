@@ -1,5 +1,6 @@
 """UniGRF's table: a row is trained once, scored as `recommend` scores, and put into a table beside what others published."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -30,8 +31,8 @@ def movielens(tmp_path):
     return str(folder)
 
 
-@pytest.mark.parametrize("ids", ["atomic", "semantic"])
-def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_path, ids, monkeypatch):
+@pytest.mark.parametrize("ids, behaviors", [("atomic", "like"), ("semantic", "like"), ("atomic", "rating")])
+def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_path, ids, behaviors, monkeypatch):
     monkeypatch.setattr(unigrf_report, "RESULTS", tmp_path / "unigrf_ml1m.json")
     monkeypatch.setattr(reproduce_unigrf, "BEAMS", 69)
     np.save(tmp_path / "movies.npy", np.random.default_rng(1).normal(size=(69, 40)).astype("float32"))
@@ -41,7 +42,14 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_pat
         lambda sizes, pca_dim, build=reproduce_unigrf.ResidualKMeans: build((4, 4, 4), pca_dim=8),
     )
     arguments = reproduce_unigrf.ReproduceArguments(
-        data=movielens, row="both", ids=ids, epochs=4, batch_size=8, code_negatives=16, output_dir=str(tmp_path)
+        data=movielens,
+        row="both",
+        ids=ids,
+        behaviors=behaviors,
+        epochs=4,
+        batch_size=8,
+        code_negatives=16 if behaviors == "like" else 0,
+        output_dir=str(tmp_path),
     )
     reproduce_unigrf.run(arguments)
     folder = tmp_path / f"llama-{ids}-both-0"
@@ -49,9 +57,11 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_pat
     written = (folder / "result.json").stat().st_mtime_ns
     reproduce_unigrf.run(arguments)
     assert (folder / "result.json").stat().st_mtime_ns == written, "a finished run is not run again"
+    with pytest.raises(ValueError, match="--variant"):
+        reproduce_unigrf.run(dataclasses.replace(arguments, learning_rate=1e-3))
     assert result["validation"]["epoch"] == result["epoch"] >= 2
 
-    splits, tokenizer = reproduce_unigrf.load_data(movielens, ids, tmp_path)
+    splits, tokenizer = reproduce_unigrf.load_data(movielens, ids, tmp_path, behaviors)
     assert tokenizer.num_items == 69 and tokenizer.num_levels == (1 if ids == "atomic" else 4)
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
