@@ -107,6 +107,7 @@ def load_data(
         items=np.searchsorted(ids, interactions["item_id"].to_numpy()),
         behaviors=(ratings - 1 if behaviors_kind == "rating" else ratings >= LIKED_FROM).astype(np.int8),
         timestamps=interactions["timestamp"].to_numpy(),
+        positions=interactions.get("position", interactions["timestamp"]).to_numpy(),
     )
     titles = items["title"].tolist()
     if ids_kind == "atomic":
