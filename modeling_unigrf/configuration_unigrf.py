@@ -210,6 +210,11 @@ class UniGRFConfig(PreTrainedConfig):
         return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
 
     @property
+    def reads_times(self) -> bool:
+        """Whether the backbone takes `timestamps`."""
+        return getattr(self.text_config, "num_time_buckets", 0) > 0
+
+    @property
     def has_item_vectors(self) -> bool:
         """Whether anything is known of an item beyond its codes."""
         return (self.item_embedding_dim > 0 and self.read_item_embeddings) or self.item_table_size > 0

@@ -121,7 +121,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
             ValueError: on timestamps for a backbone that does not read them.
         """
         if timestamps is not None:
-            if not getattr(self.config.text_config, "num_time_buckets", 0):
+            if not self.config.reads_times:
                 raise ValueError(
                     f"Expected no timestamps for the backbone {self.config.text_config.model_type!r}, which does not read "
                     "them. Leave them out, or train `hstu` with num_time_buckets."
