@@ -4,7 +4,7 @@
     Trainer(..., data_collator=enhancer.collator(DataCollatorForSeq2Seq(tokenizer)), callbacks=[enhancer])
 
 Rows of the training set hold one history each, and need the columns `user` (their number in `items`) and, to relabel, `last`
-(whether the history's end is the user's).
+(whether the history's end is the user's); of a model that reads times they have `timestamps`, and the enhancer takes them too.
 """
 
 import json
@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from recipes.histories import encode, of_a_forward
 
 
 class RankingDrivenEnhancer(TrainerCallback):
@@ -41,6 +43,8 @@ class RankingDrivenEnhancer(TrainerCallback):
         model (`UniGRFForCausalLM`), tokenizer (`SemanticIdTokenizer`)
         items, behaviors (`Sequence` of U integer arrays): Training history of each user: catalogue rows, and indices into
             `tokenizer.behaviors`; the last item is the target, which is never in the pool, nor is anything before it.
+        timestamps (the same, *optional*): When each item was, for a model that reads times; pools are asked for when the
+            target was.
         pool (`str`): `"uniform"`: the hard negatives before and fresh uniform items, `pool_size` together (atomic ids).
             `"beam"`: the `pool_size` best of the generation.
         target (`str`): The ranking target that says p.
@@ -57,6 +61,7 @@ class RankingDrivenEnhancer(TrainerCallback):
         tokenizer,
         items: Sequence[np.ndarray],
         behaviors: Sequence[np.ndarray],
+        timestamps: Sequence[np.ndarray] | None = None,
         *,
         pool: Literal["uniform", "beam"] = "uniform",
         pool_size: int = 64,
@@ -84,6 +89,7 @@ class RankingDrivenEnhancer(TrainerCallback):
         if target not in model.config.ranking_targets:
             raise ValueError(f"Expected a target among {model.config.ranking_targets}, found {target!r}.")
         self.model, self.tokenizer, self.items, self.behaviors = model, tokenizer, items, behaviors
+        self.timestamps = timestamps
         self.pool, self.pool_size, self.num_negatives, self.penalty = pool, pool_size, num_negatives, penalty
         self.threshold, self.max_favorites, self.relabel, self.target = threshold, max_favorites, relabel, target
         self.warm_up_epochs, self.every_epochs = warm_up_epochs, every_epochs
@@ -110,11 +116,16 @@ class RankingDrivenEnhancer(TrainerCallback):
         return with_pools
 
     def _with(self, row: dict, favorite: int) -> dict:
-        """A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none)."""
+        """
+        A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none); when it comes
+        is not known.
+        """
         tokens = []
         if favorite >= 0 and row["last"]:
             tokens = self.tokenizer.item_tokens(np.array([favorite]))[0].tolist()
         more = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+        if "timestamps" in row:
+            more["timestamps"] = [-1] * len(tokens)
         return {name: [*row[name], *values] for name, values in more.items()}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -181,18 +192,14 @@ class RankingDrivenEnhancer(TrainerCallback):
         """Pool `[b, K]` (item indices), its log P and ranking probability, and which of it may be used, all `[b, K]`."""
         model, device = self.model, self.model.device
         before = slice(-1 - self.max_items, -1)
-        histories = [
-            self.tokenizer.encode_indices(
-                *(np.asarray(column[user][before], dtype=np.int64) for column in (self.items, self.behaviors))
-            )
-            for user in users
-        ]
-        batch = self.tokenizer.pad({"input_ids": histories}, return_tensors="pt", padding_side="left").to(device)
+        columns = [column for column in (self.items, self.behaviors, self.timestamps) if column is not None]
+        histories = [[np.asarray(column[user][before], dtype=np.int64) for user in users] for column in columns]
+        requests = None if self.timestamps is None else [self.timestamps[user][-1] for user in users]
+        batch = encode(self.tokenizer, *histories, request_timestamps=requests).to(device)
         own = [torch.as_tensor(np.asarray(self.items[user], dtype=np.int64)) for user in users]
         if self.pool == "beam":
             best = model.recommend(
-                batch["input_ids"],
-                batch["attention_mask"],
+                **batch,
                 num_beams=self.pool_size,
                 num_return_sequences=self.pool_size,
                 ranking_weight=0.0,
@@ -212,14 +219,10 @@ class RankingDrivenEnhancer(TrainerCallback):
         usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
-        states = model.model(
-            batch["input_ids"], batch["attention_mask"], past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        states = model.model(**of_a_forward(batch), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
         retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
-        ranking = model.rank(
-            batch["input_ids"], batch["attention_mask"], pool, past_key_values=cache, history_states=states
-        )
+        ranking = model.rank(**batch, candidates=pool, past_key_values=cache, history_states=states)
         index = model.config.ranking_targets.index(self.target)
         return pool, retrieval, ranking[..., index].sigmoid(), usable
 

@@ -8,6 +8,7 @@ import torch
 from conftest import build_model, random_histories
 from datasets import Dataset
 from test_training import collate, run_trainer
+from transformers import DataCollatorForSeq2Seq
 
 from modeling_unigrf import training_unigrf
 from recipes.callbacks import LossParts
@@ -121,7 +122,7 @@ def users_of(model, count=6, length=9):
     return items, [generator.integers(0, 2, size=size).tolist() for size in lengths]
 
 
-def build_enhancer(model, **options):
+def build_enhancer(model, with_times=False, **options):
     codes = model.catalogue.item_codes.numpy()
     ids = [f"i{number}" for number in range(len(codes))]
     titles = [f"Film {number}" for number in range(len(codes))]
@@ -129,7 +130,9 @@ def build_enhancer(model, **options):
         ids, codes, model.config.codebook_sizes, model.config.behaviors, titles=titles
     )
     options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
-    return RankingDrivenEnhancer(model, tokenizer, *users_of(model), **options)
+    items, behaviors = users_of(model)
+    times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(one)).cumsum()) for one in items]
+    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times if with_times else None, **options)
 
 
 class Arguments:
@@ -139,10 +142,11 @@ class Arguments:
         self.output_dir = output_dir
 
 
+@pytest.mark.parametrize("reader", ["llama", "hstu"])
 @pytest.mark.parametrize("pool", ["uniform", "beam"])
-def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool):
-    model = build_model(**ATOMIC) if pool == "uniform" else build_model()
-    enhancer = build_enhancer(model, pool=pool, penalty=0.7)
+def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool, reader):
+    model = build_model(reader, **ATOMIC) if pool == "uniform" else build_model(reader)
+    enhancer = build_enhancer(model, reader == "hstu", pool=pool, penalty=0.7)
     pools = []
     original = enhancer._choose
     enhancer._choose = lambda *args: pools.append(args) or original(*args)
@@ -155,11 +159,15 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
             assert len(items.unique()) == len(items) >= 3
             assert not set(items.tolist()) & set(enhancer.items[user]), "nothing that the user had"
             before = [np.array(column[user][:-1], dtype=int) for column in (enhancer.items, enhancer.behaviors)]
-            history = torch.tensor(enhancer.tokenizer.encode_indices(*before))[None]
-            expected = model.rank(history, candidates=items[None])[0, :, like].sigmoid()
+            history = {"input_ids": torch.tensor(enhancer.tokenizer.encode_indices(*before))[None]}
+            if reader == "hstu":
+                times = enhancer.timestamps[user]
+                history["timestamps"] = torch.tensor(enhancer.tokenizer.encode_times(times[:-1]))[None]
+                history["request_timestamps"] = torch.tensor(times[-1:])
+            expected = model.rank(**history, candidates=items[None])[0, :, like].sigmoid()
             torch.testing.assert_close(ranking[row][usable[row]], expected, atol=2e-5, rtol=1e-4)
             found = model.recommend(
-                history, num_beams=model.catalogue.num_items, num_return_sequences=model.catalogue.num_items
+                **history, num_beams=model.catalogue.num_items, num_return_sequences=model.catalogue.num_items
             )
             log_probs = torch.zeros(model.catalogue.num_items)
             log_probs[found.item_indices[0]] = found.generation_scores[0]
@@ -227,6 +235,9 @@ def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
     assert torch.equal(batch["input_ids"][0, length:], tokens) and torch.equal(batch["labels"][0, length:], tokens)
     assert (batch["labels"][1:, length:] == -100).all() and (batch["attention_mask"][1:, length:] == 0).all()
     assert model(**batch).loss.isfinite()
+    timed = [{**row, "timestamps": [9] * len(row["input_ids"])} for row in rows]
+    batch = enhancer.collator(DataCollatorForSeq2Seq(enhancer.tokenizer))(timed)
+    assert batch["timestamps"][0].tolist() == [9] * length + [-1] * len(tokens), "it comes nobody knows when"
 
 
 def test_what_the_enhancer_cannot_do_is_said(tmp_path):
