@@ -1,6 +1,7 @@
 """UniGRF on MovieLens-1M: retrieval alone, ranking alone, both, and both with each module, one command a row.
 
     python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone llama --seed 0    # trains, or goes on
+    python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone hstu-time         # as hstu, with times
     python -m recipes.reproduce_unigrf --collect          # recipes/results/unigrf_ml1m.json and .png, then recipes.results
 
 Leave-one-out over the rated movies, items are scored over the whole catalogue without the user's own; a like is a rating of 4
@@ -28,10 +29,11 @@ from recipes.callbacks import AdaptiveWeighter, LossParts
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.evaluate import METRICS
+from recipes.histories import of_a_forward
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import leave_one_out
 from recipes.results import made_by
-from recipes.training_rows import held_out_rows, history_rows
+from recipes.training_rows import columns_read, held_out_rows, history_rows
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
@@ -40,6 +42,7 @@ BEAMS = 100  # of semantic ids, in evaluation
 SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 1024}
 BACKBONES = {
     "hstu": {"model_type": "hstu", **SMALL, "dropout": 0.2},
+    "hstu-time": {"model_type": "hstu", **SMALL, "dropout": 0.2, "num_time_buckets": 128},
     "hstu-large": {"model_type": "hstu", **SMALL, "num_hidden_layers": 8, "num_attention_heads": 2, "dropout": 0.2},
     "llama": {"model_type": "llama", **SMALL, "intermediate_size": 128},
     "llama-wide": {
@@ -127,8 +130,9 @@ def load_data(
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and AUC of a split, whose `rows` end in the target. With one code an item the output before
-    the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache serves the ranking.
+    HR and NDCG at 10 and 50, MRR and AUC of a split, whose `rows` end in the target (and its time). With one code an item
+    the output before the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache
+    serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
     liked = model.config.ranking_targets
@@ -137,11 +141,15 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
     size = 128 if layout.num_levels == 1 else 32
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        histories = {"input_ids": [rows[int(row)]["input_ids"][:-block] for row in batch]}
-        padded = tokenizer.pad(histories, return_tensors="pt").to(model.device)
+        read = [name for name in ("input_ids", "timestamps") if name in rows.column_names]
+        histories = {name: [rows[int(row)][name][:-block] for row in batch] for name in read}
+        padded = tokenizer.pad(histories, return_tensors="pt")
+        if "timestamps" in read:
+            padded["request_timestamps"] = torch.tensor([rows[int(row)]["timestamps"][-1] for row in batch])
+        padded = padded.to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
         cache, own = DynamicCache(), split[batch]["items"]
-        states = model.model(**padded, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        states = model.model(**of_a_forward(padded), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])
@@ -212,8 +220,6 @@ def run(args: ReproduceArguments) -> None:
     begun.write_text(json.dumps(work))
     set_seed(args.seed)
     splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
-    train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1)
-    held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS) for name in ("validation", "test")}
     liked = list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
@@ -231,6 +237,9 @@ def run(args: ReproduceArguments) -> None:
         embedding_dropout=0.0 if is_hstu else 0.2,
         **{"ranking_loss_weight": args.ranking_loss_weight, **options},
     )
+    times = {"with_times": config.reads_times}
+    train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1, **times)
+    held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
     collate = DataCollatorForSeq2Seq(tokenizer)
@@ -242,7 +251,7 @@ def run(args: ReproduceArguments) -> None:
             RankingDrivenEnhancer(
                 model,
                 tokenizer,
-                *(splits["train"][name][:] for name in ("items", "behaviors")),
+                *(splits["train"][name][:] for name in columns_read(splits["train"], **times)),
                 pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
                 target=liked[-1],
