@@ -84,7 +84,7 @@ class UniGRFConfig(PreTrainedConfig):
         detach_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):
-            Weight of the generation loss; 0 for a ranker alone.
+            Weight of the generation loss; 0 for a ranker alone, which then does not compute it.
         ranking_loss_weight (`float`, defaults to 1.0):
             Weight of the ranking loss; 0 for a retriever alone.
         item_loss_weight (`float`, defaults to 0.0):

@@ -37,7 +37,8 @@ class UniGRFCausalLMOutput(ModelOutput):
             loss, which needs a level's logits only where the level is.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
             negatives behind the sequence as well.
-        generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
+        generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes, with
+            `config.generation_loss_weight`.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
         item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
             `config.item_loss_weight`.

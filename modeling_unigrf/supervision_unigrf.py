@@ -201,7 +201,9 @@ class UniGRFSupervisionMixin:
         """
         config, targets = self.config, supervision.targets
         of_histories = hidden_states[:, : targets.shape[1]]
-        losses = {"generation_loss": generation_loss(self, of_histories, targets, supervision.given)}
+        losses = {}
+        if config.generation_loss_weight:
+            losses["generation_loss"] = generation_loss(self, of_histories, targets, supervision.given)
         if supervision.cache is not None:
             losses["ranking_loss"] = second_stage_loss(
                 self,

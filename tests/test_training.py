@@ -241,6 +241,17 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
+def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
+    model, joint = build_model(generation_loss_weight=0.0), build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    expected = joint(input_ids, mask, labels=labels).ranking_loss
+    monkeypatch.setattr(model, "code_logits", None)
+    out = model.train()(input_ids, mask, labels=labels)
+    assert out.generation_loss is None and torch.allclose(out.loss, out.ranking_loss)
+    torch.testing.assert_close(out.ranking_loss, expected)
+
+
 def test_training_on_items_outside_the_catalogue_is_refused():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3])
