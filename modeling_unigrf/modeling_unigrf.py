@@ -198,7 +198,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         Args:
             item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Row = item index.
-            item_embeddings (`torch.FloatTensor` of shape `(num_items, config.item_embedding_dim)`, *optional*)
+            item_embeddings (`torch.FloatTensor` of shape `(num_items, config.item_embedding_dim)`, *optional*): As int8 with
+                `config.int8_item_embeddings`; may then be a mapped file, which is read where items are looked up.
 
         Raises:
             ValueError: on shared or impossible spellings, wrong shapes, NaN. Nothing is changed then.
@@ -215,7 +216,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         Args:
             item_codes (`torch.IntTensor` of shape `(n, num_levels)`): As `tokenizer.add_items` returns them.
-            item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*)
+            item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*): As of `set_catalogue`.
 
         Raises:
             ValueError: as `set_catalogue`. Nothing is changed then.

@@ -109,7 +109,7 @@ def retrieve(
     of time. Of equal cosines (exact repeats above all) the later one is taken. Embeddings of zeros have cosines of 0.
 
     Args:
-        item_embeddings (`torch.FloatTensor` of shape `(num_items, D)`)
+        item_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)
         long_items (`torch.LongTensor` of shape `(batch_size, H)`): -1 where there is no item.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`)
         exclude_candidate (`bool`): Leave the candidate itself out.

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_model, exact_scores, random_histories
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import UniGRFConfig, candidates_unigrf, subhistory_unigrf
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.subhistory_unigrf import retrieve
 from tokenization import SemanticIdTokenizer
 
@@ -99,6 +100,30 @@ def test_of_equal_cosines_the_latest_are_taken_also_of_embeddings_of_zeros():
     distinct = torch.eye(4)
     assert retrieve(distinct, items, torch.tensor([[3]]), 2).tolist() == [[[3, 6]]]
     assert retrieve(distinct, items, torch.tensor([[3]]), 3, exclude_candidate=True).tolist() == [[[1, 2, 5]]]
+
+
+def test_embeddings_of_int8_choose_and_rank_as_the_floats_that_they_stand_for(tmp_path):
+    model = build_model(num_retrieved_items=3)
+    whole = torch.randint(-127, 128, (30, 6), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    model.set_catalogue(model.catalogue.item_codes, whole / 127)
+    small = UniGRFForCausalLM(UniGRFConfig(**{**model.config.to_dict(), "int8_item_embeddings": True})).eval()
+    small.load_state_dict({**model.state_dict(), "catalogue.item_embeddings": whole})
+    file = tmp_path / "embeddings.npy"
+    np.save(file, whole.numpy())
+    small.set_catalogue(model.catalogue.item_codes, torch.from_numpy(np.load(file, mmap_mode="c")))
+    small.save_pretrained(tmp_path)
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    assert loaded.catalogue.item_embeddings.dtype == torch.int8
+    input_ids, mask, _ = random_histories(model, [4, 2, 0])
+    longer, candidates = long_histories(model, [12, 2, 0]), torch.arange(15).view(3, 5)
+    expected = model.rank(input_ids, mask, candidates, **longer)
+    for one in (small, loaded):
+        torch.testing.assert_close(one.rank(input_ids, mask, candidates, **longer), expected, atol=1e-5, rtol=1e-4)
+    loaded.add_items(torch.tensor([[0, 0, 0, 2]]), whole[:1])
+    assert loaded.catalogue.item_embeddings.dtype == torch.int8 and loaded.catalogue.num_items == 31
+    for one, wrong in ((small, whole / 127), (model, whole)):
+        with pytest.raises(ValueError, match=r"int8_item_embeddings.*An int8 of 127 stands for 1\.0"):
+            one.set_catalogue(model.catalogue.item_codes, wrong)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
