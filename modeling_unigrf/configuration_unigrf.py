@@ -98,6 +98,8 @@ class UniGRFConfig(PreTrainedConfig):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
         item_weight (`float`, defaults to 0.0):
             Default weight in `recommend` of the item-level score alone: the part of `"next"` that `item_loss_weight` trains.
+        union_items (`int`, defaults to 0):
+            Default number in `recommend` of items of the best item-level score that are ranked beside the beams.
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -159,6 +161,7 @@ class UniGRFConfig(PreTrainedConfig):
     candidate_loss_weight: float = 1.0
     ranking_weight: float = 1.0
     item_weight: float = 0.0
+    union_items: int = 0
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02

@@ -413,7 +413,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         item_weight: float | None = None,
-        union_items: int = 0,
+        union_items: int | None = None,
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
@@ -441,8 +441,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
                 `config.num_retrieved_items`.
             item_weight (`float`, *optional*): Of the item-level score in `scores`; `config.item_weight` by default.
-            union_items (`int`): Rank this many items of the best item-level score as well, whether or not the beams found
-                them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
+            union_items (`int`, *optional*): Rank this many items of the best item-level score as well, whether or not the
+                beams found them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
+                `config.union_items` by default.
 
         Returns:
             `UniGRFRecommendation`
@@ -452,6 +453,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         """
         targets = self.config.ranking_targets
         num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        union_items = self.config.union_items if union_items is None else union_items
         ranking_target = targets[0] if ranking_target is None else ranking_target
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")

@@ -5,8 +5,9 @@
 Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
 where users come back to items: `--exclude_history False`).
 A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
-Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written into the
-checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes `metrics.json`.
+Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written, with
+`--union_items`, into the checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes
+`metrics.json`.
 """
 
 import json
@@ -151,6 +152,16 @@ def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: Evalua
     return {"checked": checked, "invalid": invalid}
 
 
+def keep_choice(
+    model, checkpoint: str | Path, num_beams: int, ranking_weight: float, item_weight: float, union_items: int
+) -> None:
+    """Writes what was chosen into the checkpoint's own config: the defaults of `recommend` and of the pipeline."""
+    model.config.ranking_weight, model.config.item_weight = ranking_weight, item_weight
+    model.config.union_items, model.generation_config.num_beams = union_items, num_beams
+    model.config.save_pretrained(checkpoint)
+    model.generation_config.save_pretrained(checkpoint)
+
+
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
     """Measures everything, writes `metrics.json` and `ranks.json` into `args.output_dir` and returns the metrics."""
     data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
@@ -201,6 +212,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "num_beams": num_beams,
             "ranking_weight": weight,
             "item_weight": item_weight,
+            "union_items": args.union_items,
             **{
                 f"settings of {name}": str(result["settings"])
                 for name, result in baselines.items()
@@ -222,10 +234,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
-    model.config.ranking_weight, model.config.item_weight = weight, item_weight
-    model.generation_config.num_beams = num_beams
-    model.config.save_pretrained(args.checkpoint)
-    model.generation_config.save_pretrained(args.checkpoint)
+    keep_choice(model, args.checkpoint, num_beams, weight, item_weight, args.union_items)
     return metrics
 
 

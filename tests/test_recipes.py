@@ -164,6 +164,8 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     )
     metrics = evaluate_checkpoint(measured)
     assert len(metrics["validation"]) == 4 and metrics["selection"]["item_weight"] in (0.0, 0.5)
+    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    assert (config.item_weight, config.union_items) == (metrics["selection"]["item_weight"], 4)
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
@@ -181,6 +183,8 @@ def test_a_row_of_recochain_is_trained_once_and_collected_with_its_baselines(pre
     result = json.loads((tmp_path / "default-0" / "result.json").read_text())
     cells = result["beams"]["6"]["cells"]
     assert all(cells["oracle"][name] >= cells["ranked"][name] for name in ("recall@5", "ndcg@5"))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "default-0/checkpoint", trust_remote_code=True).config
+    assert config.ranking_weight in {cell["ranking_weight"] for cell in result["beams"].values()}
     stages = [folder.name for folder in tmp_path.glob("stage-one-*")]
     assert sorted(stages) == ["stage-one-window7-l-0", "stage-one-window7-le-0"], "rows share a stage I"
     before = (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns

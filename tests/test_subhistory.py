@@ -313,7 +313,7 @@ def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone
 
 
 @pytest.mark.parametrize("at_once", [4, 2**16])
-def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_once, monkeypatch):
+def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_once, monkeypatch, tmp_path):
     monkeypatch.setattr(candidates_unigrf, "LEAVES_AT_ONCE", at_once)
     model = build_model()
     input_ids, mask, items = random_histories(model, [4, 2])
@@ -329,6 +329,12 @@ def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_
         best = scores[row].sort(descending=True).values[: min(5, len(allowed))]
         assert torch.isin(best, found.item_scores[row]).all()
     assert (found.item_indices[1] == -1).sum() >= 5 and (found.scores[found.item_indices < 0] == -torch.inf).all()
+    model.config.union_items = 5
+    model.save_pretrained(tmp_path)
+    saved = UniGRFForCausalLM.from_pretrained(tmp_path).recommend(input_ids, mask, num_return_sequences=8, **narrow)
+    assert torch.equal(saved.item_indices, found.item_indices), "what the checkpoint says is the default"
+    none = model.recommend(input_ids, mask, num_return_sequences=3, union_items=0, **narrow)
+    assert torch.equal(none.item_indices, beams)
 
 
 def test_an_item_level_score_that_does_not_exist_is_refused():
