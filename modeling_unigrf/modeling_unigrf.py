@@ -290,7 +290,10 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
                 nothing is to be learnt; shifted inside.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
-                it. The loss is then this micro-batch's share, so that accumulation does not change it.
+                it. The loss is then this micro-batch's share, so that accumulation does not change it. Candidates of a
+                second stage are weighted by that share, too, for want of a count of their own: exactly as without
+                accumulation if all micro-batches have as many supervised tokens a row, else rows beside longer ones count
+                more.
             negative_items (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
                 each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids, in
                 training: at every position they take the places of as many random `code_negatives`, or count

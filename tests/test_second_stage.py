@@ -215,6 +215,28 @@ def test_a_row_without_a_supervised_item_has_no_candidates_to_learn_from():
     assert nothing.ranking_loss == 0
 
 
+@pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [4, 4, 1, 1]])
+def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
+    """All that the Trainer counts are tokens: exact if the rows are equally long, else as written in `forward`."""
+    model = build_model(num_retrieved_items=3)
+    input_ids, mask, items = random_histories(model, lengths)
+    labels = input_ids.masked_fill((mask == 0) | (input_ids == model.config.bos_token_id), -100)
+    others = torch.tensor([[(row[-1] + step) % 30 for step in (0, 3, 7)] for row in items])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "candidates": others}
+    batch |= long_histories(model, [12, 2, 4, 6])
+    tokens = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        whole = model(**batch)
+        parts, shares = [], []
+        for part in (slice(0, 2), slice(2, 4)):
+            parts.append(model(**{name: value[part] for name, value in batch.items()}, num_items_in_batch=tokens))
+            shares.append(int((labels[part, 1:] != -100).sum()) / tokens)
+    ranking = sum(share * part.ranking_loss for share, part in zip(shares, parts, strict=True))
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.generation_loss + ranking)
+    if lengths[0] == lengths[-1]:
+        torch.testing.assert_close(ranking, whole.ranking_loss)
+
+
 def test_candidates_that_do_not_fit_are_refused():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3, 2])
