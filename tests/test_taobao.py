@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import taobao_train
+from recipes import taobao_scaling, taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
 from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
@@ -292,6 +292,40 @@ def test_a_linear_cost_is_extrapolated_exactly():
     assert all(slope["seconds"] == 3 for slope in slopes.values())
     assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
     assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
+
+
+def test_two_runs_make_one_table_of_what_all_would_take(arguments, prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(taobao_scaling, "FULL", {"items": 4000, "users": 1500, "samples": 9000})
+    tables = SyntheticArguments(str(tmp_path / "tables"), num_items=200, num_users=80, num_clusters=8, max_history=40)
+    smaller = TaobaoArguments(
+        str(main(tables)), str(tmp_path / "small"), codebook_sizes=[8, 8, 8], num_iterations=10, tokenizer=True
+    )
+    prepare(smaller)
+    larger = replace(arguments, output_dir=str(shutil.copytree(arguments.output_dir, tmp_path / "large")))
+    for one in (smaller, larger):
+        steps = ("--max_steps=4", "--logging_steps=2", "--eval_rows=4")
+        run_training(one, f"{one.output_dir}/training", *steps)
+        second = (
+            "--num_train_beams=4",
+            "--num_retrieved_items=3",
+            f"--init_from={one.output_dir}/training/checkpoint",
+        )
+        run_training(one, f"{one.output_dir}/second", *steps, *second)
+    file, note = tmp_path / "taobao.json", "Beside other work."
+    found = taobao_scaling.main(
+        taobao_scaling.ScalingArguments([smaller.output_dir, larger.output_dir], str(file), note)
+    )
+    assert json.loads(file.read_text()) == found
+    names = [one["what"] for one in found["training"]]
+    assert names == [f"{stage}, {count} items" for stage in ("stage I", "stage II") for count in (200, 400)]
+    assert [one["rows"] for one in found["training"]] == [32] * 4
+    rows, samples = (
+        sum(prepared[f"{split} {stage}"][name] for split in ("train", "test"))
+        for stage, name in (("rows", "rows"), ("clicks", "samples"))
+    )
+    assert found["training at full size"]["stage II"]["rows"] == round(9000 * rows / samples)
+    text = capsys.readouterr().out
+    assert "\n| codes | " in text and "\n| stage II, 400 items | " in text and note in text
 
 
 def test_peak_memory_counts_what_was_held_in_between():
