@@ -15,11 +15,8 @@ transformers over the whole sequences, the cache repeated for every candidate, o
 (their sum), ours. Floors: the prefill, and nothing but the matmuls of the tokens that both must run behind it.
 """
 
-import ctypes
-import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -39,7 +36,7 @@ from modeling_unigrf import CatalogueTrie, UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 from recipes import ranking_cost
 from recipes.decoding_report import BY_DICT, BY_PROCESSOR, MATMULS, OURS, REPEATED, WHOLE, draw, ratios
-from recipes.hardware import bf16_speed_up
+from recipes.hardware import PeakMemory, bf16_speed_up
 from recipes.peers import DictTrie, StaticTrie, random_catalogue
 from recipes.results import made_by
 
@@ -83,34 +80,6 @@ class BenchmarkArguments:
     )
 
 
-class PeakMemory:
-    """Megabytes that a block adds to the process at its peak; None where nobody counts them."""
-
-    def __enter__(self):
-        gc.collect()
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self._read("VmRSS")
-        return self
-
-    @staticmethod
-    def _read(name: str) -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
-
-    def __exit__(self, *_):
-        self.megabytes = None
-        if self.cuda:
-            self.megabytes = (torch.cuda.max_memory_allocated() - self.before) / 2**20
-        elif sys.platform == "linux":
-            self.megabytes = (self._read("VmHWM") - self.before) / 2**20
-
-
 @torch.no_grad()
 def measure(contenders: dict[str, Callable], repeats: int, seconds: float = 10.0) -> dict[str, dict]:
     """Medians of wall and CPU time in ms, and peak memory in MB, of each contender, run in turn."""
@@ -127,7 +96,7 @@ def measure(contenders: dict[str, Callable], repeats: int, seconds: float = 10.0
                     torch.cuda.synchronize()
                 runs[name].append((time.perf_counter() - wall, time.process_time() - cpu))
             if turn == 0:
-                megabytes[name] = memory.megabytes
+                megabytes[name] = None if memory.added is None else memory.added / 2**20
     figures = {}
     for name, all_of_them in runs.items():
         counted = all_of_them[1:] or all_of_them  # without the warm-up, unless it was long
@@ -268,7 +237,7 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
             start = time.perf_counter()
             tries[name] = build()
             seconds[name] = time.perf_counter() - start
-        dict_bytes = memory.megabytes  # of the last, which cannot say so itself
+        dict_bytes = memory.added  # of the last, which cannot say so itself
     ours, static, nested = tries.values()
     rows = []
     for users in (1, 16):
@@ -303,7 +272,7 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
                 dim=2,
             )[:, :real]
             scores, nodes = found[0][:, :real], found[2][:, :real]
-        sizes = {OURS: ours.nbytes["nodes"], "STATIC": static.nbytes, "nested dicts": (dict_bytes or 0) * 2**20}
+        sizes = {OURS: ours.nbytes["nodes"], "STATIC": static.nbytes, "nested dicts": dict_bytes or 0}
         for name, wall in steps.items():
             row = {
                 "items": len(codes),

@@ -336,3 +336,4 @@ def test_peak_memory_counts_what_was_held_in_between():
         torch.tensor(held.sum()).item()
         del held
     assert peak.private > before.private + (50 << 20) and peak.resident >= peak.private
+    assert peak.added > 50 << 20 > before.added
