@@ -412,6 +412,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
+        long_timestamps: torch.LongTensor | None = None,
         item_weight: float | None = None,
         union_items: int | None = None,
     ) -> UniGRFRecommendation:
@@ -438,7 +439,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
             request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for; by
                 default at the time of the last event.
-            long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
+            long_items, long_behaviors, long_timestamps (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
                 `config.num_retrieved_items`.
             item_weight (`float`, *optional*): Of the item-level score in `scores`; `config.item_weight` by default.
             union_items (`int`, *optional*): Rank this many items of the best item-level score as well, whether or not the
@@ -474,7 +475,9 @@ class UniGRFGenerationMixin(GenerationMixin):
                     f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
                 )
         attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
-        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
+        long_history = self._long_history(
+            len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
+        )
         if exclude_history:
             own = [history_items[rows == row] for row in range(len(input_ids))]
             extra = own if blocked_items is None else [torch.as_tensor(more).to(rows) for more in blocked_items]

@@ -272,6 +272,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
+        long_timestamps: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
         **kwargs,
     ) -> UniGRFCausalLMOutput:
@@ -310,6 +311,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
                 there on, or the answer leaks. Item indices, oldest first, -1 where there is none; indices into
                 `config.behaviors`, not needed if there is one.
+            long_timestamps (the same, *optional*): With timestamps: when each of them was; -1, the default, where not known.
             candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): With labels: item indices (-1: none) for
                 the last supervised item of each row, in place of the model's own beams.
 
@@ -334,7 +336,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         supervision = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
-            given = (negative_items, favorite_items, candidates, long_items, long_behaviors)
+            given = (negative_items, favorite_items, candidates, long_items, long_behaviors, long_timestamps)
             inputs, supervision = self._supervise(inputs, tokens, targets, *given)
 
         outputs = self.model(**inputs, **kwargs)
@@ -385,8 +387,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             vectors = nn.functional.normalize(vectors, dim=dim, eps=1e-6)
         return (states if self.config.code_temperature == 1.0 else states / self.config.code_temperature), vectors
 
-    def _long_history(self, batch_size: int, long_items, long_behaviors) -> LongHistory | None:
-        return check_long_history(self.config, self.catalogue.num_items, batch_size, long_items, long_behaviors)
+    def _long_history(self, batch_size: int, *given) -> LongHistory | None:
+        return check_long_history(self.config, self.catalogue.num_items, batch_size, *given)
 
     @torch.no_grad()
     def rank(
@@ -401,6 +403,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
+        long_timestamps: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
         Scores candidates that see the history and themselves, never each other; with `config.num_retrieved_items` also what
@@ -420,6 +423,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 as item indices, oldest first; -1 where there is none (padding, unknown items). Any H, also 0.
             long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; not needed if
                 there is one.
+            long_timestamps (`torch.LongTensor` of shape `(batch_size, H)`, *optional*): With `timestamps`: when each was, in
+                seconds from the same origin; -1, the default, where not known.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
@@ -439,7 +444,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
-        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
+        long_history = self._long_history(
+            len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
+        )
         length = input_ids.shape[1]
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)

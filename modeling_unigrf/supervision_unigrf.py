@@ -87,6 +87,7 @@ class UniGRFSupervisionMixin:
         candidates: torch.LongTensor | None,
         long_items: torch.LongTensor | None,
         long_behaviors: torch.LongTensor | None,
+        long_timestamps: torch.LongTensor | None,
     ) -> tuple[dict, Supervision]:
         """The backbone's inputs as they are to be run, and what the losses need; arguments and errors as of `forward`."""
         items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
@@ -122,7 +123,9 @@ class UniGRFSupervisionMixin:
             supervision.next_timestamps = inputs["next_timestamps"]
         if second_stage:
             supervision.candidates = candidates
-            supervision.long_history = self._long_history(len(tokens), long_items, long_behaviors)
+            supervision.long_history = self._long_history(
+                len(tokens), long_items, long_behaviors, long_timestamps, "timestamps" in inputs
+            )
             supervision.cache = DynamicCache()
             inputs |= {"past_key_values": supervision.cache, "use_cache": True}
         return inputs, supervision
