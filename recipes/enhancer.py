@@ -15,17 +15,16 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 from transformers.cache_utils import DynamicCache
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from recipes.callbacks import SavedTensors
 
 from recipes.histories import encode, of_a_forward
 
 
-class RankingDrivenEnhancer(TrainerCallback):
+class RankingDrivenEnhancer(SavedTensors):
     """
     Before an epoch, for each user at the last training position, without gradient: a pool of items is scored by retrieval
     and by ranking (our reading of UniGRF, section on the ranking-driven enhancer).
@@ -94,10 +93,10 @@ class RankingDrivenEnhancer(TrainerCallback):
         self.threshold, self.max_favorites, self.relabel, self.target = threshold, max_favorites, relabel, target
         self.warm_up_epochs, self.every_epochs = warm_up_epochs, every_epochs
         self.max_items, self.batch_size, self.seed = max_items, batch_size, seed
-        # Shared memory: workers of a data loader see what is written here later.
-        self.negatives = torch.full((len(items), num_negatives), -1).share_memory_()
-        self.favorites = torch.full((len(items), max(1, max_favorites)), -1).share_memory_()
-        self.refreshed_at, self.found = -1, {}
+        self.negatives = torch.full((len(items), num_negatives), -1)
+        self.favorites = torch.full((len(items), max(1, max_favorites)), -1)
+        self.found: dict[str, float] = {}
+        super().__init__("enhancer.safetensors", {"negatives": self.negatives, "favorites": self.favorites})
 
     def collator(self, collate: Callable) -> Callable:
         """Wraps a data collator: rows with a `user` also get the user's items; others (of an evaluation) pass as they are."""
@@ -109,7 +108,7 @@ class RankingDrivenEnhancer(TrainerCallback):
             negatives, favorites = self.negatives[users], self.favorites[users]
             positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
             batch = collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
-            if self.refreshed_at >= 0:
+            if self.made_at >= 0:
                 batch["negative_items"], batch["favorite_items"] = negatives, favorites
             return batch
 
@@ -131,31 +130,12 @@ class RankingDrivenEnhancer(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
         due = epoch - self.warm_up_epochs
-        if due < 0 or due % self.every_epochs or self.refreshed_at == epoch:
+        if due < 0 or due % self.every_epochs or self.made_at == epoch:
             return
         was_training = self.model.training
         self.model.eval()
         self._refresh(args, epoch)
         self.model.train(was_training)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Takes the pools of the checkpoint that the training is resumed from."""
-        file = self._file(args, state)
-        if state.global_step and file.is_file():
-            saved = load_file(file)
-            self.negatives.copy_(saved["negatives"])
-            self.favorites.copy_(saved["favorites"])
-            self.refreshed_at = int(saved["refreshed_at"])
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            pools = {"negatives": self.negatives, "favorites": self.favorites}
-            pools = {name: tensor.clone() for name, tensor in pools.items()}
-            save_file({**pools, "refreshed_at": torch.tensor(self.refreshed_at)}, self._file(args, state))
-
-    @staticmethod
-    def _file(args, state) -> Path:
-        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "enhancer.safetensors"
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and self.found:
@@ -181,7 +161,7 @@ class RankingDrivenEnhancer(TrainerCallback):
             for batch, negatives, favorites, seen in one:
                 self.negatives[batch], self.favorites[batch] = negatives, favorites
                 numbers += seen
-        self.refreshed_at = epoch
+        self.made_at = epoch
         names = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability")
         self.found = dict(zip(names, (numbers / len(self.items)).tolist(), strict=True))
         if args.process_index == 0:

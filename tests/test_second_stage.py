@@ -85,6 +85,16 @@ def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    before = torch.arange(12).expand(3, -1) - 1
+    with torch.no_grad():
+        own = model(
+            input_ids, mask, labels=labels, timestamps=times, long_timestamps=before, candidates=beams, **longer
+        )
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    own_times = {**longer, **timed, "long_timestamps": before}
+    with_own = expected_ranking_loss(model, input_ids, mask, candidates, own_times)
+    torch.testing.assert_close(own.ranking_loss, with_own, atol=3e-5, rtol=1e-4)
+    assert not torch.allclose(with_own, expected)
     timed["request_timestamps"] = times[:, -1] + 10**6
     assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
 
@@ -322,6 +332,26 @@ def second_stage_rows(model, count=16) -> Dataset:
         ids = input_ids[0].tolist()
         rows.append({"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
     return Dataset.from_list(rows)
+
+
+def test_kept_candidates_are_searched_for_at_the_time_of_the_true_item():
+    model = build_model("hstu", num_train_beams=4)
+    rows = second_stage_rows(model)
+    generator = torch.Generator().manual_seed(2)
+    times = [
+        torch.randint(1, 10**6, (len(row["input_ids"]),), generator=generator).sort().values.tolist() for row in rows
+    ]
+    found = {}
+    for name, some in (("timed", rows.add_column("timestamps", times)), ("not", rows)):
+        kept = KeptBeams(model, some, num_beams=6, batch_size=5)
+        kept.on_epoch_begin(TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
+        found[name] = kept.items
+    assert not torch.equal(found["timed"], found["not"])
+    beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    for row, time, items in zip(rows, times, found["timed"], strict=True):
+        history, before, asked_for = torch.tensor([row["input_ids"][:-5]]), torch.tensor([time[:-5]]), time[-5]
+        best = model.recommend(history, timestamps=before, request_timestamps=torch.tensor([asked_for]), **beams)
+        assert torch.equal(items, best.item_indices[0])
 
 
 def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_asked_for():
