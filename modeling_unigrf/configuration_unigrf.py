@@ -88,7 +88,7 @@ class UniGRFConfig(PreTrainedConfig):
         generation_loss_weight (`float`, defaults to 1.0):
             Weight of the generation loss; 0 for a ranker alone, which then does not compute it.
         ranking_loss_weight (`float`, defaults to 1.0):
-            Weight of the ranking loss; 0 for a retriever alone.
+            Weight of the ranking loss; 0 for a retriever alone, which then neither packs candidates nor computes it.
         item_loss_weight (`float`, defaults to 0.0):
             Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
             item vectors. Needs `item_embedding_dim` or `item_table_size`.

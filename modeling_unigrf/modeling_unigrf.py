@@ -39,7 +39,8 @@ class UniGRFCausalLMOutput(ModelOutput):
             negatives behind the sequence as well.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes, with
             `config.generation_loss_weight`.
-        ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
+        ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy, with
+            `config.ranking_loss_weight`.
         item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
             `config.item_loss_weight`.
         candidate_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of each row's last supervised item among

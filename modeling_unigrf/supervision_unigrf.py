@@ -66,7 +66,8 @@ class UniGRFSupervisionMixin:
 
     @property
     def _negatives_per_item(self) -> float:
-        return self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
+        is_ranked = self.config.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
+        return self.config.negatives_per_item if is_ranked else 0.0
 
     @property
     def _second_stage(self) -> bool:
@@ -91,7 +92,7 @@ class UniGRFSupervisionMixin:
     ) -> tuple[dict, Supervision]:
         """The backbone's inputs as they are to be run, and what the losses need; arguments and errors as of `forward`."""
         items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
-        second_stage = candidates is not None or self._second_stage
+        second_stage = self.config.ranking_loss_weight > 0 and (candidates is not None or self._second_stage)
         seen = inputs["attention_mask"]
         own = inputs["past_key_values"] is not None or inputs["position_ids"] is not None
         if own or (seen is not None and seen.dim() != 2):
@@ -219,7 +220,7 @@ class UniGRFSupervisionMixin:
                 supervision.long_history,
                 supervision.next_timestamps,
             )
-        else:
+        elif config.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision.items, supervision.negatives)
         if config.item_loss_weight:
             losses["item_loss"] = self._item_loss(hidden_states, supervision.items)

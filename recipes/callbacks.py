@@ -75,7 +75,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         form (`str`): `"loss_ratio"` or `"gradient_norm"`, which takes a second backward through the heads.
 
     Raises:
-        ValueError: on arguments that are not positive and, in training, if a loss is not finite.
+        ValueError: on arguments that are not positive and, in training, if a loss is not finite or not computed.
     """
 
     names = ("generation_loss", "ranking_loss")
@@ -104,6 +104,12 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         return {"args": arguments, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trained = (model.config.generation_loss_weight, model.config.ranking_loss_weight)
+        if 0 in trained:
+            raise ValueError(
+                f"Expected two losses to weigh, found generation_loss_weight and ranking_loss_weight {trained}. Train without "
+                "adaptive weights, or both losses."
+            )
         self.model = model
         self.model.task_weights = tuple(self.weights)
         self.model.measures_gradients = self.form == "gradient_norm"
