@@ -15,10 +15,10 @@
 Time (of one core, since a shared machine tells nothing by its clock), memory and disk of a stage are taken to grow
 linearly with what it reads (`UNITS`), from the larger run on. The sample for the codebooks does not grow with the items:
 its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. An epoch is a row for each click, at
-the larger run's time a row. Two things are measured at full size
+the larger run's time a row. Some things are measured at full size
 instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
-ids, whose difference to one among the larger run's is added for each history item, and a model with all codes and their
-trie. Disk and network are not told by tables that lie in the page cache.
+ids, whose difference to one among the larger run's is added for each history item; the memory of sorting the ids and of
+the suffixes, which in small runs hides behind buffers; and a model with all codes and their trie. Disk and network are not told by tables that lie in the page cache.
 """
 
 import json
@@ -32,10 +32,11 @@ from transformers import HfArgumentParser
 from recipes.hardware import PeakMemory
 from recipes.results import made_by
 from recipes.taobao import TaobaoArguments
-from recipes.taobao_items import DIM
+from recipes.taobao_items import DIM, sort_ids
 from recipes.taobao_report import table
 from recipes.taobao_tables import BATCH_USERS, find_items
 from recipes.taobao_train import TaobaoTrainArguments, build_model
+from tokenization import assign_suffixes, codebook_health
 
 FULL = {"items": 35_400_000, "users": 8_790_000, "samples": 99_000_000}
 UNITS = {
@@ -49,6 +50,7 @@ UNITS = {
 }
 MEASURES = ("seconds", "cpu_seconds", "peak_mb", "private_mb", "disk_mb")
 DEFAULTS = TaobaoArguments("", "")
+SIZES = [*DEFAULTS.codebook_sizes, 64]
 
 
 @dataclass
@@ -105,18 +107,35 @@ def lookup_seconds(num_items: int) -> float:
     return float(np.median(times))
 
 
-def full_model() -> dict[str, float]:
-    """Time and memory of an untrained model with `FULL["items"]` codes and embeddings, which stand for a mapped file."""
+def full_codes() -> np.ndarray:
+    """`FULL["items"]` distinct codes, int32 `[N, 4]`."""
     number = np.random.default_rng(0).permutation(FULL["items"])
     codes = np.empty((FULL["items"], 4), np.int32)
     for level, shift in ((0, 24), (1, 12), (2, 0)):
         codes[:, level] = (number % 2**24 * 4093 % 2**36) >> shift & 4095
     codes[:, 3] = number >> 24
-    del number
+    return codes
+
+
+def full_arrays(codes: np.ndarray) -> dict[str, float]:
+    """Megabytes that the stages of `UNITS` add which hold arrays of all items."""
+    ids = np.random.default_rng(0).integers(-(2**63), 2**63, FULL["items"], dtype=np.int64)
+    with PeakMemory() as sorting:
+        sort_ids(ids)
+    added = {"items": (sorting.added + ids.nbytes) / 2**20}
+    del ids
+    with PeakMemory() as suffixes:
+        assign_suffixes(codes[:, :-1])
+        codebook_health(codes[:, :-1], SIZES[:-1])
+    return added | {"suffixes": suffixes.added / 2**20}
+
+
+def full_model(codes: np.ndarray) -> dict[str, float]:
+    """Time and memory of an untrained model of these codes and as many embeddings, which stand for a mapped file."""
     start = time.process_time()
     with PeakMemory() as peak:
         embeddings = np.zeros((FULL["items"], DIM), np.int8)  # never written to: no page of it is held
-        model = build_model(TaobaoTrainArguments("", ""), codes, embeddings, [4096, 4096, 4096, 64])
+        model = build_model(TaobaoTrainArguments("", ""), codes, embeddings, SIZES)
     with PeakMemory() as after:
         model.catalogue.trie  # noqa: B018 - built at first use
     return {
@@ -169,6 +188,10 @@ def main(args: ScalingArguments) -> dict:
     history_items = large["rows"]["history_items"] / large["rows"]["users"] * FULL["users"]
     for key in ("seconds", "cpu_seconds"):
         full["rows"][key] += history_items * (lookups[FULL["items"]] - lookups[large["items"]["items"]])
+    codes = full_codes()
+    for stage, added in full_arrays(codes).items():
+        more = large[stage]["private_mb"] + added - full[stage]["private_mb"]
+        full[stage] |= {key: full[stage][key] + max(0.0, more) for key in ("private_mb", "peak_mb")}
     trainings = {
         stage: [
             training(Path(run), stage, folder, measured)
@@ -186,7 +209,7 @@ def main(args: ScalingArguments) -> dict:
             for stage, slope in slopes.items()
         },
         "lookup_ns": {str(count): round(1e9 * seconds, 1) for count, seconds in lookups.items()},
-        "model at full size": full_model(),
+        "model at full size": full_model(codes),
         "runs": [small, large],
         "training": [one for pair in trainings.values() for one in pair],
         "training at full size": {stage: whole_training(*pair, [small, large]) for stage, pair in trainings.items()},

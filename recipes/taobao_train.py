@@ -138,6 +138,7 @@ def build_model(
         item_table_size=args.item_table_size,
         **fields,
     )
+    config.num_items = 1  # until the catalogue comes: one of all items need not be made up first
     model = UniGRFForCausalLM(config)
     model.set_catalogue(codes, embeddings)
     return model
