@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
-import modeling_unigrf  # noqa: F401  # registers the model with the Auto classes
-import tokenization  # noqa: F401
+import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
+from modeling_unigrf import UniGRFConfig
 from recipes.baselines import baseline_results
 from recipes.histories import encode, padded
 from recipes.training_rows import columns_read
@@ -153,13 +153,12 @@ def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: Evalua
 
 
 def keep_choice(
-    model, checkpoint: str | Path, num_beams: int, ranking_weight: float, item_weight: float, union_items: int
+    checkpoint: str | Path, num_beams: int, ranking_weight: float, item_weight: float, union_items: int
 ) -> None:
     """Writes what was chosen into the checkpoint's own config: the defaults of `recommend` and of the pipeline."""
-    model.config.ranking_weight, model.config.item_weight = ranking_weight, item_weight
-    model.config.union_items, model.generation_config.num_beams = union_items, num_beams
-    model.config.save_pretrained(checkpoint)
-    model.generation_config.save_pretrained(checkpoint)
+    chosen = {"ranking_weight": ranking_weight, "item_weight": item_weight, "union_items": union_items}
+    UniGRFConfig.from_pretrained(checkpoint, **chosen).save_pretrained(checkpoint)
+    GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
 
 
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
@@ -234,7 +233,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
-    keep_choice(model, args.checkpoint, num_beams, weight, item_weight, args.union_items)
+    keep_choice(args.checkpoint, num_beams, weight, item_weight, args.union_items)
     return metrics
 
 

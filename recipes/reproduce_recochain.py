@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
 from recipes.baselines import baseline_results
-from recipes.evaluate import METRICS, EvaluateArguments, candidates, keep_choice, lists_and_ranks
+from recipes.evaluate import METRICS, EvaluateArguments, candidates, lists_and_ranks
 from recipes.results import made_by
 from tokenization import SemanticIdTokenizer
 
@@ -96,7 +96,7 @@ def train_stages(args: ReproduceArguments, row: dict) -> Path:
 
 
 def measure(args: ReproduceArguments, row: dict, checkpoint: Path) -> dict[str, dict]:
-    """For every number of beams: generation, ranked, oracle, and what validation chose; the best is the checkpoint's."""
+    """For every number of beams: generation, ranked, oracle, and what validation chose."""
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
@@ -118,7 +118,7 @@ def measure(args: ReproduceArguments, row: dict, checkpoint: Path) -> dict[str, 
         found = metric.compute(predictions=lists, references=references.tolist())
         return {name: found[name] for name in COLUMNS}
 
-    results, best = {}, -1.0
+    results = {}
     for num_beams in args.num_beams:
         found = {name: candidates(model, tokenizer, dataset[name], num_beams, asked) for name in targets}
         tried = {
@@ -128,9 +128,6 @@ def measure(args: ReproduceArguments, row: dict, checkpoint: Path) -> dict[str, 
             for weight in args.ranking_weights
         }
         weight = max(tried, key=lambda one: tried[one]["ndcg@10"])
-        if tried[weight]["ndcg@10"] > best:
-            best = tried[weight]["ndcg@10"]
-            keep_choice(model, checkpoint, num_beams, weight, 0.0, args.union_items)
         lists = {
             name: lists_and_ranks(found["test"], used, targets["test"], 10)[0]
             for name, used in (("generation", 0.0), ("ranked", weight), ("ranked at weight 1", 1.0))

@@ -183,8 +183,6 @@ def test_a_row_of_recochain_is_trained_once_and_collected_with_its_baselines(pre
     result = json.loads((tmp_path / "default-0" / "result.json").read_text())
     cells = result["beams"]["6"]["cells"]
     assert all(cells["oracle"][name] >= cells["ranked"][name] for name in ("recall@5", "ndcg@5"))
-    config = AutoModelForCausalLM.from_pretrained(tmp_path / "default-0/checkpoint", trust_remote_code=True).config
-    assert config.ranking_weight in {cell["ranking_weight"] for cell in result["beams"].values()}
     stages = [folder.name for folder in tmp_path.glob("stage-one-*")]
     assert sorted(stages) == ["stage-one-window7-l-0", "stage-one-window7-le-0"], "rows share a stage I"
     before = (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns

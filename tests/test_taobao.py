@@ -294,6 +294,7 @@ def test_a_linear_cost_is_extrapolated_exactly():
     assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
 
 
+@pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
 def test_two_runs_make_one_table_of_what_all_would_take(arguments, prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(taobao_scaling, "FULL", {"items": 4000, "users": 1500, "samples": 9000})
     tables = SyntheticArguments(str(tmp_path / "tables"), num_items=200, num_users=80, num_clusters=8, max_history=40)
