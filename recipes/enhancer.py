@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
 from recipes.callbacks import SavedTensors
-
 from recipes.histories import encode, of_a_forward
 
 

@@ -73,13 +73,13 @@ def batches(model, tokenizer, split: Dataset, args: EvaluateArguments, desc: str
 
 
 def long_histories(model, split: Dataset, rows: np.ndarray, args: EvaluateArguments) -> dict[str, torch.Tensor]:
-    """`long_items` and `long_behaviors [b, H]` of some users, for a model that reads them."""
+    """`long_items`, `long_behaviors` and, with times, `long_timestamps [b, H]` of some users, for a model that reads them."""
     if not model.config.num_retrieved_items:
         return {}
     users = [split[int(row)] for row in rows]
     return {
         f"long_{name}": padded([user[name][-args.max_long_items :] for user in users]).to(model.device)
-        for name in ("items", "behaviors")
+        for name in columns_read(split, model.config.reads_times)
     }
 
 

@@ -146,6 +146,7 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
         longer = {}
         if model.config.num_retrieved_items:  # all of each history, also what is not read
             columns = {"long_items": histories.items, "long_behaviors": histories.behaviors}
+            columns |= {} if histories.timestamps is None else {"long_timestamps": histories.timestamps}
             longer = {name: padded([column[row] for row in rows]).to(model.device) for name, column in columns.items()}
         best = model.recommend(
             **batch,

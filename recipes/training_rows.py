@@ -162,8 +162,8 @@ def second_stage_rows(
     would end a window.
 
     Returns:
-        Dataset with the columns of `spell`, `long_items` and `long_behaviors` (up to `max_long_items` before the last item,
-        and never that item or a later one), unless that is 0.
+        Dataset with the columns of `spell`, `long_items`, `long_behaviors` and, with times, `long_timestamps` (up to
+        `max_long_items` before the last item, and never that item or a later one), unless that is 0.
     """
     ends = [
         (user, end)
@@ -177,7 +177,7 @@ def second_stage_rows(
         row = spell(tokenizer, *(column[user][max(0, end - 1 - max_items) : end] for column in columns.values()))
         if max_long_items:
             before = slice(max(0, end - 1 - max_long_items), end - 1)
-            row |= {f"long_{name}": columns[name][user][before] for name in ("items", "behaviors")}
+            row |= {f"long_{name}": column[user][before] for name, column in columns.items()}
         return row
 
     places = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
@@ -202,17 +202,17 @@ def held_out_rows(
         row = spell(tokenizer, *([*user[name][-max_items:], user[target]] for name, target in columns.items()))
         row["labels"][: -tokenizer.num_levels - 1] = -100
         if max_long_items:
-            row |= {f"long_{name}": user[name][-max_long_items:] for name in ("items", "behaviors")}
+            row |= {f"long_{name}": user[name][-max_long_items:] for name in columns}
         return row
 
     return split.map(append, remove_columns=split.column_names, desc="validation rows")
 
 
 class Collator(DataCollatorForSeq2Seq):
-    """Pads long histories with -1, which is no item, and the rest as the tokenizer does."""
+    """Pads long histories with -1, which is no item and no time, and the rest as the tokenizer does."""
 
     def __call__(self, features, return_tensors=None):
-        names = {"long_items", "long_behaviors"} & set(features[0])
+        names = {"long_items", "long_behaviors", "long_timestamps"} & set(features[0])
         longer = {name: padded([row[name] for row in features]) for name in names}
         rest = [{name: value for name, value in row.items() if name not in names} for row in features]
         return {**super().__call__(rest, return_tensors), **longer}

@@ -153,15 +153,15 @@ def with_times(dataset: Dataset) -> Dataset:
     return dataset.add_column("timestamps", times).add_column("request_timestamp", requests)
 
 
-def timed_model(tokenizer):
-    model = build_model("hstu")
+def timed_model(tokenizer, **config):
+    model = build_model("hstu", **config)
     model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
     return model
 
 
-@pytest.mark.parametrize("asked_for", [True, False])
-def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(tokenizer, tmp_path, asked_for):
-    model = timed_model(tokenizer)
+@pytest.mark.parametrize(("asked_for", "retrieved"), [(True, 0), (False, 0), (True, 2)])
+def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(tokenizer, tmp_path, asked_for, retrieved):
+    model = timed_model(tokenizer, num_retrieved_items=retrieved)
     dataset = with_times(histories())
     dataset = dataset if asked_for else dataset.remove_columns("request_timestamp")
     strange = changed(dataset, {4: {"items": ["?", *dataset[4]["items"][1:]]}})
@@ -169,13 +169,16 @@ def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(toke
     found = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
     rows = []
     for user in strange:
-        known = [index for index, item in enumerate(user["items"]) if item != "?"][-6:]
-        items, behaviors, times = (
-            [user[name][index] for index in known] for name in ("items", "behaviors", "timestamps")
-        )
+        known = [index for index, item in enumerate(user["items"]) if item != "?"]
+        everything = [[user[name][index] for index in known] for name in ("items", "behaviors", "timestamps")]
+        items, behaviors, times = (column[-6:] for column in everything)
         inputs = tokenizer.encode_history(items, behaviors, timestamps=times, return_tensors="pt")
         if asked_for:
             inputs["request_timestamps"] = torch.tensor([user["request_timestamp"] or -1])
+        if retrieved:
+            inputs["long_items"] = torch.tensor(tokenizer.item_indices(everything[0]))[None]
+            inputs["long_behaviors"] = torch.tensor([[tokenizer.behaviors.index(name) for name in everything[1]]])
+            inputs["long_timestamps"] = torch.tensor([[-1 if time is None else time for time in everything[2]]])
         blocked = [tokenizer.item_indices(user["items"], unknown="skip")]
         best = model.recommend(**inputs, blocked_items=blocked, **ASKED)
         ids = [tokenizer.item_ids[item] for item in best.item_indices[0]]

@@ -140,6 +140,11 @@ def test_rows_of_the_second_stage_have_the_times_of_their_items(world):
     for row, (user, end) in zip(rows, places, strict=True):
         times = np.array(histories[user]["timestamps"][max(0, end - 4) : end])
         assert row["timestamps"] == tokenizer.encode_times(times).tolist()
+        assert row["long_timestamps"] == histories[user]["timestamps"][max(0, end - 6) : end - 1]
+    held_out = training_rows.held_out_rows(splits["test"], tokenizer, 3, 5, with_times=True)
+    assert held_out["long_timestamps"][:] == [user["timestamps"][-5:] for user in splits["test"]]
+    batch = Collator(tokenizer)([held_out[0], rows[0]])
+    assert batch["long_timestamps"].shape == batch["long_items"].shape and (batch["long_timestamps"][1] == -1).all()
 
 
 def requests(tokenizer, split, max_items):
@@ -184,7 +189,10 @@ def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
     assert differ > len(split) / 4, "the time of the request matters"
 
 
-@pytest.mark.parametrize("how", [[], ["--enhancer", "--relabel"], ["--num_train_beams=4", "--beams_kept_epochs=1"]])
+@pytest.mark.parametrize(
+    "how",
+    [[], ["--enhancer", "--relabel"], ["--num_train_beams=4", "--num_retrieved_items=2", "--beams_kept_epochs=1"]],
+)
 def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", {"neighbours": (20,), "shrink": (0.0,), "window": (3,)})
     arguments = [
