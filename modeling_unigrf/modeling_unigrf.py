@@ -270,6 +270,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
+        blocked_items: torch.LongTensor | None = None,
         **kwargs,
     ) -> UniGRFCausalLMOutput:
         """
@@ -305,6 +306,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 `config.behaviors`, not needed if there is one.
             candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): With labels: item indices (-1: none) for
                 the last supervised item of each row, in place of the model's own beams.
+            blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): With labels and `config.num_train_beams`:
+                items (-1: none) that no beam is spent on, as `recommend` will block them: where nothing is listed twice, what
+                the user had before the last supervised item. That item is ranked even if it is among them.
 
         Raises:
             ValueError: if a supervised item is not in the catalogue, negatives or candidates are asked for together with a 4-D
@@ -327,7 +331,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         supervision = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
-            given = (negative_items, favorite_items, candidates, long_items, long_behaviors)
+            given = (negative_items, favorite_items, candidates, long_items, long_behaviors, blocked_items)
             inputs, supervision = self._supervise(inputs, tokens, targets, *given)
 
         outputs = self.model(**inputs, **kwargs)

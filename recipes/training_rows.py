@@ -123,26 +123,34 @@ def second_stage_rows(
     passes: int,
     max_long_items: int,
     stride: int | None = None,
+    exclude_history: bool = False,
 ) -> Dataset:
     """
     Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
-    would end a window.
+    would end a window, or for every `stride`-th item, counted from the last one.
 
     Returns:
         Dataset as of `packed_rows`, with `long_items` and `long_behaviors` (up to `max_long_items` before the last item,
-        and never that item or a later one), unless that is 0.
+        and never that item or a later one), unless that is 0; and, to `exclude_history`, with `blocked_items`, all before the
+        last item.
     """
-    ends = [
-        (user, end)
-        for user, items in enumerate(histories["items"])
-        for end in sorted({end for _, end in cut_windows(len(items), max_items, passes, stride)})
-    ]
+
+    def places(length: int) -> list[int]:
+        if (
+            stride is not None
+        ):  # a short history is none that a longer one holds: only the last item of a row is ranked
+            return list(range(length, 0, -stride))[::-1]
+        return sorted({end for _, end in cut_windows(length, max_items, passes)})
+
+    ends = [(user, end) for user, items in enumerate(histories["items"]) for end in places(len(items))]
     items, behaviors = histories["items"][:], histories["behaviors"][:]
 
     def spell(batch):
         rows = {"input_ids": [], "attention_mask": [], "labels": []}
         if max_long_items:
             rows |= {"long_items": [], "long_behaviors": []}
+        if exclude_history:
+            rows["blocked_items"] = []
         for user, end in zip(batch["user"], batch["end"], strict=True):
             window = slice(max(0, end - 1 - max_items), end)
             tokens = tokenizer.encode_indices(np.array(items[user][window]), np.array(behaviors[user][window]))
@@ -153,16 +161,24 @@ def second_stage_rows(
                 before = slice(max(0, end - 1 - max_long_items), end - 1)
                 rows["long_items"].append(items[user][before])
                 rows["long_behaviors"].append(behaviors[user][before])
+            if exclude_history:
+                rows["blocked_items"].append(items[user][: end - 1])
         return rows
 
     columns = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
     return Dataset.from_dict(columns).map(spell, batched=True, remove_columns=list(columns), desc="training rows")
 
 
-def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, max_long_items: int = 0) -> Dataset:
+def held_out_rows(
+    split: Dataset,
+    tokenizer: SemanticIdTokenizer,
+    max_items: int,
+    max_long_items: int = 0,
+    exclude_history: bool = False,
+) -> Dataset:
     """
     Histories followed by their target, on which alone the loss is taken; columns as in `packed_rows` or, with
-    `max_long_items`, in `second_stage_rows`.
+    `max_long_items` or `exclude_history`, in `second_stage_rows`.
     """
 
     def append(user):
@@ -174,16 +190,18 @@ def held_out_rows(split: Dataset, tokenizer: SemanticIdTokenizer, max_items: int
         row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
         if max_long_items:
             row |= {f"long_{name}": user[name][-max_long_items:] for name in ("items", "behaviors")}
+        if exclude_history:
+            row["blocked_items"] = user["items"]
         return row
 
     return split.map(append, remove_columns=split.column_names, desc="validation rows")
 
 
 class Collator(DataCollatorForSeq2Seq):
-    """Pads long histories with -1, which is no item, and the rest as usual."""
+    """Pads lists of items with -1, which is no item, and the rest as usual."""
 
     def __call__(self, features, return_tensors=None):
-        names = {"long_items", "long_behaviors"} & set(features[0])
+        names = {"long_items", "long_behaviors", "blocked_items"} & set(features[0])
         longer = {name: padded([row[name] for row in features]) for name in names}
         rest = [{name: value for name, value in row.items() if name not in names} for row in features]
         return {**super().__call__(rest, return_tensors), **longer}
