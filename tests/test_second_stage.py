@@ -70,6 +70,24 @@ def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backb
     assert out.past_key_values is None
 
 
+def test_no_beam_of_training_is_spent_on_a_blocked_item_and_the_target_is_ranked_all_the_same():
+    model = build_model(num_retrieved_items=3, num_train_beams=6)
+    input_ids, mask, items = random_histories(model, [4, 2, 1])
+    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    targets = torch.tensor([row[-1] for row in items])
+    asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    first = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **longer).item_indices[:, :3]
+    blocked = torch.cat([first, torch.tensor([[-1, -1], [-1, -1], [-1, -1]]), targets[:, None]], dim=1)
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, blocked_items=blocked, **longer).ranking_loss
+    lists = [row[row >= 0] for row in blocked]
+    beams = model.recommend(input_ids[:, :-5], mask[:, :-5], blocked_items=lists, **asked, **longer).item_indices
+    assert not (beams == targets[:, None]).any()
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    expected = expected_ranking_loss(model, input_ids, mask, candidates, longer)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+
+
 def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     model = build_model("hstu", num_retrieved_items=3, num_train_beams=6)
     input_ids, mask, _ = random_histories(model, [4, 4, 4])
