@@ -1,7 +1,7 @@
 """RecoChain on prepared data: what ranking adds to the beams, one command a row of the table.
 
     python -m recipes.reproduce_recochain --data_dir data --row default --seed 0     # trains both stages, or goes on
-    python -m recipes.reproduce_recochain --data_dir data --collect ml1m    # recipes/results/recochain_ml1m.json and .png
+    python -m recipes.reproduce_recochain --data_dir data --collect recochain    # recipes/results/recochain.json and .png
 
 Our reading (arXiv 2604.25787): stage I on generation and the item-level score, stage II on the model's own beams with
 sub-histories. Leave-one-out, items are scored over the whole catalogue; the weights of the fusion are chosen for every
@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
 from recipes.evaluate import EvaluateArguments, candidates, lists_and_ranks
+from recipes.recochain_report import COLUMNS, collect
 from recipes.results import made_by
 from tokenization import SemanticIdTokenizer
 
@@ -40,7 +41,6 @@ ROWS: dict[str, dict] = {
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
-COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 APART = ("data_dir", "output_dir", "collect", "num_beams", "union_items")  # of the arguments: no part of what a run is
 
 
@@ -271,4 +271,9 @@ def run(args: ReproduceArguments) -> None:
 
 
 if __name__ == "__main__":
-    run(HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0])
+    arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
+    if arguments.collect:
+        num_items = SemanticIdTokenizer.from_pretrained(Path(arguments.data_dir) / "tokenizer").num_items
+        collect(Path(arguments.output_dir), Path(arguments.data_dir), num_items, arguments.collect)
+    else:
+        run(arguments)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from recipes import decoding_report, unigrf_report
+from recipes import decoding_report, recochain_report, unigrf_report
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -111,7 +111,12 @@ def write_readme(readme: Path) -> str:
         begin, end = f"<!-- results:{file.stem} -->\n", f"<!-- end:{file.stem} -->"
         if begin in text:
             results = json.loads(file.read_text())
-            write = {"decoding": decoding_report.table, "unigrf_ml1m": unigrf_report.table}.get(file.stem, table)
+            write = {
+                "decoding": decoding_report.table,
+                "unigrf_ml1m": unigrf_report.table,
+                "recochain": recochain_report.table,
+                "recochain_beauty": recochain_report.table,
+            }.get(file.stem, table)
             content = begin + "\n" + write(results) + "\n\n" + end
             text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, new=content: new, text, flags=re.DOTALL)
     return text
