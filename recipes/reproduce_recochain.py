@@ -30,7 +30,15 @@ from recipes.results import made_by
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
-BASE = {"window": 7, "retrieved": 10, "exclude": False, "detach": False, "learned": True, "embedding": True}
+BASE = {
+    "window": 7,
+    "retrieved": 10,
+    "exclude": False,
+    "detach": False,
+    "learned": True,
+    "embedding": True,
+    "times": 1,
+}
 # What a row changes.
 ROWS: dict[str, dict] = {
     "default": {},
@@ -38,6 +46,8 @@ ROWS: dict[str, dict] = {
     **{f"window{items}": {"window": items} for items in (31, 127)},
     "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
+    "long": {"times": 3},  # stage II
+    "long-k0": {"times": 3, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
@@ -127,7 +137,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         *shared_arguments(args),
         f"--output_dir={folder_of(args)}",
         f"--bf16={args.bf16}",
-        f"--num_train_epochs={args.second_epochs}",
+        f"--num_train_epochs={args.second_epochs * row['times']}",
         f"--stride={args.second_stride}",
         f"--per_device_train_batch_size={args.second_batch_size}",
         f"--learning_rate={args.second_learning_rate}",
