@@ -14,7 +14,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes import reproduce_recochain, train, training_rows
+from recipes import recochain_report, reproduce_recochain, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -173,7 +173,9 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert len(dataset["test"]) == metrics["protocol"]["users"]
 
 
-def test_a_row_of_recochain_is_trained_once_and_every_number_of_beams_is_measured_once(prepared, tmp_path):
+def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
+    prepared, tmp_path, monkeypatch
+):
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {"passes": 1, "second_stride": 4, "num_train_beams": 4, "exclude_history": True, "union_items": 5}
 
@@ -199,6 +201,18 @@ def test_a_row_of_recochain_is_trained_once_and_every_number_of_beams_is_measure
             assert all(cells["oracle"][column] >= value for column, value in cells[name].items())
         gain = result["gain"]["ranked"]["recall@10"]["difference"]
         assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
+
+    monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
+    for _ in range(2):  # the second time with the baselines of the first
+        recochain_report.collect(tmp_path, prepared, 30, "recochain_beauty")
+    data = json.loads((tmp_path / "recochain_beauty.json").read_text())
+    assert len(data["rows"]) == 6 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
+    rows = recochain_report.table(data).splitlines()
+    for beginning in ("| default | 3 | 1 |", "| k0 | 3 + 5 items | 1 |", "| popularity |", "| *TIGER, published* |"):
+        assert sum(row.startswith(beginning) for row in rows) == 1
+    one = next(row for row in data["rows"] if (row["row"], row["beams"], row["union"]) == ("k0", 3, 5))
+    several = {**one, "gain": {"ranked": {"recall@5": {"relative": [0.1, 0.3]}}}}
+    assert recochain_report.gain_of(several, "recall@5") == (pytest.approx(20), pytest.approx(10 * 2**0.5))
 
 
 def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
