@@ -203,7 +203,7 @@ def second_stage_loss(
 ) -> torch.Tensor:
     """
     RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
-    model's own beams, the true item among them. All their tokens are run here, the true item's as the others': nothing of
+    model's own beams, the true item among them (unless `config.inject_target` leaves it to the search). All their tokens are run here, the true item's as the others': nothing of
     them is left from the search. In training that search has the dropout of training.
 
     Args:
@@ -246,7 +246,8 @@ def second_stage_loss(
         )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
-    candidates = with_targets(candidates, targets, model._generator(number.device))
+    if config.inject_target:
+        candidates = with_targets(candidates, targets, model._generator(number.device))
     if config.detach_history:
         cache, history_states = detached(cache), history_states.detach()
     items = candidates.clamp(min=0)

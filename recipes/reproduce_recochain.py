@@ -38,6 +38,7 @@ BASE = {
     "learned": True,
     "embedding": True,
     "times": 1,
+    "inject": True,
 }
 # What a row changes.
 ROWS: dict[str, dict] = {
@@ -48,6 +49,8 @@ ROWS: dict[str, dict] = {
     "history-detached": {"detach": True},
     "long": {"times": 3},  # stage II
     "long-k0": {"times": 3, "retrieved": 0},
+    "not-injected": {"inject": False},
+    "not-injected-k0": {"inject": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
@@ -145,6 +148,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--exclude_candidate={row['exclude']}",
         f"--detach_history={row['detach']}",
         f"--num_train_beams={args.num_train_beams}",
+        f"--config_fields={json.dumps({} if row['inject'] else {'inject_target': False})}",
         f"--max_long_items={args.max_long_items}",
         f"--exclude_history={args.exclude_history}",
     ]

@@ -123,6 +123,25 @@ def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
     torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
 
 
+def test_a_target_that_the_search_missed_is_no_candidate_unless_it_is_injected():
+    model = build_model(num_train_beams=6, inject_target=False)
+    input_ids, mask, _ = random_histories(model, [4, 4, 4])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked).item_indices
+    targets = model.catalogue.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    given = torch.where(beams == targets[:, None], -1, beams)
+    given[0, 0] = targets[0]
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, candidates=given).ranking_loss
+        logits = model.rank(input_ids[:, :-5], mask[:, :-5], given.clamp(min=0))
+    happened = (given == targets[:, None])[given >= 0].float()
+    of_next = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 0][given >= 0], happened)
+    behavior = torch.tensor([float(int(input_ids[0, -1]) == one) for one in model.config.behavior_token_ids])
+    of_behaviors = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, 0, 1:], behavior, reduction="none")
+    torch.testing.assert_close(found, torch.stack([of_next, *of_behaviors]).mean(), atol=3e-5, rtol=1e-4)
+
+
 def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monkeypatch):
     gradients = []
     for at_once in (64, 3):
