@@ -103,7 +103,15 @@ def _row(row: str, beams: int, union: int, group: list[dict]) -> dict:
             for one in group[0]["gain"]
         },
         "weights": [run["weights"] for run in group],
-        "calibration": group[0]["calibration"],
+        "calibration": {
+            users: {
+                "expected calibration error": round(found["expected calibration error"], 5),
+                "predicted, observed": [
+                    [round(one["predicted"], 5), round(one["observed"], 5)] for one in found["bins"]
+                ],
+            }
+            for users, found in group[0]["calibration"].items()
+        },
         "users": group[0]["users"],
         "seconds": [round(run["seconds"], 1) for run in group],
     }
@@ -130,7 +138,10 @@ def table(data: dict) -> str:
             spread = "" if row["std"] is None else f" ± {row['std'][one][column]:.4f}"
             return f"{row['test'][one][column]:.4f}{spread}"
 
-        cells = [row["row"], f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")]
+        beams = f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")
+        if row["arguments"]["test_users"]:
+            beams += f" ({row['users']['test']:,} users)"
+        cells = [row["row"], beams]
         cells += [str(len(row["seeds"])), cell("generation", "recall@5"), cell("ranked", "recall@5")]
         cells.append("{:+.1f} ± {:.1f}".format(*gain_of(row, "recall@5")))
         cells += [
@@ -163,38 +174,47 @@ def draw(data: dict, file: Path) -> None:
     if default is None:
         return
     at_20 = {row["row"]: row for row in rows if row["beams"] == 20}
-    panels = {
-        "beams": {row["beams"]: row for row in rows if row["row"] == "default"},
-        "retrieved": {
-            count: at_20[name] for count, name in ((0, "k0"), (5, "k5"), (10, "default"), (20, "k20")) if name in at_20
-        },
-        "window": {
-            items: at_20[name]
-            for items, name in ((7, "default"), (31, "window31"), (127, "window127"))
-            if name in at_20
-        },
-    }
     figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
-    for axis, (name, found) in zip(axes, panels.items(), strict=False):
+
+    def curve(axis, found: dict[int, dict], one: str, label: str) -> None:
         places = sorted(found)
-        for one in ("ranked", "ranked, three scores"):
-            gains = [gain_of(found[place], "recall@5", one) for place in places]
-            axis.errorbar(places, *zip(*gains, strict=True), marker="o", capsize=3, label=one)
+        gains = [gain_of(found[place], "recall@5", one) for place in places]
+        axis.errorbar(places, *zip(*gains, strict=True), marker="o", capsize=3, label=label)
+
+    def of_beams(name: str) -> dict[int, dict]:
+        return {row["beams"]: row for row in rows if row["row"] == name}
+
+    named = {
+        "beams": of_beams("default"),
+        "retrieved": {10: default, **{k: at_20[f"k{k}"] for k in (0, 5, 20) if f"k{k}" in at_20}},
+        "window": {7: default, **{k: at_20[f"window{k}"] for k in (31, 127) if f"window{k}" in at_20}},
+    }
+    labels = ("beams", "items of the sub-history (k)", "items of the window")
+    for axis, label, (name, found) in zip(axes, labels, named.items(), strict=False):
+        curve(axis, found, "ranked", "ranked")
+        curve(axis, found, "ranked, three scores", "ranked, three scores")
+        if name == "beams" and "not-injected" in at_20:
+            curve(axis, of_beams("not-injected"), "ranked", "ranked, target not injected")
         axis.plot(*zip(*sorted(PAPER[name].items()), strict=True), "k--", marker="x", label="paper, TAOBAO-MM")
-        label = {"retrieved": "items of the sub-history (k)", "window": "items of the window"}.get(name, name)
-        axis.set(xlabel=label, ylabel="gain of Recall@5 over generation, %")
         if name != "retrieved":
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
+        places = sorted({*found, *PAPER[name]})
+        axis.set_xticks(places, [str(place) for place in places])
+        axis.minorticks_off()
+        axis.set(xlabel=label, ylabel="gain of Recall@5 over generation, %")
         axis.axhline(0, color="grey", linewidth=0.8)
+    for name, users, label in (
+        ("default", "all", "default"),
+        ("default", "held", "default, users whose target is a candidate"),
+        ("not-injected", "all", "target not injected"),
+    ):
+        if name in at_20:
+            bins = at_20[name]["calibration"][users]["predicted, observed"]
+            axes[3].loglog(*zip(*bins, strict=True), marker="o", label=label)
+    axes[3].axline((1e-3, 1e-3), (1e-1, 1e-1), color="grey", linewidth=0.8)
+    axes[3].set(xlabel="the ranking's probability, 20 beams", ylabel="share that came next")
+    for axis in axes:
         axis.legend(fontsize="x-small")
         axis.grid(alpha=0.3)
-    for name, label in (("all", "all candidates"), ("held", "of users whose target is one")):
-        bins = default["calibration"][name]["bins"]
-        predicted, observed = ([one[key] for one in bins] for key in ("predicted", "observed"))
-        axes[3].loglog(predicted, observed, marker="o", label=label)
-    axes[3].axline((1e-3, 1e-3), (1e-1, 1e-1), color="grey", linewidth=0.8)
-    axes[3].set(xlabel="the ranking's probability, 20 beams", ylabel="came next")
-    axes[3].legend(fontsize="x-small")
-    axes[3].grid(alpha=0.3)
     figure.savefig(file, dpi=90)
     plt.close(figure)
