@@ -141,6 +141,7 @@ def beam_candidates(
     history_states: torch.FloatTensor,
     history_mask: torch.BoolTensor,
     cache: DynamicCache,
+    blocked_items: torch.LongTensor | None = None,
     request_timestamps: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
@@ -149,9 +150,13 @@ def beam_candidates(
     Args:
         history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The histories on the cache, which is left as it is.
+        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that are not proposed; -1: none.
         request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
     """
-    trie = model.catalogue.trie
+    trie, item_filter = model.catalogue.trie, None
+    if blocked_items is not None:
+        blocked = [row[row >= 0] for row in blocked_items]
+        item_filter = ItemFilter(trie, model.catalogue.item_codes, blocked=blocked)
     # The search asks the tokens only what is begun at their end: nothing.
     ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
     beams = model._search_items(
@@ -161,6 +166,7 @@ def beam_candidates(
         detached(cache),
         model.config.num_train_beams,
         trie,
+        item_filter,
         request_timestamps=request_timestamps,
     )
     return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)
@@ -202,11 +208,12 @@ def second_stage_loss(
     cache: DynamicCache,
     candidates: torch.LongTensor | None,
     long_history: LongHistory | None,
+    blocked_items: torch.LongTensor | None = None,
     next_timestamps: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """
     RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
-    model's own beams, the true item among them. All their tokens are run here, the true item's as the others': nothing of
+    model's own beams, the true item among them (unless `config.inject_target` leaves it to the search). All their tokens are run here, the true item's as the others': nothing of
     them is left from the search. In training that search has the dropout of training.
 
     Args:
@@ -215,6 +222,7 @@ def second_stage_loss(
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
         cache (`DynamicCache`): Of the tokens, first of all.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
+        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that are no beams; -1: none.
         next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*): As `forward` takes them: a candidate is
             asked for when the true item came.
 
@@ -244,11 +252,12 @@ def second_stage_loss(
     history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
     if candidates is None and config.num_train_beams:
         candidates = beam_candidates(
-            model, history_states, history_mask, cache, None if asked_for is None else asked_for[:, 0]
+            model, history_states, history_mask, cache, blocked_items, None if asked_for is None else asked_for[:, 0]
         )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
-    candidates = with_targets(candidates, targets, model._generator(number.device))
+    if config.inject_target:
+        candidates = with_targets(candidates, targets, model._generator(number.device))
     if config.detach_history:
         cache, history_states = detached(cache), history_states.detach()
     items = candidates.clamp(min=0)

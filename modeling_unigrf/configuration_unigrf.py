@@ -83,6 +83,10 @@ class UniGRFConfig(PreTrainedConfig):
         num_train_beams (`int`, defaults to 0):
             In training, rank this many items that the model's own beam search proposes for the last item of each row
             (RecoChain, stage II), the true one among them. Takes the place of `negatives_per_item`.
+        inject_target (`bool`, defaults to `True`):
+            Let the true item take the place of a random one of these where the search missed it. Without it the ranking is
+            trained on what it will be asked for, and on fewer positives: where most true items are missed, one that no search
+            would have proposed is known by that.
         detach_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):
@@ -154,6 +158,7 @@ class UniGRFConfig(PreTrainedConfig):
     num_retrieved_items: int = 0
     exclude_candidate: bool = False
     num_train_beams: int = 0
+    inject_target: bool = True
     detach_history: bool = False
     generation_loss_weight: float = 1.0
     ranking_loss_weight: float = 1.0

@@ -275,6 +275,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         long_behaviors: torch.LongTensor | None = None,
         long_timestamps: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
+        blocked_items: torch.LongTensor | None = None,
         **kwargs,
     ) -> UniGRFCausalLMOutput:
         """
@@ -315,6 +316,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             long_timestamps (the same, *optional*): With timestamps: when each of them was; -1, the default, where not known.
             candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): With labels: item indices (-1: none) for
                 the last supervised item of each row, in place of the model's own beams.
+            blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): With labels and `config.num_train_beams`:
+                items (-1: none) that no beam is spent on, as `recommend` will block them: where nothing is listed twice, what
+                the user had before the last supervised item. That item is ranked even if it is among them.
 
         Raises:
             ValueError: if a supervised item is not in the catalogue, negatives or candidates are asked for together with a 4-D
@@ -337,7 +341,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         supervision = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
-            given = (negative_items, favorite_items, candidates, long_items, long_behaviors, long_timestamps)
+            longer = (long_items, long_behaviors, long_timestamps)
+            given = (negative_items, favorite_items, candidates, *longer, blocked_items)
             inputs, supervision = self._supervise(inputs, tokens, targets, *given)
 
         outputs = self.model(**inputs, **kwargs)

@@ -40,7 +40,8 @@ class Supervision:
             the attention mask; None with a mask, positions or cache of the caller's own.
         given, negatives (*optional*): What the caller knows of the users, and what is packed behind the histories.
         cache (`Cache`, *optional*): Of the histories, for a second stage.
-        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*), long_history (*optional*): Of a second stage.
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*), long_history (*optional*), blocked_items
+            (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Of a second stage.
         next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
     """
 
@@ -53,6 +54,7 @@ class Supervision:
     cache: Cache | None = None
     candidates: torch.LongTensor | None = None
     long_history: LongHistory | None = None
+    blocked_items: torch.LongTensor | None = None
     next_timestamps: torch.LongTensor | None = None
 
 
@@ -89,6 +91,7 @@ class UniGRFSupervisionMixin:
         long_items: torch.LongTensor | None,
         long_behaviors: torch.LongTensor | None,
         long_timestamps: torch.LongTensor | None,
+        blocked_items: torch.LongTensor | None,
     ) -> tuple[dict, Supervision]:
         """The backbone's inputs as they are to be run, and what the losses need; arguments and errors as of `forward`."""
         items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
@@ -123,7 +126,7 @@ class UniGRFSupervisionMixin:
                     inputs[name] = torch.cat([inputs[name], asked_for], dim=1)
             supervision.next_timestamps = inputs["next_timestamps"]
         if second_stage:
-            supervision.candidates = candidates
+            supervision.candidates, supervision.blocked_items = candidates, blocked_items
             supervision.long_history = self._long_history(
                 len(tokens), long_items, long_behaviors, long_timestamps, "timestamps" in inputs
             )
@@ -218,6 +221,7 @@ class UniGRFSupervisionMixin:
                 supervision.cache,
                 supervision.candidates,
                 supervision.long_history,
+                supervision.blocked_items,
                 supervision.next_timestamps,
             )
         elif config.ranking_loss_weight:

@@ -67,6 +67,7 @@ class PrepareArguments:
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256], metadata={"help": "Codes a level."})
     normalize: bool = field(default=False, metadata={"help": "Quantise L2-normalised embeddings."})
     pca_dim: int | None = field(default=None, metadata={"help": "Quantise this many principal components."})
+    atomic: bool = field(default=False, metadata={"help": "One code an item, its own: no codebooks (SASRec's ids)."})
     seed: int = field(default=0, metadata={"help": "Seed of the codebooks."})
 
 
@@ -118,19 +119,20 @@ def prepare(args: PrepareArguments) -> Path:
         positions=kept["position"].to_numpy(),
     )
     embeddings, source = item_embeddings(args, items, output_dir / "item_embeddings.safetensors")
-    quantizer = ResidualKMeans(
-        tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed
-    ).fit(embeddings)
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
-    tokenizer = SemanticIdTokenizer.from_embeddings(
-        items["item_id"].tolist(),
-        embeddings,
-        quantizer,
-        behaviors,
-        titles=items["title"].fillna("").astype(str).tolist() if "title" in items else None,
-        popularity=np.bincount(train_items, minlength=len(items)).tolist(),
-        provenance={**source, "inputs": record["inputs"]},  # seed, item count, hash and health are added there
-    )
+    ids, provenance = items["item_id"].tolist(), {**source, "inputs": record["inputs"]}  # more is added there
+    titles = items["title"].fillna("").astype(str).tolist() if "title" in items else None
+    if args.atomic:
+        codes = np.arange(len(ids))[:, None]
+        tokenizer = SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles, provenance=provenance)
+    else:
+        quantizer = ResidualKMeans(
+            tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed
+        ).fit(embeddings)
+        popularity = np.bincount(train_items, minlength=len(items)).tolist()
+        tokenizer = SemanticIdTokenizer.from_embeddings(
+            ids, embeddings, quantizer, behaviors, titles, popularity, provenance=provenance
+        )
     tokenizer.save_pretrained(output_dir / "tokenizer")
     splits.save_to_disk(output_dir / "dataset")
 
@@ -147,12 +149,13 @@ def prepare(args: PrepareArguments) -> Path:
         "interactions_of_tied_time": int(kept.duplicated(["user_id", "position"], keep=False).sum()),
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
-    health = tokenizer.provenance["health"]
+    health = tokenizer.provenance.get("health")
     record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health}
     record_file.write_text(json.dumps(record, indent=1))
     print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
     print(f"dropped {dropped_users:,} users with fewer than {args.min_interactions} interactions")
-    print(CodebookHealth(**health))
+    if health is not None:
+        print(CodebookHealth(**health))
     return output_dir
 
 

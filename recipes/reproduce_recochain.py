@@ -1,34 +1,45 @@
 """RecoChain on prepared data: what ranking adds to the beams, one command a row of the table.
 
     python -m recipes.reproduce_recochain --data_dir data --row default --seed 0     # trains both stages, or goes on
-    python -m recipes.reproduce_recochain --data_dir data --collect                  # runs/recochain/recochain.json, a table
+    python -m recipes.reproduce_recochain --data_dir data --collect recochain    # recipes/results/recochain.json and .png
 
 Our reading (arXiv 2604.25787): stage I on generation and the item-level score, stage II on the model's own beams with
-sub-histories. Leave-one-out, items are scored over the whole catalogue; the fusion weight of every beam is chosen on
-validation by NDCG@10, test reports. `oracle` is what a perfect ranking of the beam would reach. Where users come back to
-items (Taobao), their own may be listed (the default), recency is a baseline, and the results are also told for targets that
-are in the history (repeat) and that are not (explore). A stage I is trained once for all rows that share it.
+sub-histories. Leave-one-out, items are scored over the whole catalogue; the weights of the fusion are chosen for every
+number of beams on validation by NDCG@10, test reports. `oracle` is what a perfect ranking of the candidates would reach.
+Where users come back to items (Taobao), their own may be listed (the default), recency is a baseline, and the results are
+also told for targets that are in the history (repeat) and that are not (explore); elsewhere `--exclude_history` keeps them
+out, of the beams of stage II as well. A stage I is trained once for all rows that share it.
 """
 
 import json
-import statistics
+import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
-from recipes.baselines import baseline_results
-from recipes.evaluate import METRICS, EvaluateArguments, candidates, lists_and_ranks
+from recipes.evaluate import EvaluateArguments, candidates, lists_and_ranks
+from recipes.recochain_report import COLUMNS, collect
 from recipes.results import made_by
 from tokenization import SemanticIdTokenizer
 
-BASE = {"window": 7, "retrieved": 10, "exclude": False, "detach": False, "learned": True, "embedding": True}
+SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
+BASE = {
+    "window": 7,
+    "retrieved": 10,
+    "exclude": False,
+    "detach": False,
+    "learned": True,
+    "embedding": True,
+    "times": 1,
+    "inject": True,
+}
 # What a row changes.
 ROWS: dict[str, dict] = {
     "default": {},
@@ -36,10 +47,14 @@ ROWS: dict[str, dict] = {
     **{f"window{items}": {"window": items} for items in (31, 127)},
     "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
+    "long": {"times": 3},  # stage II
+    "long-k0": {"times": 3, "retrieved": 0},
+    "not-injected": {"inject": False},
+    "not-injected-k0": {"inject": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
-COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+APART = ("data_dir", "output_dir", "collect", "num_beams", "union_items")  # of the arguments: no part of what a run is
 
 
 @dataclass
@@ -51,141 +66,228 @@ class ReproduceArguments:
     seed: int = field(default=0, metadata={"help": "Of weights, batches and dropout."})
     num_beams: list[int] = field(default_factory=lambda: [10, 20, 40, 256], metadata={"help": "Beams measured."})
     num_train_beams: int = field(default=20, metadata={"help": "Beams of stage II."})
-    union_items: int = field(default=0, metadata={"help": "Best items of the item-level score beside the beams."})
+    union_items: int = field(
+        default=0, metadata={"help": "Measure also with so many best items of the item-level score beside the beams."}
+    )
     ranking_weights: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0], metadata={"help": "To choose from."}
+        default_factory=lambda: [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0],
+        metadata={"help": "To choose from."},
+    )
+    item_weights: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.5, 1.0, 2.0],
+        metadata={"help": "Of the item-level score as a third one, to choose from."},
     )
     max_long_items: int = field(default=1000, metadata={"help": "Items of a long history."})
     exclude_history: bool = field(default=False, metadata={"help": "Never list a user's own items."})
-    text_config: str = field(default=json.dumps(train.LLAMA), metadata={"help": "The backbone, as JSON."})
-    epochs: float = field(default=10.0, metadata={"help": "Of stage I."})
-    second_epochs: float = field(default=2.0, metadata={"help": "Of stage II."})
-    passes: int = field(default=4, metadata={"help": "Passes an epoch, as in recipes.train."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of stage I; stage II takes a quarter."})
-    batch_size: int = field(default=64, metadata={"help": "Rows of a step."})
-    users_at_once: int = field(default=16, metadata={"help": "Users that are measured together."})
-    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16, where the hardware has it."})
+    text_config: str = field(default=json.dumps(SMALL), metadata={"help": "The backbone, as JSON."})
+    embedding_dropout: float = field(default=0.1, metadata={"help": "On token embeddings; more for small data."})
+    epochs: float = field(default=1.0, metadata={"help": "Of stage I."})
+    passes: int = field(default=2, metadata={"help": "Passes an epoch of stage I, as in recipes.train."})
+    batch_size: int = field(default=128, metadata={"help": "Rows of a step of stage I."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Of stage I."})
+    second_epochs: float = field(default=1.0, metadata={"help": "Of stage II."})
+    second_stride: int = field(
+        default=50, metadata={"help": "Every so many items of a history are ranked in stage II."}
+    )
+    second_batch_size: int = field(default=32, metadata={"help": "Rows of a step of stage II."})
+    second_learning_rate: float = field(default=1e-3, metadata={"help": "Of stage II."})
+    bf16: bool = field(default=False, metadata={"help": "Stage II in bfloat16; a stage I this small gains nothing."})
+    window: int | None = field(default=None, metadata={"help": "Items of the generator, if not the row's."})
+    candidates_at_once: int = field(default=1280, metadata={"help": "Candidates that are measured together."})
+    validation_users: int = field(default=0, metadata={"help": "Users that choose the weights; 0: all."})
+    test_users: int = field(default=0, metadata={"help": "Users that are measured; 0: all."})
     output_dir: str = field(default="runs/recochain", metadata={"help": "One folder a run."})
-    collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
+    collect: str | None = field(default=None, metadata={"help": "Only put finished runs together, under this name."})
 
 
-def train_stages(args: ReproduceArguments, row: dict) -> Path:
-    """Both stages, each done once; the folder of the finished model."""
-    root = Path(args.output_dir)
+def row_of(args: ReproduceArguments) -> dict:
+    """All that a row says."""
+    return {**BASE, **ROWS[args.row], **({} if args.window is None else {"window": args.window})}
+
+
+def shared_arguments(args: ReproduceArguments) -> list[str]:
+    """What both stages are trained with."""
+    row = row_of(args)
     shared = [f"--data_dir={args.data_dir}", f"--text_config={args.text_config}", f"--max_items={row['window']}"]
-    shared += [f"--passes={min(args.passes, row['window'])}", f"--per_device_train_batch_size={args.batch_size}"]
-    shared += [f"--seed={args.seed}", f"--bf16={args.bf16}", f"--rank_by_item_embeddings={row['embedding']}"]
-    shared += ["--save_total_limit=1", *([] if row["learned"] else ["--item_table_size=0"])]
+    shared += [f"--embedding_dropout={args.embedding_dropout}", f"--seed={args.seed}", "--save_total_limit=1"]
+    shared += [f"--rank_by_item_embeddings={row['embedding']}"]
+    return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
+
+
+def train_stage_one(args: ReproduceArguments) -> Path:
+    """Generation and the item-level score, once for all rows that share them; the folder of the model."""
+    row = row_of(args)
     parts = "".join(name[0] for name in ("learned", "embedding") if row[name])
-    one = root / f"stage-one-window{row['window']}-{parts}-{args.seed}"
-    first = [*shared, f"--output_dir={one}", f"--num_train_epochs={args.epochs}"]
-    checkpoint = train.train(*train.parse([*first, f"--learning_rate={args.learning_rate}"]))
+    name = f"stage-one-window{row['window']}-{parts}-{args.seed}"
+    one = [
+        *shared_arguments(args),
+        f"--output_dir={Path(args.output_dir) / name}",
+        "--ranking_loss_weight=0",
+        "--negatives_per_item=0",
+        f"--num_train_epochs={args.epochs}",
+        f"--passes={min(args.passes, row['window'])}",
+        f"--per_device_train_batch_size={args.batch_size}",
+        f"--learning_rate={args.learning_rate}",
+    ]
+    return train.train(*train.parse(one))
+
+
+def train_stages(args: ReproduceArguments) -> Path:
+    """Both stages, each done once; the folder of the finished model."""
+    row = row_of(args)
     second = [
-        *shared,
-        f"--output_dir={root / f'{args.row}-{args.seed}'}",
-        f"--init_from={checkpoint}",
-        f"--num_train_epochs={args.second_epochs}",
-        f"--learning_rate={args.learning_rate / 4}",
+        f"--init_from={train_stage_one(args)}",
+        *shared_arguments(args),
+        f"--output_dir={folder_of(args)}",
+        f"--bf16={args.bf16}",
+        f"--num_train_epochs={args.second_epochs * row['times']}",
+        f"--stride={args.second_stride}",
+        f"--per_device_train_batch_size={args.second_batch_size}",
+        f"--learning_rate={args.second_learning_rate}",
         f"--num_retrieved_items={row['retrieved']}",
         f"--exclude_candidate={row['exclude']}",
         f"--detach_history={row['detach']}",
         f"--num_train_beams={args.num_train_beams}",
+        f"--config_fields={json.dumps({} if row['inject'] else {'inject_target': False})}",
         f"--max_long_items={args.max_long_items}",
+        f"--exclude_history={args.exclude_history}",
     ]
     return train.train(*train.parse(second))
 
 
-def measure(args: ReproduceArguments, row: dict, checkpoint: Path) -> dict[str, dict]:
-    """For every number of beams: generation, ranked, oracle, and what validation chose."""
+def folder_of(args: ReproduceArguments) -> Path:
+    return Path(args.output_dir) / f"{args.row}-{args.seed}"
+
+
+def some_users(split: Dataset, count: int) -> Dataset:
+    """So many users, always the same ones; all of them for 0."""
+    if not 0 < count < len(split):
+        return split
+    return split.select(np.sort(np.random.default_rng(0).permutation(len(split))[:count]))
+
+
+def values(ranks: list[int | None]) -> dict[str, np.ndarray]:
+    """Of every user each of `COLUMNS`, from the target's rank in the list (None: not there)."""
+    places = np.array([np.inf if rank is None else rank for rank in ranks])
+    found = {f"recall@{k}": (places <= k).astype(float) for k in (5, 10)}
+    return found | {f"ndcg@{k}": (places <= k) / np.log2(places + 1) for k in (5, 10)}
+
+
+def means(of_users: dict[str, np.ndarray], chosen: np.ndarray | slice = slice(None)) -> dict[str, float]:
+    """Over all users, or those chosen."""
+    return {name: float(column[chosen].mean()) for name, column in of_users.items()}
+
+
+def gain(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """How much more the second list reaches for the same users, and the standard error of that difference over users."""
+    found = {}
+    for name in COLUMNS:
+        difference = second[name] - first[name]
+        found[name] = {
+            "difference": float(difference.mean()),
+            "standard error": float(difference.std() / len(difference) ** 0.5),
+            "relative": float(difference.mean() / max(first[name].mean(), 1e-12)),
+        }
+    return found
+
+
+def calibration(found: dict[str, torch.Tensor], targets: torch.Tensor, num_bins: int = 10) -> dict:
+    """
+    What the ranking says is the probability of a candidate to come next, and how often it did: means in bins of equally many
+    candidates, and their mean distance (expected calibration error). `held`: only of users whose target is a candidate, as in
+    training.
+    """
+    there = found["item_indices"] >= 0
+    hits = (found["item_indices"] == targets[:, None]) & there
+    results = {}
+    for name, users in (("all", there), ("held", there & hits.any(dim=1, keepdim=True))):
+        predicted, order = found["ranking_scores"][users].double().exp().sort()
+        observed = hits[users].double()[order]
+        bins = [
+            {"predicted": float(one.mean()), "observed": float(two.mean()), "candidates": len(one)}
+            for one, two in zip(predicted.tensor_split(num_bins), observed.tensor_split(num_bins), strict=True)
+            if len(one)
+        ]
+        error = sum(one["candidates"] * abs(one["predicted"] - one["observed"]) for one in bins)
+        results[name] = {"expected calibration error": error / max(1, len(predicted)), "bins": bins}
+    return results
+
+
+def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_items: int) -> dict:
+    """Generation, ranked and oracle for one number of beams, and what validation chose."""
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
-    metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
-    targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
-    repeats = np.array([user["target"] in user["items"] for user in dataset["test"]])
+    splits = {
+        "validation": some_users(dataset["validation"], args.validation_users),
+        "test": some_users(dataset["test"], args.test_users),
+    }
+    targets = {name: torch.tensor(split["target"][:]).long() for name, split in splits.items()}
+    repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
     asked = EvaluateArguments(
         checkpoint=str(checkpoint),
         data_dir=args.data_dir,
         output_dir=args.output_dir,
-        max_items=row["window"],
+        max_items=row_of(args)["window"],
         max_long_items=args.max_long_items,
-        union_items=args.union_items,
+        union_items=union_items,
         exclude_history=args.exclude_history,
-        batch_size=args.users_at_once,
+        batch_size=max(1, args.candidates_at_once // (num_beams + union_items)),
     )
+    start = time.perf_counter()
+    found = {name: candidates(model, tokenizer, splits[name], num_beams, asked) for name in splits}
+    seconds = time.perf_counter() - start
 
-    def compute(lists: list, references: torch.Tensor) -> dict[str, float]:
-        found = metric.compute(predictions=lists, references=references.tolist())
-        return {name: found[name] for name in COLUMNS}
+    def ranked(split: str, weight: float, item_weight: float = 0.0) -> dict[str, np.ndarray]:
+        return values(lists_and_ranks(found[split], weight, targets[split], 10, item_weight)[1])
 
-    results = {}
-    for num_beams in args.num_beams:
-        found = {name: candidates(model, tokenizer, dataset[name], num_beams, asked) for name in targets}
-        tried = {
-            weight: compute(
-                lists_and_ranks(found["validation"], weight, targets["validation"], 10)[0], targets["validation"]
-            )
-            for weight in args.ranking_weights
-        }
-        weight = max(tried, key=lambda one: tried[one]["ndcg@10"])
-        lists = {
-            name: lists_and_ranks(found["test"], used, targets["test"], 10)[0]
-            for name, used in (("generation", 0.0), ("ranked", weight), ("ranked at weight 1", 1.0))
-        }
-        cells = {name: compute(one, targets["test"]) for name, one in lists.items()}
-        for kind, chosen in (("repeat", repeats), ("explore", ~repeats)):
-            for name in ("generation", "ranked") if chosen.any() else ():
-                some = [one for one, is_chosen in zip(lists[name], chosen, strict=True) if is_chosen]
-                cells[f"{name}, {kind}"] = compute(some, targets["test"][torch.from_numpy(chosen)])
-        held = (found["test"]["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()
-        cells["oracle"] = dict.fromkeys(COLUMNS, float(held))
-        results[str(num_beams)] = {"cells": cells, "ranking_weight": weight, "share of repeats": float(repeats.mean())}
-    return results
+    def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+        return max(pairs, key=lambda pair: ranked("validation", *pair)["ndcg@10"].mean())
+
+    # The paper's fusion has no third score: what the item-level score says is in the ranking, too.
+    chosen = {"ranked": best([(weight, 0.0) for weight in args.ranking_weights])}
+    chosen["ranked, three scores"] = best(list(product([0.0, *args.ranking_weights], args.item_weights)))
+    lists = {"generation": (0.0, 0.0), "ranked at weight 1": (1.0, 0.0), **chosen}
+    of_users = {name: ranked("test", *weights) for name, weights in lists.items()}
+    alone = {**found["test"], "generation_scores": found["test"]["item_scores"]}
+    of_users["item score alone"] = values(lists_and_ranks(alone, 0.0, targets["test"], 10)[1])
+    cells = {name: means(one) for name, one in of_users.items()}
+    for kind, of_kind in (("repeat", repeats), ("explore", ~repeats)):
+        for name in ("generation", "ranked") if 0 < of_kind.mean() < 1 else ():
+            cells[f"{name}, {kind}"] = means(of_users[name], of_kind)
+    held = (found["test"]["item_indices"] == targets["test"][:, None]).any(dim=1)
+    cells["oracle"] = dict.fromkeys(COLUMNS, float(held.double().mean()))
+    return {
+        "cells": cells,
+        "weights": {name: dict(zip(("ranking", "item score"), pair, strict=True)) for name, pair in chosen.items()},
+        "gain": {name: gain(of_users["generation"], of_users[name]) for name in ("ranked at weight 1", *chosen)},
+        "calibration": calibration(found["test"], targets["test"]),
+        "share of repeats": float(repeats.mean()),
+        "users": {name: len(split) for name, split in splits.items()},
+        "seconds": seconds,
+    }
 
 
 def run(args: ReproduceArguments) -> None:
-    """Trains and measures one row, and writes `result.json` into its folder."""
-    work = {name: value for name, value in vars(args).items() if name not in ("data_dir", "output_dir", "collect")}
-    file = Path(args.output_dir) / f"{args.row}-{args.seed}" / "result.json"
-    if file.exists() and json.loads(file.read_text())["arguments"] == work:
-        print(f"{file.parent} is finished")
-        return
-    row = {**BASE, **ROWS[args.row]}
-    beams = measure(args, row, train_stages(args, row))
-    made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}")
-    file.write_text(json.dumps({"arguments": work, "beams": beams, "made by": made}, indent=1))
-
-
-def collect(args: ReproduceArguments) -> str:
-    """Writes `recochain.json`, means and standard deviations over seeds with the baselines, and returns a table of it."""
-    root, runs = Path(args.output_dir), {}
-    for file in sorted(root.glob("*/result.json")):
-        result = json.loads(file.read_text())
-        for num_beams, found in result["beams"].items():
-            for name, cell in found["cells"].items():
-                runs.setdefault((result["arguments"]["row"], num_beams, name), []).append(cell)
-    rows = []
-    for (row, num_beams, name), cells in runs.items():
-        spread = {column: [cell[column] for cell in cells] for column in COLUMNS}
-        means = {column: statistics.mean(values) for column, values in spread.items()}
-        deviations = {column: statistics.stdev(values) if len(cells) > 1 else 0.0 for column, values in spread.items()}
-        rows.append(
-            {"row": row, "beams": num_beams, "list": name, "runs": len(cells), "mean": means, "std": deviations}
-        )
-    dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
-    num_items = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer").num_items
-    baselines = baseline_results(dataset, num_items, 10, exclude_history=args.exclude_history)
-    for name, found in baselines.items():
-        means = {column: found["test"][column] for column in COLUMNS}
-        rows.append({"row": name, "beams": "", "list": "baseline", "runs": 1, "mean": means, "std": {}})
-    (root / "recochain.json").write_text(json.dumps(rows, indent=1))
-    lines = ["| row | beams | list | runs | " + " | ".join(COLUMNS) + " |", "| --- " * (4 + len(COLUMNS)) + "|"]
-    for one in rows:
-        cells = [f"{one['mean'][name]:.4f} ± {one['std'].get(name, 0.0):.4f}" for name in COLUMNS]
-        lines.append("| " + " | ".join([one["row"], one["beams"], one["list"], str(one["runs"]), *cells]) + " |")
-    return "\n".join(lines)
+    """Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there already."""
+    work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None
+    for num_beams, union_items in product(args.num_beams, sorted({0, args.union_items})):
+        asked = {**work, "beams": num_beams, "union": union_items}
+        file = folder_of(args) / f"beams-{num_beams}-union-{union_items}.json"
+        if file.exists() and json.loads(file.read_text())["arguments"] == asked:
+            print(f"{file} is finished")
+            continue
+        checkpoint = checkpoint or train_stages(args)
+        result = measure(args, checkpoint, num_beams, union_items)
+        made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}")
+        file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))
+        print(file, {name: round(cell["recall@5"], 4) for name, cell in result["cells"].items()}, flush=True)
 
 
 if __name__ == "__main__":
     arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
-    print(collect(arguments)) if arguments.collect else run(arguments)
+    if arguments.collect:
+        num_items = SemanticIdTokenizer.from_pretrained(Path(arguments.data_dir) / "tokenizer").num_items
+        collect(Path(arguments.output_dir), Path(arguments.data_dir), num_items, arguments.collect)
+    else:
+        run(arguments)

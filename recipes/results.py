@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from recipes import decoding_report, taobao_report, unigrf_report
+from recipes import decoding_report, recochain_report, taobao_report, unigrf_report
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -104,7 +104,13 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"decoding": decoding_report.table, "taobao": taobao_report.table, "unigrf_ml1m": unigrf_report.table}
+TABLES = {
+    "decoding": decoding_report.table,
+    "recochain": recochain_report.table,
+    "recochain_beauty": recochain_report.table,
+    "taobao": taobao_report.table,
+    "unigrf_ml1m": unigrf_report.table,
+}
 
 
 def write_readme(readme: Path) -> str:

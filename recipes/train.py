@@ -11,7 +11,8 @@ packed into rows, so that padding does not eat the machine (with `--enhancer`, o
 and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`, or
 does nothing if that was finished; one with other arguments or data is refused there.
 In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
-ranks its own beams; the places where histories are cut are those of its last items.
+ranks its own beams; the places where histories are cut are those of its last items
+(with `--stride`, every so many items), and `--exclude_history` keeps a user's own items out of the beams.
 With a backbone that reads times (`--text_config '{"model_type": "hstu", "num_time_buckets": 128, ...}'`) rows have those of
 the interactions, which are to be in seconds then, -1 where not known.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
@@ -115,6 +116,10 @@ class DataArguments:
         default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
     )
     max_long_items: int = field(default=1000, metadata={"help": "Items of a long history, for num_retrieved_items."})
+    exclude_history: bool = field(
+        default=False,
+        metadata={"help": "A user's own items are no beams of stage II, as they are none when it is asked."},
+    )
 
 
 def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor) -> UniGRFForCausalLM:
@@ -191,6 +196,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         return folder
     if model_args.enhancer and model_args.second_stage:
         raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
+    if data_args.exclude_history and model_args.beams_kept_epochs:
+        raise ValueError(
+            "Expected beams_kept_epochs=0 with exclude_history, found both: beams that are kept are searched for among all "
+            "items. Leave one of them out."
+        )
     set_seed(training_args.seed)
     data_dir = Path(data_args.data_dir)
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
@@ -204,11 +214,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         if model_args.enhancer:
             train_dataset = history_rows(*cut, data_args.stride, with_times=with_times)
         elif model_args.second_stage:
-            train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride, with_times=with_times)
+            own = data_args.exclude_history
+            train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride, own, with_times=with_times)
         else:
             train_dataset = packed_rows(*cut, training_args.seed, data_args.stride, with_times=with_times)
         eval_dataset = held_out_rows(
-            dataset["validation"], tokenizer, data_args.max_items, max_long_items, with_times=with_times
+            dataset["validation"],
+            tokenizer,
+            data_args.max_items,
+            max_long_items,
+            data_args.exclude_history and model_args.second_stage,
+            with_times=with_times,
         )
     callbacks = [LossParts(model)]
     if model_args.adaptive_weights:

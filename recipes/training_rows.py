@@ -154,22 +154,26 @@ def second_stage_rows(
     passes: int,
     max_long_items: int,
     stride: int | None = None,
+    exclude_history: bool = False,
     *,
     with_times: bool = False,
 ) -> Dataset:
     """
     Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
-    would end a window.
+    would end a window, or for every `stride`-th item, counted from the last one.
 
     Returns:
         Dataset with the columns of `spell`, `long_items`, `long_behaviors` and, with times, `long_timestamps` (up to
-        `max_long_items` before the last item, and never that item or a later one), unless that is 0.
+        `max_long_items` before the last item, and never that item or a later one), unless that is 0; and, to
+        `exclude_history`, with `blocked_items`, all before the last item.
     """
-    ends = [
-        (user, end)
-        for user, items in enumerate(histories["items"])
-        for end in sorted({end for _, end in cut_windows(len(items), max_items, passes, stride)})
-    ]
+
+    def ends_in(length: int) -> list[int]:
+        if stride is not None:  # only the last item of a row is ranked: a short history is in no longer one
+            return list(range(length, 0, -stride))[::-1]
+        return sorted({end for _, end in cut_windows(length, max_items, passes)})
+
+    ends = [(user, end) for user, items in enumerate(histories["items"]) for end in ends_in(len(items))]
     columns = {name: histories[name][:] for name in columns_read(histories, with_times)}
 
     def spell_row(place):
@@ -178,6 +182,8 @@ def second_stage_rows(
         if max_long_items:
             before = slice(max(0, end - 1 - max_long_items), end - 1)
             row |= {f"long_{name}": column[user][before] for name, column in columns.items()}
+        if exclude_history:
+            row["blocked_items"] = columns["items"][user][: end - 1]
         return row
 
     places = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
@@ -189,12 +195,13 @@ def held_out_rows(
     tokenizer: SemanticIdTokenizer,
     max_items: int,
     max_long_items: int = 0,
+    exclude_history: bool = False,
     *,
     with_times: bool = False,
 ) -> Dataset:
     """
     Histories followed by their target, on which alone the loss is taken; columns as in `packed_rows` or, with
-    `max_long_items`, in `second_stage_rows`.
+    `max_long_items` or `exclude_history`, in `second_stage_rows`.
     """
     columns = columns_read(split, with_times)
 
@@ -203,16 +210,18 @@ def held_out_rows(
         row["labels"][: -tokenizer.num_levels - 1] = -100
         if max_long_items:
             row |= {f"long_{name}": user[name][-max_long_items:] for name in columns}
+        if exclude_history:
+            row["blocked_items"] = user["items"]
         return row
 
     return split.map(append, remove_columns=split.column_names, desc="validation rows")
 
 
 class Collator(DataCollatorForSeq2Seq):
-    """Pads long histories with -1, which is no item and no time, and the rest as the tokenizer does."""
+    """Pads lists of items with -1, which is no item and no time, and the rest as the tokenizer does."""
 
     def __call__(self, features, return_tensors=None):
-        names = {"long_items", "long_behaviors", "long_timestamps"} & set(features[0])
+        names = {"long_items", "long_behaviors", "long_timestamps", "blocked_items"} & set(features[0])
         longer = {name: padded([row[name] for row in features]) for name in names}
         rest = [{name: value for name, value in row.items() if name not in names} for row in features]
         return {**super().__call__(rest, return_tensors), **longer}

@@ -14,7 +14,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes import reproduce_recochain, train, training_rows
+from recipes import recochain_report, reproduce_recochain, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -175,22 +175,64 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert len(dataset["test"]) == metrics["protocol"]["users"]
 
 
-def test_a_row_of_recochain_is_trained_once_and_collected_with_its_baselines(prepared, tmp_path):
+def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
+    prepared, tmp_path, monkeypatch
+):
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
-    arguments |= {"epochs": 1, "second_epochs": 1, "passes": 1, "num_beams": [3, 6], "num_train_beams": 4}
-    for row in ("default", "k0", "no-embedding-part"):
-        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row=row, **arguments))
-    result = json.loads((tmp_path / "default-0" / "result.json").read_text())
-    cells = result["beams"]["6"]["cells"]
-    assert all(cells["oracle"][name] >= cells["ranked"][name] for name in ("recall@5", "ndcg@5"))
-    stages = [folder.name for folder in tmp_path.glob("stage-one-*")]
-    assert sorted(stages) == ["stage-one-window7-l-0", "stage-one-window7-le-0"], "rows share a stage I"
-    before = (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns
-    reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row="k0", **arguments))
-    assert (tmp_path / "k0-0" / "result.json").stat().st_mtime_ns == before
-    table = reproduce_recochain.collect(reproduce_recochain.ReproduceArguments(collect=True, **arguments))
-    for beginning in ("| default | 3 | ranked | 1 |", "| k0 | 6 | oracle | 1 |", "| recency |  | baseline | 1 |"):
-        assert f"\n{beginning}" in table
+    arguments |= {"passes": 1, "second_stride": 4, "num_train_beams": 4, "exclude_history": True, "union_items": 5}
+
+    def run(row: str, *beams: int) -> list[int]:
+        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row=row, num_beams=list(beams), **arguments))
+        return [file.stat().st_mtime_ns for file in sorted((tmp_path / f"{row}-0").glob("beams-*.json"))]
+
+    run("no-embedding-part", 3)
+    run("k0", 3)
+    before = run("default", 3, 6)
+    assert sorted(folder.name for folder in tmp_path.glob("stage-one-*")) == [
+        "stage-one-window7-l-0",
+        "stage-one-window7-le-0",
+    ], "rows share a stage I"
+    trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
+    assert run("default", 3, 6) == before and len(before) == 4
+    assert len(run("default", 4)) == 6
+    assert (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns == trained
+    for file in (tmp_path / "default-0").glob("beams-*.json"):
+        result = json.loads(file.read_text())
+        cells = result["cells"]
+        for name in ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone"):
+            assert all(cells["oracle"][column] >= value for column, value in cells[name].items())
+        gain = result["gain"]["ranked"]["recall@10"]["difference"]
+        assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
+
+    monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
+    for _ in range(2):  # the second time with the baselines of the first
+        recochain_report.collect(tmp_path, prepared, 30, "recochain_beauty")
+    data = json.loads((tmp_path / "recochain_beauty.json").read_text())
+    assert len(data["rows"]) == 6 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
+    rows = recochain_report.table(data).splitlines()
+    for beginning in ("| default | 3 | 1 |", "| k0 | 3 + 5 items | 1 |", "| popularity |", "| *TIGER, published* |"):
+        assert sum(row.startswith(beginning) for row in rows) == 1
+    one = next(row for row in data["rows"] if (row["row"], row["beams"], row["union"]) == ("k0", 3, 5))
+    several = {**one, "gain": {"ranked": {"recall@5": {"relative": [0.1, 0.3]}}}}
+    assert recochain_report.gain_of(several, "recall@5") == (pytest.approx(20), pytest.approx(10 * 2**0.5))
+
+
+def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
+    ranks = [1, None, 7, 3]
+    found = reproduce_recochain.values(ranks)
+    assert found["recall@5"].tolist() == [1, 0, 0, 1] and found["recall@10"].tolist() == [1, 0, 1, 1]
+    assert found["ndcg@10"].tolist() == pytest.approx([1, 0, 1 / 3, 0.5])
+    other = reproduce_recochain.values([1, 2, 7, None])
+    gain = reproduce_recochain.gain(found, other)["recall@5"]
+    assert gain["difference"] == 0 and gain["standard error"] == pytest.approx((2 / 4) ** 0.5 / 2)
+    log_probs = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.2, 0.0]]).log()
+    candidates = {"item_indices": torch.tensor([[4, 5, 6], [7, 8, -1]]), "ranking_scores": log_probs}
+    told = reproduce_recochain.calibration(candidates, torch.tensor([4, 9]), num_bins=2)
+    bins = [(pytest.approx(0.2), 0.0, 3), (pytest.approx(0.85), 0.5, 2)]
+    assert [(one["predicted"], one["observed"], one["candidates"]) for one in told["all"]["bins"]] == bins
+    assert told["all"]["expected calibration error"] == pytest.approx((3 * 0.2 + 2 * 0.35) / 5)
+    held = told["held"]["bins"]
+    assert [(one["predicted"], one["observed"]) for one in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
 
 
 def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_came_later(prepared):
@@ -208,6 +250,11 @@ def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_cam
     assert batch["long_items"].tolist() == [[-1] * 3, rows[3]["long_items"]]
     assert batch["input_ids"].shape == batch["labels"].shape
     assert "long_items" not in training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0).column_names
+    every_other = training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0, stride=2, exclude_history=True)
+    places = [(user, end) for user, end in places if (len(histories[user]["items"]) - end) % 2 == 0]
+    assert every_other["blocked_items"][:] == [histories[user]["items"][: end - 1] for user, end in places]
+    batch = training_rows.Collator(tokenizer)([every_other[0], every_other[1]])
+    assert batch["blocked_items"].tolist()[0][-2:] == [-1, -1]
     split = load_from_disk(str(prepared / "dataset"))["validation"]
     for row, user in zip(training_rows.held_out_rows(split, tokenizer, 3, 5), split, strict=True):
         assert row["long_items"] == user["items"][-5:] and row["long_behaviors"] == user["behaviors"][-5:]

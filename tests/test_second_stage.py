@@ -70,6 +70,24 @@ def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backb
     assert out.past_key_values is None
 
 
+def test_no_beam_of_training_is_spent_on_a_blocked_item_and_the_target_is_ranked_all_the_same():
+    model = build_model(num_retrieved_items=3, num_train_beams=6)
+    input_ids, mask, items = random_histories(model, [4, 2, 1])
+    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    targets = torch.tensor([row[-1] for row in items])
+    asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    first = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **longer).item_indices[:, :3]
+    blocked = torch.cat([first, torch.tensor([[-1, -1], [-1, -1], [-1, -1]]), targets[:, None]], dim=1)
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, blocked_items=blocked, **longer).ranking_loss
+    lists = [row[row >= 0] for row in blocked]
+    beams = model.recommend(input_ids[:, :-5], mask[:, :-5], blocked_items=lists, **asked, **longer).item_indices
+    assert not (beams == targets[:, None]).any()
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    expected = expected_ranking_loss(model, input_ids, mask, candidates, longer)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+
+
 def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     model = build_model("hstu", num_retrieved_items=3, num_train_beams=6)
     input_ids, mask, _ = random_histories(model, [4, 4, 4])
@@ -113,6 +131,25 @@ def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
     torch.testing.assert_close(missed, found)
     expected = expected_ranking_loss(model, input_ids, mask, there, longer)
     torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
+
+
+def test_a_target_that_the_search_missed_is_no_candidate_unless_it_is_injected():
+    model = build_model(num_train_beams=6, inject_target=False)
+    input_ids, mask, _ = random_histories(model, [4, 4, 4])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked).item_indices
+    targets = model.catalogue.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    given = torch.where(beams == targets[:, None], -1, beams)
+    given[0, 0] = targets[0]
+    with torch.no_grad():
+        found = model(input_ids, mask, labels=labels, candidates=given).ranking_loss
+        logits = model.rank(input_ids[:, :-5], mask[:, :-5], given.clamp(min=0))
+    happened = (given == targets[:, None])[given >= 0].float()
+    of_next = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 0][given >= 0], happened)
+    behavior = torch.tensor([float(int(input_ids[0, -1]) == one) for one in model.config.behavior_token_ids])
+    of_behaviors = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, 0, 1:], behavior, reduction="none")
+    torch.testing.assert_close(found, torch.stack([of_next, *of_behaviors]).mean(), atol=3e-5, rtol=1e-4)
 
 
 def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monkeypatch):
