@@ -164,7 +164,10 @@ def test_the_gradient_of_stage_two_stops_at_the_history_if_it_is_detached(backbo
     input_ids, _, _ = random_histories(model, [4])
     inputs_embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
     model(inputs_embeds=inputs_embeds, labels=input_ids, **long_histories(model, [12])).loss.backward()
-    history, answer = inputs_embeds.grad[:, :-5], inputs_embeds.grad[:, -5:]
+    gradient = (
+        torch.zeros_like(inputs_embeds) if inputs_embeds.grad is None else inputs_embeds.grad
+    )  # None: none at all
+    history, answer = gradient[:, :-5], gradient[:, -5:]
     assert (answer == 0).all(), "the target is read as a candidate: the row's own spelling of it is not ranked"
     assert bool((history == 0).all()) == detach
     assert model.candidate_block.segments.weight.grad.abs().sum(dim=1).min() > 0
