@@ -55,7 +55,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         + (" but the user's own" if excluded else "")
         + "; order of equal times as in the file",
         "codebook sizes": prepared["arguments"]["codebook_sizes"],
-        "rows": [_row(*key, group) for key, group in groups.items()],
+        "rows": [_row(*key, group) for key, group in sorted(groups.items())],
         "baselines": {
             one: {**_rounded(found["test"]), "settings": found["settings"]} for one, found in baselines.items()
         },
@@ -160,7 +160,8 @@ def table(data: dict) -> str:
     made = data["made by"]
     lines += [
         "",
-        f"Test; gain: of ranked over generation, ± standard deviation over seeds or, of one seed, standard error over users. "
+        f"Test. Ranked: by two scores, their weight chosen on validation; three scores: with the item-level score as a third. "
+        f"Gain: of ranked over generation, ± standard deviation over seeds or, of one seed, standard error over users. "
         f"Protocol: {data['protocol']}. Codebooks: {data['codebook sizes']} and a last code. Made by "
         f"`{made['command']} ...` on {made['machine']}, {made['versions']}, {made['date']}.",
     ]
