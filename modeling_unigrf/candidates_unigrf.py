@@ -20,8 +20,11 @@ CANDIDATES_AT_ONCE = 64  # of a row, in training, where the attention of a pack 
 
 def block_inputs(
     model, items: torch.LongTensor, long_history: LongHistory
-) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-    """Candidates `[B, N]` -> what is read behind their codes, `[B, N, k + 2, hidden_size]`, and which of it is there."""
+) -> tuple[torch.FloatTensor, torch.BoolTensor, torch.LongTensor]:
+    """
+    Candidates `[B, N]` -> what is read behind their codes, `[B, N, k + 2, hidden_size]`, which of it is there, and when the
+    retrieved items were, `[B, N, k]`.
+    """
     config = model.config
     places = retrieve(
         model.catalogue.item_embeddings,
@@ -32,16 +35,17 @@ def block_inputs(
     )
     if places.shape[2]:
         flat = places.clamp(min=0).flatten(1)
-        retrieved, behaviors = (
-            one.gather(1, flat).view_as(places) for one in (long_history.items, long_history.behaviors)
+        retrieved, behaviors, times = (
+            one.gather(1, flat).view_as(places)
+            for one in (long_history.items, long_history.behaviors, long_history.timestamps)
         )
     else:  # of histories without a column there is nothing to gather
-        retrieved = behaviors = places
+        retrieved = behaviors = times = places
     # A slot that stands empty may name an item of -1, or none at all.
     vectors = model.item_vectors(retrieved.clamp(min=0))
     behavior_ids = behaviors.new_tensor(config.behavior_token_ids)[behaviors]
     block = model.candidate_block(model.item_vectors(items), vectors, model.get_input_embeddings()(behavior_ids))
-    return block, nn.functional.pad(places >= 0, (1, 1), value=True)
+    return block, nn.functional.pad(places >= 0, (1, 1), value=True), times
 
 
 def read_candidates(
@@ -61,8 +65,8 @@ def read_candidates(
         items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What they see of the cache's first T tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache their first m codes are.
-        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): As `read_continuations` takes them; a block
-            has them, too.
+        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): As `read_continuations` takes them. The
+            retrieved items of a block have times of their own, its other two those of the codes.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2, hidden_size)`.
@@ -71,10 +75,16 @@ def read_candidates(
     tokens = model.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
     if long_history is None:
         return read_continuations(model.model, tokens, history_mask, earlier_keys, cache, timestamps)[0]
-    block, there = block_inputs(model, items, long_history)
+    block, there, times = block_inputs(model, items, long_history)
+    token_times = None
+    if timestamps is not None:
+        own = timestamps[:, :1, None].expand(*items.shape, tokens.shape[2] + 2)
+        token_times = torch.cat([own[..., :-1], times, own[..., -1:]], dim=2)
     inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
     mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
-    return read_continuations(model.model, None, history_mask, earlier_keys, cache, timestamps, inputs, mask)[0]
+    return read_continuations(
+        model.model, None, history_mask, earlier_keys, cache, timestamps, inputs, mask, token_times
+    )[0]
 
 
 def best_by_item_score(

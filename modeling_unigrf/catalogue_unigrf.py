@@ -6,6 +6,8 @@ from torch import nn
 
 from .trie_unigrf import CatalogueTrie
 
+INT8_ONE = 127  # what stands for 1.0 in an embedding of int8
+
 
 def first_spellings(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
     """The first `num_items` spellings in lexicographic order, `[num_items, L]`: what an untrained model starts from."""
@@ -19,14 +21,18 @@ def first_spellings(num_items: int, codebook_sizes: list[int]) -> torch.IntTenso
 class UniGRFCatalogue(nn.Module):
     """
     Buffers `item_codes` (`torch.int32` `[num_items, L]`) and, if `config.item_embedding_dim`, `item_embeddings`
-    (`[num_items, item_embedding_dim]`, the model's dtype). Row = item index = row of the tokenizer's item map.
+    (`[num_items, item_embedding_dim]`, the model's dtype, or int8 with `config.int8_item_embeddings`). Row = item index =
+    row of the tokenizer's item map.
     """
 
     def __init__(self, config):
         super().__init__()
         self.codebook_sizes = list(config.codebook_sizes)
         self.register_buffer("item_codes", first_spellings(config.num_items, self.codebook_sizes))
-        embeddings = torch.zeros(config.num_items, config.item_embedding_dim) if config.item_embedding_dim else None
+        embeddings = None
+        if config.item_embedding_dim:
+            dtype = torch.int8 if config.int8_item_embeddings else None
+            embeddings = torch.zeros(config.num_items, config.item_embedding_dim, dtype=dtype)
         self.register_buffer("item_embeddings", embeddings)
         self._trie, self._trie_source = None, (None, 0)
 
@@ -62,8 +68,11 @@ class UniGRFCatalogue(nn.Module):
         return CatalogueTrie(self.item_codes, self.codebook_sizes, items)
 
     def embeddings_of(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """Item indices of any shape -> their embeddings `[..., item_embedding_dim]`, or None if there are none."""
-        return None if self.item_embeddings is None else self.item_embeddings[items]
+        """Item indices of any shape -> their embeddings, floats `[..., item_embedding_dim]`; None if there are none."""
+        if self.item_embeddings is None:
+            return None
+        rows = self.item_embeddings[items]
+        return rows / INT8_ONE if rows.dtype == torch.int8 else rows
 
     def check(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None) -> None:
         """Refuses codes and embeddings that this catalogue cannot hold; raises `ValueError`."""
@@ -82,6 +91,13 @@ class UniGRFCatalogue(nn.Module):
         expected = (len(item_codes), self.item_embeddings.shape[1])
         if tuple(item_embeddings.shape) != expected:
             raise ValueError(f"Expected item embeddings of shape {expected}, found {tuple(item_embeddings.shape)}.")
+        if (item_embeddings.dtype == torch.int8) != (self.item_embeddings.dtype == torch.int8):
+            raise ValueError(
+                f"Expected item embeddings as {self.item_embeddings.dtype} (config.int8_item_embeddings), found "
+                f"{item_embeddings.dtype}. An int8 of 127 stands for 1.0: divide by it, or multiply and round."
+            )
+        if item_embeddings.dtype == torch.int8:
+            return
         bad = (~item_embeddings.isfinite()).any(dim=1).nonzero()
         if len(bad):
             raise ValueError(

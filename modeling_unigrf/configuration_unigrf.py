@@ -49,6 +49,9 @@ class UniGRFConfig(PreTrainedConfig):
             all of them, if there are more; for levels of very many codes. 0: always all.
         share_code_negatives (`bool`, defaults to `True`):
             The same negatives for all positions of a batch, or others for each.
+        given_negative_weight (`float`, defaults to 30.0):
+            How often each of the `negative_items` that `forward` is given counts in a softmax of all atomic ids. (UniGRF
+            puts 8 of them among 120 of MovieLens-1M's 3,706 items, each of which so stands for 30.)
         ranking_targets (`list[str]`, *optional*):
             What the ranking head scores: `"next"` (is this the next item?) and any of `behaviors` (which behaviour will
             follow, if the item is shown?). Defaults to `"next"` and, if there are two behaviours or more, each of them.
@@ -56,6 +59,8 @@ class UniGRFConfig(PreTrainedConfig):
             Number of items of the catalogue, which is saved with the model.
         item_embedding_dim (`int`, defaults to 0):
             Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
+        int8_item_embeddings (`bool`, defaults to `False`):
+            Keep the item embeddings as int8, 127 for 1, in a quarter of the memory: for catalogues of many millions.
         read_item_embeddings (`bool`, defaults to `True`):
             Whether item vectors have a part that is made of the embeddings; else these only choose sub-histories.
         item_table_size (`int`, defaults to 0):
@@ -85,18 +90,20 @@ class UniGRFConfig(PreTrainedConfig):
         detach_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):
-            Weight of the generation loss; 0 for a ranker alone.
+            Weight of the generation loss; 0 for a ranker alone, which then does not compute it.
         ranking_loss_weight (`float`, defaults to 1.0):
-            Weight of the ranking loss; 0 for a retriever alone.
+            Weight of the ranking loss; 0 for a retriever alone, which then neither packs candidates nor computes it.
         item_loss_weight (`float`, defaults to 0.0):
             Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
             item vectors. Needs `item_embedding_dim` or `item_table_size`.
         candidate_loss_weight (`float`, defaults to 1.0):
-            Weight of the softmax of a row's last item among the `negative_items` that `forward` is given, if they are.
+            Weight of the softmax of a row's last item, of several codes, among the `negative_items` that `forward` is given.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
         item_weight (`float`, defaults to 0.0):
             Default weight in `recommend` of the item-level score alone: the part of `"next"` that `item_loss_weight` trains.
+        union_items (`int`, defaults to 0):
+            Default number in `recommend` of items of the best item-level score that are ranked beside the beams.
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -139,9 +146,11 @@ class UniGRFConfig(PreTrainedConfig):
     code_temperature: float = 1.0
     code_negatives: int = 0
     share_code_negatives: bool = True
+    given_negative_weight: float = 30.0
     ranking_targets: list[str] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
+    int8_item_embeddings: bool = False
     read_item_embeddings: bool = True
     item_table_size: int = 0
     negatives_per_item: float = 0.0
@@ -157,6 +166,7 @@ class UniGRFConfig(PreTrainedConfig):
     candidate_loss_weight: float = 1.0
     ranking_weight: float = 1.0
     item_weight: float = 0.0
+    union_items: int = 0
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -209,6 +219,11 @@ class UniGRFConfig(PreTrainedConfig):
         if positions is None:
             return None
         return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether the backbone takes `timestamps`."""
+        return getattr(self.text_config, "num_time_buckets", 0) > 0
 
     @property
     def has_item_vectors(self) -> bool:
@@ -302,6 +317,10 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
                 "item_embedding_dim or item_table_size."
+            )
+        if self.given_negative_weight < 1:
+            raise ValueError(
+                f"Expected given_negative_weight >= 1 (1: as every other item), found {self.given_negative_weight}."
             )
         if self.code_similarity not in ("dot", "cosine") or self.code_temperature <= 0 or self.code_negatives < 0:
             raise ValueError(

@@ -192,6 +192,7 @@ def read_continuations(
     timestamps: torch.LongTensor | None = None,
     inputs_embeds: torch.FloatTensor | None = None,
     token_mask: torch.BoolTensor | None = None,
+    token_times: torch.LongTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
     """
     Runs the next tokens of N continuations of each history, and leaves their keys and values on the cache.
@@ -210,6 +211,8 @@ def read_continuations(
         token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens are there; all by
             default. The others are seen by none and take no position: a continuation is read as if it had been given
             without them. Their own output means nothing.
+        token_times (`torch.LongTensor` of shape `(batch_size, N, s)`, *optional*): With `timestamps`: when the event of each
+            token is, in place of the first of them.
 
     Returns:
         The output `[batch_size, N, s, hidden_size]`, and where on the cache each continuation's tokens are now,
@@ -234,6 +237,7 @@ def read_continuations(
     }
     if timestamps is not None:
         own_times, asked_for = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
+        own_times = own_times if token_times is None else token_times.flatten(1)
         arguments |= {"timestamps": own_times, "next_timestamps": asked_for}
     window = sliding_window(config)
     whole_history_seen = window is None or length + earlier + steps <= window

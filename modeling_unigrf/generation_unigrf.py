@@ -412,8 +412,9 @@ class UniGRFGenerationMixin(GenerationMixin):
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
+        long_timestamps: torch.LongTensor | None = None,
         item_weight: float | None = None,
-        union_items: int = 0,
+        union_items: int | None = None,
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
@@ -438,11 +439,12 @@ class UniGRFGenerationMixin(GenerationMixin):
                 that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
             request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for; by
                 default at the time of the last event.
-            long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
+            long_items, long_behaviors, long_timestamps (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
                 `config.num_retrieved_items`.
             item_weight (`float`, *optional*): Of the item-level score in `scores`; `config.item_weight` by default.
-            union_items (`int`): Rank this many items of the best item-level score as well, whether or not the beams found
-                them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
+            union_items (`int`, *optional*): Rank this many items of the best item-level score as well, whether or not the
+                beams found them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
+                `config.union_items` by default.
 
         Returns:
             `UniGRFRecommendation`
@@ -452,6 +454,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         """
         targets = self.config.ranking_targets
         num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        union_items = self.config.union_items if union_items is None else union_items
         ranking_target = targets[0] if ranking_target is None else ranking_target
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")
@@ -472,7 +475,9 @@ class UniGRFGenerationMixin(GenerationMixin):
                     f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
                 )
         attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
-        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
+        long_history = self._long_history(
+            len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
+        )
         if exclude_history:
             own = [history_items[rows == row] for row in range(len(input_ids))]
             extra = own if blocked_items is None else [torch.as_tensor(more).to(rows) for more in blocked_items]

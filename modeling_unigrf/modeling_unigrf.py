@@ -22,6 +22,7 @@ from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
+from .training_unigrf import softmax_over_items
 
 
 @dataclass
@@ -36,8 +37,10 @@ class UniGRFCausalLMOutput(ModelOutput):
             loss, which needs a level's logits only where the level is.
         past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
             negatives behind the sequence as well.
-        generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
-        ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
+        generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes, with
+            `config.generation_loss_weight`.
+        ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy, with
+            `config.ranking_loss_weight`.
         item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
             `config.item_loss_weight`.
         candidate_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of each row's last supervised item among
@@ -120,7 +123,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
             ValueError: on timestamps for a backbone that does not read them.
         """
         if timestamps is not None:
-            if not getattr(self.config.text_config, "num_time_buckets", 0):
+            if not self.config.reads_times:
                 raise ValueError(
                     f"Expected no timestamps for the backbone {self.config.text_config.model_type!r}, which does not read "
                     "them. Leave them out, or train `hstu` with num_time_buckets."
@@ -196,7 +199,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         Args:
             item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Row = item index.
-            item_embeddings (`torch.FloatTensor` of shape `(num_items, config.item_embedding_dim)`, *optional*)
+            item_embeddings (`torch.FloatTensor` of shape `(num_items, config.item_embedding_dim)`, *optional*): As int8 with
+                `config.int8_item_embeddings`; may then be a mapped file, which is read where items are looked up.
 
         Raises:
             ValueError: on shared or impossible spellings, wrong shapes, NaN. Nothing is changed then.
@@ -213,7 +217,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         Args:
             item_codes (`torch.IntTensor` of shape `(n, num_levels)`): As `tokenizer.add_items` returns them.
-            item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*)
+            item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*): As of `set_catalogue`.
 
         Raises:
             ValueError: as `set_catalogue`. Nothing is changed then.
@@ -269,6 +273,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
+        long_timestamps: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
         blocked_items: torch.LongTensor | None = None,
         **kwargs,
@@ -288,13 +293,17 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
                 nothing is to be learnt; shifted inside.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
-                it. The loss is then this micro-batch's share, so that accumulation does not change it.
+                it. The loss is then this micro-batch's share, so that accumulation does not change it. Candidates of a
+                second stage are weighted by that share, too, for want of a count of their own: exactly as without
+                accumulation if all micro-batches have as many supervised tokens a row, else rows beside longer ones count
+                more.
             negative_items (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
-                each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids
-                with `code_negatives`: they take the places of as many random negatives at every position. Otherwise
-                `candidate_loss` sets the row's last supervised item against them.
+                each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids, in
+                training: at every position they take the places of as many random `code_negatives`, or count
+                `config.given_negative_weight` times among all items. Several codes an item: `candidate_loss` sets the
+                row's last supervised item against them.
             favorite_items (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
-                row among sampled codes of atomic ids (UniGRF's potential favourites), -1 for none.
+                row among atomic ids (UniGRF's potential favourites), -1 for none.
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
                 for a backbone that reads times (`hstu` with `num_time_buckets`), in seconds; -1 where not known.
             next_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
@@ -304,6 +313,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
                 there on, or the answer leaks. Item indices, oldest first, -1 where there is none; indices into
                 `config.behaviors`, not needed if there is one.
+            long_timestamps (the same, *optional*): With timestamps: when each of them was; -1, the default, where not known.
             candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): With labels: item indices (-1: none) for
                 the last supervised item of each row, in place of the model's own beams.
             blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): With labels and `config.num_train_beams`:
@@ -331,7 +341,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         supervision = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
-            given = (negative_items, favorite_items, candidates, long_items, long_behaviors, blocked_items)
+            longer = (long_items, long_behaviors, long_timestamps)
+            given = (negative_items, favorite_items, candidates, *longer, blocked_items)
             inputs, supervision = self._supervise(inputs, tokens, targets, *given)
 
         outputs = self.model(**inputs, **kwargs)
@@ -362,14 +373,28 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
     def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """States `[..., n, hidden_size]`, rows of `lm_head` as columns `[..., hidden_size, m]` -> logits `[..., n, m]`."""
+        states, vectors = self._comparable(states, vectors, dim=-2)
+        return states @ vectors
+
+    def code_cross_entropy(
+        self, states: torch.Tensor, targets: torch.LongTensor, codes: slice, reduction: str
+    ) -> torch.Tensor:
+        """Output of the backbone `[n, hidden_size]`, places `[n]` in a slice of the tokens -> their cross-entropy."""
+        if self.config.num_levels > 1 or type(self.lm_head) is not nn.Linear:
+            logits = self.code_logits(states, codes).float()
+            return nn.functional.cross_entropy(logits, targets, reduction=reduction)
+        states, vectors = self._comparable(states, self.lm_head.weight[codes], dim=-1)
+        return softmax_over_items(states, vectors, targets, reduction, retain_graph=self.measures_gradients)
+
+    def _comparable(self, states: torch.Tensor, vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[..., hidden_size]` and rows of `lm_head`, along `dim`, whose dot products are logits."""
         if self.config.code_similarity == "cosine":
             states = nn.functional.normalize(states, dim=-1, eps=1e-6)
-            vectors = nn.functional.normalize(vectors, dim=-2, eps=1e-6)
-        logits = states @ vectors
-        return logits if self.config.code_temperature == 1.0 else logits / self.config.code_temperature
+            vectors = nn.functional.normalize(vectors, dim=dim, eps=1e-6)
+        return (states if self.config.code_temperature == 1.0 else states / self.config.code_temperature), vectors
 
-    def _long_history(self, batch_size: int, long_items, long_behaviors) -> LongHistory | None:
-        return check_long_history(self.config, self.catalogue.num_items, batch_size, long_items, long_behaviors)
+    def _long_history(self, batch_size: int, *given) -> LongHistory | None:
+        return check_long_history(self.config, self.catalogue.num_items, batch_size, *given)
 
     @torch.no_grad()
     def rank(
@@ -384,6 +409,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
+        long_timestamps: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
         Scores candidates that see the history and themselves, never each other; with `config.num_retrieved_items` also what
@@ -403,6 +429,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 as item indices, oldest first; -1 where there is none (padding, unknown items). Any H, also 0.
             long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; not needed if
                 there is one.
+            long_timestamps (`torch.LongTensor` of shape `(batch_size, H)`, *optional*): With `timestamps`: when each was, in
+                seconds from the same origin; -1, the default, where not known.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
@@ -422,7 +450,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
-        long_history = self._long_history(len(input_ids), long_items, long_behaviors)
+        long_history = self._long_history(
+            len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
+        )
         length = input_ids.shape[1]
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)

@@ -96,19 +96,22 @@ class RecommendationPipeline(Pipeline):
         if exclude_history:  # all of it, also what is beyond `max_items`
             blocked += items
         if self.model.config.num_retrieved_items:
-            encoded |= self._long_history(items, request.get("behaviors"), unknown)
+            encoded |= self._long_history(items, request.get("behaviors"), request.get("timestamps"), unknown)
         return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
 
-    def _long_history(self, items, behaviors, unknown) -> dict[str, torch.LongTensor]:
-        """All known items and their behaviours, each as `_indices`, so that padding is no item here either."""
-        tokens = self.tokenizer.encode_history(items, behaviors, unknown=unknown, return_tensors="pt")["input_ids"][0]
+    def _long_history(self, items, behaviors, timestamps, unknown) -> dict[str, torch.LongTensor]:
+        """All known items, their behaviours and times, each as `_indices`, so that padding is no item here either."""
+        encoded = self.tokenizer.encode_history(
+            items, behaviors, unknown=unknown, timestamps=timestamps, return_tensors="pt"
+        )
+        tokens = encoded["input_ids"][0]
         indices = torch.as_tensor(self.tokenizer.decode_indices(tokens)).long()
         on_them = tokens[1:].view(len(indices), -1)[:, -1:]
         names = (on_them == tokens.new_tensor(self.model.config.behavior_token_ids)).int().argmax(dim=1)
-        return {
-            name: torch.nn.functional.pad(column + 1, (1, 0))[None]
-            for name, column in (("long_items", indices), ("long_behaviors", names))
-        }
+        columns = {"long_items": indices, "long_behaviors": names}
+        if timestamps is not None:
+            columns["long_timestamps"] = encoded["timestamps"][0, 1:].view(len(indices), -1)[:, -1]
+        return {name: torch.nn.functional.pad(column + 1, (1, 0))[None] for name, column in columns.items()}
 
     def _indices(self, item_ids, unknown) -> torch.LongTensor:
         """
@@ -127,7 +130,7 @@ class RecommendationPipeline(Pipeline):
         if "allowed_items" in lists:  # a request without a list, beside one that has one
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
-        for name in ("long_items", "long_behaviors"):
+        for name in ("long_items", "long_behaviors", "long_timestamps"):
             if name in model_inputs:
                 lists[name] = model_inputs.pop(name) - 1
         return self.model.recommend(**model_inputs, **lists, **parameters)

@@ -1,8 +1,8 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Sub-histories: of a user's long history, the items most like a candidate, and how ranking reads them (RecoChain, section 1).
 
-A long history goes beyond what the backbone reads: thousands of items, `long_items [B, H]` and `long_behaviors [B, H]`,
-oldest first. An index of -1 is no item (padding on either side, an item that the catalogue lacks) and is passed over
+A long history goes beyond what the backbone reads: thousands of items, `long_items [B, H]`, `long_behaviors [B, H]` and, for
+a backbone that reads times, `long_timestamps [B, H]`, oldest first. An index of -1 is no item (padding on either side, an item that the catalogue lacks) and is passed over
 wherever it stands. Behind a candidate's codes stands its block:
 
     s_1 .. s_L  ITEM(c)  R_1 .. R_k  CAND(c)
@@ -30,10 +30,12 @@ class LongHistory:
         items (`torch.LongTensor` of shape `(batch_size, H)`): Item indices, oldest first; -1 where there is no item.
         behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; any of them where there is
             no item.
+        timestamps (`torch.LongTensor` of shape `(batch_size, H)`): When each was; -1 where not known.
     """
 
     items: torch.LongTensor
     behaviors: torch.LongTensor
+    timestamps: torch.LongTensor
 
 
 def check_long_history(
@@ -42,17 +44,19 @@ def check_long_history(
     batch_size: int,
     long_items: torch.LongTensor | None,
     long_behaviors: torch.LongTensor | None,
+    long_timestamps: torch.LongTensor | None,
+    is_timed: bool,
 ) -> LongHistory | None:
     """
-    The long histories of a batch; None for a model that reads none.
+    The long histories of a batch; None for a model that reads none. `is_timed`: the histories before them have timestamps.
 
     Raises:
         ValueError: if they are missing or superfluous, of another shape, or hold items or behaviours that there are not.
     """
     if not config.num_retrieved_items:
-        if long_items is not None:
+        if long_items is not None or long_timestamps is not None:
             raise ValueError(
-                "Expected no long_items, which a model with num_retrieved_items=0 does not read, found some. Leave them out, "
+                "Expected no long_items and long_timestamps, which a model with num_retrieved_items=0 does not read, found some. Leave them out, "
                 "or load the model with num_retrieved_items=10."
             )
         return None
@@ -84,7 +88,15 @@ def check_long_history(
             f"Expected long_behaviors below {count}, indices into {config.behaviors}, found "
             f"{int(long_behaviors[strange][0])} in row {int(strange.nonzero()[0, 0])}."
         )
-    return LongHistory(long_items, long_behaviors.clamp(0, count - 1))
+    if long_timestamps is None:
+        long_timestamps = torch.full_like(long_items, -1)
+    elif not is_timed or long_timestamps.shape != long_items.shape or long_timestamps.is_floating_point():
+        raise ValueError(
+            f"Expected integer long_timestamps of shape {shape} as long_items, beside timestamps of the history, found "
+            f"{long_timestamps.dtype} of shape {tuple(long_timestamps.shape)}{'' if is_timed else ' and no timestamps'}. "
+            "Pass seconds from the same origin, -1 where not known; leave them out where there are none."
+        )
+    return LongHistory(long_items, long_behaviors.clamp(0, count - 1), long_timestamps.long())
 
 
 def first_places(items: torch.LongTensor) -> torch.LongTensor:
@@ -109,7 +121,7 @@ def retrieve(
     of time. Of equal cosines (exact repeats above all) the later one is taken. Embeddings of zeros have cosines of 0.
 
     Args:
-        item_embeddings (`torch.FloatTensor` of shape `(num_items, D)`)
+        item_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)
         long_items (`torch.LongTensor` of shape `(batch_size, H)`): -1 where there is no item.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`)
         exclude_candidate (`bool`): Leave the candidate itself out.

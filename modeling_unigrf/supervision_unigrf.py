@@ -68,7 +68,8 @@ class UniGRFSupervisionMixin:
 
     @property
     def _negatives_per_item(self) -> float:
-        return self.config.negatives_per_item if NEXT_TARGET in self.config.ranking_targets else 0.0
+        is_ranked = self.config.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
+        return self.config.negatives_per_item if is_ranked else 0.0
 
     @property
     def _second_stage(self) -> bool:
@@ -76,9 +77,8 @@ class UniGRFSupervisionMixin:
         return self.config.num_retrieved_items > 0 or self.config.num_train_beams > 0
 
     def _appends(self, given: GivenItems | None) -> bool:
-        """Whether given negatives have tokens of their own; those of sampled atomic ids are among the samples."""
-        sampled = self.config.num_levels == 1 and self.config.code_negatives > 0
-        return given is not None and given.negatives.shape[1] > 0 and not sampled
+        """Whether given negatives have tokens of their own; those of atomic ids are in the generation loss."""
+        return given is not None and given.negatives.shape[1] > 0 and self.config.num_levels > 1
 
     def _supervise(
         self,
@@ -90,11 +90,12 @@ class UniGRFSupervisionMixin:
         candidates: torch.LongTensor | None,
         long_items: torch.LongTensor | None,
         long_behaviors: torch.LongTensor | None,
+        long_timestamps: torch.LongTensor | None,
         blocked_items: torch.LongTensor | None,
     ) -> tuple[dict, Supervision]:
         """The backbone's inputs as they are to be run, and what the losses need; arguments and errors as of `forward`."""
         items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
-        second_stage = candidates is not None or self._second_stage
+        second_stage = self.config.ranking_loss_weight > 0 and (candidates is not None or self._second_stage)
         seen = inputs["attention_mask"]
         own = inputs["past_key_values"] is not None or inputs["position_ids"] is not None
         if own or (seen is not None and seen.dim() != 2):
@@ -126,7 +127,9 @@ class UniGRFSupervisionMixin:
             supervision.next_timestamps = inputs["next_timestamps"]
         if second_stage:
             supervision.candidates, supervision.blocked_items = candidates, blocked_items
-            supervision.long_history = self._long_history(len(tokens), long_items, long_behaviors)
+            supervision.long_history = self._long_history(
+                len(tokens), long_items, long_behaviors, long_timestamps, "timestamps" in inputs
+            )
             supervision.cache = DynamicCache()
             inputs |= {"past_key_values": supervision.cache, "use_cache": True}
         return inputs, supervision
@@ -205,7 +208,9 @@ class UniGRFSupervisionMixin:
         """
         config, targets = self.config, supervision.targets
         of_histories = hidden_states[:, : targets.shape[1]]
-        losses = {"generation_loss": generation_loss(self, of_histories, targets, supervision.given)}
+        losses = {}
+        if config.generation_loss_weight:
+            losses["generation_loss"] = generation_loss(self, of_histories, targets, supervision.given)
         if supervision.cache is not None:
             losses["ranking_loss"] = second_stage_loss(
                 self,
@@ -219,7 +224,7 @@ class UniGRFSupervisionMixin:
                 supervision.blocked_items,
                 supervision.next_timestamps,
             )
-        else:
+        elif config.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision.items, supervision.negatives)
         if config.item_loss_weight:
             losses["item_loss"] = self._item_loss(hidden_states, supervision.items)

@@ -210,46 +210,87 @@ def generation_loss(
     Args:
         states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): Output of the backbone.
         targets (`torch.LongTensor` of shape `(batch_size, T)`): The next token; all but codes are left out.
-        given (`GivenItems`, *optional*): With atomic ids and sampled codes, the row's negatives take the places of as many
-            random ones, and its favorites are no negatives.
+        given (`GivenItems`, *optional*): Of atomic ids in training: the row's negatives take the places of as many random
+            ones, or count `config.given_negative_weight` times among all; its favorites are no negatives.
     """
-    layout, shared = model.layout, model.config.share_code_negatives
+    layout = model.layout
     count = model.config.code_negatives if model.training else 0
     levels = layout.token_levels(targets)
     total = states.new_zeros((), dtype=torch.float32)
     for level in range(layout.num_levels):
         codes, here = layout.level_slice(level), levels == level
-        size, queries, true = codes.stop - codes.start, states[here], targets[here] - codes.start
-        if count == 0 or size <= count:
-            logits = model.code_logits(queries, codes).float()
-            total = total + nn.functional.cross_entropy(logits, true, reduction="sum")
-            continue
-        vectors = model.lm_head.weight[codes]
-        logits = [model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()]
-        hard = favorites = None
-        if given is not None and layout.num_levels == 1:
-            hard, favorites = (
+        of_given = None
+        if given is not None and model.training and layout.num_levels == 1:
+            of_given = [
                 model.catalogue.item_codes[items.clamp(min=0), 0].long().masked_fill(items < 0, -1)
                 for items in (given.negatives, given.favorites)
-            )
-            row = here.nonzero()[:, 0]
-            similar = model.code_similarity(states, vectors[hard.clamp(min=0)].transpose(1, 2))[here].float()
-            no_negative = (hard[row] < 0) | (hard[row] == true[:, None])
-            logits.append(similar.masked_fill(no_negative, -torch.inf))
-        drawn = torch.randint(size, (count,) if shared else (len(true), count), device=states.device)
-        if shared:
-            random = model.code_similarity(queries, vectors[drawn].T)
-        else:
-            random = model.code_similarity(queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
-        no_negative = (drawn == true[:, None]).expand(len(true), -1)
-        if hard is not None:
-            # As many random ones fewer as the row has given ones: the first of them.
-            replaced = torch.arange(count, device=states.device) < (hard >= 0).sum(dim=1)[row][:, None]
-            favorite = (drawn.expand(len(true), -1)[:, :, None] == favorites[row][:, None]).any(dim=2)
-            no_negative = no_negative | replaced | favorite
-        logits.append(random.float().masked_fill(no_negative, -torch.inf))
-        total = total - torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0].sum()
+            ]
+        is_whole = count == 0 or codes.stop - codes.start <= count
+        loss = _whole_softmax if is_whole else _sampled_softmax
+        total = total + loss(model, states, here, targets[here] - codes.start, codes, of_given)
     return total / (levels >= 0).sum().clamp(min=1)
+
+
+def _given_logits(
+    model, states: torch.Tensor, here: torch.BoolTensor, true: torch.LongTensor, codes: slice, given: torch.LongTensor
+) -> torch.Tensor:
+    """Codes `[batch_size, m]` that are given for the rows, -1 for none -> their logits `[n, m]` at the n positions `here`."""
+    vectors = model.lm_head.weight[codes][given.clamp(min=0)]
+    logits = model.code_similarity(states, vectors.transpose(1, 2))[here].float()
+    of_rows = given[here.nonzero()[:, 0]]
+    return logits.masked_fill((of_rows < 0) | (of_rows == true[:, None]), -torch.inf)
+
+
+def _whole_softmax(
+    model,
+    states: torch.Tensor,
+    here: torch.BoolTensor,
+    true: torch.LongTensor,
+    codes: slice,
+    of_given: list[torch.LongTensor] | None,
+) -> torch.Tensor:
+    """Summed cross-entropy of `true [n]` at the positions `here` among all codes of a level."""
+    queries = states[here]
+    if of_given is None:
+        return model.code_cross_entropy(queries, true, codes, reduction="sum")
+    losses = model.code_cross_entropy(queries, true, codes, reduction="none")
+    # The softmax's denominator with the given negatives counted `weight` times and without the favorites.
+    own = model.code_similarity(queries[:, None], model.lm_head.weight[codes][true][:, :, None])[:, 0, 0].float()
+    changes = 0.0
+    for given, weight in zip(of_given, (model.config.given_negative_weight, 0.0), strict=True):
+        logits = _given_logits(model, states, here, true, codes, given)
+        changes = changes + (weight - 1) * (logits - (losses + own)[:, None]).exp().sum(dim=1)
+    return (losses + torch.log1p(changes)).sum()
+
+
+def _sampled_softmax(
+    model,
+    states: torch.Tensor,
+    here: torch.BoolTensor,
+    true: torch.LongTensor,
+    codes: slice,
+    of_given: list[torch.LongTensor] | None,
+) -> torch.Tensor:
+    """Summed cross-entropy of `true [n]` at the positions `here`, each among itself and random codes of a level."""
+    count, shared = model.config.code_negatives, model.config.share_code_negatives
+    queries, vectors = states[here], model.lm_head.weight[codes]
+    logits = [model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()]
+    drawn = torch.randint(len(vectors), (count,) if shared else (len(true), count), device=states.device)
+    if shared:
+        random = model.code_similarity(queries, vectors[drawn].T)
+    else:
+        random = model.code_similarity(queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
+    no_negative = (drawn == true[:, None]).expand(len(true), -1)
+    if of_given is not None:
+        hard, favorites = of_given
+        logits.append(_given_logits(model, states, here, true, codes, hard))
+        row = here.nonzero()[:, 0]
+        # As many random ones fewer as the row has given ones: the first of them.
+        replaced = torch.arange(count, device=states.device) < (hard >= 0).sum(dim=1)[row][:, None]
+        favorite = (drawn.expand(len(true), -1)[:, :, None] == favorites[row][:, None]).any(dim=2)
+        no_negative = no_negative | replaced | favorite
+    logits.append(random.float().masked_fill(no_negative, -torch.inf))
+    return -torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0].sum()
 
 
 def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negatives: Negatives) -> torch.Tensor:
@@ -279,7 +320,28 @@ def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negati
     return losses.masked_fill(~has_last, 0.0).sum() / has_last.sum().clamp(min=1)
 
 
-MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs memory in proportion
+def softmax_over_items(
+    states: torch.Tensor,
+    vectors: torch.Tensor,
+    items: torch.LongTensor,
+    reduction: str = "sum",
+    retain_graph: bool = False,
+) -> torch.Tensor:
+    """
+    Cross-entropy of `items [n]` by the dot products of `states [n, d]` and all `vectors [num_items, d]`, in float32
+    and in chunks of positions, whose logits are never all there at once: a third of the time of doing it at once, too.
+
+    Args:
+        reduction (`str`): `"sum"`, or `"none"` for `[n]`, which takes a third longer.
+        retain_graph (`bool`): Whether more than one backward goes through it.
+    """
+    options = nn.LinearCrossEntropyOptions(allow_retain_graph=retain_graph)
+    return nn.functional.linear_cross_entropy(
+        states.float(), vectors.float(), items, reduction=reduction, options=options
+    )
+
+
+MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs time in proportion
 
 
 def sampled_softmax_loss(
@@ -299,8 +361,8 @@ def sampled_softmax_loss(
         item_vectors: item indices `[m]` -> vectors `[m, d]`.
     """
     if num_items <= MAX_SOFTMAX_ITEMS:
-        logits = states @ item_vectors(torch.arange(num_items, device=states.device)).T
-        total = nn.functional.cross_entropy(logits.float(), items, reduction="sum")
+        vectors = item_vectors(torch.arange(num_items, device=states.device))
+        total = softmax_over_items(states, vectors, items)
     else:
         sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device, generator=generator)
         logits = (states @ item_vectors(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)

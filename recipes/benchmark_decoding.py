@@ -1,6 +1,7 @@
 """Beam search, ranking and the trie against their peers, all in one run: one table, one picture.
 
     python -m recipes.benchmark_decoding                      # an hour on two CPU cores; what is measured is kept and skipped
+    python -m recipes.benchmark_decoding --parts ranking      # minutes: what ranking adds (recipes/ranking_cost.py), anew
 
 A Llama of four layers, d = 256, with random weights, over made-up catalogues of 4 x 256 codes. Every figure is the median of
 `--repeats` runs, in turn with the other contenders, after a warm-up; a contender that has taken ten seconds is not run
@@ -14,11 +15,8 @@ transformers over the whole sequences, the cache repeated for every candidate, o
 (their sum), ours. Floors: the prefill, and nothing but the matmuls of the tokens that both must run behind it.
 """
 
-import ctypes
-import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,8 +34,9 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import CatalogueTrie, UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
+from recipes import ranking_cost
 from recipes.decoding_report import BY_DICT, BY_PROCESSOR, MATMULS, OURS, REPEATED, WHOLE, draw, ratios
-from recipes.hardware import bf16_speed_up
+from recipes.hardware import PeakMemory, bf16_speed_up
 from recipes.peers import DictTrie, StaticTrie, random_catalogue
 from recipes.results import made_by
 
@@ -50,6 +49,7 @@ LLAMA = {
     "max_position_embeddings": 4096,
 }
 SIZES = [256, 256, 256, 256]
+PARTS = ["trie", "rows", "ranking"]
 # History items, beams, users: 52 items are 261 tokens and 102 are 511, for the ratios that the README quotes.
 RATIO_CELLS = [(52, 256, 1), (52, 128, 1), (52, 50, 8), (102, 256, 1)]
 
@@ -74,34 +74,10 @@ class BenchmarkArguments:
     dtypes: list[str] | None = field(
         default=None, metadata={"help": "float32, bfloat16; default: both if bfloat16 is faster, else only float32."}
     )
-
-
-class PeakMemory:
-    """Megabytes that a block adds to the process at its peak; None where nobody counts them."""
-
-    def __enter__(self):
-        gc.collect()
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self._read("VmRSS")
-        return self
-
-    @staticmethod
-    def _read(name: str) -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
-
-    def __exit__(self, *_):
-        self.megabytes = None
-        if self.cuda:
-            self.megabytes = (torch.cuda.max_memory_allocated() - self.before) / 2**20
-        elif sys.platform == "linux":
-            self.megabytes = (self._read("VmHWM") - self.before) / 2**20
+    parts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Measured anew, and nothing else; default: what the file lacks of all.", "choices": PARTS},
+    )
 
 
 @torch.no_grad()
@@ -120,7 +96,7 @@ def measure(contenders: dict[str, Callable], repeats: int, seconds: float = 10.0
                     torch.cuda.synchronize()
                 runs[name].append((time.perf_counter() - wall, time.process_time() - cpu))
             if turn == 0:
-                megabytes[name] = memory.megabytes
+                megabytes[name] = None if memory.added is None else memory.added / 2**20
     figures = {}
     for name, all_of_them in runs.items():
         counted = all_of_them[1:] or all_of_them  # without the warm-up, unless it was long
@@ -134,14 +110,15 @@ def measure(contenders: dict[str, Callable], repeats: int, seconds: float = 10.0
     return figures
 
 
-def build_model(codes: torch.Tensor, codebook_sizes: list[int]) -> UniGRFForCausalLM:
-    """The benchmark's model, random weights, float32, on the GPU if there is one."""
+def build_model(codes: torch.Tensor, codebook_sizes: list[int], **config) -> UniGRFForCausalLM:
+    """The benchmark's model, random weights (and item embeddings, if asked for), float32, on the GPU if there is one."""
     torch.manual_seed(0)
-    config = UniGRFConfig(text_config=LLAMA, codebook_sizes=codebook_sizes, num_items=len(codes))
+    config = UniGRFConfig(text_config=LLAMA, codebook_sizes=codebook_sizes, num_items=len(codes), **config)
     model = UniGRFForCausalLM(config).eval()
     with torch.no_grad():  # a spread as after training, so that beams are not all alike
         model.lm_head.weight.mul_(20)
-    model.set_catalogue(codes)
+    width = config.item_embedding_dim
+    model.set_catalogue(codes, torch.randn(len(codes), width) if width else None)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -260,7 +237,7 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
             start = time.perf_counter()
             tries[name] = build()
             seconds[name] = time.perf_counter() - start
-        dict_bytes = memory.megabytes  # of the last, which cannot say so itself
+        dict_bytes = memory.added  # of the last, which cannot say so itself
     ours, static, nested = tries.values()
     rows = []
     for users in (1, 16):
@@ -295,7 +272,7 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
                 dim=2,
             )[:, :real]
             scores, nodes = found[0][:, :real], found[2][:, :real]
-        sizes = {OURS: ours.nbytes["nodes"], "STATIC": static.nbytes, "nested dicts": (dict_bytes or 0) * 2**20}
+        sizes = {OURS: ours.nbytes["nodes"], "STATIC": static.nbytes, "nested dicts": dict_bytes or 0}
         for name, wall in steps.items():
             row = {
                 "items": len(codes),
@@ -331,7 +308,8 @@ class Figures:
 
     def __init__(self, file: Path):
         self.file = file
-        self.data = json.loads(file.read_text()) if file.exists() else {"rows": [], "trie": [], "agreement": []}
+        self.data = {"rows": [], "trie": [], "ranking": [], "agreement": []}
+        self.data |= json.loads(file.read_text()) if file.exists() else {}
 
     def has(self, part: str, **cell) -> bool:
         return any(cell.items() <= row.items() for row in self.data[part])
@@ -422,22 +400,62 @@ def run_candidates(args: BenchmarkArguments, figures: Figures, dtypes: list[str]
         add_cell(figures, calls, {"tokens": tokens.shape[1], **cell}, args)
 
 
+def run_ranking(args: BenchmarkArguments, figures: Figures, dtypes: list[str]) -> None:
+    """What ranking adds to the search on a short window, and what long histories cost (`recipes.ranking_cost`)."""
+    size = args.catalogues[0]
+    codes = random_catalogue(size)
+    for retrieved, length in tqdm(ranking_cost.CELLS, desc="ranking beside generation", unit="cell"):
+        cell = {"catalogue": size, "retrieved": retrieved, "long_items": length}
+        if figures.has("ranking", **cell):
+            continue
+        model = build_model(codes, SIZES, item_embedding_dim=128, num_retrieved_items=retrieved)
+        by_dtype, rows = {name: deepcopy(model).to(getattr(torch, name)) for name in dtypes}, []
+        for users in ranking_cost.USERS:
+            calls = {}
+            for dtype, one in by_dtype.items():
+                input_ids = histories(one, users, ranking_cost.WINDOW)
+                here = ranking_cost.serving(one, input_ids, length)
+                calls |= {(name, dtype): call for name, call in here.items()}
+            counts = {"users": users, "tokens": input_ids.shape[1], "candidates": ranking_cost.NUM_BEAMS}
+            rows += [cell | counts | of_call(call) | found for call, found in measure(calls, args.repeats).items()]
+        input_ids = histories(model, ranking_cost.TRAINING_ROWS, ranking_cost.WINDOW + 1)
+        steps = ranking_cost.training(model.train(), input_ids, length)
+        counts = {
+            "users": len(input_ids),
+            "tokens": input_ids.shape[1],
+            "candidates": ranking_cost.TRAINING_CANDIDATES,
+        }
+        found = measure({(name, "float32"): step for name, step in steps.items()}, args.repeats)
+        figures.add("ranking", rows + [cell | counts | of_call(call) | values for call, values in found.items()])
+
+
+def of_call(call: tuple[str, str]) -> dict[str, str]:
+    """Task and dtype of a call, as columns."""
+    return dict(zip(("task", "dtype"), call, strict=True))
+
+
 def main(args: BenchmarkArguments) -> None:
-    """Measures what is not yet in the output file, then writes ratios and picture."""
-    figures = Figures(Path(args.output))
+    """Measures what is not yet in the output file, or `args.parts` anew, then writes ratios and picture."""
+    figures, parts = Figures(Path(args.output)), args.parts or PARTS
+    for part in args.parts or ():
+        figures.data[part] = []
     speed_up = bf16_speed_up()
     dtypes = args.dtypes or (["float32", "bfloat16"] if speed_up > 1 else ["float32"])
     print(f"bfloat16 matmuls run at {speed_up:.2f} times the speed of float32: measured in {dtypes}")
-    for size in tqdm(args.trie_sizes, desc="trie alone", unit="catalogue"):
+    for size in tqdm(args.trie_sizes if "trie" in parts else [], desc="trie alone", unit="catalogue"):
         if not figures.has("trie", size=size):
             figures.add("trie", [{"size": size, **row} for row in trie_rows(size, args.repeats)])
-    run_cells(args, figures, dtypes)
-    run_candidates(args, figures, [dtype for dtype in dtypes if dtype == "float32" or speed_up > 1])
-    figures.data |= {
-        "bf16 speed-up of a matmul": round(speed_up, 3),
-        "ratios": ratios(figures.data),
-        "made by": made_by("python -m recipes.benchmark_decoding"),
-    }
+    if "rows" in parts:
+        run_cells(args, figures, dtypes)
+        run_candidates(args, figures, [dtype for dtype in dtypes if dtype == "float32" or speed_up > 1])
+    if "ranking" in parts:
+        run_ranking(args, figures, dtypes)
+    made = made_by(" ".join(["python -m recipes.benchmark_decoding", *(["--parts", *parts] if args.parts else [])]))
+    if args.parts:
+        figures.data |= {f"{part} made by": made for part in parts}
+    else:
+        figures.data |= {"bf16 speed-up of a matmul": round(speed_up, 3), "made by": made}
+    figures.data["ratios"] = ratios(figures.data)
     figures.add("rows", [])
     draw(figures.data, Path(args.output).with_suffix(".png"))
 

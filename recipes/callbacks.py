@@ -75,7 +75,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         form (`str`): `"loss_ratio"` or `"gradient_norm"`, which takes a second backward through the heads.
 
     Raises:
-        ValueError: on arguments that are not positive and, in training, if a loss is not finite.
+        ValueError: on arguments that are not positive and, in training, if a loss is not finite or not computed.
     """
 
     names = ("generation_loss", "ranking_loss")
@@ -104,6 +104,12 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         return {"args": arguments, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trained = (model.config.generation_loss_weight, model.config.ranking_loss_weight)
+        if 0 in trained:
+            raise ValueError(
+                f"Expected two losses to weigh, found generation_loss_weight and ranking_loss_weight {trained}. Train without "
+                "adaptive weights, or both losses."
+            )
         self.model = model
         self.model.task_weights = tuple(self.weights)
         self.model.measures_gradients = self.form == "gradient_norm"
@@ -155,7 +161,38 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             state.log_history[-1].update(weights)
 
 
-class KeptBeams(TrainerCallback):
+class SavedTensors(TrainerCallback):
+    """
+    Saves what a callback makes in some epochs with the Trainer's checkpoints, and takes it back when a training is resumed.
+
+    Args:
+        file (`str`): Name of the file.
+        tensors (`dict`): They are written into in place, and are put into shared memory: workers of a data loader see later
+            what is written.
+    """
+
+    def __init__(self, file: str, tensors: dict[str, torch.Tensor]):
+        self.file, self.tensors = file, {name: tensor.share_memory_() for name, tensor in tensors.items()}
+        self.made_at = -1  # epoch
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        file = self._path(args, state)
+        if state.global_step and file.is_file():
+            saved = load_file(file)
+            for name, tensor in self.tensors.items():
+                tensor.copy_(saved[name])
+            self.made_at = int(saved["made_at"])
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            saved = {name: tensor.clone() for name, tensor in self.tensors.items()}
+            save_file({**saved, "made_at": torch.tensor(self.made_at)}, self._path(args, state))
+
+    def _path(self, args, state) -> Path:
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.file
+
+
+class KeptBeams(SavedTensors):
     """
     Stage II on candidates that the model proposes for all rows every `every_epochs` epochs, in place of a search in every
     step: cheaper from two epochs on, and without the dropout that a search inside a training step has.
@@ -168,7 +205,7 @@ class KeptBeams(TrainerCallback):
     Args:
         model (`UniGRFForCausalLM`)
         rows (`Dataset`): Training rows, each of one history that ends in the item that is to be ranked, with `row`, its number
-            (`remove_unused_columns=False` keeps it).
+            (`remove_unused_columns=False` keeps it). Their `timestamps` are read, if they have some.
         num_beams (`int`): Candidates a row.
         every_epochs (`int`): Epochs that they are kept.
 
@@ -183,9 +220,8 @@ class KeptBeams(TrainerCallback):
                 f"{every_epochs} and {rows.column_names}."
             )
         self.model, self.rows, self.every_epochs, self.batch_size = model, rows, every_epochs, batch_size
-        # Shared memory: workers of a data loader see what is written here later.
-        self.items = torch.full((len(rows), num_beams), -1).share_memory_()
-        self.proposed_at = -1
+        self.items = torch.full((len(rows), num_beams), -1)
+        super().__init__("candidates.safetensors", {"items": self.items})
 
     def collator(self, collate: Callable) -> Callable:
         """Wraps a data collator: rows with their number also get `candidates`; others (of an evaluation) pass as they are."""
@@ -201,25 +237,23 @@ class KeptBeams(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
-        if epoch % self.every_epochs == 0 and self.proposed_at != epoch:
+        if epoch % self.every_epochs == 0 and self.made_at != epoch:
             self._propose(args, epoch)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Takes the candidates of the checkpoint that the training is resumed from."""
-        file = self._file(args, state)
-        if state.global_step and file.is_file():
-            saved = load_file(file)
-            self.items.copy_(saved["items"])
-            self.proposed_at = int(saved["proposed_at"])
+    def _histories(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """What `generate` reads of some rows: all but the last item, padded on the left, and when that item came."""
+        some, end = [self.rows[int(row)] for row in rows], -self.model.layout.num_levels - 1
 
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            saved = {"items": self.items.clone(), "proposed_at": torch.tensor(self.proposed_at)}
-            save_file(saved, self._file(args, state))
+        def padded(name: str, padding: int) -> torch.LongTensor:
+            columns = [torch.tensor(row[name])[:end] for row in some]
+            padded = torch.nn.utils.rnn.pad_sequence(columns, True, padding, padding_side="left")
+            return padded.to(self.model.device)
 
-    @staticmethod
-    def _file(args, state) -> Path:
-        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "candidates.safetensors"
+        inputs = {"input_ids": padded("input_ids", self.model.config.pad_token_id)}
+        if "timestamps" in self.rows.column_names:
+            asked_for = torch.tensor([row["timestamps"][end] for row in some]).to(self.model.device)
+            inputs |= {"timestamps": padded("timestamps", -1), "request_timestamps": asked_for}
+        return inputs
 
     @torch.no_grad()
     def _propose(self, args, epoch: int) -> None:
@@ -235,17 +269,12 @@ class KeptBeams(TrainerCallback):
             starts, desc="candidates", unit="batch", disable=args.disable_tqdm or args.process_index > 0
         ):
             rows = mine[start : start + self.batch_size]
-            histories = [
-                torch.tensor(self.rows[int(row)]["input_ids"])[: -layout.num_levels - 1].flip(0) for row in rows
-            ]
-            padded = torch.nn.utils.rnn.pad_sequence(histories, True, model.config.pad_token_id).flip(1)
-            input_ids = padded.to(model.device)
-            found = model.generate(input_ids, num_beams=num_beams, num_return_sequences=num_beams)
+            found = model.generate(**self._histories(rows), num_beams=num_beams, num_return_sequences=num_beams)
             codes = found[:, -layout.num_levels :] - found.new_tensor(layout.code_offsets)
             items = model.catalogue.trie.lookup(codes).view(len(rows), -1).cpu()
             parts.append((rows, torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)))
         for one in gather_object([parts]) if args.world_size > 1 else [parts]:
             for rows, items in one:
                 self.items[rows] = items
-        self.proposed_at = epoch
+        self.made_at = epoch
         model.train(was_training)

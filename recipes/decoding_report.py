@@ -61,6 +61,11 @@ def ratios(data: dict) -> list[dict]:
         over_cell=SEARCH,
         **SEARCH,
     )
+    for retrieved, long_items in ((0, 0), (10, 1_000)):
+        for dtype in ("float32", "bfloat16"):
+            added = added_by_ranking(data, retrieved=retrieved, long_items=long_items, users=1, dtype=dtype)
+            what = f"recommend over generate, 256 beams on 36 tokens, 1 user, sub-histories of {retrieved}"
+            found += [{"what": what, "dtype": dtype, "to reach": "<= 1.35", **added}] if added else []
     for users in (1, 16):
         steps = {
             row["contender"]: row["sum_ms"]
@@ -73,6 +78,43 @@ def ratios(data: dict) -> list[dict]:
                 {"what": what, "dtype": "-", "to reach": "<= 0.35", "wall": round(steps[OURS] / steps["STATIC"], 2)}
             )
     return found
+
+
+def added_by_ranking(data: dict, **cell) -> dict[str, float] | None:
+    """`recommend` over `generate` of one cell of `recipes.ranking_cost`, by wall and CPU time; None if it was not run."""
+    rows = {row["task"]: row for row in data["ranking"] if cell.items() <= row.items()}
+    if not {"recommend", "generate"} <= set(rows):
+        return None
+    return {
+        name: round(rows["recommend"][f"{name}_ms"] / rows["generate"][f"{name}_ms"], 2) for name in ("wall", "cpu")
+    }
+
+
+def ranking_table(data: dict) -> list[str]:
+    """What ranking adds to generation, and what long histories cost, float32."""
+    lines = [
+        "",
+        "Ranking beside generation, 256 beams on a window of 7 items, and a training step of stage II (32 rows, 20 candidates "
+        "each), float32: milliseconds of all cores (megabytes added).",
+        "",
+        "| sub-histories | long history | users | generate | recommend | of it finding sub-histories | training step |",
+        "| --- " * 7 + "|",
+    ]
+    cells = {
+        (row["retrieved"], row["long_items"], row["users"]) for row in data["ranking"] if row["task"] == "generate"
+    }
+    for retrieved, length, users in sorted(cells):
+        cell = {"retrieved": retrieved, "long_items": length, "dtype": "float32"}
+        rows = {
+            row["task"]: f"{milliseconds(row['cpu_ms'])} ({row['peak_mb']:,.0f})"
+            for row in data["ranking"]
+            if cell.items() <= row.items() and (row["users"] == users or row["task"] == "training step")
+        }
+        tasks = ("generate", "recommend", "retrieve", "training step")
+        names = [f"of {retrieved}" if retrieved else "none", f"{length:,}", str(users)]
+        lines.append("| " + " | ".join([*names, *(rows.get(task, "-") for task in tasks)]) + " |")
+    made = data.get("ranking made by", data["made by"])
+    return [*lines, "", f"Made by `{made['command']}` on {made['machine']}, {made['date']}."]
 
 
 def milliseconds(value: float | None) -> str:
@@ -139,6 +181,7 @@ def table(data: dict) -> str:
             f"{ours['build_s']:.2f}",
         ]
         lines.append("| " + " | ".join(cells_of_row) + " |")
+    lines += ranking_table(data) if data["ranking"] else []
     made, shares = data["made by"], [row["same_items"] for row in data["agreement"] if row["dtype"] == "float32"]
     lines += [
         "",

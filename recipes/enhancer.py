@@ -4,7 +4,7 @@
     Trainer(..., data_collator=enhancer.collator(DataCollatorForSeq2Seq(tokenizer)), callbacks=[enhancer])
 
 Rows of the training set hold one history each, and need the columns `user` (their number in `items`) and, to relabel, `last`
-(whether the history's end is the user's).
+(whether the history's end is the user's); of a model that reads times they have `timestamps`, and the enhancer takes them too.
 """
 
 import json
@@ -15,15 +15,15 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 from transformers.cache_utils import DynamicCache
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from recipes.callbacks import SavedTensors
+from recipes.histories import encode, of_a_forward
 
 
-class RankingDrivenEnhancer(TrainerCallback):
+class RankingDrivenEnhancer(SavedTensors):
     """
     Before an epoch, for each user at the last training position, without gradient: a pool of items is scored by retrieval
     and by ranking (our reading of UniGRF, section on the ranking-driven enhancer).
@@ -41,6 +41,8 @@ class RankingDrivenEnhancer(TrainerCallback):
         model (`UniGRFForCausalLM`), tokenizer (`SemanticIdTokenizer`)
         items, behaviors (`Sequence` of U integer arrays): Training history of each user: catalogue rows, and indices into
             `tokenizer.behaviors`; the last item is the target, which is never in the pool, nor is anything before it.
+        timestamps (the same, *optional*): When each item was, for a model that reads times; pools are asked for when the
+            target was.
         pool (`str`): `"uniform"`: the hard negatives before and fresh uniform items, `pool_size` together (atomic ids).
             `"beam"`: the `pool_size` best of the generation.
         target (`str`): The ranking target that says p.
@@ -57,6 +59,7 @@ class RankingDrivenEnhancer(TrainerCallback):
         tokenizer,
         items: Sequence[np.ndarray],
         behaviors: Sequence[np.ndarray],
+        timestamps: Sequence[np.ndarray] | None = None,
         *,
         pool: Literal["uniform", "beam"] = "uniform",
         pool_size: int = 64,
@@ -84,14 +87,15 @@ class RankingDrivenEnhancer(TrainerCallback):
         if target not in model.config.ranking_targets:
             raise ValueError(f"Expected a target among {model.config.ranking_targets}, found {target!r}.")
         self.model, self.tokenizer, self.items, self.behaviors = model, tokenizer, items, behaviors
+        self.timestamps = timestamps
         self.pool, self.pool_size, self.num_negatives, self.penalty = pool, pool_size, num_negatives, penalty
         self.threshold, self.max_favorites, self.relabel, self.target = threshold, max_favorites, relabel, target
         self.warm_up_epochs, self.every_epochs = warm_up_epochs, every_epochs
         self.max_items, self.batch_size, self.seed = max_items, batch_size, seed
-        # Shared memory: workers of a data loader see what is written here later.
-        self.negatives = torch.full((len(items), num_negatives), -1).share_memory_()
-        self.favorites = torch.full((len(items), max(1, max_favorites)), -1).share_memory_()
-        self.refreshed_at, self.found = -1, {}
+        self.negatives = torch.full((len(items), num_negatives), -1)
+        self.favorites = torch.full((len(items), max(1, max_favorites)), -1)
+        self.found: dict[str, float] = {}
+        super().__init__("enhancer.safetensors", {"negatives": self.negatives, "favorites": self.favorites})
 
     def collator(self, collate: Callable) -> Callable:
         """Wraps a data collator: rows with a `user` also get the user's items; others (of an evaluation) pass as they are."""
@@ -103,48 +107,34 @@ class RankingDrivenEnhancer(TrainerCallback):
             negatives, favorites = self.negatives[users], self.favorites[users]
             positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
             batch = collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
-            if self.refreshed_at >= 0:
+            if self.made_at >= 0:
                 batch["negative_items"], batch["favorite_items"] = negatives, favorites
             return batch
 
         return with_pools
 
     def _with(self, row: dict, favorite: int) -> dict:
-        """A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none)."""
+        """
+        A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none); when it comes
+        is not known.
+        """
         tokens = []
         if favorite >= 0 and row["last"]:
             tokens = self.tokenizer.item_tokens(np.array([favorite]))[0].tolist()
         more = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+        if "timestamps" in row:
+            more["timestamps"] = [-1] * len(tokens)
         return {name: [*row[name], *values] for name, values in more.items()}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
         due = epoch - self.warm_up_epochs
-        if due < 0 or due % self.every_epochs or self.refreshed_at == epoch:
+        if due < 0 or due % self.every_epochs or self.made_at == epoch:
             return
         was_training = self.model.training
         self.model.eval()
         self._refresh(args, epoch)
         self.model.train(was_training)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Takes the pools of the checkpoint that the training is resumed from."""
-        file = self._file(args, state)
-        if state.global_step and file.is_file():
-            saved = load_file(file)
-            self.negatives.copy_(saved["negatives"])
-            self.favorites.copy_(saved["favorites"])
-            self.refreshed_at = int(saved["refreshed_at"])
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            pools = {"negatives": self.negatives, "favorites": self.favorites}
-            pools = {name: tensor.clone() for name, tensor in pools.items()}
-            save_file({**pools, "refreshed_at": torch.tensor(self.refreshed_at)}, self._file(args, state))
-
-    @staticmethod
-    def _file(args, state) -> Path:
-        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "enhancer.safetensors"
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and self.found:
@@ -170,7 +160,7 @@ class RankingDrivenEnhancer(TrainerCallback):
             for batch, negatives, favorites, seen in one:
                 self.negatives[batch], self.favorites[batch] = negatives, favorites
                 numbers += seen
-        self.refreshed_at = epoch
+        self.made_at = epoch
         names = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability")
         self.found = dict(zip(names, (numbers / len(self.items)).tolist(), strict=True))
         if args.process_index == 0:
@@ -181,18 +171,14 @@ class RankingDrivenEnhancer(TrainerCallback):
         """Pool `[b, K]` (item indices), its log P and ranking probability, and which of it may be used, all `[b, K]`."""
         model, device = self.model, self.model.device
         before = slice(-1 - self.max_items, -1)
-        histories = [
-            self.tokenizer.encode_indices(
-                *(np.asarray(column[user][before], dtype=np.int64) for column in (self.items, self.behaviors))
-            )
-            for user in users
-        ]
-        batch = self.tokenizer.pad({"input_ids": histories}, return_tensors="pt", padding_side="left").to(device)
+        columns = [column for column in (self.items, self.behaviors, self.timestamps) if column is not None]
+        histories = [[np.asarray(column[user][before], dtype=np.int64) for user in users] for column in columns]
+        requests = None if self.timestamps is None else [self.timestamps[user][-1] for user in users]
+        batch = encode(self.tokenizer, *histories, request_timestamps=requests).to(device)
         own = [torch.as_tensor(np.asarray(self.items[user], dtype=np.int64)) for user in users]
         if self.pool == "beam":
             best = model.recommend(
-                batch["input_ids"],
-                batch["attention_mask"],
+                **batch,
                 num_beams=self.pool_size,
                 num_return_sequences=self.pool_size,
                 ranking_weight=0.0,
@@ -212,14 +198,10 @@ class RankingDrivenEnhancer(TrainerCallback):
         usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
-        states = model.model(
-            batch["input_ids"], batch["attention_mask"], past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        states = model.model(**of_a_forward(batch), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
         retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
-        ranking = model.rank(
-            batch["input_ids"], batch["attention_mask"], pool, past_key_values=cache, history_states=states
-        )
+        ranking = model.rank(**batch, candidates=pool, past_key_values=cache, history_states=states)
         index = model.config.ranking_targets.index(self.target)
         return pool, retrieval, ranking[..., index].sigmoid(), usable
 

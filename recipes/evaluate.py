@@ -4,8 +4,10 @@
 
 Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
 where users come back to items: `--exclude_history False`).
-Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written into the
-checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes `metrics.json`.
+A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
+Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written, with
+`--union_items`, into the checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes
+`metrics.json`.
 """
 
 import json
@@ -18,12 +20,13 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
-import modeling_unigrf  # noqa: F401  # registers the model with the Auto classes
-import tokenization  # noqa: F401
+import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
+from modeling_unigrf import UniGRFConfig
 from recipes.baselines import baseline_results
-from recipes.histories import padded
+from recipes.histories import encode, padded
+from recipes.training_rows import columns_read
 
 METRICS = Path(__file__).parent / "metrics"
 
@@ -53,29 +56,30 @@ class EvaluateArguments:
     exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
 
 
-def batches(split: Dataset, tokenizer, args: EvaluateArguments, desc: str):
-    """Yields `(rows [b], input_ids, attention_mask)` of users with histories of similar length, under a progress bar."""
+def batches(model, tokenizer, split: Dataset, args: EvaluateArguments, desc: str):
+    """
+    Yields `(rows [b], inputs)` of users with histories of similar length, under a progress bar: what `recommend` reads of
+    them, with times (of the request: the target's) if the model reads them.
+    """
+    names = list(columns_read(split, model.config.reads_times))
     order = np.argsort([min(len(items), args.max_items) for items in split["items"]], kind="stable")
     for start in tqdm(range(0, len(order), args.batch_size), desc=desc, unit="batch"):
         rows = order[start : start + args.batch_size]
-        histories = [
-            tokenizer.encode_indices(
-                np.array(user["items"][-args.max_items :]), np.array(user["behaviors"][-args.max_items :])
-            )
-            for user in (split[int(row)] for row in rows)
-        ]
-        batch = tokenizer.pad({"input_ids": histories}, return_tensors="pt")
-        yield rows, batch["input_ids"], batch["attention_mask"]
+        users = [split[int(row)] for row in rows]
+        columns = {name: [np.array(user[name][-args.max_items :]) for user in users] for name in names}
+        if "timestamps" in columns:
+            columns["request_timestamps"] = [user["target_timestamp"] for user in users]
+        yield rows, encode(tokenizer, **columns).to(model.device)
 
 
 def long_histories(model, split: Dataset, rows: np.ndarray, args: EvaluateArguments) -> dict[str, torch.Tensor]:
-    """`long_items` and `long_behaviors [b, H]` of some users, for a model that reads them."""
+    """`long_items`, `long_behaviors` and, with times, `long_timestamps [b, H]` of some users, for a model that reads them."""
     if not model.config.num_retrieved_items:
         return {}
     users = [split[int(row)] for row in rows]
     return {
         f"long_{name}": padded([user[name][-args.max_long_items :] for user in users]).to(model.device)
-        for name in ("items", "behaviors")
+        for name in columns_read(split, model.config.reads_times)
     }
 
 
@@ -85,10 +89,9 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateA
     if model.ranking_head.history_query is not None:
         names.append("item_scores")
     columns = {name: [None] * len(split) for name in names}
-    for rows, input_ids, attention_mask in batches(split, tokenizer, args, f"beams of {num_beams}"):
+    for rows, inputs in batches(model, tokenizer, split, args, f"beams of {num_beams}"):
         found = model.recommend(
-            input_ids.to(model.device),
-            attention_mask.to(model.device),
+            **inputs,
             num_beams=num_beams,
             num_return_sequences=num_beams + args.union_items,
             ranking_weight=0.0,
@@ -122,11 +125,10 @@ def like_auc(model, tokenizer, split: Dataset, args: EvaluateArguments) -> dict[
     index, like = model.config.ranking_targets.index(args.like), tokenizer.behaviors.index(args.like)
     scores = np.zeros(len(split))
     targets = torch.tensor(split["target"][:]).long()
-    for rows, input_ids, attention_mask in batches(split, tokenizer, args, "AUC"):
+    for rows, inputs in batches(model, tokenizer, split, args, "AUC"):
         logits = model.rank(
-            input_ids.to(model.device),
-            attention_mask.to(model.device),
-            targets[rows][:, None].to(model.device),
+            **inputs,
+            candidates=targets[rows][:, None].to(model.device),
             **long_histories(model, split, rows, args),
         )
         scores[rows] = logits[:, 0, index].cpu()
@@ -139,20 +141,24 @@ def like_auc(model, tokenizer, split: Dataset, args: EvaluateArguments) -> dict[
 def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, int]:
     """Runs plain `generate` and counts, by the tokenizer's own table, the generated items that do not exist."""
     checked = invalid = 0
-    for _, input_ids, attention_mask in batches(split, tokenizer, args, "generated items"):
-        sequences = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            num_beams=num_beams,
-            num_return_sequences=min(10, num_beams),
-        )
-        for tokens in sequences[:, input_ids.shape[1] :].cpu():
+    for _, inputs in batches(model, tokenizer, split, args, "generated items"):
+        sequences = model.generate(**inputs, num_beams=num_beams, num_return_sequences=min(10, num_beams))
+        for tokens in sequences[:, inputs["input_ids"].shape[1] :].cpu():
             checked += 1
             try:
                 invalid += len(tokenizer.decode_indices(tokens)) != 1
             except ValueError:
                 invalid += 1
     return {"checked": checked, "invalid": invalid}
+
+
+def keep_choice(
+    checkpoint: str | Path, num_beams: int, ranking_weight: float, item_weight: float, union_items: int
+) -> None:
+    """Writes what was chosen into the checkpoint's own config: the defaults of `recommend` and of the pipeline."""
+    chosen = {"ranking_weight": ranking_weight, "item_weight": item_weight, "union_items": union_items}
+    UniGRFConfig.from_pretrained(checkpoint, **chosen).save_pretrained(checkpoint)
+    GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
 
 
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
@@ -205,6 +211,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "num_beams": num_beams,
             "ranking_weight": weight,
             "item_weight": item_weight,
+            "union_items": args.union_items,
             **{
                 f"settings of {name}": str(result["settings"])
                 for name, result in baselines.items()
@@ -226,10 +233,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
-    model.config.ranking_weight, model.config.item_weight = weight, item_weight
-    model.generation_config.num_beams = num_beams
-    model.config.save_pretrained(args.checkpoint)
-    model.generation_config.save_pretrained(args.checkpoint)
+    keep_choice(args.checkpoint, num_beams, weight, item_weight, args.union_items)
     return metrics
 
 

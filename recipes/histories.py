@@ -7,9 +7,14 @@ knows several, `behaviors` (a list of as many names). From a table of interactio
     users = table.sort_values("timestamp", kind="stable").groupby("user_id")
     users.agg(items=("item_id", list), behaviors=("behavior", list)).reset_index().to_parquet("histories.parquet")
 
+A model that reads times also reads `timestamps` (a list of as many numbers: seconds, null where not known; above:
+`timestamps=("timestamp", list)`) and, if there is one, `request_timestamp` (a number: when the next item is asked for, null
+where not known; without the column, when the last item was).
+
 The `dataset/` of recipes.prepare is none: it holds catalogue indices, and ends before the held-out interactions.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,10 +27,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tqdm.auto import tqdm
+from transformers import BatchEncoding
 
 from tokenization import SemanticIdTokenizer
 
-COLUMNS = ("user_id", "items", "behaviors")
+COLUMNS = ("user_id", "items", "behaviors", "timestamps", "request_timestamp")
+TIMES = COLUMNS[3:]
+UNKNOWN_TIME = -1
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 UNKNOWN, EMPTY = "with items that the catalogue does not have", "without an item"
 
@@ -38,12 +46,16 @@ class Histories:
     Args:
         items (`list` of int64 arrays): Catalogue rows of each history's known items, oldest first.
         behaviors (`list` of int64 arrays): Indices into `tokenizer.behaviors`, one an item.
+        timestamps (`list` of int64 arrays, *optional*): Seconds, one an item, -1 where not known.
+        request_timestamps (int64 `[N]`, *optional*): When each list is asked for, -1 where not known.
         answered (bool `[N]`): Whether there is an item to go by and, with `exclude_history`, one left to list.
         problems (`dict[str, np.ndarray]`): Numbers of the rows that have a problem, for each kind.
     """
 
     items: list[np.ndarray]
     behaviors: list[np.ndarray]
+    timestamps: list[np.ndarray] | None
+    request_timestamps: np.ndarray | None
     answered: np.ndarray
     problems: dict[str, np.ndarray]
 
@@ -52,6 +64,35 @@ def padded(rows: list) -> torch.LongTensor:
     """Rows of integers, of any lengths -> `[B, longest]`, filled up by -1, as `long_items` and `long_behaviors` are."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def encode(
+    tokenizer: SemanticIdTokenizer,
+    items: Sequence[np.ndarray],
+    behaviors: Sequence[np.ndarray],
+    timestamps: Sequence[np.ndarray] | None = None,
+    request_timestamps: Sequence[int] | None = None,
+) -> BatchEncoding:
+    """
+    What `recommend`, `rank` and `generate` read of B histories of catalogue rows: `input_ids` and `attention_mask`, padded on
+    the left, and, as far as they are given, `timestamps`, each int64 `[B, T]`, and `request_timestamps [B]`.
+    """
+    columns = {"input_ids": [tokenizer.encode_indices(*one) for one in zip(items, behaviors, strict=True)]}
+    if timestamps is not None:
+        columns["timestamps"] = [tokenizer.encode_times(times) for times in timestamps]
+    batch = tokenizer.pad(columns, return_tensors="pt", padding_side="left")
+    if request_timestamps is not None:
+        batch["request_timestamps"] = torch.as_tensor(request_timestamps, dtype=torch.long)
+    return batch
+
+
+def of_a_forward(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `forward` takes of what `recommend` takes: the time that each output is asked for, in place of the last one's."""
+    batch = dict(batch)
+    if "request_timestamps" in batch:
+        after = [batch["timestamps"][:, 1:], batch.pop("request_timestamps")[:, None]]
+        batch["next_timestamps"] = torch.cat(after, dim=1)
+    return batch
 
 
 def load_histories(source: str, split: str | None = None) -> Dataset:
@@ -82,31 +123,44 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
     return data
 
 
-def check_columns(dataset: Dataset, tokenizer: SemanticIdTokenizer) -> None:
-    """`ValueError` unless there are rows, with the columns and types of the module's docstring."""
-    needed = COLUMNS if len(tokenizer.behaviors) > 1 else COLUMNS[:2]
-    missing = [name for name in needed if name not in dataset.column_names]
+def check_columns(dataset: Dataset, tokenizer: SemanticIdTokenizer, with_times: bool) -> list[str]:
+    """The columns that are read. `ValueError` unless there are rows, with the columns and types of the module's docstring."""
+    columns = [name for name in COLUMNS if with_times or name not in TIMES]
+    optional = {"request_timestamp", *(["behaviors"] if len(tokenizer.behaviors) == 1 else [])}
+    missing = [name for name in columns if name not in {*dataset.column_names, *optional}]
     if missing or len(dataset) == 0:
         raise ValueError(
-            f"Expected rows with the columns {list(needed)}, found {len(dataset)} rows with {dataset.column_names}. Rename "
-            f"or add {missing or 'rows'}."
+            f"Expected rows with the columns {[name for name in columns if name not in optional]}, found {len(dataset)} rows "
+            f"with {dataset.column_names}. Rename or add {missing or 'rows'}."
         )
-    for name in COLUMNS[1:]:
-        if name not in dataset.column_names:
-            continue
+    columns = [name for name in columns if name in dataset.column_names]
+    for name in columns[1:]:
         found = dataset.features.arrow_schema.field(name).type
-        value = getattr(found, "value_type", pa.null())
+        value = found if name == "request_timestamp" else getattr(found, "value_type", pa.null())
         of_names = pa.types.is_string(value) or pa.types.is_large_string(value)
-        if not (of_names or (name == "items" and pa.types.is_integer(value))):
+        of_numbers = pa.types.is_integer(value) or pa.types.is_floating(value)
+        if name in TIMES and not of_numbers:
+            raise ValueError(
+                f"Expected seconds in the columns timestamps (lists of numbers) and request_timestamp (a number), found {name} "
+                f"of type {found}. Convert it."
+            )
+        if name not in TIMES and not (of_names or (name == "items" and pa.types.is_integer(value))):
             raise ValueError(
                 f"Expected lists in the columns items (your item ids: strings or integers) and behaviors (names out of "
                 f"{tokenizer.behaviors}), found {name} of type {found}. The data set of recipes.prepare holds indices: the "
                 "docstring of recipes.histories shows how histories are made of a table of interactions."
             )
+    return columns
+
+
+def seconds(column: pa.Array) -> np.ndarray:
+    """Numbers as int64, -1 for what is none."""
+    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return np.where(np.isfinite(values), values, UNKNOWN_TIME).astype(np.int64)
 
 
 def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_history: bool) -> Histories:
-    """Looks up the items and behaviours of some rows. What is wrong with them is told, not raised."""
+    """Looks up the items and behaviours of some rows, and times if the table has them. What is wrong is told, not raised."""
     column, count = table["items"].combine_chunks(), len(table)
     ids, row = pc.list_flatten(column).cast(pa.string()), pc.list_parent_indices(column).to_numpy()
     # The tokenizer looks up every id once and Arrow spreads what it found: a cost of these rows, not of the catalogue.
@@ -118,22 +172,34 @@ def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_hist
         column = table["behaviors"].combine_chunks()
         names, behavior_row = pc.list_flatten(column).cast(pa.string()), pc.list_parent_indices(column).to_numpy()
         behaviors = pc.index_in(names, value_set=pa.array(tokenizer.behaviors)).fill_null(-1).to_numpy()
+    timestamps, requests, time_row = None, None, row
+    if "timestamps" in table.column_names:
+        column = table["timestamps"].combine_chunks()
+        timestamps, time_row = seconds(pc.list_flatten(column)), pc.list_parent_indices(column).to_numpy()
+    if "request_timestamp" in table.column_names:
+        requests = seconds(table["request_timestamp"].combine_chunks())
     lengths = np.bincount(row, minlength=count)
-    uneven = np.flatnonzero(lengths != np.bincount(behavior_row, minlength=count))
+    uneven, uneven_times = (
+        np.flatnonzero(lengths != np.bincount(one, minlength=count)) for one in (behavior_row, time_row)
+    )
     problems = {
         UNKNOWN: np.unique(row[items < 0]),
         EMPTY: np.flatnonzero(lengths == 0),
         "with another number of behaviors than of items": uneven,
+        "with another number of timestamps than of items": uneven_times,
         f"with behaviors that are none of {tokenizer.behaviors}": np.unique(behavior_row[behaviors < 0]),
     }
     if len(uneven):  # which ends in an error, whatever stands here
         behaviors = np.zeros_like(items)
+    if len(uneven_times):
+        timestamps = np.zeros_like(items)
     known = items >= 0
     ends = np.bincount(row[known], minlength=count).cumsum()[:-1]
     kept = np.split(items[known], ends)
+    times = None if timestamps is None else np.split(timestamps[known], ends)
     everything = tokenizer.num_items if exclude_history else np.inf
     answered = [len(one) > 0 and (len(one) < everything or len(np.unique(one)) < everything) for one in kept]
-    return Histories(kept, np.split(behaviors[known], ends), np.array(answered), problems)
+    return Histories(kept, np.split(behaviors[known], ends), times, requests, np.array(answered), problems)
 
 
 def check_rows(

@@ -83,8 +83,8 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             times are not all known.
 
     Returns:
-        `interactions` and `items` as [`movielens_100k`] describes them; `timestamp` is the position where times are not
-        all known.
+        `interactions` and `items` as [`movielens_100k`] describes them. Where times are not all known, `timestamp` is -1
+        for those that are not, and `position` orders a user's interactions.
 
     Raises:
         ValueError: if a file is missing.
@@ -92,8 +92,9 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     folder = Path(path)
     ordered = folder / "interactions.parquet"
     if ordered.exists() and not (folder / "ratings.dat").exists():
-        interactions = pd.read_parquet(ordered).drop(columns="timestamp").rename(columns={"position": "timestamp"})
-        return _interactions(interactions), _movies_1m(folder)
+        interactions = pd.read_parquet(ordered).fillna({"timestamp": -1})
+        positions = interactions["position"].astype("int64")
+        return _interactions(interactions).assign(position=positions), _movies_1m(folder)
     # Every other column is the empty one between the two colons: the C parser takes single-character separators only.
     interactions = pd.read_csv(
         _existing(folder / "ratings.dat"),

@@ -5,9 +5,10 @@
         --output_dir runs/demo/data
 
 Interactions (CSV, TSV or Parquet): `user_id`, `item_id`, `timestamp` (a number, kept as it is, or a date, kept as Unix
-seconds), optionally `behavior` (else every interaction is an `interact`). Items: `item_id` and `text`, or the columns
-of `--text_template "{title}. {genres}"`, or a list column `embedding`, or `--embeddings rows.npy` row by row;
-optionally `title`. Every item of the items table is in the catalogue, also one that nobody took (its semantic id makes
+seconds), optionally `behavior` (else every interaction is an `interact`) and, where not all times are known (-1),
+`position`, which then orders a user's interactions. Items: `item_id` and `text`, or the columns of
+`--text_template "{title}. {genres}"`, or a list column `embedding`, or `--embeddings rows.npy` row by row; optionally
+`title`. Every item of the items table is in the catalogue, also one that nobody took (its semantic id makes
 it recommendable); an interaction with an item outside of it is an error.
 
 Split: leave-one-out. A user's last interaction is the test target, the one before it the validation target, the rest
@@ -16,7 +17,8 @@ is training; popularity is counted on training only. Output:
     tokenizer/                    SemanticIdTokenizer.save_pretrained
     item_embeddings.safetensors   `embeddings` float32 [num_items, D], rows in the order of tokenizer.item_ids
     dataset/                      DatasetDict: train (user_id, items, behaviors, timestamps); validation and test (the
-                                  same of the history before the target, and target, target_behavior)
+                                  same of the history before the target, and target, target_behavior,
+                                  target_timestamp)
     prepare.json                  arguments, hashes of the inputs, counts, behaviours, codebook health
 
 Items are catalogue indices (int32), behaviours indices into tokenizer.behaviors (int8). A second run with equal
@@ -38,6 +40,8 @@ from recipes.embeddings import MINILM, item_embeddings
 from recipes.tables import check_rows, read_interactions, read_table, sha256
 from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
+# Columns of a history, and of what comes after it in a held-out split.
+TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
 PATHS = ("interactions", "items", "embeddings", "output_dir")  # arguments whose content matters, not their name
 
 
@@ -112,6 +116,7 @@ def prepare(args: PrepareArguments) -> Path:
         items=item_index.get_indexer(kept["item_id"]),
         behaviors=pd.Index(behaviors).get_indexer(kept["behavior"]),
         timestamps=kept["timestamp"].to_numpy(),
+        positions=kept["position"].to_numpy(),
     )
     embeddings, source = item_embeddings(args, items, output_dir / "item_embeddings.safetensors")
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
@@ -141,7 +146,7 @@ def prepare(args: PrepareArguments) -> Path:
         "items_in_training": int((np.bincount(train_items) > 0).sum()),
         "repeated_pairs": int(kept.duplicated(["user_id", "item_id"]).sum()),
         # Their order within the second (or day) is the file's: a limit of what a leave-one-out result means.
-        "interactions_of_tied_time": int(kept.duplicated(["user_id", "timestamp"], keep=False).sum()),
+        "interactions_of_tied_time": int(kept.duplicated(["user_id", "position"], keep=False).sum()),
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
     health = tokenizer.provenance.get("health")
@@ -154,17 +159,20 @@ def prepare(args: PrepareArguments) -> Path:
     return output_dir
 
 
-def leave_one_out(users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, timestamps: np.ndarray) -> DatasetDict:
-    """Splits of the module's docstring; users in the order of their first row, ties of time in the rows' order.
+def leave_one_out(
+    users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, timestamps: np.ndarray, positions: np.ndarray
+) -> DatasetDict:
+    """Splits of the module's docstring; users in the order of their first row, ties of position in the rows' order.
 
     Args:
         users: str `[N]`, each user at least 3 times.
         items: int `[N]`, catalogue indices.
         behaviors: int `[N]`, indices below 128.
-        timestamps: int or float `[N]`; stored as int64, sorted as given.
+        timestamps: int or float `[N]`, -1 where not known; stored as int64.
+        positions: int or float `[N]`, by which each user's interactions are sorted.
     """
     user_codes, user_ids = pd.factorize(users)
-    order = np.lexsort((timestamps, user_codes))  # stable
+    order = np.lexsort((positions, user_codes))  # stable
     columns: dict[str, np.ndarray] = {
         "items": items[order].astype(np.int32),
         "behaviors": behaviors[order].astype(np.int8),
@@ -181,9 +189,8 @@ def leave_one_out(users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, t
         for name, values in columns.items():
             table[name] = pa.ListArray.from_arrays(offsets, pa.array(values[left >= held_out]))
         if with_target:
-            targets = ends - held_out
-            table["target"] = pa.array(columns["items"][targets])
-            table["target_behavior"] = pa.array(columns["behaviors"][targets])
+            for name, target in TARGETS.items():
+                table[target] = pa.array(columns[name][ends - held_out])
         return Dataset.from_dict(table)
 
     return DatasetDict(train=split(2, False), validation=split(2, True), test=split(1, True))

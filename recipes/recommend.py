@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes.histories import COLUMNS, Histories, check_columns, check_rows, load_histories, padded, read_histories
+from recipes.histories import Histories, check_columns, check_rows, encode, load_histories, padded, read_histories
 from tokenization import SemanticIdTokenizer
 
 SCORES = ("scores", "generation_scores", "ranking_scores")
@@ -136,17 +136,20 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
     shape = (len(lengths), settings.num_return_sequences)
     best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in SCORES}
     bar.update(len(lengths) - len(order))
+    parts = [one for one in (histories.items, histories.behaviors, histories.timestamps) if one is not None]
+    requests = histories.request_timestamps
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        tokens = [tokenizer.encode_indices(histories.items[row][read], histories.behaviors[row][read]) for row in rows]
-        batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(model.device)
+        spelt = ([one[row][read] for row in rows] for one in parts)
+        batch = encode(tokenizer, *spelt, request_timestamps=None if requests is None else requests[rows])
+        batch = batch.to(model.device)
         longer = {}
         if model.config.num_retrieved_items:  # all of each history, also what is not read
             columns = {"long_items": histories.items, "long_behaviors": histories.behaviors}
+            columns |= {} if histories.timestamps is None else {"long_timestamps": histories.timestamps}
             longer = {name: padded([column[row] for row in rows]).to(model.device) for name, column in columns.items()}
         best = model.recommend(
-            batch["input_ids"],
-            batch["attention_mask"],
+            **batch,
             num_beams=settings.num_beams,
             num_return_sequences=settings.num_return_sequences,
             ranking_weight=settings.ranking_weight,
@@ -185,10 +188,10 @@ def recommend_dataset(
             f"Expected model and tokenizer of one catalogue, found {model.config.num_items} items in the model and "
             f"{tokenizer.num_items}, or others, in the tokenizer. Load both from one checkpoint."
         )
-    check_columns(dataset, tokenizer)
+    columns = check_columns(dataset, tokenizer, model.config.reads_times)
     record, record_file = work_record(model, tokenizer, dataset, settings), output_dir / ".recommend.json"
     check_same_work(record, record_file)  # by all processes, before the first one writes it below
-    dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]).with_format("arrow")
+    dataset = dataset.select_columns(columns).with_format("arrow")
     shards = range(0, len(dataset), settings.shard_size)
     unanswered = check_rows(dataset, tokenizer, shards, settings.exclude_history, settings.unknown)
     files = {start: f"part-{index:05d}-of-{len(shards):05d}.parquet" for index, start in enumerate(shards)}

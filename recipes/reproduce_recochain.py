@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
-from recipes.evaluate import EvaluateArguments, candidates, lists_and_ranks
+from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
 from recipes.results import made_by
 from tokenization import SemanticIdTokenizer
@@ -260,6 +260,7 @@ def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_it
     return {
         "cells": cells,
         "weights": {name: dict(zip(("ranking", "item score"), pair, strict=True)) for name, pair in chosen.items()},
+        "validation ndcg@10": float(ranked("validation", *chosen["ranked, three scores"])["ndcg@10"].mean()),
         "gain": {name: gain(of_users["generation"], of_users[name]) for name in ("ranked at weight 1", *chosen)},
         "calibration": calibration(found["test"], targets["test"]),
         "share of repeats": float(repeats.mean()),
@@ -269,8 +270,12 @@ def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_it
 
 
 def run(args: ReproduceArguments) -> None:
-    """Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there already."""
+    """
+    Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there already. What
+    validation chose of what was measured now becomes the checkpoint's own default.
+    """
     work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None
+    measured = []
     for num_beams, union_items in product(args.num_beams, sorted({0, args.union_items})):
         asked = {**work, "beams": num_beams, "union": union_items}
         file = folder_of(args) / f"beams-{num_beams}-union-{union_items}.json"
@@ -282,6 +287,12 @@ def run(args: ReproduceArguments) -> None:
         made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}")
         file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))
         print(file, {name: round(cell["recall@5"], 4) for name, cell in result["cells"].items()}, flush=True)
+        measured.append(
+            (result["validation ndcg@10"], num_beams, union_items, result["weights"]["ranked, three scores"])
+        )
+    if checkpoint is not None:
+        _, num_beams, union_items, weights = max(measured, key=lambda one: one[0])
+        keep_choice(checkpoint, num_beams, weights["ranking"], weights["item score"], union_items)
 
 
 if __name__ == "__main__":

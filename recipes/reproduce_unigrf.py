@@ -1,6 +1,7 @@
 """UniGRF on MovieLens-1M: retrieval alone, ranking alone, both, and both with each module, one command a row.
 
     python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone llama --seed 0    # trains, or goes on
+    python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone hstu-time         # as hstu, with times
     python -m recipes.reproduce_unigrf --collect          # recipes/results/unigrf_ml1m.json and .png, then recipes.results
 
 Leave-one-out over the rated movies, items are scored over the whole catalogue without the user's own; a like is a rating of 4
@@ -28,10 +29,11 @@ from recipes.callbacks import AdaptiveWeighter, LossParts
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.evaluate import METRICS
-from recipes.movielens import movielens_1m
+from recipes.histories import of_a_forward
+from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import leave_one_out
 from recipes.results import made_by
-from recipes.training_rows import held_out_rows, history_rows
+from recipes.training_rows import columns_read, held_out_rows, history_rows
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
@@ -40,6 +42,7 @@ BEAMS = 100  # of semantic ids, in evaluation
 SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 1024}
 BACKBONES = {
     "hstu": {"model_type": "hstu", **SMALL, "dropout": 0.2},
+    "hstu-time": {"model_type": "hstu", **SMALL, "dropout": 0.2, "num_time_buckets": 128},
     "hstu-large": {"model_type": "hstu", **SMALL, "num_hidden_layers": 8, "num_attention_heads": 2, "dropout": 0.2},
     "llama": {"model_type": "llama", **SMALL, "intermediate_size": 128},
     "llama-wide": {
@@ -50,6 +53,8 @@ BACKBONES = {
         "intermediate_size": 384,
     },
 }
+# What follows a movie in a history, from the least to the best, and how many of the best are likes.
+BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "5"], 2)}
 # What a row trains, beside naive joint training.
 ROWS: dict[str, dict] = {
     "retrieval": {"ranking_loss_weight": 0.0},
@@ -66,6 +71,9 @@ class ReproduceArguments:
     """One row of the table, or the table."""
 
     data: str | None = field(default=None, metadata={"help": "GroupLens's ml-1m folder."})
+    behaviors: str = field(
+        default="like", metadata={"help": "Likes and dislikes, or ratings.", "choices": list(BEHAVIORS)}
+    )
     row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
     backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
     ids: str = field(default="atomic", metadata={"help": "Codes of an item.", "choices": ["atomic", "semantic"]})
@@ -73,7 +81,8 @@ class ReproduceArguments:
     epochs: int = field(default=14, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
     learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate."})
     batch_size: int = field(default=32, metadata={"help": "Histories of a step."})
-    code_negatives: int = field(default=512, metadata={"help": "Negatives that all positions share; 0: all items."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16, where the hardware has it."})
+    code_negatives: int = field(default=0, metadata={"help": "Negatives that all positions share; 0: all items."})
     code_similarity: str = field(default="dot", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
     code_temperature: float = field(default=1.0, metadata={"help": "Of atomic ids."})
     ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
@@ -87,17 +96,21 @@ class ReproduceArguments:
     collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
 
 
-def load_data(path: str, ids_kind: str, cache_dir: Path) -> tuple[DatasetDict, SemanticIdTokenizer]:
+def load_data(
+    path: str, ids_kind: str, cache_dir: Path, behaviors_kind: str = "like"
+) -> tuple[DatasetDict, SemanticIdTokenizer]:
     """Leave-one-out splits of the rated movies, and a tokenizer; embeddings of their texts are kept in `cache_dir`."""
     interactions, items = movielens_1m(path)
     items = items[items["item_id"].isin(interactions["item_id"])]
     ids = items["item_id"].to_numpy()
-    behaviors = ["dislike", "like"]
+    behaviors, _ = BEHAVIORS[behaviors_kind]
+    ratings = interactions["rating"].to_numpy()
     splits = leave_one_out(
         users=interactions["user_id"].astype(str).to_numpy(),
         items=np.searchsorted(ids, interactions["item_id"].to_numpy()),
-        behaviors=(interactions["behavior"] == "like").to_numpy().astype(np.int8),
+        behaviors=(ratings - 1 if behaviors_kind == "rating" else ratings >= LIKED_FROM).astype(np.int8),
         timestamps=interactions["timestamp"].to_numpy(),
+        positions=interactions.get("position", interactions["timestamp"]).to_numpy(),
     )
     titles = items["title"].tolist()
     if ids_kind == "atomic":
@@ -117,20 +130,26 @@ def load_data(path: str, ids_kind: str, cache_dir: Path) -> tuple[DatasetDict, S
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and AUC of a split, whose `rows` end in the target. With one code an item the output before
-    the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache serves the ranking.
+    HR and NDCG at 10 and 50, MRR and AUC of a split, whose `rows` end in the target (and its time). With one code an item
+    the output before the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache
+    serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
+    liked = model.config.ranking_targets
     order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    like, block = model.config.ranking_targets.index("like"), layout.num_levels + 1
+    block = layout.num_levels + 1
     size = 128 if layout.num_levels == 1 else 32
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        histories = {"input_ids": [rows[int(row)]["input_ids"][:-block] for row in batch]}
-        padded = tokenizer.pad(histories, return_tensors="pt").to(model.device)
+        read = [name for name in ("input_ids", "timestamps") if name in rows.column_names]
+        histories = {name: [rows[int(row)][name][:-block] for row in batch] for name in read}
+        padded = tokenizer.pad(histories, return_tensors="pt")
+        if "timestamps" in read:
+            padded["request_timestamps"] = torch.tensor([rows[int(row)]["timestamps"][-1] for row in batch])
+        padded = padded.to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
         cache, own = DynamicCache(), split[batch]["items"]
-        states = model.model(**padded, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        states = model.model(**of_a_forward(padded), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])
@@ -142,18 +161,18 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "num_beams": BEAMS,
                 "num_return_sequences": BEAMS,
                 "ranking_weight": 0.0,
-                "ranking_target": "like",
+                "ranking_target": liked[0],
             }
             best = model.recommend(**padded, **beams, blocked_items=own, past_key_values=cache)
             hits = (best.item_indices == targets[:, None]).cpu().numpy()
             ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
         ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
-        scores[batch] = ranking[:, 0, like].cpu().numpy()
+        scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()  # of any of the behaviours that are likes
     found = {}
     for k in (10, 50):
         found[f"hr@{k}"] = float(np.mean(ranks <= k))
         found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
-    likes = (np.array(split["target_behavior"][:]) == tokenizer.behaviors.index("like")).astype(int)
+    likes = np.isin(split["target_behavior"][:], [tokenizer.behaviors.index(name) for name in liked]).astype(int)
     auc = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
     area = auc.compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
     return {**found, "mrr": float(np.mean(1 / ranks)), "auc": area}
@@ -175,6 +194,13 @@ class LeaveOneOutTrainer(Trainer):
         return logs
 
 
+def command(work: dict) -> str:
+    """The command line of a run: what differs from the defaults."""
+    defaults = vars(ReproduceArguments())
+    options = [f"--{name} {value}" for name, value in work.items() if value != defaults[name]]
+    return " ".join(["python -m recipes.reproduce_unigrf", *options])
+
+
 def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
@@ -184,11 +210,17 @@ def run(args: ReproduceArguments) -> None:
     if file.exists() and json.loads(file.read_text())["arguments"] == work:
         print(f"{folder} is finished")
         return
+    begun = folder / "arguments.json"
+    if begun.exists() and json.loads(begun.read_text()) != work:
+        raise ValueError(
+            f"Expected a run of the same arguments in {folder}, found another's: {begun.read_text()}. Give this one a name "
+            "with --variant, or another --output_dir."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(work))
     set_seed(args.seed)
-    splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir))
-    train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1)
-    held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS) for name in ("validation", "test")}
+    splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
+    liked = list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
     if args.ids == "atomic":
@@ -199,12 +231,15 @@ def run(args: ReproduceArguments) -> None:
         **tokenizer.config_fields(),
         text_config=BACKBONES[args.backbone],
         code_negatives=args.code_negatives,
-        ranking_targets=["like"],
+        ranking_targets=liked,
         ranking_weight=0.0,
         ranking_dropout=0.1,
         embedding_dropout=0.0 if is_hstu else 0.2,
         **{"ranking_loss_weight": args.ranking_loss_weight, **options},
     )
+    times = {"with_times": config.reads_times}
+    train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1, **times)
+    held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
     collate = DataCollatorForSeq2Seq(tokenizer)
@@ -216,9 +251,10 @@ def run(args: ReproduceArguments) -> None:
             RankingDrivenEnhancer(
                 model,
                 tokenizer,
-                *(splits["train"][name][:] for name in ("items", "behaviors")),
+                *(splits["train"][name][:] for name in columns_read(splits["train"], **times)),
                 pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
+                target=liked[-1],
                 max_items=MAX_ITEMS,
                 seed=args.seed,
             )
@@ -247,6 +283,7 @@ def run(args: ReproduceArguments) -> None:
             greater_is_better=True,
             remove_unused_columns=False,
             restore_callback_states_from_checkpoint=True,
+            bf16=args.bf16,
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
         ),
@@ -273,7 +310,7 @@ def run(args: ReproduceArguments) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
-        "made by": made_by(f"python -m recipes.reproduce_unigrf --row {args.row} --backbone {args.backbone}"),
+        "made by": made_by(command(work)),
     }
     file.write_text(json.dumps(result, indent=1))
     print({name: round(value, 4) for name, value in result["test"].items()})

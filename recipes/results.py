@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from recipes import decoding_report, recochain_report, unigrf_report
+from recipes import decoding_report, recochain_report, taobao_report, unigrf_report
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -104,6 +104,15 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+TABLES = {
+    "decoding": decoding_report.table,
+    "recochain": recochain_report.table,
+    "recochain_beauty": recochain_report.table,
+    "taobao": taobao_report.table,
+    "unigrf_ml1m": unigrf_report.table,
+}
+
+
 def write_readme(readme: Path) -> str:
     """Puts the table of every results file between its marks, and returns the new text."""
     text = readme.read_text()
@@ -111,13 +120,7 @@ def write_readme(readme: Path) -> str:
         begin, end = f"<!-- results:{file.stem} -->\n", f"<!-- end:{file.stem} -->"
         if begin in text:
             results = json.loads(file.read_text())
-            write = {
-                "decoding": decoding_report.table,
-                "unigrf_ml1m": unigrf_report.table,
-                "recochain": recochain_report.table,
-                "recochain_beauty": recochain_report.table,
-            }.get(file.stem, table)
-            content = begin + "\n" + write(results) + "\n\n" + end
+            content = begin + "\n" + TABLES.get(file.stem, table)(results) + "\n\n" + end
             text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, new=content: new, text, flags=re.DOTALL)
     return text
 

@@ -28,10 +28,13 @@ def read_table(path: Path, ids: list[str]) -> pd.DataFrame:
 
 
 def read_interactions(path: Path) -> pd.DataFrame:
-    """Validated interactions: `user_id`, `item_id`, `behavior` (str), `timestamp` (int64 or float64), in file order.
+    """Validated interactions: `user_id`, `item_id`, `behavior` (str), `timestamp`, `position` (int64 or float64), in file order.
+
+    `position` is what orders a user's interactions: the file's, or else the timestamp.
 
     Raises:
-        ValueError: missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates.
+        ValueError: missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates, positions that are
+            no numbers.
     """
     table = read_table(path, ["user_id", "item_id", "timestamp"])
     given = table["timestamp"]
@@ -43,6 +46,10 @@ def read_interactions(path: Path) -> pd.DataFrame:
         timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     valid = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
     check_rows(valid, given, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path)
+    position = timestamps
+    if "position" in table:
+        position = pd.to_numeric(table["position"], errors="coerce")
+        check_rows(position.notna(), table["position"], "a number as position in every row", "another value", path)
     if "behavior" in table:
         check_rows(table["behavior"].notna(), table["behavior"], "a behavior in every row", "an empty behavior", path)
         behavior = table["behavior"].astype(str)
@@ -53,7 +60,7 @@ def read_interactions(path: Path) -> pd.DataFrame:
             f"expected at most 127 kinds of behavior, found {behavior.nunique()} in {path}: is the column `behavior` "
             "a rating or a count? Map it to a few names such as like and dislike"
         )
-    return table[["user_id", "item_id"]].assign(timestamp=timestamps, behavior=behavior)
+    return table[["user_id", "item_id"]].assign(timestamp=timestamps, position=position, behavior=behavior)
 
 
 def check_rows(valid: pd.Series, shown: pd.Series, expected: str, found: str, path: str | Path) -> None:

@@ -34,17 +34,11 @@ def write_items(tables: Path, out: Path) -> dict:
     shards, rows = table_shards(tables, EMBEDDINGS, [ITEM, EMBEDDING])
     table_ids = np.empty(rows, np.int64)
     fill(table_ids, (scalars(batch, ITEM) for batch in progress(shards, [ITEM], rows, "item ids")))
-    order = np.argsort(table_ids, kind="stable")
-    first = np.ones(rows, bool)
-    first[1:] = np.diff(table_ids[order]) != 0
-    # Where each row of the table goes; -1: a repeated key.
-    place = np.full(rows, -1, np.int32)
-    place[order[first]] = np.arange(first.sum(), dtype=np.int32)
-    item_ids = table_ids[order[first]]
+    item_ids, place = sort_ids(table_ids)
     if len(item_ids) == 0:
         raise ValueError(f"expected items with embeddings in {tables}, found none: download the table again")
     np.save(out / "item_ids.npy", item_ids)
-    del table_ids, order, first
+    del table_ids
     embeddings = open_memmap(out / "item_embeddings.npy", "w+", np.int8, (len(item_ids), DIM))
     start = 0
     for batch in progress(shards, [EMBEDDING], rows, "embeddings"):
@@ -60,6 +54,16 @@ def write_items(tables: Path, out: Path) -> dict:
     print(f"{len(item_ids):,} items; {repeated:,} rows with a repeated key left out, the first of each kept")
     print(f"{without:,} of {count:,} advertised items have no embedding: clicks on them will be left out")
     return {"items": len(item_ids), "repeated_keys": repeated, "advertised": count, "advertised_unknown": without}
+
+
+def sort_ids(table_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a table, int64 `[rows]` -> each once, sorted, `[N]`, and where a row goes, int32 `[rows]`; -1: a repeated key."""
+    order = np.argsort(table_ids, kind="stable")
+    first = np.ones(len(table_ids), bool)
+    first[1:] = np.diff(table_ids[order]) != 0
+    place = np.full(len(table_ids), -1, np.int32)
+    place[order[first]] = np.arange(first.sum(), dtype=np.int32)
+    return table_ids[order[first]], place
 
 
 def fit(out: Path, codebook_sizes: list[int], points_per_code: int, num_iterations: int, seed: int) -> dict:

@@ -6,15 +6,19 @@
         python -m recipes.taobao --tables $run/tables --output_dir $run --points_per_code 64 --num_iterations 10 --tokenizer
         python -m recipes.taobao_train --tables $run/tables --data_dir $run --output_dir $run/training \
             --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
+        python -m recipes.taobao_train --tables $run/tables --data_dir $run --output_dir $run/second \
+            --init_from $run/training/checkpoint --num_retrieved_items 10 --num_train_beams 20 \
+            --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
     done
     python -m recipes.taobao_scaling --runs runs/taobao-small runs/taobao --output_file recipes/results/taobao.json
 
 Time (of one core, since a shared machine tells nothing by its clock), memory and disk of a stage are taken to grow
 linearly with what it reads (`UNITS`), from the larger run on. The sample for the codebooks does not grow with the items:
-its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. Two things are measured at full size
+its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. An epoch is a row for each click, at
+the larger run's time a row. Some things are measured at full size
 instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
-ids, whose difference to one among the larger run's is added for each history item, and a model with all codes and their
-trie. Disk and network are not told by tables that lie in the page cache.
+ids, whose difference to one among the larger run's is added for each history item; the memory of sorting the ids and of
+the suffixes, which in small runs hides behind buffers; and a model with all codes and their trie. Disk and network are not told by tables that lie in the page cache.
 """
 
 import json
@@ -28,8 +32,11 @@ from transformers import HfArgumentParser
 from recipes.hardware import PeakMemory
 from recipes.results import made_by
 from recipes.taobao import TaobaoArguments
+from recipes.taobao_items import DIM, sort_ids
+from recipes.taobao_report import table
 from recipes.taobao_tables import BATCH_USERS, find_items
 from recipes.taobao_train import TaobaoTrainArguments, build_model
+from tokenization import assign_suffixes, codebook_health
 
 FULL = {"items": 35_400_000, "users": 8_790_000, "samples": 99_000_000}
 UNITS = {
@@ -43,6 +50,7 @@ UNITS = {
 }
 MEASURES = ("seconds", "cpu_seconds", "peak_mb", "private_mb", "disk_mb")
 DEFAULTS = TaobaoArguments("", "")
+SIZES = [*DEFAULTS.codebook_sizes, 64]
 
 
 @dataclass
@@ -51,6 +59,7 @@ class ScalingArguments:
 
     runs: list[str] = field(metadata={"help": "Output folders of recipes.taobao, the smaller first."})
     output_file: str = field(metadata={"help": "JSON file for slopes and extrapolation."})
+    note: str = field(default="", metadata={"help": "A sentence for the README: what else the machine was doing."})
 
 
 def both_splits(measured: dict[str, dict]) -> dict[str, dict]:
@@ -98,23 +107,76 @@ def lookup_seconds(num_items: int) -> float:
     return float(np.median(times))
 
 
-def full_model() -> dict[str, float]:
-    """Time and memory of an untrained model with `FULL["items"]` codes."""
+def full_codes() -> np.ndarray:
+    """`FULL["items"]` distinct codes, int32 `[N, 4]`."""
     number = np.random.default_rng(0).permutation(FULL["items"])
     codes = np.empty((FULL["items"], 4), np.int32)
     for level, shift in ((0, 24), (1, 12), (2, 0)):
         codes[:, level] = (number % 2**24 * 4093 % 2**36) >> shift & 4095
     codes[:, 3] = number >> 24
-    del number
+    return codes
+
+
+def full_arrays(codes: np.ndarray) -> dict[str, float]:
+    """Megabytes that the stages of `UNITS` add which hold arrays of all items."""
+    ids = np.random.default_rng(0).integers(-(2**63), 2**63, FULL["items"], dtype=np.int64)
+    with PeakMemory() as sorting:
+        sort_ids(ids)
+    added = {"items": (sorting.added + ids.nbytes) / 2**20}
+    del ids
+    with PeakMemory() as suffixes:
+        assign_suffixes(codes[:, :-1])
+        codebook_health(codes[:, :-1], SIZES[:-1])
+    return added | {"suffixes": suffixes.added / 2**20}
+
+
+def full_model(codes: np.ndarray) -> dict[str, float]:
+    """Time and memory of an untrained model of these codes and as many embeddings, which stand for a mapped file."""
     start = time.process_time()
     with PeakMemory() as peak:
-        model = build_model(TaobaoTrainArguments("", ""), codes, [4096, 4096, 4096, 64])
+        embeddings = np.zeros((FULL["items"], DIM), np.int8)  # never written to: no page of it is held
+        model = build_model(TaobaoTrainArguments("", ""), codes, embeddings, SIZES)
     with PeakMemory() as after:
         model.catalogue.trie  # noqa: B018 - built at first use
     return {
         "cpu_seconds": round(time.process_time() - start, 1),
         "private_mb": max(round(peak.private / 2**20), round(after.private / 2**20)),
         "codes_mb": round(codes.nbytes / 2**20),
+    }
+
+
+def training(run: Path, stage: str, folder: str, stages: dict[str, dict]) -> dict:
+    """What a training of `recipes.taobao_train` took, and reached."""
+    log = json.loads((run / folder / "training_log.json").read_text())
+    asked = json.loads((run / folder / "arguments.json").read_text())[1]
+    rows = log["metrics"]["train_samples_per_second"] * log["metrics"]["train_runtime"]
+    return {
+        "what": f"{stage}, {stages['items']['items']:,} items",
+        "rows": round(rows),
+        "rows_a_step": asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"],
+        "rows_per_second": log["metrics"]["train_samples_per_second"],
+        "cpu_seconds": log["cpu_seconds"],
+        "memory": log["memory"],
+        "evaluation": log["evaluation"],
+        "losses": {
+            str(entry["step"]): [round(entry[f"{name}_loss"], 4) for name in ("generation", "ranking")]
+            for entry in log["log_history"]
+            if "generation_loss" in entry
+        },
+    }
+
+
+def whole_training(small: dict, large: dict, runs: list[dict[str, dict]]) -> dict[str, float]:
+    """Memory of a training on all items, and an epoch of all clicks, from two of `training`."""
+    counts = [stages["items"]["items"] for stages in runs]
+    private = [one["memory"]["training_private_mb"] for one in (small, large)]
+    slope = max(0.0, (private[1] - private[0]) / (counts[1] - counts[0]))
+    clicks = FULL["samples"] * runs[1]["rows"]["rows"] / runs[1]["clicks"]["samples"]
+    seconds = large["cpu_seconds"]["training"] / large["rows"]
+    return {
+        "private_mb": round(private[1] + slope * (FULL["items"] - counts[1])),
+        "rows": round(clicks),
+        "epoch_core_hours": round(clicks * seconds / 3600, 1),
     }
 
 
@@ -126,7 +188,17 @@ def main(args: ScalingArguments) -> dict:
     history_items = large["rows"]["history_items"] / large["rows"]["users"] * FULL["users"]
     for key in ("seconds", "cpu_seconds"):
         full["rows"][key] += history_items * (lookups[FULL["items"]] - lookups[large["items"]["items"]])
-    trainings = [json.loads((Path(run) / "training/training_log.json").read_text()) for run in args.runs]
+    codes = full_codes()
+    for stage, added in full_arrays(codes).items():
+        more = large[stage]["private_mb"] + added - full[stage]["private_mb"]
+        full[stage] |= {key: full[stage][key] + max(0.0, more) for key in ("private_mb", "peak_mb")}
+    trainings = {
+        stage: [
+            training(Path(run), stage, folder, measured)
+            for run, measured in zip(args.runs, (small, large), strict=True)
+        ]
+        for stage, folder in (("stage I", "training"), ("stage II", "second"))
+    }
     results = {
         "full": FULL,
         "extrapolated": {
@@ -137,32 +209,17 @@ def main(args: ScalingArguments) -> dict:
             for stage, slope in slopes.items()
         },
         "lookup_ns": {str(count): round(1e9 * seconds, 1) for count, seconds in lookups.items()},
-        "model at full size": full_model(),
+        "model at full size": full_model(codes),
         "runs": [small, large],
-        "training": [
-            {
-                "memory": log["memory"],
-                "evaluation": log["evaluation"],
-                "rows_per_second": log["metrics"]["train_samples_per_second"],
-                "generation_losses": {
-                    str(entry["step"]): round(entry["generation_loss"], 4)
-                    for entry in log["log_history"]
-                    if "generation_loss" in entry
-                },
-            }
-            for log in trainings
-        ],
+        "training": [one for pair in trainings.values() for one in pair],
+        "training at full size": {stage: whole_training(*pair, [small, large]) for stage, pair in trainings.items()},
+        "note": args.note,
         "made by": made_by(
             f"python -m recipes.taobao_scaling --runs {' '.join(args.runs)} --output_file {args.output_file}"
         ),
     }
     Path(args.output_file).write_text(json.dumps(results, indent=1))
-    print(
-        "| stage | core hours | private memory, GB | with mapped files | disk, GB |\n| --- | --- | --- | --- | --- |"
-    )
-    for stage, one in results["extrapolated"].items():
-        sizes = (f"{one[key] / 1024:.1f}" for key in ("private_mb", "peak_mb", "disk_mb"))
-        print(f"| {stage} | {one['cpu_seconds'] / 3600:.2f} | {' | '.join(sizes)} |")
+    print(table(results))
     return results
 
 

@@ -2,14 +2,18 @@
 
     python -m recipes.taobao_train --tables runs/taobao/tables --data_dir runs/taobao --output_dir runs/taobao/training \
         --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
+    python -m recipes.taobao_train --tables runs/taobao/tables --data_dir runs/taobao --output_dir runs/taobao/second \
+        --init_from runs/taobao/training/checkpoint --num_retrieved_items 10 --num_train_beams 20 \
+        --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
 
 Every argument of `transformers.TrainingArguments` is taken. A row is the last `--max_items` items of a user and the
-clicked one (RecoChain reads 32 tokens: 6 items here); with `--max_long_items` it carries the longer history as well,
-padded with -1, for a model whose `forward` takes `long_items` (the Trainer leaves the column out for one that does
-not).
+clicked one (RecoChain reads 32 tokens: 6 items here). With `--num_retrieved_items` (the second command: RecoChain's
+stage II, from a stage I) it carries the last `--max_long_items` items as well, of which every candidate is ranked with
+its sub-history.
 
 In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
-rows. The learned table of items has `--item_table_size` rows, shared by hashing. Then the first `--eval_rows` rows of
+rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
+part of those vectors, has `--item_table_size` rows, shared by hashing. Then the first `--eval_rows` rows of
 the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last
 distinct items, each also for the clicks that repeat the history and those that explore. A second run of the same
 command resumes from the last checkpoint in `--output_dir`, if some are saved, or does nothing if `training_log.json`
@@ -17,6 +21,7 @@ is there; one with other arguments is refused.
 """
 
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -60,14 +65,26 @@ class TaobaoTrainArguments:
 
     tables: str = field(metadata={"help": "Folder of the published raw tables."})
     data_dir: str = field(metadata={"help": "Output folder of recipes.taobao."})
+    init_from: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from; it brings its own text_config and item_table_size."}
+    )
+    num_retrieved_items: int = field(default=0, metadata={"help": "Items of a candidate's sub-history."})
+    num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
     text_config: str = field(default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON."})
     item_table_size: int = field(default=65_536, metadata={"help": "Learned rows of items, shared by hashing."})
-    negatives_per_item: float = field(default=1.0, metadata={"help": "Random candidates an item, for `next`."})
+    negatives_per_item: float = field(
+        default=1.0, metadata={"help": "Random candidates an item, for `next`; none in stage II."}
+    )
     max_items: int = field(default=6, metadata={"help": "Items of the history that a row spells."})
-    max_long_items: int = field(default=0, metadata={"help": "Items of the longer history beside them; 0: none."})
+    max_long_items: int = field(default=1000, metadata={"help": "Items that sub-histories come from."})
     shuffle_rows: int = field(default=4096, metadata={"help": "Rows of the buffer that shuffles them."})
     eval_rows: int = field(default=512, metadata={"help": "Rows of the test split that are evaluated."})
     num_beams: int = field(default=20, metadata={"help": "Of the search in the evaluation."})
+
+    @property
+    def long_items(self) -> int:
+        """Items of a row's longer history; 0 for a model that reads none."""
+        return self.max_long_items if self.num_retrieved_items else 0
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -82,8 +99,32 @@ def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def build_model(args: TaobaoTrainArguments, codes: np.ndarray, codebook_sizes: list[int]) -> UniGRFForCausalLM:
-    """A fresh model for the codes int32 `[N, 4]`."""
+def build_model(
+    args: TaobaoTrainArguments, codes: np.ndarray, embeddings: np.ndarray, codebook_sizes: list[int]
+) -> UniGRFForCausalLM:
+    """
+    A model for codes int32 `[N, 4]` and embeddings int8 `[N, 128]`, fresh or from `args.init_from`. A mapped file of
+    embeddings stays one. `ValueError` if the checkpoint is of other items.
+    """
+    second_stage = args.num_retrieved_items > 0 or args.num_train_beams > 0
+    fields = {
+        "num_retrieved_items": args.num_retrieved_items,
+        "num_train_beams": args.num_train_beams,
+        "negatives_per_item": 0.0 if second_stage else args.negatives_per_item,
+    }
+    codes, embeddings = torch.from_numpy(np.array(codes)), torch.from_numpy(embeddings)
+    if args.init_from is not None:
+        # With the odds of the new candidates: those of the old are in the checkpoint's config.
+        old = UniGRFConfig.from_pretrained(args.init_from).to_dict()
+        config = UniGRFConfig(**{**old, **fields, "next_log_odds": None})
+        model = UniGRFForCausalLM.from_pretrained(args.init_from, config=config)
+        if not torch.equal(model.catalogue.item_codes, codes):
+            raise ValueError(
+                f"expected a checkpoint of the {len(codes):,} items in {args.data_dir}, found {config.num_items:,} items, "
+                f"or other codes, in {args.init_from}: start from one that was trained on this data"
+            )
+        model.set_catalogue(codes, embeddings)
+        return model
     layout = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes))
     config = UniGRFConfig(
         text_config=json.loads(args.text_config),
@@ -92,11 +133,14 @@ def build_model(args: TaobaoTrainArguments, codes: np.ndarray, codebook_sizes: l
         behaviors=list(BEHAVIORS),
         behavior_token_ids=list(layout.behavior_token_ids),
         num_items=len(codes),
+        item_embedding_dim=embeddings.shape[1],
+        int8_item_embeddings=True,
         item_table_size=args.item_table_size,
-        negatives_per_item=args.negatives_per_item,
+        **fields,
     )
+    config.num_items = 1  # until the catalogue comes: one of all items need not be made up first
     model = UniGRFForCausalLM(config)
-    model.set_catalogue(torch.from_numpy(np.array(codes)))
+    model.set_catalogue(codes, embeddings)
     return model
 
 
@@ -110,8 +154,13 @@ def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: i
     layout = VocabularyLayout(BEHAVIORS, tuple(model.config.codebook_sizes))
     codes, lists = model.catalogue.item_codes.cpu().numpy(), []
     for start in tqdm(range(0, len(rows), batch_size), desc="evaluating"):
-        tokens = [spell(layout, codes, history[-args.max_items :]) for history, _ in rows[start : start + batch_size]]
-        batch = collate([{"input_ids": one, "attention_mask": np.ones_like(one)} for one in tokens])
+        batch = []
+        for history, _ in rows[start : start + batch_size]:
+            tokens = spell(layout, codes, history[-args.max_items :])
+            batch.append({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
+            if args.long_items:
+                batch[-1]["long_items"] = history[-args.long_items :]
+        batch = collate(batch)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         best = model.recommend(**batch, num_beams=args.num_beams, num_return_sequences=RECENT)
         lists += best.item_indices.tolist()
@@ -151,10 +200,12 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     sizes = json.loads((data_dir / "measured.json").read_text())["suffixes"]["codebook_sizes"]
     set_seed(training_args.seed)
     with PeakMemory() as peak:
-        model = build_model(args, np.load(data_dir / "item_codes.npy", mmap_mode="r"), sizes)
+        codes = np.load(data_dir / "item_codes.npy", mmap_mode="r")
+        embeddings = np.load(data_dir / "item_embeddings.npy", mmap_mode="c")  # torch has no read-only tensors
+        model = build_model(args, codes, embeddings, sizes)
     memory = {"model_private_mb": round(peak.private / 2**20)}
-    rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.max_long_items)
-    row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.max_long_items
+    rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.long_items)
+    row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.long_items
     print(
         f"held of the user table at a time: pages, {BATCH_USERS} users and {args.shuffle_rows:,} rows of at most "
         f"{row_bytes:,} bytes ({args.shuffle_rows * row_bytes / 2**20:.1f} MB), whatever its size"
@@ -167,12 +218,16 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
         callbacks=[LossParts(model)],
     )
+    start = time.process_time()
     with PeakMemory() as peak:
         result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
     memory |= {"training_private_mb": round(peak.private / 2**20), "training_peak_mb": round(peak.resident / 2**20)}
+    cpu_seconds = {"training": time.process_time() - start}
     evaluation = evaluate(model.eval(), args)
+    cpu_seconds["evaluation"] = time.process_time() - start - cpu_seconds["training"]
     trainer.save_model(str(out / "checkpoint"))
-    log = {"metrics": result.metrics, "memory": memory, "evaluation": evaluation}
+    cpu_seconds = {name: round(seconds, 1) for name, seconds in cpu_seconds.items()}
+    log = {"metrics": result.metrics, "memory": memory, "cpu_seconds": cpu_seconds, "evaluation": evaluation}
     log["log_history"] = trainer.state.log_history
     finished.write_text(json.dumps(log, indent=1))
     print(", ".join(f"{name} {value}" for name, value in {**memory, **evaluation}.items()))

@@ -13,6 +13,8 @@ does nothing if that was finished; one with other arguments or data is refused t
 In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
 ranks its own beams; the places where histories are cut are those of its last items
 (with `--stride`, every so many items), and `--exclude_history` keeps a user's own items out of the beams.
+With a backbone that reads times (`--text_config '{"model_type": "hstu", "num_time_buckets": 128, ...}'`) rows have those of
+the interactions, which are to be in seconds then, -1 where not known.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
 
@@ -31,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 from recipes.enhancer import RankingDrivenEnhancer
-from recipes.training_rows import Collator, held_out_rows, history_rows, packed_rows, second_stage_rows
+from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
 
 LLAMA = {
@@ -206,17 +208,24 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
+    model = build_model(model_args, tokenizer, embeddings)
+    with_times = model.config.reads_times
     with training_args.main_process_first(desc="rows"):
         if model_args.enhancer:
-            train_dataset = history_rows(*cut, data_args.stride)
+            train_dataset = history_rows(*cut, data_args.stride, with_times=with_times)
         elif model_args.second_stage:
             own = data_args.exclude_history
-            train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride, own)
+            train_dataset = second_stage_rows(*cut, max_long_items, data_args.stride, own, with_times=with_times)
         else:
-            train_dataset = packed_rows(*cut, training_args.seed, data_args.stride)
-        held_out = (dataset["validation"], tokenizer, data_args.max_items, max_long_items)
-        eval_dataset = held_out_rows(*held_out, data_args.exclude_history and model_args.second_stage)
-    model = build_model(model_args, tokenizer, embeddings)
+            train_dataset = packed_rows(*cut, training_args.seed, data_args.stride, with_times=with_times)
+        eval_dataset = held_out_rows(
+            dataset["validation"],
+            tokenizer,
+            data_args.max_items,
+            max_long_items,
+            data_args.exclude_history and model_args.second_stage,
+            with_times=with_times,
+        )
     callbacks = [LossParts(model)]
     if model_args.adaptive_weights:
         callbacks.append(
@@ -229,7 +238,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
             RankingDrivenEnhancer(
                 model,
                 tokenizer,
-                *(dataset["train"][name][:] for name in ("items", "behaviors")),
+                *(dataset["train"][name][:] for name in columns_read(dataset["train"], with_times)),
                 pool="uniform" if tokenizer.num_levels == 1 else "beam",
                 target=model_args.enhancer_target,
                 relabel=model_args.relabel,

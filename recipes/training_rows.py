@@ -1,8 +1,9 @@
 """What a training reads: histories cut into windows, and windows laid into rows of tokens, with their labels.
 
-Of a split that recipes.prepare wrote (`items`, `behaviors`; of a held-out one also `target`, `target_behavior`).
+Of a split that recipes.prepare wrote. `with_times`: rows have `timestamps`, for a model whose config `reads_times`.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
 from recipes.histories import padded
+from recipes.prepare import TARGETS
 from tokenization import SemanticIdTokenizer
 
 
@@ -50,6 +52,34 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
+def columns_read(split: Dataset, with_times: bool) -> dict[str, str]:
+    """The columns of a history that a model reads, and those of what came next; `ValueError` if the split lacks one."""
+    columns = {name: target for name, target in TARGETS.items() if with_times or name != "timestamps"}
+    targets = [target for target in columns.values() if "target" in split.column_names]
+    missing = {*columns, *targets}.difference(split.column_names)
+    if missing:
+        raise ValueError(
+            f"Expected a split with the columns {[*columns, *targets]}, found {split.column_names}, without "
+            f"{sorted(missing)}. Run recipes.prepare again, into another folder."
+        )
+    return columns
+
+
+def spell(
+    tokenizer: SemanticIdTokenizer, items: Sequence, behaviors: Sequence, timestamps: Sequence | None = None
+) -> dict[str, np.ndarray]:
+    """
+    A history as int64 `[T]` columns: `input_ids`, `attention_mask`, `labels` (every token but `<bos>` is supervised) and, if
+    they are given, `timestamps`.
+    """
+    tokens = tokenizer.encode_indices(np.array(items), np.array(behaviors))
+    row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    row["labels"] = np.where(tokens == tokenizer.bos_token_id, -100, tokens)
+    if timestamps is not None:
+        row["timestamps"] = tokenizer.encode_times(timestamps)
+    return row
+
+
 def packed_rows(
     histories: Dataset,
     tokenizer: SemanticIdTokenizer,
@@ -57,13 +87,15 @@ def packed_rows(
     passes: int,
     seed: int,
     stride: int | None = None,
+    *,
+    with_times: bool = False,
 ) -> Dataset:
     """
     Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
     model reads every `<bos>` as the beginning of another history.
 
     Returns:
-        Dataset with `input_ids`, `attention_mask` and `labels` (every token but `<bos>` is supervised).
+        Dataset with the columns of `spell`.
     """
     windows = [
         (user, start, end)
@@ -73,47 +105,46 @@ def packed_rows(
     # Shuffled first, so that what shares a row is not what one user did.
     windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
     rows = pack(np.array([end - start for _, start, end in windows]), max_items)
-    items, behaviors = histories["items"][:], histories["behaviors"][:]
+    columns = [histories[name][:] for name in columns_read(histories, with_times)]
 
-    def spell(batch):
-        spelt = {"input_ids": [], "attention_mask": [], "labels": []}
-        for row in batch["windows"]:
-            parts = [
-                tokenizer.encode_indices(np.array(items[user][start:end]), np.array(behaviors[user][start:end]))
+    def spell_rows(batch):
+        spelt = [
+            [
+                spell(tokenizer, *(column[user][start:end] for column in columns))
                 for user, start, end in (windows[index] for index in row)
             ]
-            tokens = np.concatenate(parts)
-            spelt["input_ids"].append(tokens)
-            spelt["attention_mask"].append(np.ones_like(tokens))
-            spelt["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
-        return spelt
+            for row in batch["windows"]
+        ]
+        return {name: [np.concatenate([part[name] for part in parts]) for parts in spelt] for name in spelt[0][0]}
 
     return Dataset.from_dict({"windows": rows}).map(
-        spell, batched=True, remove_columns=["windows"], desc="training rows"
+        spell_rows, batched=True, remove_columns=["windows"], desc="training rows"
     )
 
 
 def history_rows(
-    histories: Dataset, tokenizer: SemanticIdTokenizer, max_items: int, passes: int, stride: int | None = None
+    histories: Dataset,
+    tokenizer: SemanticIdTokenizer,
+    max_items: int,
+    passes: int,
+    stride: int | None = None,
+    *,
+    with_times: bool = False,
 ) -> Dataset:
     """
     One window a row, for what belongs to a user (`recipes.enhancer`).
 
     Returns:
-        Dataset as of `packed_rows`, with `user` (row of `histories`), `last` (whether the window ends where the history does)
-        and `length`, in tokens.
+        Dataset with the columns of `spell`, `user` (row of `histories`), `last` (whether the window ends where the history
+        does) and `length`, in tokens.
     """
-    rows: dict[str, list] = {name: [] for name in ("user", "last", "input_ids", "attention_mask", "labels", "length")}
-    for user, (items, behaviors) in enumerate(zip(histories["items"][:], histories["behaviors"][:], strict=True)):
-        for start, end in cut_windows(len(items), max_items, passes, stride):
-            tokens = tokenizer.encode_indices(np.array(items[start:end]), np.array(behaviors[start:end]))
-            rows["user"].append(user)
-            rows["last"].append(end == len(items))
-            rows["input_ids"].append(tokens)
-            rows["attention_mask"].append(np.ones_like(tokens))
-            rows["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
-            rows["length"].append(len(tokens))
-    return Dataset.from_dict(rows)
+    columns, rows = [histories[name][:] for name in columns_read(histories, with_times)], []
+    for user, history in enumerate(zip(*columns, strict=True)):
+        count = len(history[0])
+        for start, end in cut_windows(count, max_items, passes, stride):
+            row = spell(tokenizer, *(column[start:end] for column in history))
+            rows.append({"user": user, "last": end == count, **row, "length": len(row["input_ids"])})
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
 
 
 def second_stage_rows(
@@ -124,49 +155,39 @@ def second_stage_rows(
     max_long_items: int,
     stride: int | None = None,
     exclude_history: bool = False,
+    *,
+    with_times: bool = False,
 ) -> Dataset:
     """
     Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
     would end a window, or for every `stride`-th item, counted from the last one.
 
     Returns:
-        Dataset as of `packed_rows`, with `long_items` and `long_behaviors` (up to `max_long_items` before the last item,
-        and never that item or a later one), unless that is 0; and, to `exclude_history`, with `blocked_items`, all before the
-        last item.
+        Dataset with the columns of `spell`, `long_items`, `long_behaviors` and, with times, `long_timestamps` (up to
+        `max_long_items` before the last item, and never that item or a later one), unless that is 0; and, to
+        `exclude_history`, with `blocked_items`, all before the last item.
     """
 
-    def places(length: int) -> list[int]:
-        if (
-            stride is not None
-        ):  # a short history is none that a longer one holds: only the last item of a row is ranked
+    def ends_in(length: int) -> list[int]:
+        if stride is not None:  # only the last item of a row is ranked: a short history is in no longer one
             return list(range(length, 0, -stride))[::-1]
         return sorted({end for _, end in cut_windows(length, max_items, passes)})
 
-    ends = [(user, end) for user, items in enumerate(histories["items"]) for end in places(len(items))]
-    items, behaviors = histories["items"][:], histories["behaviors"][:]
+    ends = [(user, end) for user, items in enumerate(histories["items"]) for end in ends_in(len(items))]
+    columns = {name: histories[name][:] for name in columns_read(histories, with_times)}
 
-    def spell(batch):
-        rows = {"input_ids": [], "attention_mask": [], "labels": []}
+    def spell_row(place):
+        user, end = place["user"], place["end"]
+        row = spell(tokenizer, *(column[user][max(0, end - 1 - max_items) : end] for column in columns.values()))
         if max_long_items:
-            rows |= {"long_items": [], "long_behaviors": []}
+            before = slice(max(0, end - 1 - max_long_items), end - 1)
+            row |= {f"long_{name}": column[user][before] for name, column in columns.items()}
         if exclude_history:
-            rows["blocked_items"] = []
-        for user, end in zip(batch["user"], batch["end"], strict=True):
-            window = slice(max(0, end - 1 - max_items), end)
-            tokens = tokenizer.encode_indices(np.array(items[user][window]), np.array(behaviors[user][window]))
-            rows["input_ids"].append(tokens)
-            rows["attention_mask"].append(np.ones_like(tokens))
-            rows["labels"].append(np.where(tokens == tokenizer.bos_token_id, -100, tokens))
-            if max_long_items:
-                before = slice(max(0, end - 1 - max_long_items), end - 1)
-                rows["long_items"].append(items[user][before])
-                rows["long_behaviors"].append(behaviors[user][before])
-            if exclude_history:
-                rows["blocked_items"].append(items[user][: end - 1])
-        return rows
+            row["blocked_items"] = columns["items"][user][: end - 1]
+        return row
 
-    columns = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
-    return Dataset.from_dict(columns).map(spell, batched=True, remove_columns=list(columns), desc="training rows")
+    places = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
+    return Dataset.from_dict(places).map(spell_row, remove_columns=list(places), desc="training rows")
 
 
 def held_out_rows(
@@ -175,21 +196,20 @@ def held_out_rows(
     max_items: int,
     max_long_items: int = 0,
     exclude_history: bool = False,
+    *,
+    with_times: bool = False,
 ) -> Dataset:
     """
     Histories followed by their target, on which alone the loss is taken; columns as in `packed_rows` or, with
     `max_long_items` or `exclude_history`, in `second_stage_rows`.
     """
+    columns = columns_read(split, with_times)
 
     def append(user):
-        items = [*user["items"][-max_items:], user["target"]]
-        behaviors = [*user["behaviors"][-max_items:], user["target_behavior"]]
-        tokens = tokenizer.encode_indices(np.array(items), np.array(behaviors))
-        labels = tokens.copy()
-        labels[: -tokenizer.num_levels - 1] = -100
-        row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": labels}
+        row = spell(tokenizer, *([*user[name][-max_items:], user[target]] for name, target in columns.items()))
+        row["labels"][: -tokenizer.num_levels - 1] = -100
         if max_long_items:
-            row |= {f"long_{name}": user[name][-max_long_items:] for name in ("items", "behaviors")}
+            row |= {f"long_{name}": user[name][-max_long_items:] for name in columns}
         if exclude_history:
             row["blocked_items"] = user["items"]
         return row
@@ -198,10 +218,10 @@ def held_out_rows(
 
 
 class Collator(DataCollatorForSeq2Seq):
-    """Pads lists of items with -1, which is no item, and the rest as usual."""
+    """Pads lists of items with -1, which is no item and no time, and the rest as the tokenizer does."""
 
     def __call__(self, features, return_tensors=None):
-        names = {"long_items", "long_behaviors", "blocked_items"} & set(features[0])
+        names = {"long_items", "long_behaviors", "long_timestamps", "blocked_items"} & set(features[0])
         longer = {name: padded([row[name] for row in features]) for name in names}
         rest = [{name: value for name, value in row.items() if name not in names} for row in features]
         return {**super().__call__(rest, return_tensors), **longer}

@@ -19,7 +19,14 @@ PUBLISHED = {
     "HSTU, HSTU's code base": (".3097", ".1720", ".5754", ".2307", "-", "-"),
     "HSTU-large, HSTU's code base": (".3294", ".1893", ".5935", ".2481", "-", "-"),
 }
+ROWS = ("retrieval", "ranking", "joint", "weighter", "enhancer", "both")
 CURVES = ("generation_loss", "ranking_loss", "generation_weight", "ranking_weight")
+
+
+def place(group: tuple[tuple[str, str, str, str], list]) -> tuple:
+    """Where a group of runs stands in the table: variants of a backbone apart, from single tasks to everything."""
+    backbone, ids, row, variant = group[0]
+    return backbone, ids, variant, ROWS.index(row)
 
 
 def collect(output_dir: Path) -> None:
@@ -32,13 +39,14 @@ def collect(output_dir: Path) -> None:
         arguments = run["arguments"]
         groups[tuple(arguments[name] for name in ("backbone", "ids", "row", "variant"))].append(run)
     rows = []
-    for (backbone, ids, row, variant), group in groups.items():
+    for (backbone, ids, row, variant), group in sorted(groups.items(), key=place):
         tests = [run["test"] for run in group]
         rows.append(
             {
                 "name": f"{backbone}, {ids}, {row}" + (f" ({variant})" if variant else ""),
                 "arguments": {name: value for name, value in group[0]["arguments"].items() if name != "seed"},
                 "seeds": [run["arguments"]["seed"] for run in group],
+                "commands": [run["made by"]["command"] for run in group],
                 "epochs": [run["epoch"] for run in group],
                 "test": {name: round(statistics.mean(test[name] for test in tests), 5) for name in COLUMNS},
                 "std": {
@@ -91,7 +99,7 @@ def table(data: dict) -> str:
         "",
         "Parameters: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + ". Tokens a user: "
         f"{data['rows'][0]['tokens a user']:.0f}, half of which are behaviours. Protocol: {data['protocol']}.",
-        f"Made by `{made['command']} ...` on {made['machine']}, {made['versions']}, {made['date']}.",
+        f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, {made['date']}.",
     ]
     return "\n".join(lines)
 

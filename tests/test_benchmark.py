@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from recipes import benchmark_decoding, decoding_report
+from recipes import benchmark_decoding, decoding_report, ranking_cost
 from recipes.peers import DictTrie, StaticTrie, random_catalogue
 
 
@@ -17,6 +17,8 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding_report, "CATALOGUE", 400)
     monkeypatch.setattr(benchmark_decoding, "RATIO_CELLS", [(3, 8, 1)])
     monkeypatch.setattr(benchmark_decoding, "run_candidates", lambda *_: None)
+    for name, value in {"CELLS": [(0, 0), (10, 30)], "USERS": (1, 2), "NUM_BEAMS": 4, "TRAINING_ROWS": 2}.items():
+        monkeypatch.setattr(ranking_cost, name, value)
     arguments = benchmark_decoding.BenchmarkArguments(
         output=str(tmp_path / "decoding.json"),
         history_items=[2],
@@ -35,10 +37,27 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     assert [row["same_items"] for row in data["agreement"]] == [1.0]
     assert {row["what"].split(",")[0] for row in data["ratios"]} >= {"beam search", "256 beams over 128"}
     text = decoding_report.table(data)
-    assert "**search, ours**" in text and "1,000" in text
+    assert "**search, ours**" in text and "1,000" in text and "\n| of 10 | 30 | 2 | " in text
+    tasks = [row["task"] for row in data["ranking"]]
+    assert tasks == [
+        *["generate", "recommend"] * 2,
+        "training step",
+        *["generate", "recommend", "retrieve"] * 2,
+        tasks[4],
+    ]
+    added = decoding_report.added_by_ranking(data, retrieved=10, long_items=30, users=2, dtype="float32")
+    of_cell = {row["task"]: row["wall_ms"] for row in data["ranking"][8:11]}
+    assert added["wall"] == round(of_cell["recommend"] / of_cell["generate"], 2)
     monkeypatch.setattr(benchmark_decoding, "measure", None)  # nothing is measured twice
     benchmark_decoding.main(arguments)
     assert json.loads((tmp_path / "decoding.json").read_text())["rows"] == data["rows"]
+    monkeypatch.setattr(benchmark_decoding, "measure", lambda calls, _: {call: {"wall_ms": 1.0} for call in calls})
+    arguments.parts = ["ranking"]
+    monkeypatch.setattr(benchmark_decoding, "ratios", lambda data: [])
+    benchmark_decoding.main(arguments)
+    again = json.loads((tmp_path / "decoding.json").read_text())
+    assert {row["wall_ms"] for row in again["ranking"]} == {1.0} and again["rows"] == data["rows"]
+    assert again["made by"] == data["made by"] and again["ranking made by"]["command"].endswith("--parts ranking")
 
 
 def test_a_contender_that_took_its_time_is_not_run_again_and_a_warm_up_is_not_counted():

@@ -8,6 +8,7 @@ import torch
 from conftest import build_model, random_histories
 from datasets import Dataset
 from test_training import collate, run_trainer
+from transformers import DataCollatorForSeq2Seq
 
 from modeling_unigrf import training_unigrf
 from recipes.callbacks import LossParts
@@ -22,9 +23,12 @@ def labelled(model, lengths, seed=0):
     return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}, items
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_given_negatives_replace_random_ones_and_favorites_are_none(shared):
-    model = build_model(**ATOMIC, share_code_negatives=shared).train()
+@pytest.mark.parametrize("shared", [True, False, None])
+def test_given_negatives_replace_random_ones_or_count_more_and_favorites_are_none(shared):
+    sampling = (
+        {"code_negatives": 0, "given_negative_weight": 5.0} if shared is None else {"share_code_negatives": shared}
+    )
+    model = build_model(**{**ATOMIC, **sampling}).train()
     batch, items = labelled(model, [4, 2])
     negatives = torch.tensor([[7, items[0][1], -1], [-1, -1, -1]])
     favorites = torch.tensor([[3, -1], [5, 6]])
@@ -40,8 +44,12 @@ def test_given_negatives_replace_random_ones_and_favorites_are_none(shared):
         hard = [item for item in negatives[row].tolist() if item >= 0]
         liked = codes[[item for item in favorites[row].tolist() if item >= 0]].tolist()
         for position, item in enumerate(own):
-            random = (drawn if shared else drawn[place]).tolist()[len(hard) :]  # the first gave way
             chosen = [*codes[[other for other in hard if other != item]].tolist()]
+            if shared is None:
+                random = [code for code in range(40) if code not in chosen]
+                chosen *= 5
+            else:
+                random = (drawn if shared else drawn[place]).tolist()[len(hard) :]  # the first gave way
             chosen += [code for code in random if code != codes[item] and code not in liked]
             scores = logits[row, first + 2 * position, torch.tensor([int(codes[item]), *chosen]) + offset]
             losses.append(-scores.log_softmax(dim=0)[0])
@@ -114,7 +122,7 @@ def users_of(model, count=6, length=9):
     return items, [generator.integers(0, 2, size=size).tolist() for size in lengths]
 
 
-def build_enhancer(model, **options):
+def build_enhancer(model, with_times=False, **options):
     codes = model.catalogue.item_codes.numpy()
     ids = [f"i{number}" for number in range(len(codes))]
     titles = [f"Film {number}" for number in range(len(codes))]
@@ -122,7 +130,9 @@ def build_enhancer(model, **options):
         ids, codes, model.config.codebook_sizes, model.config.behaviors, titles=titles
     )
     options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
-    return RankingDrivenEnhancer(model, tokenizer, *users_of(model), **options)
+    items, behaviors = users_of(model)
+    times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(one)).cumsum()) for one in items]
+    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times if with_times else None, **options)
 
 
 class Arguments:
@@ -132,10 +142,11 @@ class Arguments:
         self.output_dir = output_dir
 
 
+@pytest.mark.parametrize("reader", ["llama", "hstu"])
 @pytest.mark.parametrize("pool", ["uniform", "beam"])
-def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool):
-    model = build_model(**ATOMIC) if pool == "uniform" else build_model()
-    enhancer = build_enhancer(model, pool=pool, penalty=0.7)
+def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool, reader):
+    model = build_model(reader, **ATOMIC) if pool == "uniform" else build_model(reader)
+    enhancer = build_enhancer(model, reader == "hstu", pool=pool, penalty=0.7)
     pools = []
     original = enhancer._choose
     enhancer._choose = lambda *args: pools.append(args) or original(*args)
@@ -148,11 +159,15 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
             assert len(items.unique()) == len(items) >= 3
             assert not set(items.tolist()) & set(enhancer.items[user]), "nothing that the user had"
             before = [np.array(column[user][:-1], dtype=int) for column in (enhancer.items, enhancer.behaviors)]
-            history = torch.tensor(enhancer.tokenizer.encode_indices(*before))[None]
-            expected = model.rank(history, candidates=items[None])[0, :, like].sigmoid()
+            history = {"input_ids": torch.tensor(enhancer.tokenizer.encode_indices(*before))[None]}
+            if reader == "hstu":
+                times = enhancer.timestamps[user]
+                history["timestamps"] = torch.tensor(enhancer.tokenizer.encode_times(times[:-1]))[None]
+                history["request_timestamps"] = torch.tensor(times[-1:])
+            expected = model.rank(**history, candidates=items[None])[0, :, like].sigmoid()
             torch.testing.assert_close(ranking[row][usable[row]], expected, atol=2e-5, rtol=1e-4)
             found = model.recommend(
-                history, num_beams=model.catalogue.num_items, num_return_sequences=model.catalogue.num_items
+                **history, num_beams=model.catalogue.num_items, num_return_sequences=model.catalogue.num_items
             )
             log_probs = torch.zeros(model.catalogue.num_items)
             log_probs[found.item_indices[0]] = found.generation_scores[0]
@@ -220,6 +235,9 @@ def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
     assert torch.equal(batch["input_ids"][0, length:], tokens) and torch.equal(batch["labels"][0, length:], tokens)
     assert (batch["labels"][1:, length:] == -100).all() and (batch["attention_mask"][1:, length:] == 0).all()
     assert model(**batch).loss.isfinite()
+    timed = [{**row, "timestamps": [9] * len(row["input_ids"])} for row in rows]
+    batch = enhancer.collator(DataCollatorForSeq2Seq(enhancer.tokenizer))(timed)
+    assert batch["timestamps"][0].tolist() == [9] * length + [-1] * len(tokens), "it comes nobody knows when"
 
 
 def test_what_the_enhancer_cannot_do_is_said(tmp_path):

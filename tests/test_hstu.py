@@ -226,6 +226,13 @@ def test_the_pipeline_takes_times_of_items_and_of_the_request():
     )
     recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
     history = {"items": ["i3", "i4", "i5"], "behaviors": ["like", "dislike", "like"], "timestamps": [100, None, 9000]}
+    reader = build_model("hstu", num_retrieved_items=2)
+    reader.set_catalogue(model.catalogue.item_codes, model.catalogue.item_embeddings)
+    longer = RecommendationPipeline(model=reader, tokenizer=tokenizer)
+    for times in (history["timestamps"], [100, 200, 9000]):
+        prepared = longer.preprocess({**history, "timestamps": times})
+        assert prepared["long_timestamps"].tolist() == [[0, *(0 if time is None else time + 1 for time in times)]]
+        assert longer({**history, "timestamps": times}, num_beams=5, num_return_sequences=5)
     found = recommender({**history, "request_timestamp": 500_000}, num_beams=12, exclude_history=False)
     encoded = tokenizer.encode_history(
         history["items"], history["behaviors"], timestamps=history["timestamps"], return_tensors="pt"

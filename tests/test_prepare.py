@@ -95,10 +95,25 @@ def test_each_user_is_split_in_time_order_with_ties_in_file_order(arguments, emb
         {"user_id": "b", "items": [1], "behaviors": [like], "timestamps": [1]},
         {"user_id": "a", "items": [0, 3], "behaviors": [like, skip], "timestamps": [10, 20]},
     ]
-    targets = [(row["target"], row["target_behavior"], row["items"]) for row in splits["validation"]]
-    assert targets == [(3, like, [1]), (2, skip, [0, 3])]
-    targets = [(row["target"], row["target_behavior"], row["items"]) for row in splits["test"]]
-    assert targets == [(2, skip, [1, 3]), (1, like, [0, 3, 2])]
+    names = ("target", "target_behavior", "target_timestamp", "items", "timestamps")
+    targets = [tuple(row[name] for name in names) for row in splits["validation"]]
+    assert targets == [(3, like, 5, [1], [1]), (2, skip, 30, [0, 3], [10, 20])]
+    targets = [tuple(row[name] for name in names) for row in splits["test"]]
+    assert targets == [(2, skip, 5, [1, 3], [1, 5]), (1, like, 40, [0, 3, 2], [10, 20, 30])]
+
+
+def test_positions_order_interactions_whose_times_are_not_all_known(arguments, embeddings):
+    positions = [2, 4, 3, 1, 1, 3, 1, 2, 2]
+    table = interactions_table().assign(position=positions)
+    table["timestamp"] = [-1, 40, 5, 10, -1, -1, 1, -1, -1]
+    args = arguments(table, embeddings=embeddings)
+    folder = prepare(args)
+    (one, other) = load_from_disk(str(folder / "dataset"))["test"].to_list()
+    assert (one["items"], one["timestamps"], one["target"], one["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
+    assert (other["items"], other["timestamps"], other["target_timestamp"]) == ([0, 3, 2], [10, -1, -1], 40)
+    assert json.loads((folder / "prepare.json").read_text())["counts"]["interactions_of_tied_time"] == 0
+    with pytest.raises(ValueError, match=r"a number as position in every row.*row 2 \('last'\)"):
+        prepare(arguments(changed(table, 2, "position", "last"), embeddings=embeddings))
 
 
 def test_the_folder_holds_the_whole_catalogue_in_one_order_and_says_what_was_dropped(arguments, embeddings, capsys):
@@ -224,6 +239,14 @@ def test_movielens_folders_become_tables_with_readable_titles(tmp_path):
         {"user_id": 1, "item_id": 1193, "rating": 5, "timestamp": 978300760, "behavior": "like"}
     ]
     assert items["genres"].tolist() == ["Drama, War"]
+    (tmp_path / "ratings.dat").unlink()
+    times = pd.array([978300760, None], dtype="Int64")
+    ordered = pd.DataFrame({"user_id": [1, 1], "item_id": [1193, 7], "rating": [5, 3], "position": [2, 1]})
+    ordered.assign(timestamp=times).to_parquet(tmp_path / "interactions.parquet")
+    assert movielens_1m(str(tmp_path))[0][["timestamp", "position"]].to_dict("list") == {
+        "timestamp": [978300760, -1],
+        "position": [2, 1],
+    }
     translated = pd.Series(
         ["Big Blue, The (Grand bleu, Le) (1988)", "Paris, Texas (1984)", "Star Maker, The (Uomo, L')"]
     )

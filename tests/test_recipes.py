@@ -164,6 +164,8 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     )
     metrics = evaluate_checkpoint(measured)
     assert len(metrics["validation"]) == 4 and metrics["selection"]["item_weight"] in (0.0, 0.5)
+    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    assert (config.item_weight, config.union_items) == (metrics["selection"]["item_weight"], 4)
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
@@ -194,13 +196,20 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     assert run("default", 3, 6) == before and len(before) == 4
     assert len(run("default", 4)) == 6
     assert (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns == trained
-    for file in (tmp_path / "default-0").glob("beams-*.json"):
+    choices = []
+    for file in (tmp_path / "default-0").glob("beams-4-*.json"):  # what the last call measured
         result = json.loads(file.read_text())
         cells = result["cells"]
         for name in ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone"):
             assert all(cells["oracle"][column] >= value for column, value in cells[name].items())
+        choices.append((result["validation ndcg@10"], file.name, result["weights"]["ranked, three scores"]))
         gain = result["gain"]["ranked"]["recall@10"]["difference"]
         assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
+
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
+    kept = {"ranking": model.config.ranking_weight, "item score": model.config.item_weight}
+    name = f"beams-{model.generation_config.num_beams}-union-{model.config.union_items}.json"
+    assert (max(choices)[0], name, kept) in choices, "the checkpoint's defaults are what validation chose"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
     for _ in range(2):  # the second time with the baselines of the first

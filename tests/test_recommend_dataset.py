@@ -145,6 +145,66 @@ def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
     assert_same(found, pd.concat(rows, ignore_index=True))
 
 
+def with_times(dataset: Dataset) -> Dataset:
+    rng = np.random.default_rng(1)
+    times = [(rng.integers(1, 10**6, size=len(items)).cumsum()).tolist() for items in dataset["items"]]
+    times[2][3] = None
+    requests = [None, *(one[-1] + 10**5 for one in times[1:])]
+    return dataset.add_column("timestamps", times).add_column("request_timestamp", requests)
+
+
+def timed_model(tokenizer, **config):
+    model = build_model("hstu", **config)
+    model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
+    return model
+
+
+@pytest.mark.parametrize(("asked_for", "retrieved"), [(True, 0), (False, 0), (True, 2)])
+def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(tokenizer, tmp_path, asked_for, retrieved):
+    model = timed_model(tokenizer, num_retrieved_items=retrieved)
+    dataset = with_times(histories())
+    dataset = dataset if asked_for else dataset.remove_columns("request_timestamp")
+    strange = changed(dataset, {4: {"items": ["?", *dataset[4]["items"][1:]]}})
+    settings = RecommendSettings(**ASKED, max_items=6, batch_size=4, unknown="skip")
+    found = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
+    rows = []
+    for user in strange:
+        known = [index for index, item in enumerate(user["items"]) if item != "?"]
+        everything = [[user[name][index] for index in known] for name in ("items", "behaviors", "timestamps")]
+        items, behaviors, times = (column[-6:] for column in everything)
+        inputs = tokenizer.encode_history(items, behaviors, timestamps=times, return_tensors="pt")
+        if asked_for:
+            inputs["request_timestamps"] = torch.tensor([user["request_timestamp"] or -1])
+        if retrieved:
+            inputs["long_items"] = torch.tensor(tokenizer.item_indices(everything[0]))[None]
+            inputs["long_behaviors"] = torch.tensor([[tokenizer.behaviors.index(name) for name in everything[1]]])
+            inputs["long_timestamps"] = torch.tensor([[-1 if time is None else time for time in everything[2]]])
+        blocked = [tokenizer.item_indices(user["items"], unknown="skip")]
+        best = model.recommend(**inputs, blocked_items=blocked, **ASKED)
+        ids = [tokenizer.item_ids[item] for item in best.item_indices[0]]
+        rows.append([user["user_id"], ids, *(best[name][0].tolist() for name in COLUMNS[2:])])
+    assert_same(found, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def test_times_that_fit_nothing_are_told_and_other_models_leave_them_alone(model, tokenizer, tmp_path):
+    dataset, settings = with_times(histories()), RecommendSettings(**ASKED)
+    recommend_dataset(model, tokenizer, dataset, tmp_path / "untimed", settings)
+    assert_same(tmp_path / "untimed", one_by_one(model, tokenizer, dataset))
+    timed = timed_model(tokenizer)
+
+    def refused(dataset, message):
+        with pytest.raises(ValueError, match=message):
+            recommend_dataset(timed, tokenizer, dataset, tmp_path / "timed", settings)
+
+    refused(histories(), r"add \['timestamps'\]")
+    refused(
+        changed(dataset, {1: {"timestamps": [3, 4]}}), r"1 with another number of timestamps than of items.*\[993\]"
+    )
+    dates = dataset.remove_columns("request_timestamp").add_column("request_timestamp", ["2026-01-01"] * len(dataset))
+    refused(dates, "found request_timestamp of type string")
+    assert not (tmp_path / "timed").exists()
+
+
 def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
     codes, sizes, names = model.catalogue.item_codes, model.config.codebook_sizes, model.config.behaviors
     tokenizer = SemanticIdTokenizer.from_codes(range(100, 130), codes, sizes, names)

@@ -1,5 +1,6 @@
 """UniGRF's table: a row is trained once, scored as `recommend` scores, and put into a table beside what others published."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from recipes.training_rows import held_out_rows
 
 @pytest.fixture
 def movielens(tmp_path):
-    """A folder like MovieLens-1M's, whose times are not all known: 42 users, 70 movies, one of them never rated."""
+    """A folder like MovieLens-1M's, half of whose times are known: 42 users, 70 movies, one of them never rated."""
     generator = np.random.default_rng(0)
     folder = tmp_path / "ml-1m"
     folder.mkdir()
@@ -26,12 +27,25 @@ def movielens(tmp_path):
         rows += [(user, movie, generator.integers(1, 6), place + 1) for place, movie in enumerate(chosen)]
     rows += [(41 + movie // 36, movie, 1 + movie % 5, movie) for movie in range(1, 70)]  # each film by somebody
     table = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "position"])
-    table.assign(timestamp=pd.array([None] * len(table), dtype="Int64")).to_parquet(folder / "interactions.parquet")
+    times = pd.array(10 * table["position"] ** 3, dtype="Int64")
+    times[generator.random(len(table)) < 0.5] = pd.NA
+    table.assign(timestamp=times).sample(frac=1, random_state=0).to_parquet(folder / "interactions.parquet")
     return str(folder)
 
 
-@pytest.mark.parametrize("ids", ["atomic", "semantic"])
-def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_path, ids, monkeypatch):
+@pytest.mark.parametrize(
+    ("backbone", "ids", "behaviors"),
+    [
+        ("llama", "atomic", "like"),
+        ("llama", "semantic", "like"),
+        ("llama", "atomic", "rating"),
+        ("hstu-time", "atomic", "like"),
+        ("hstu-time", "semantic", "like"),
+    ],
+)
+def test_a_row_is_trained_once_and_scored_as_recommend_scores(
+    movielens, tmp_path, backbone, ids, behaviors, monkeypatch
+):
     monkeypatch.setattr(unigrf_report, "RESULTS", tmp_path / "unigrf_ml1m.json")
     monkeypatch.setattr(reproduce_unigrf, "BEAMS", 69)
     np.save(tmp_path / "movies.npy", np.random.default_rng(1).normal(size=(69, 40)).astype("float32"))
@@ -41,28 +55,46 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_pat
         lambda sizes, pca_dim, build=reproduce_unigrf.ResidualKMeans: build((4, 4, 4), pca_dim=8),
     )
     arguments = reproduce_unigrf.ReproduceArguments(
-        data=movielens, row="both", ids=ids, epochs=4, batch_size=8, code_negatives=16, output_dir=str(tmp_path)
+        data=movielens,
+        row="both",
+        backbone=backbone,
+        ids=ids,
+        behaviors=behaviors,
+        epochs=4,
+        batch_size=8,
+        code_negatives=16 if behaviors == "like" else 0,
+        output_dir=str(tmp_path),
     )
     reproduce_unigrf.run(arguments)
-    folder = tmp_path / f"llama-{ids}-both-0"
+    folder = tmp_path / f"{backbone}-{ids}-both-0"
     result = json.loads((folder / "result.json").read_text())
     written = (folder / "result.json").stat().st_mtime_ns
     reproduce_unigrf.run(arguments)
     assert (folder / "result.json").stat().st_mtime_ns == written, "a finished run is not run again"
+    with pytest.raises(ValueError, match="--variant"):
+        reproduce_unigrf.run(dataclasses.replace(arguments, learning_rate=1e-3))
     assert result["validation"]["epoch"] == result["epoch"] >= 2
 
-    splits, tokenizer = reproduce_unigrf.load_data(movielens, ids, tmp_path)
+    splits, tokenizer = reproduce_unigrf.load_data(movielens, ids, tmp_path, behaviors)
     assert tokenizer.num_items == 69 and tokenizer.num_levels == (1 if ids == "atomic" else 4)
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
     test = splits["test"]
-    found = reproduce_unigrf.measure(model, tokenizer, test, held_out_rows(test, tokenizer, 200))
+    with_times = backbone == "hstu-time"
+    assert model.config.reads_times == with_times
+    for layer in model.model.language_model.layers if with_times else ():
+        torch.nn.init.normal_(layer.bias.times.weight)  # after so few steps it says nothing yet
+    rows = held_out_rows(test, tokenizer, 200, with_times=with_times)
+    found = reproduce_unigrf.measure(model, tokenizer, test, rows)
     ranks = []
     for user in test:
         tokens = tokenizer.encode_indices(np.array(user["items"]), np.array(user["behaviors"]))
-        best = model.recommend(
-            torch.tensor(tokens)[None], num_beams=69, num_return_sequences=69, ranking_weight=0.0, exclude_history=True
-        )
+        times = {}
+        if with_times:
+            times["timestamps"] = torch.tensor(tokenizer.encode_times(user["timestamps"]))[None]
+            times["request_timestamps"] = torch.tensor([user["target_timestamp"]])
+        asked = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
+        best = model.recommend(torch.tensor(tokens)[None], **asked, **times)
         ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
     ranks = np.array(ranks)
     assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
@@ -71,7 +103,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(movielens, tmp_pat
     unigrf_report.collect(tmp_path)
     data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
     table = unigrf_report.table(data)
-    assert f"| llama, {ids}, both | 1 | {result['test']['hr@10']:.4f} |" in table
+    assert f"| {backbone}, {ids}, both | 1 | {result['test']['hr@10']:.4f} |" in table
     assert len(data["rows"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 

@@ -103,6 +103,16 @@ def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    before = torch.arange(12).expand(3, -1) - 1
+    with torch.no_grad():
+        own = model(
+            input_ids, mask, labels=labels, timestamps=times, long_timestamps=before, candidates=beams, **longer
+        )
+    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    own_times = {**longer, **timed, "long_timestamps": before}
+    with_own = expected_ranking_loss(model, input_ids, mask, candidates, own_times)
+    torch.testing.assert_close(own.ranking_loss, with_own, atol=3e-5, rtol=1e-4)
+    assert not torch.allclose(with_own, expected)
     timed["request_timestamps"] = times[:, -1] + 10**6
     assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
 
@@ -191,7 +201,8 @@ def test_the_gradient_of_stage_two_stops_at_the_history_if_it_is_detached(backbo
     input_ids, _, _ = random_histories(model, [4])
     inputs_embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
     model(inputs_embeds=inputs_embeds, labels=input_ids, **long_histories(model, [12])).loss.backward()
-    history, answer = inputs_embeds.grad[:, :-5], inputs_embeds.grad[:, -5:]
+    gradient = torch.zeros_like(inputs_embeds) if inputs_embeds.grad is None else inputs_embeds.grad
+    history, answer = gradient[:, :-5], gradient[:, -5:]
     assert (answer == 0).all(), "the target is read as a candidate: the row's own spelling of it is not ranked"
     assert bool((history == 0).all()) == detach
     assert model.candidate_block.segments.weight.grad.abs().sum(dim=1).min() > 0
@@ -250,6 +261,28 @@ def test_a_row_without_a_supervised_item_has_no_candidates_to_learn_from():
         nothing = model(input_ids, mask, labels=torch.full_like(labels, -100), **longer)
     torch.testing.assert_close(found.loss, expected.loss, atol=2e-5, rtol=1e-4)
     assert nothing.ranking_loss == 0
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [4, 4, 1, 1]])
+def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
+    """All that the Trainer counts are tokens: exact if the rows are equally long, else as written in `forward`."""
+    model = build_model(num_retrieved_items=3)
+    input_ids, mask, items = random_histories(model, lengths)
+    labels = input_ids.masked_fill((mask == 0) | (input_ids == model.config.bos_token_id), -100)
+    others = torch.tensor([[(row[-1] + step) % 30 for step in (0, 3, 7)] for row in items])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "candidates": others}
+    batch |= long_histories(model, [12, 2, 4, 6])
+    tokens = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        whole = model(**batch)
+        parts, shares = [], []
+        for part in (slice(0, 2), slice(2, 4)):
+            parts.append(model(**{name: value[part] for name, value in batch.items()}, num_items_in_batch=tokens))
+            shares.append(int((labels[part, 1:] != -100).sum()) / tokens)
+    ranking = sum(share * part.ranking_loss for share, part in zip(shares, parts, strict=True))
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.generation_loss + ranking)
+    if lengths[0] == lengths[-1]:
+        torch.testing.assert_close(ranking, whole.ranking_loss)
 
 
 def test_candidates_that_do_not_fit_are_refused():
@@ -337,6 +370,26 @@ def second_stage_rows(model, count=16) -> Dataset:
         ids = input_ids[0].tolist()
         rows.append({"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
     return Dataset.from_list(rows)
+
+
+def test_kept_candidates_are_searched_for_at_the_time_of_the_true_item():
+    model = build_model("hstu", num_train_beams=4)
+    rows = second_stage_rows(model)
+    generator = torch.Generator().manual_seed(2)
+    times = [
+        torch.randint(1, 10**6, (len(row["input_ids"]),), generator=generator).sort().values.tolist() for row in rows
+    ]
+    found = {}
+    for name, some in (("timed", rows.add_column("timestamps", times)), ("not", rows)):
+        kept = KeptBeams(model, some, num_beams=6, batch_size=5)
+        kept.on_epoch_begin(TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
+        found[name] = kept.items
+    assert not torch.equal(found["timed"], found["not"])
+    beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+    for row, time, items in zip(rows, times, found["timed"], strict=True):
+        history, before, asked_for = torch.tensor([row["input_ids"][:-5]]), torch.tensor([time[:-5]]), time[-5]
+        best = model.recommend(history, timestamps=before, request_timestamps=torch.tensor([asked_for]), **beams)
+        assert torch.equal(items, best.item_indices[0])
 
 
 def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_asked_for():

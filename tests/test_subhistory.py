@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_model, exact_scores, random_histories
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import UniGRFConfig, candidates_unigrf, subhistory_unigrf
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.subhistory_unigrf import retrieve
 from tokenization import SemanticIdTokenizer
 
@@ -37,8 +38,11 @@ def retrieve_one(embeddings, items, candidate, count, exclude):
     return sorted(sorted(known, key=lambda place: (-cosine[items[place]], -place))[:count])
 
 
-def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors):
-    """Every candidate and its sub-history by a forward of its own, without cache, mask or packing."""
+def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors, long_timestamps=None, times=None):
+    """
+    Every candidate and its sub-history by a forward of its own, without cache, mask or packing. `times`: of the tokens
+    `[B, T]`, and of the request `[B]`.
+    """
     config = model.config
     embed, segments = model.get_input_embeddings(), model.candidate_block.segments.weight
     scores = torch.empty(*candidates.shape, len(config.ranking_targets))
@@ -57,7 +61,14 @@ def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors):
             retrieved = model.item_vectors(long_items[row, places]) + embed(behavior_ids) + segments[1]
             tokens = embed(torch.cat([history, model.layout.item_tokens(model.catalogue.item_codes[item].long())]))
             whole = torch.cat([tokens, vector + segments[0], retrieved, vector + segments[2]])
-            states = model.model(inputs_embeds=whole[None]).last_hidden_state[0]
+            timed = {}
+            if times is not None:
+                of_tokens, asked_for = times[0][row][mask[row].bool()], times[1][row : row + 1]
+                codes = asked_for.expand(model.layout.num_levels + 1)
+                own = torch.cat([of_tokens, codes, long_timestamps[row, places], asked_for])
+                later = torch.cat([of_tokens[1:], asked_for.expand(len(own) - len(of_tokens) + 1)])
+                timed = {"timestamps": own[None], "next_timestamps": later[None]}
+            states = model.model(inputs_embeds=whole[None], **timed).last_hidden_state[0]
             scores[row, column] = model.ranking_head(states[-1], states[len(history) - 1], vector[0])
     return scores
 
@@ -101,6 +112,30 @@ def test_of_equal_cosines_the_latest_are_taken_also_of_embeddings_of_zeros():
     assert retrieve(distinct, items, torch.tensor([[3]]), 3, exclude_candidate=True).tolist() == [[[1, 2, 5]]]
 
 
+def test_embeddings_of_int8_choose_and_rank_as_the_floats_that_they_stand_for(tmp_path):
+    model = build_model(num_retrieved_items=3)
+    whole = torch.randint(-127, 128, (30, 6), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    model.set_catalogue(model.catalogue.item_codes, whole / 127)
+    small = UniGRFForCausalLM(UniGRFConfig(**{**model.config.to_dict(), "int8_item_embeddings": True})).eval()
+    small.load_state_dict({**model.state_dict(), "catalogue.item_embeddings": whole})
+    file = tmp_path / "embeddings.npy"
+    np.save(file, whole.numpy())
+    small.set_catalogue(model.catalogue.item_codes, torch.from_numpy(np.load(file, mmap_mode="c")))
+    small.save_pretrained(tmp_path)
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    assert loaded.catalogue.item_embeddings.dtype == torch.int8
+    input_ids, mask, _ = random_histories(model, [4, 2, 0])
+    longer, candidates = long_histories(model, [12, 2, 0]), torch.arange(15).view(3, 5)
+    expected = model.rank(input_ids, mask, candidates, **longer)
+    for one in (small, loaded):
+        torch.testing.assert_close(one.rank(input_ids, mask, candidates, **longer), expected, atol=1e-5, rtol=1e-4)
+    loaded.add_items(torch.tensor([[0, 0, 0, 2]]), whole[:1])
+    assert loaded.catalogue.item_embeddings.dtype == torch.int8 and loaded.catalogue.num_items == 31
+    for one, wrong in ((small, whole / 127), (model, whole)):
+        with pytest.raises(ValueError, match=r"int8_item_embeddings.*An int8 of 127 stands for 1\.0"):
+            one.set_catalogue(model.catalogue.item_codes, wrong)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("exclude", [False, True])
 def test_rank_with_sub_histories_equals_every_candidate_on_its_own(backbone, attention, exclude):
@@ -124,6 +159,38 @@ def test_rank_with_sub_histories_equals_every_candidate_on_its_own(backbone, att
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+def test_retrieved_items_have_their_own_times():
+    model = build_model("hstu", num_retrieved_items=3)
+    input_ids, mask, _ = random_histories(model, [4, 2, 0])
+    longer, generator = long_histories(model, [12, 2, 0]), torch.Generator().manual_seed(7)
+    before = torch.randint(1, 10**6, longer["long_items"].shape, generator=generator).sort(dim=1).values
+    before[0, 3] = -1
+    times = 10**6 + torch.randint(1, 10**5, input_ids.shape, generator=generator).sort(dim=1).values
+    asked_for = times[:, -1] + torch.tensor([5, 5000, 50_000])
+    candidates = torch.stack([torch.randperm(30, generator=generator)[:5] for _ in range(3)])
+    with torch.no_grad():
+        expected = rank_alone(
+            model, input_ids, mask, candidates, **longer, long_timestamps=before, times=(times, asked_for)
+        )
+    given = {"timestamps": times, "request_timestamps": asked_for, **longer}
+    for pack in (2, 32):
+        found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, long_timestamps=before, **given)
+        torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    unknown = model.rank(input_ids, mask, candidates, **given)
+    assert not torch.allclose(unknown[0], expected[0]), "they are read"
+    nothing = model.rank(input_ids, mask, candidates, long_timestamps=torch.full_like(before, -1), **given)
+    assert torch.equal(nothing, unknown)
+    best = model.recommend(
+        input_ids, mask, num_beams=30, num_return_sequences=30, long_timestamps=before, ranking_weight=0.0, **given
+    )
+    ranked = model.rank(input_ids, mask, best.item_indices, long_timestamps=before, **given)[..., 0]
+    torch.testing.assert_close(best.ranking_scores, torch.nn.functional.logsigmoid(ranked), atol=3e-5, rtol=1e-4)
+    untimed = {name: value for name, value in given.items() if "timestamps" not in name}
+    for wrong, rest in ((before[:, 1:], given), (before.float(), given), (before, untimed)):
+        with pytest.raises(ValueError, match="Expected integer long_timestamps of shape"):
+            model.rank(input_ids, mask, candidates, long_timestamps=wrong, **rest)
 
 
 def test_recommend_ranks_its_beams_as_rank_does(backbone):
@@ -288,7 +355,7 @@ def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone
 
 
 @pytest.mark.parametrize("at_once", [4, 2**16])
-def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_once, monkeypatch):
+def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_once, monkeypatch, tmp_path):
     monkeypatch.setattr(candidates_unigrf, "LEAVES_AT_ONCE", at_once)
     model = build_model()
     input_ids, mask, items = random_histories(model, [4, 2])
@@ -304,6 +371,12 @@ def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_
         best = scores[row].sort(descending=True).values[: min(5, len(allowed))]
         assert torch.isin(best, found.item_scores[row]).all()
     assert (found.item_indices[1] == -1).sum() >= 5 and (found.scores[found.item_indices < 0] == -torch.inf).all()
+    model.config.union_items = 5
+    model.save_pretrained(tmp_path)
+    saved = UniGRFForCausalLM.from_pretrained(tmp_path).recommend(input_ids, mask, num_return_sequences=8, **narrow)
+    assert torch.equal(saved.item_indices, found.item_indices), "what the checkpoint says is the default"
+    none = model.recommend(input_ids, mask, num_return_sequences=3, union_items=0, **narrow)
+    assert torch.equal(none.item_indices, beams)
 
 
 def test_an_item_level_score_that_does_not_exist_is_refused():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recipes import taobao_train
+from modeling_unigrf import UniGRFForCausalLM
+from recipes import taobao_scaling, taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
 from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
@@ -212,24 +214,26 @@ def test_what_cannot_be_joined_is_counted_or_refused(tables, arguments, prepared
         write_items(tmp_path, out)
 
 
-def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path):
-    def run(output_dir, *more):
-        options = [
-            f"--tables={arguments.tables}",
-            f"--data_dir={arguments.output_dir}",
-            f"--output_dir={output_dir}",
-            "--item_table_size=64",
-            "--max_steps=40",
-            "--learning_rate=5e-3",
-            "--logging_steps=5",
-            "--save_strategy=steps",
-            "--save_steps=30",
-            "--shuffle_rows=20",
-            "--disable_tqdm=True",
-            *more,
-        ]
-        return taobao_train.train(*taobao_train.parse(options))
+def run_training(arguments, output_dir, *more):
+    options = [
+        f"--tables={arguments.tables}",
+        f"--data_dir={arguments.output_dir}",
+        f"--output_dir={output_dir}",
+        "--item_table_size=64",
+        "--max_steps=40",
+        "--learning_rate=5e-3",
+        "--logging_steps=5",
+        "--save_strategy=steps",
+        "--save_steps=30",
+        "--shuffle_rows=20",
+        "--disable_tqdm=True",
+        *more,
+    ]
+    return taobao_train.train(*taobao_train.parse(options))
 
+
+def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path):
+    run = partial(run_training, arguments)
     log = run(tmp_path / "training")
     losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
@@ -243,6 +247,32 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, p
     shutil.rmtree(tmp_path / "training/checkpoint-40")
     run(tmp_path / "training")
     assert (tmp_path / "training/checkpoint/model.safetensors").read_bytes() == weights, "resumed = uninterrupted"
+
+
+def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_items(arguments, prepared, tmp_path):
+    run_training(arguments, tmp_path / "one", "--eval_rows=8")
+    second = (f"--init_from={tmp_path / 'one/checkpoint'}", "--num_train_beams=4", "--num_retrieved_items=3")
+    second += ("--max_long_items=20", "--eval_rows=40")
+    log = run_training(arguments, tmp_path / "two", *second)
+    losses = [entry["ranking_loss"] for entry in log["log_history"] if "ranking_loss" in entry]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert log["evaluation"]["rows"] == 40 and log["cpu_seconds"]["evaluation"] > 0
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "two/checkpoint").eval()
+    before = UniGRFForCausalLM.from_pretrained(tmp_path / "one/checkpoint").eval()
+    embeddings = torch.from_numpy(np.load(f"{arguments.output_dir}/item_embeddings.npy"))
+    assert torch.equal(model.catalogue.item_embeddings, embeddings) and model.config.next_log_odds == 0
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert model.lm_head.weight.shape == before.lm_head.weight.shape
+    row = next(iter(rows_of(arguments, prepared, "test")))
+    given = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
+    scores = [
+        model.rank(**given, long_items=torch.from_numpy(row["long_items"]).long()[None, -kept:]) for kept in (9, 1)
+    ]
+    assert not torch.equal(*scores), "what stands beyond the window is read"
+    before.catalogue.item_codes = before.catalogue.item_codes.flip(0)
+    before.save_pretrained(tmp_path / "others")
+    with pytest.raises(ValueError, match=r"expected a checkpoint of the 400 items .*or other codes"):
+        run_training(arguments, tmp_path / "three", *second[1:], f"--init_from={tmp_path / 'others'}")
 
 
 def test_rows_of_different_lengths_are_padded_on_the_left():
@@ -264,6 +294,41 @@ def test_a_linear_cost_is_extrapolated_exactly():
     assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
 
 
+@pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
+def test_two_runs_make_one_table_of_what_all_would_take(arguments, prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(taobao_scaling, "FULL", {"items": 4000, "users": 1500, "samples": 9000})
+    tables = SyntheticArguments(str(tmp_path / "tables"), num_items=200, num_users=80, num_clusters=8, max_history=40)
+    smaller = TaobaoArguments(
+        str(main(tables)), str(tmp_path / "small"), codebook_sizes=[8, 8, 8], num_iterations=10, tokenizer=True
+    )
+    prepare(smaller)
+    larger = replace(arguments, output_dir=str(shutil.copytree(arguments.output_dir, tmp_path / "large")))
+    for one in (smaller, larger):
+        steps = ("--max_steps=4", "--logging_steps=2", "--eval_rows=4")
+        run_training(one, f"{one.output_dir}/training", *steps)
+        second = (
+            "--num_train_beams=4",
+            "--num_retrieved_items=3",
+            f"--init_from={one.output_dir}/training/checkpoint",
+        )
+        run_training(one, f"{one.output_dir}/second", *steps, *second)
+    file, note = tmp_path / "taobao.json", "Beside other work."
+    found = taobao_scaling.main(
+        taobao_scaling.ScalingArguments([smaller.output_dir, larger.output_dir], str(file), note)
+    )
+    assert json.loads(file.read_text()) == found
+    names = [one["what"] for one in found["training"]]
+    assert names == [f"{stage}, {count} items" for stage in ("stage I", "stage II") for count in (200, 400)]
+    assert [one["rows"] for one in found["training"]] == [32] * 4
+    rows, samples = (
+        sum(prepared[f"{split} {stage}"][name] for split in ("train", "test"))
+        for stage, name in (("rows", "rows"), ("clicks", "samples"))
+    )
+    assert found["training at full size"]["stage II"]["rows"] == round(9000 * rows / samples)
+    text = capsys.readouterr().out
+    assert "\n| codes | " in text and "\n| stage II, 400 items | " in text and note in text
+
+
 def test_peak_memory_counts_what_was_held_in_between():
     with PeakMemory() as before:
         pass
@@ -272,3 +337,4 @@ def test_peak_memory_counts_what_was_held_in_between():
         torch.tensor(held.sum()).item()
         del held
     assert peak.private > before.private + (50 << 20) and peak.resident >= peak.private
+    assert peak.added > 50 << 20 > before.added

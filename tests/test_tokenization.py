@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
@@ -128,6 +128,24 @@ def test_a_batch_is_padded_on_the_left_and_max_items_keeps_the_most_recent():
     assert batch["attention_mask"] == [[1] * 7, [0] * 3 + [1] * 4]
     assert tokenizer.encode_history(["x"], return_tensors="np")["input_ids"].shape == (1, 4)
     assert tokenizer.encode_history(np.array(["x", "z"]))["input_ids"] == [1, 5, 8, 4, 7, 8, 4]
+
+
+def test_times_are_spread_over_an_items_tokens_and_padded_beside_them_as_unknown():
+    tokenizer = small_tokenizer()
+    step = tokenizer.num_levels + 1
+    times = [tokenizer.encode_times(np.array(one)) for one in ([7, -1, 9], [5])]
+    assert times[0].tolist() == [7] + [7] * step + [-1] * step + [9] * step
+    assert tokenizer.encode_times(np.array([])).tolist() == [-1], "of a <bos> alone"
+    tokens = [tokenizer.encode_indices(np.arange(count), np.zeros(count, int)) for count in (3, 1)]
+    for side in ("left", "right"):
+        batch = tokenizer.pad({"input_ids": tokens, "timestamps": times}, padding_side=side, return_tensors="pt")
+        missing = [-1] * 2 * step
+        padded = [*missing, *times[1]] if side == "left" else [*times[1], *missing]
+        assert batch["timestamps"].tolist() == [times[0].tolist(), padded]
+    rows = [{"input_ids": one.tolist(), "timestamps": when.tolist()} for one, when in zip(tokens, times, strict=True)]
+    batch = DataCollatorForSeq2Seq(tokenizer)([{**row, "labels": row["input_ids"]} for row in rows])
+    assert batch["timestamps"][1].tolist() == [-1] * 2 * step + times[1].tolist()
+    assert batch["attention_mask"][1].tolist() == [0] * 2 * step + [1] * (1 + step)
 
 
 def test_unknown_items_are_named_or_skipped_with_their_behaviours():

@@ -241,6 +241,34 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
+def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
+    model, joint = build_model(generation_loss_weight=0.0), build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    expected = joint(input_ids, mask, labels=labels).ranking_loss
+    monkeypatch.setattr(model, "code_logits", None)
+    out = model.train()(input_ids, mask, labels=labels)
+    assert out.generation_loss is None and torch.allclose(out.loss, out.ranking_loss)
+    torch.testing.assert_close(out.ranking_loss, expected)
+
+
+@pytest.mark.parametrize("second_stage", [False, True])
+def test_a_retriever_alone_neither_packs_candidates_nor_ranks_them(second_stage, monkeypatch):
+    config = {"num_retrieved_items": 3, "num_train_beams": 4} if second_stage else {"negatives_per_item": 2.0}
+    model, joint = build_model(ranking_loss_weight=0.0, **config), build_model(**config)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    longer = {"long_items": input_ids[:, :0], "long_behaviors": input_ids[:, :0]} if second_stage else {}
+    expected = joint(input_ids, mask, labels=labels, **longer).generation_loss
+    monkeypatch.setattr(model.ranking_head, "forward", None)
+    monkeypatch.setattr(model, "_search_items", None)
+    out = model.train()(input_ids, mask, labels=labels, **longer)
+    assert out.ranking_loss is None and torch.allclose(out.loss, out.generation_loss)
+    torch.testing.assert_close(out.generation_loss, expected)
+    with pytest.raises(ValueError, match="Expected two losses to weigh"):
+        AdaptiveWeighter().on_train_begin(None, None, None, model=model)
+
+
 def test_training_on_items_outside_the_catalogue_is_refused():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3])

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 
 from .item_catalogue import ItemCatalogue
-from .vocabulary_layout import PAD, VocabularyLayout
-
-UNKNOWN_TIME = -1
+from .vocabulary_layout import PAD, UNKNOWN_TIME, VocabularyLayout
 
 
 def known_rows(catalogue: ItemCatalogue, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +73,7 @@ def history_batch(
         columns["input_ids"][i, width - len(one) :] = one
         columns["attention_mask"][i, width - len(one) :] = 1
         if times is not None:
-            columns["timestamps"][i, width - len(one) :] = layout.spread(times[part])
+            columns["timestamps"][i, width - len(one) :] = layout.encode_times(times[part])
     return columns, batched
 
 

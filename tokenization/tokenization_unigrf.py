@@ -17,7 +17,7 @@ from .item_catalogue import ItemCatalogue, as_strings
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
 from .semantic_ids import assign_suffixes, codebook_health
-from .vocabulary_layout import SPECIAL_TOKENS, VocabularyLayout, check_behaviors
+from .vocabulary_layout import SPECIAL_TOKENS, UNKNOWN_TIME, VocabularyLayout, check_behaviors
 from .wordlevel_backend import build_backend, load_backend
 
 # The reconstruction error of a large catalogue is measured on a sample, to bound memory.
@@ -277,6 +277,17 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             raise ValueError(f"expected behaviour indices in [0, {len(self.behaviors)}), found some outside")
         return self._layout.encode(self.item_codes[rows], behavior_index)
 
+    def encode_times(self, timestamps: np.ndarray) -> np.ndarray:
+        """`timestamps` of the tokens of `encode_indices`; `pad` fills a column of that name up with -1.
+
+        Args:
+            timestamps: integers [n], seconds of each item, -1 where not known.
+
+        Returns:
+            int64 [1 + n * (num_levels + 1)]: an item's for each of its tokens, the first item's for `<bos>`.
+        """
+        return self._layout.encode_times(np.asarray(timestamps, dtype=np.int64))
+
     def decode_indices(self, token_ids: np.ndarray | torch.Tensor | Sequence) -> np.ndarray | list[np.ndarray]:
         """Catalogue rows of the items in token ids: [T] -> int64 [n], or [B, T] -> B of them.
 
@@ -338,6 +349,16 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         # Part of transformers' loading. The constructor reads tokenizer.json itself; the default would hand over
         # its vocabulary alone.
         return kwargs
+
+    def _pad(self, encoded_inputs, *args, padding_side=None, **kwargs):
+        # Here, where collators and `pad` meet: transformers pads the columns that it knows.
+        padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        if "timestamps" in padded:
+            times = list(padded["timestamps"])
+            unknown = [UNKNOWN_TIME] * (len(padded["input_ids"]) - len(times))
+            on_the_left = (padding_side or self.padding_side) == "left"
+            padded["timestamps"] = [*unknown, *times] if on_the_left else [*times, *unknown]
+        return padded
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
         # Here and not in `save_pretrained`, which uploads what this method has written.

@@ -9,6 +9,7 @@ import numpy as np
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 PAD, BOS = 0, 1
+UNKNOWN_TIME = -1
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class VocabularyLayout:
         np.add(behavior_index, self.behavior_token_ids[0], out=blocks[:, num_levels], casting="unsafe")
         return tokens
 
-    def spread(self, values: np.ndarray) -> np.ndarray:
-        """A number of each item for each of its tokens, the first item's for <bos>: int64 [n] -> [1 + n * (L + 1)]."""
-        return np.concatenate([values[:1], np.repeat(values, len(self.codebook_sizes) + 1)])
+    def encode_times(self, times: np.ndarray) -> np.ndarray:
+        """The time of each item for each of its tokens, the first item's for <bos>: int64 [n] -> [1 + n * (L + 1)]."""
+        first = times[:1] if len(times) else [UNKNOWN_TIME]
+        return np.concatenate([first, np.repeat(times, len(self.codebook_sizes) + 1)])
 
 
 def check_behaviors(behaviors: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,46 @@
+"""What `recipes.taobao_scaling` measured, as the README's table."""
+
+
+def table(results: dict) -> str:
+    """Stages at full size, then what training took at the sizes that were run, in Markdown."""
+    full, (small, large), model = results["full"], results["runs"], results["model at full size"]
+    counts = [f"{run['items']['items']:,} items and {run['users']['users']:,} users" for run in (small, large)]
+    lines = [
+        f"| stage | core seconds, {counts[1]} | core hours, the whole | private memory, GB | with mapped files | "
+        "disk, GB |",
+        "| --- " * 6 + "|",
+    ]
+    for stage, one in results["extrapolated"].items():
+        sizes = (f"{one[key] / 1024:.1f}" for key in ("private_mb", "peak_mb", "disk_mb"))
+        hours = one["cpu_seconds"] / 3600
+        lines.append(f"| {stage} | {large[stage]['cpu_seconds']:.1f} | {hours:.2f} | {' | '.join(sizes)} |")
+    lines += [
+        "",
+        f"The whole: {full['items']:,} items, {full['users']:,} users, {full['samples']:,} samples, by the slopes between "
+        f"{counts[0]} and {counts[1]}; codebooks there on {large['codebooks']['points']:,} items and "
+        f"{large['codebooks']['num_iterations']} iterations, in the whole with the defaults of 1,048,576 and 20. A model of "
+        f"all items and its trie, built: {model['private_mb'] / 1024:.1f} GB of private memory, "
+        f"{model['cpu_seconds']:.0f} core seconds.",
+        "",
+        f"| training, {results['training'][0]['rows_a_step']} rows a step | core seconds a row | private memory, GB | "
+        "with mapped files | generation loss | ranking loss |",
+        "| --- " * 6 + "|",
+    ]
+    for one in results["training"]:
+        sizes = (f"{one['memory'][f'training_{name}_mb'] / 1024:.2f}" for name in ("private", "peak"))
+        first, last = (list(one["losses"].values())[place] for place in (0, -1))
+        losses = (f"{before:.3f} to {after:.3f}" for before, after in zip(first, last, strict=True))
+        seconds = one["cpu_seconds"]["training"] / one["rows"]
+        lines.append(f"| {one['what']} | {seconds:.4f} | {' | '.join(sizes)} | {' | '.join(losses)} |")
+    wholes = (
+        f"{stage} {one['epoch_core_hours']:,.0f} core hours for one epoch of {one['rows']:,} clicks and "
+        f"{one['private_mb'] / 1024:.1f} GB private"
+        for stage, one in results["training at full size"].items()
+    )
+    made = results["made by"]
+    lines += [
+        "",
+        f"Training on the whole, of a backbone of this size: {', '.join(wholes)}. {results['note']} Made by "
+        f"`{made['command']}` on {made['machine']}, {made['versions']}, {made['date']}.",
+    ]
+    return "\n".join(lines)
