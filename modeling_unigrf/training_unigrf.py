@@ -260,7 +260,8 @@ def _whole_softmax(
     for given, weight in zip(of_given, (model.config.given_negative_weight, 0.0), strict=True):
         logits = _given_logits(model, states, here, true, codes, given)
         changes = changes + (weight - 1) * (logits - (losses + own)[:, None]).exp().sum(dim=1)
-    return (losses + torch.log1p(changes)).sum()
+    # Never -1, since the true code stays; rounding may say so where favorites have all but the whole probability.
+    return (losses + torch.log1p(changes.clamp(min=-1 + 1e-6))).sum()
 
 
 def _sampled_softmax(

@@ -12,6 +12,7 @@ from its last checkpoint, a finished one is not run again.
 
 import json
 import math
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,8 +198,10 @@ class LeaveOneOutTrainer(Trainer):
 def command(work: dict) -> str:
     """The command line of a run: what differs from the defaults."""
     defaults = vars(ReproduceArguments())
-    options = [f"--{name} {value}" for name, value in work.items() if value != defaults[name]]
-    return " ".join(["python -m recipes.reproduce_unigrf", *options])
+    changed = {name: value for name, value in work.items() if value != defaults[name]}
+    return shlex.join(
+        ["python", "-m", "recipes.reproduce_unigrf", *(f"--{name}={value}" for name, value in changed.items())]
+    )
 
 
 def run(args: ReproduceArguments) -> None:
