@@ -2,12 +2,14 @@
 
     python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone llama --seed 0    # trains, or goes on
     python -m recipes.reproduce_unigrf --data path/to/ml-1m --row both --backbone hstu-time         # as hstu, with times
+    python -m recipes.reproduce_unigrf --data path/to/ml-1m --refit True --epochs 13 --variant refit
     python -m recipes.reproduce_unigrf --collect          # recipes/results/unigrf_ml1m.json and .png, then recipes.results
 
 Leave-one-out over the rated movies, items are scored over the whole catalogue without the user's own; a like is a rating of 4
 or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC on validation (of
 what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a run that broke off goes on
-from its last checkpoint, a finished one is not run again.
+from its last checkpoint, a finished one is not run again. `--refit` trains on what was held out for validation too, as HSTU's
+code base does, with settings that a run without it has chosen: nothing is chosen then, the last epoch is tested.
 """
 
 import json
@@ -32,7 +34,7 @@ from recipes.enhancer import RankingDrivenEnhancer
 from recipes.evaluate import METRICS
 from recipes.histories import of_a_forward
 from recipes.movielens import LIKED_FROM, movielens_1m
-from recipes.prepare import leave_one_out
+from recipes.prepare import TARGETS, leave_one_out
 from recipes.results import made_by
 from recipes.training_rows import columns_read, held_out_rows, history_rows
 from recipes.unigrf_report import collect
@@ -91,6 +93,7 @@ class ReproduceArguments:
     pool: str | None = field(
         default=None, metadata={"help": "Of the enhancer: uniform or beam; default: uniform for atomic ids."}
     )
+    refit: bool = field(default=False, metadata={"help": "Train on the validation targets too, and choose nothing."})
     relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
     variant: str = field(default="", metadata={"help": "A name for runs with other values of the arguments above."})
     output_dir: str = field(default="runs/unigrf", metadata={"help": "One folder a run."})
@@ -241,7 +244,9 @@ def run(args: ReproduceArguments) -> None:
         **{"ranking_loss_weight": args.ranking_loss_weight, **options},
     )
     times = {"with_times": config.reads_times}
-    train_rows = history_rows(splits["train"], tokenizer, MAX_ITEMS, passes=1, **times)
+    # What precedes a user's test target ends in the validation target.
+    histories = splits["test"].remove_columns(list(TARGETS.values())) if args.refit else splits["train"]
+    train_rows = history_rows(histories, tokenizer, MAX_ITEMS, passes=1, **times)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
@@ -254,7 +259,7 @@ def run(args: ReproduceArguments) -> None:
             RankingDrivenEnhancer(
                 model,
                 tokenizer,
-                *(splits["train"][name][:] for name in columns_read(splits["train"], **times)),
+                *(histories[name][:] for name in columns_read(histories, **times)),
                 pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
                 target=liked[-1],
@@ -277,11 +282,11 @@ def run(args: ReproduceArguments) -> None:
             adam_beta2=0.98,
             train_sampling_strategy="group_by_length",
             logging_strategy="epoch",
-            eval_strategy="epoch",
+            eval_strategy="no" if args.refit else "epoch",
             eval_delay=args.epochs // 2,
             save_strategy="epoch",
             save_total_limit=1,
-            load_best_model_at_end=True,
+            load_best_model_at_end=not args.refit,
             metric_for_best_model="eval_score",
             greater_is_better=True,
             remove_unused_columns=False,
@@ -302,12 +307,12 @@ def run(args: ReproduceArguments) -> None:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
+    tested = trainer.state.global_step if args.refit else trainer.state.best_global_step
     result = {
         "arguments": work,
-        "epoch": trainer.state.best_global_step / steps,
-        "validation": next(
-            e for e in history if e.get("step") == trainer.state.best_global_step and "eval_score" in e
-        ),
+        "epoch": tested / steps,
+        # None for a refit, which has seen these targets.
+        "validation": next((e for e in history if e.get("step") == tested and "eval_score" in e), None),
         "test": measure(model.eval(), tokenizer, splits["test"], held_out["test"]),
         "seconds": time.perf_counter() - start,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

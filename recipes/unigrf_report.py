@@ -55,7 +55,8 @@ def collect(output_dir: Path) -> None:
                 },
                 "runs": [{name: round(test[name], 5) for name in COLUMNS} for test in tests],
                 "validation": [
-                    {name: round(run["validation"][f"eval_{name}"], 5) for name in COLUMNS} for run in group
+                    run["validation"] and {name: round(run["validation"][f"eval_{name}"], 5) for name in COLUMNS}
+                    for run in group
                 ],
                 "seconds": [round(run["seconds"]) for run in group],
                 "parameters": group[0]["parameters"],

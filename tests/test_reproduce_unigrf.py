@@ -110,3 +110,26 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
 def test_a_table_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         unigrf_report.collect(tmp_path)
+
+
+def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movielens, tmp_path, monkeypatch):
+    read, history_rows = [], reproduce_unigrf.history_rows
+
+    def remembered(histories, *others, **options):
+        read.append(histories)
+        return history_rows(histories, *others, **options)
+
+    monkeypatch.setattr(reproduce_unigrf, "history_rows", remembered)
+    monkeypatch.setattr(unigrf_report, "RESULTS", tmp_path / "unigrf_ml1m.json")
+    arguments = {"data": movielens, "row": "joint", "epochs": 2, "batch_size": 8, "output_dir": str(tmp_path)}
+    reproduce_unigrf.run(reproduce_unigrf.ReproduceArguments(refit=True, variant="refit", **arguments))
+    result = json.loads((tmp_path / "llama-atomic-joint-refit-0" / "result.json").read_text())
+    assert result["validation"] is None and result["epoch"] == 2
+    validation = reproduce_unigrf.load_data(movielens, "atomic", tmp_path)[0]["validation"]
+    (trained,) = read
+    for name in ("items", "timestamps"):
+        target = "target" if name == "items" else "target_timestamp"
+        assert trained[name][:] == [[*row[name], row[target]] for row in validation]
+    unigrf_report.collect(tmp_path)
+    data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
+    assert data["rows"][0]["validation"] == [None] and "refit" in unigrf_report.table(data)
