@@ -104,6 +104,8 @@ class UniGRFConfig(PreTrainedConfig):
             Default weight in `recommend` of the item-level score alone: the part of `"next"` that `item_loss_weight` trains.
         union_items (`int`, defaults to 0):
             Default number in `recommend` of items of the best item-level score that are ranked beside the beams.
+        num_ranked_beams (`int`, defaults to 0):
+            Default number in `recommend` of beams that are ranked, the best by the other scores; 0: all.
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -167,6 +169,7 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_weight: float = 1.0
     item_weight: float = 0.0
     union_items: int = 0
+    num_ranked_beams: int = 0
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02

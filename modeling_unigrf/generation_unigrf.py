@@ -415,6 +415,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         long_timestamps: torch.LongTensor | None = None,
         item_weight: float | None = None,
         union_items: int | None = None,
+        num_ranked_beams: int | None = None,
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
@@ -425,7 +426,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
             num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
                 default.
-            num_return_sequences (`int`): Items returned, at most `num_beams + union_items`.
+            num_return_sequences (`int`): Items returned, at most `num_beams` (or `num_ranked_beams`) `+ union_items`.
             ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
             ranking_target (`str`, *optional*): One of `config.ranking_targets`, by default the first.
             exclude_history (`bool`): Leave out the items of the history itself.
@@ -445,6 +446,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             union_items (`int`, *optional*): Rank this many items of the best item-level score as well, whether or not the
                 beams found them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
                 `config.union_items` by default.
+            num_ranked_beams (`int`, *optional*): Rank and return only this many of the beams, the best without their ranking:
+                by `log P + item_weight * item score`. A sub-history costs several times what the search does, but only for
+                these. 0: all; `config.num_ranked_beams` by default.
 
         Returns:
             `UniGRFRecommendation`
@@ -455,13 +459,15 @@ class UniGRFGenerationMixin(GenerationMixin):
         targets = self.config.ranking_targets
         num_beams = self.generation_config.num_beams if num_beams is None else num_beams
         union_items = self.config.union_items if union_items is None else union_items
+        num_ranked_beams = self.config.num_ranked_beams if num_ranked_beams is None else num_ranked_beams
+        num_ranked = min(num_beams, num_ranked_beams) if num_ranked_beams else num_beams
         ranking_target = targets[0] if ranking_target is None else ranking_target
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")
-        if union_items < 0 or not 1 <= num_return_sequences <= num_beams + union_items:
+        if min(union_items, num_ranked) < 0 or not 1 <= num_return_sequences <= num_ranked + union_items:
             raise ValueError(
-                f"Expected 1 <= num_return_sequences <= num_beams + union_items, found {num_return_sequences}, {num_beams} "
-                f"and {union_items}."
+                "Expected 1 <= num_return_sequences <= num_beams (or num_ranked_beams) + union_items, found "
+                f"{num_return_sequences}, {num_beams} (or {num_ranked_beams}) and {union_items}."
             )
         item_weight = self.config.item_weight if item_weight is None else item_weight
         if (item_weight or union_items) and self.ranking_head.history_query is None:
@@ -504,15 +510,21 @@ class UniGRFGenerationMixin(GenerationMixin):
                 item_filter,
                 request_timestamps=asked_for,
             )
-            items = trie.leaf_items[beams.nodes].long()
+            items, keys, generation_scores = trie.leaf_items[beams.nodes].long(), beams.keys, beams.scores
+            if num_ranked < items.shape[1]:
+                unranked = generation_scores
+                if item_weight:
+                    vectors = self.item_vectors(items)
+                    unranked = unranked + item_weight * self.ranking_head.item_scores(history_states[:, None], vectors)
+                kept = unranked.topk(num_ranked, dim=1).indices
+                items, generation_scores = items.gather(1, kept), generation_scores.gather(1, kept)
+                keys = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[2]))
             # The search has read all codes of the candidates but the last.
-            states = read_candidates(self, items, attention_mask.bool(), beams.keys, cache, long_history, times)
-            states, generation_scores = states[:, :, -1], beams.scores
+            states = read_candidates(self, items, attention_mask.bool(), keys, cache, long_history, times)[:, :, -1]
             if union_items:
                 more = best_by_item_score(self, history_states, union_items, trie, item_filter)
-                new = (more >= 0) & ~((more[..., None] == items[:, None]) & (beams.scores > -torch.inf)[:, None]).any(
-                    dim=2
-                )
+                known = (more[..., None] == items[:, None]) & (generation_scores > -torch.inf)[:, None]
+                new = (more >= 0) & ~known.any(dim=2)
                 more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
                 more_states = read_candidates(self, more, attention_mask.bool(), nothing, cache, long_history, times)
                 log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Pipeline
 REQUEST_KEYS = {"items", "behaviors", "timestamps", "request_timestamp", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
 FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalogue")
-FORWARD += ("item_weight", "union_items")
+FORWARD += ("item_weight", "union_items", "num_ranked_beams")
 COLUMNS = ("item_indices", "scores", "generation_scores", "ranking_scores")
 
 
@@ -22,8 +22,8 @@ class RecommendationPipeline(Pipeline):
         max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model reads.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
         exclude_history (`bool`, defaults to `True`): Never recommend an item of the history.
-        num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue, item_weight, union_items: As in
-            `UniGRFForCausalLM.recommend`.
+        num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue, item_weight, union_items,
+            num_ranked_beams: As in `UniGRFForCausalLM.recommend`.
 
     A model with `num_retrieved_items` searches the whole history, also what is beyond `max_items`.
     """

@@ -6,7 +6,7 @@ Leave-one-out, the whole catalogue, items are scored (never ids), a user's own h
 where users come back to items: `--exclude_history False`).
 A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
 Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written, with
-`--union_items`, into the checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes
+`--union_items` and `--num_ranked_beams`, into the checkpoint's own config, so that `recommend` and the pipeline use what was measured. Writes
 `metrics.json`.
 """
 
@@ -52,6 +52,7 @@ class EvaluateArguments:
         default_factory=lambda: [0.0], metadata={"help": "Weights of the item-level score to choose from."}
     )
     union_items: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
+    num_ranked_beams: int = field(default=0, metadata={"help": "Beams that are ranked, as in `recommend`; 0: all."})
     batch_size: int = field(default=64, metadata={"help": "Users run together."})
     exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
 
@@ -99,6 +100,7 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateA
             blocked_items=[split[int(row)]["items"] for row in rows] if args.exclude_history else None,
             item_weight=0.0,
             union_items=args.union_items,
+            num_ranked_beams=0,
             **long_histories(model, split, rows, args),
         )
         for name, column in columns.items():
@@ -108,11 +110,20 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateA
 
 
 def lists_and_ranks(
-    found, weight: float, targets: torch.Tensor, length: int, item_weight: float = 0.0
+    found, weight: float, targets: torch.Tensor, length: int, item_weight: float = 0.0, num_ranked: int = 0
 ) -> tuple[list, list[int | None]]:
-    """Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there)."""
-    scores = found["generation_scores"] + (weight * found["ranking_scores"] if weight else 0.0)
+    """
+    Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there).
+    `num_ranked`: as if `recommend` had ranked only so many, the best by the other scores.
+    """
+    scores = found["generation_scores"]
     scores = scores + item_weight * found["item_scores"] if item_weight else scores
+    if num_ranked:
+        unranked = torch.ones_like(scores, dtype=torch.bool).scatter_(
+            1, scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices, False
+        )
+        scores = scores.masked_fill(unranked, -torch.inf)
+    scores = scores + weight * found["ranking_scores"] if weight else scores
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :length]
     lists = found["item_indices"].gather(1, order)
     hits = lists == targets[:, None]
@@ -152,11 +163,11 @@ def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: Evalua
     return {"checked": checked, "invalid": invalid}
 
 
-def keep_choice(
-    checkpoint: str | Path, num_beams: int, ranking_weight: float, item_weight: float, union_items: int
-) -> None:
-    """Writes what was chosen into the checkpoint's own config: the defaults of `recommend` and of the pipeline."""
-    chosen = {"ranking_weight": ranking_weight, "item_weight": item_weight, "union_items": union_items}
+def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float) -> None:
+    """
+    Writes what was chosen into the checkpoint's own config, of which `chosen` are fields: the defaults of `recommend` and of
+    the pipeline.
+    """
     UniGRFConfig.from_pretrained(checkpoint, **chosen).save_pretrained(checkpoint)
     GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
 
@@ -164,6 +175,11 @@ def keep_choice(
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
     """Measures everything, writes `metrics.json` and `ranks.json` into `args.output_dir` and returns the metrics."""
     data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
+    if args.num_ranked_beams and args.union_items:
+        raise ValueError(
+            f"Expected num_ranked_beams or union_items, found {args.num_ranked_beams} and {args.union_items}: which of the "
+            "candidates are beams is not told. Measure one at a time."
+        )
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,7 +188,9 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
 
     def measure(found, weight, targets, item_weight=0.0):
-        lists, ranks = lists_and_ranks(found, weight, targets, args.list_length, item_weight)
+        # Generation alone lists all that it found.
+        num_ranked = args.num_ranked_beams if weight or item_weight else 0
+        lists, ranks = lists_and_ranks(found, weight, targets, args.list_length, item_weight, num_ranked)
         return metric.compute(predictions=lists, references=targets.tolist()), ranks
 
     targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
@@ -212,6 +230,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "ranking_weight": weight,
             "item_weight": item_weight,
             "union_items": args.union_items,
+            "num_ranked_beams": args.num_ranked_beams,
             **{
                 f"settings of {name}": str(result["settings"])
                 for name, result in baselines.items()
@@ -233,7 +252,14 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
-    keep_choice(args.checkpoint, num_beams, weight, item_weight, args.union_items)
+    keep_choice(
+        args.checkpoint,
+        num_beams,
+        ranking_weight=weight,
+        item_weight=item_weight,
+        union_items=args.union_items,
+        num_ranked_beams=args.num_ranked_beams,
+    )
     return metrics
 
 

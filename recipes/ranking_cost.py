@@ -1,8 +1,9 @@
 """What ranking costs beside generation, with and without sub-histories: a part of `recipes.benchmark_decoding`.
 
 A short window of the history (RecoChain: about 32 tokens) and a long history that candidates' sub-histories come from;
-items have embeddings of 128 numbers. `recommend` is search and ranking in one call; `retrieve` is what of that call finds
-the sub-histories. The training step is forward and backward of stage II on candidates that are given, without the search.
+items have embeddings of 128 numbers. `recommend` is search and ranking in one call, of all beams or of the best `RANKED`
+(as many as stage II is trained on) by generation and item-level score; `retrieve` is what of the first call finds the
+sub-histories. The training step is forward and backward of stage II on candidates that are given, without the search.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.subhistory_unigrf import retrieve
 
-WINDOW, NUM_BEAMS, RETRIEVED = 7, 256, 10
+WINDOW, NUM_BEAMS, RETRIEVED, RANKED = 7, 256, 10, 20
 # Items of a candidate's sub-history, items of the long history.
 CELLS = [(0, 0), (RETRIEVED, 1_000), (RETRIEVED, 10_000)]
 USERS = (1, 8)
@@ -30,9 +31,11 @@ def serving(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int) 
     """What is measured of histories `[B, T]` with long histories of so many items, by its name."""
     mask, beams = torch.ones_like(input_ids), {"num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS}
     longer = long_history(model, len(input_ids), length)
+    cut = {**beams, "num_return_sequences": RANKED, "num_ranked_beams": RANKED, "item_weight": 1.0}
     calls = {
         "generate": lambda: model.generate(input_ids, attention_mask=mask, **beams),
         "recommend": lambda: model.recommend(input_ids, mask, **beams, **longer),
+        "recommend, cut": lambda: model.recommend(input_ids, mask, **cut, **longer),
     }
     if longer:
         candidates, _ = torch.randint(model.catalogue.num_items, (2, len(input_ids), NUM_BEAMS), device=model.device)

@@ -40,7 +40,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
     groups = defaultdict(list)
     for run in runs:
-        groups[tuple(run["arguments"][part] for part in ("row", "beams", "union"))].append(run)
+        groups[tuple(run["arguments"][part] for part in ("row", "beams", "union", "ranked"))].append(run)
     excluded = runs[0]["arguments"]["exclude_history"]
     prepared = json.loads((data_dir / "prepare.json").read_text())
     file = output_dir / "baselines.json"
@@ -74,7 +74,7 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: round(values[name], 5) for name in COLUMNS}
 
 
-def _row(row: str, beams: int, union: int, group: list[dict]) -> dict:
+def _row(row: str, beams: int, union: int, ranked: int, group: list[dict]) -> dict:
     """Means and deviations over seeds; every seed's own gain with its standard error over users."""
 
     def over_seeds(pick, reduce) -> dict:
@@ -88,6 +88,7 @@ def _row(row: str, beams: int, union: int, group: list[dict]) -> dict:
         "row": row,
         "beams": beams,
         "union": union,
+        "ranked": ranked,
         "arguments": {name: value for name, value in group[0]["arguments"].items() if name != "seed"},
         "seeds": [run["arguments"]["seed"] for run in group],
         "test": over_seeds(lambda run, one: run["cells"][one], statistics.mean),
@@ -139,6 +140,7 @@ def table(data: dict) -> str:
             return f"{row['test'][one][column]:.4f}{spread}"
 
         beams = f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")
+        beams += f", {row['ranked']} of them ranked" if row["ranked"] else ""
         if row["arguments"]["test_users"]:
             beams += f" ({row['users']['test']:,} users)"
         cells = [row["row"], beams]
@@ -170,7 +172,7 @@ def table(data: dict) -> str:
 
 def draw(data: dict, file: Path) -> None:
     """The gain of Recall@5 against beams, retrieved items and window, ours and the paper's, and how calibrated the ranking is."""
-    rows = [row for row in data["rows"] if not row["union"]]
+    rows = [row for row in data["rows"] if not row["union"] and not row["ranked"]]
     default = next((row for row in rows if row["row"] == "default" and row["beams"] == 20), None)
     if default is None:
         return

@@ -54,7 +54,14 @@ ROWS: dict[str, dict] = {
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
-APART = ("data_dir", "output_dir", "collect", "num_beams", "union_items")  # of the arguments: no part of what a run is
+APART = (
+    "data_dir",
+    "output_dir",
+    "collect",
+    "num_beams",
+    "union_items",
+    "num_ranked_beams",
+)  # of the arguments: no part of what a run is
 
 
 @dataclass
@@ -68,6 +75,10 @@ class ReproduceArguments:
     num_train_beams: int = field(default=20, metadata={"help": "Beams of stage II."})
     union_items: int = field(
         default=0, metadata={"help": "Measure also with so many best items of the item-level score beside the beams."}
+    )
+    num_ranked_beams: int = field(
+        default=0,
+        metadata={"help": "Measure also with only so many of the beams ranked, the best by the other scores."},
     )
     ranking_weights: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0],
@@ -213,8 +224,10 @@ def calibration(found: dict[str, torch.Tensor], targets: torch.Tensor, num_bins:
     return results
 
 
-def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_items: int) -> dict:
-    """Generation, ranked and oracle for one number of beams, and what validation chose."""
+def search(
+    args: ReproduceArguments, checkpoint: Path, num_beams: int, union_items: int
+) -> tuple[dict[str, Dataset], dict[str, dict[str, torch.Tensor]]]:
+    """The users who choose and those who are measured, by split, and all their candidates."""
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
@@ -222,8 +235,6 @@ def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_it
         "validation": some_users(dataset["validation"], args.validation_users),
         "test": some_users(dataset["test"], args.test_users),
     }
-    targets = {name: torch.tensor(split["target"][:]).long() for name, split in splits.items()}
-    repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
     asked = EvaluateArguments(
         checkpoint=str(checkpoint),
         data_dir=args.data_dir,
@@ -234,12 +245,22 @@ def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_it
         exclude_history=args.exclude_history,
         batch_size=max(1, args.candidates_at_once // (num_beams + union_items)),
     )
-    start = time.perf_counter()
-    found = {name: candidates(model, tokenizer, splits[name], num_beams, asked) for name in splits}
-    seconds = time.perf_counter() - start
+    return splits, {name: candidates(model, tokenizer, split, num_beams, asked) for name, split in splits.items()}
+
+
+def measure(
+    args: ReproduceArguments,
+    splits: dict[str, Dataset],
+    found: dict[str, dict[str, torch.Tensor]],
+    num_ranked: int = 0,
+) -> dict:
+    """Generation, ranked and oracle of what `search` returned, and what validation chose; `num_ranked` as `lists_and_ranks`."""
+    targets = {name: torch.tensor(split["target"][:]).long() for name, split in splits.items()}
+    repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
 
     def ranked(split: str, weight: float, item_weight: float = 0.0) -> dict[str, np.ndarray]:
-        return values(lists_and_ranks(found[split], weight, targets[split], 10, item_weight)[1])
+        kept = num_ranked if weight or item_weight else 0  # generation alone lists all that it found
+        return values(lists_and_ranks(found[split], weight, targets[split], 10, item_weight, kept)[1])
 
     def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
         return max(pairs, key=lambda pair: ranked("validation", *pair)["ndcg@10"].mean())
@@ -265,7 +286,6 @@ def measure(args: ReproduceArguments, checkpoint: Path, num_beams: int, union_it
         "calibration": calibration(found["test"], targets["test"]),
         "share of repeats": float(repeats.mean()),
         "users": {name: len(split) for name, split in splits.items()},
-        "seconds": seconds,
     }
 
 
@@ -277,22 +297,38 @@ def run(args: ReproduceArguments) -> None:
     work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None
     measured = []
     for num_beams, union_items in product(args.num_beams, sorted({0, args.union_items})):
-        asked = {**work, "beams": num_beams, "union": union_items}
-        file = folder_of(args) / f"beams-{num_beams}-union-{union_items}.json"
-        if file.exists() and json.loads(file.read_text())["arguments"] == asked:
-            print(f"{file} is finished")
+        is_cut = args.num_ranked_beams < num_beams and not union_items
+        missing = {}
+        for num_ranked in sorted({0, args.num_ranked_beams if is_cut else 0}):
+            asked = {**work, "beams": num_beams, "union": union_items, "ranked": num_ranked}
+            suffix = f"-ranked-{num_ranked}" if num_ranked else ""
+            file = folder_of(args) / f"beams-{num_beams}-union-{union_items}{suffix}.json"
+            if file.exists() and json.loads(file.read_text())["arguments"] == asked:
+                print(f"{file} is finished")
+            else:
+                missing[file] = asked
+        if not missing:
             continue
         checkpoint = checkpoint or train_stages(args)
-        result = measure(args, checkpoint, num_beams, union_items)
+        start = time.perf_counter()
+        splits, found = search(args, checkpoint, num_beams, union_items)
+        seconds = time.perf_counter() - start
         made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}")
-        file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))
-        print(file, {name: round(cell["recall@5"], 4) for name, cell in result["cells"].items()}, flush=True)
-        measured.append(
-            (result["validation ndcg@10"], num_beams, union_items, result["weights"]["ranked, three scores"])
-        )
+        for file, asked in missing.items():
+            result = {**measure(args, splits, found, asked["ranked"]), "seconds": seconds}
+            file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))
+            print(file, {name: round(cell["recall@5"], 4) for name, cell in result["cells"].items()}, flush=True)
+            measured.append((result["validation ndcg@10"], asked, result["weights"]["ranked, three scores"]))
     if checkpoint is not None:
-        _, num_beams, union_items, weights = max(measured, key=lambda one: one[0])
-        keep_choice(checkpoint, num_beams, weights["ranking"], weights["item score"], union_items)
+        _, asked, weights = max(measured, key=lambda one: one[0])
+        keep_choice(
+            checkpoint,
+            asked["beams"],
+            ranking_weight=weights["ranking"],
+            item_weight=weights["item score"],
+            union_items=asked["union"],
+            num_ranked_beams=asked["ranked"],
+        )
 
 
 if __name__ == "__main__":

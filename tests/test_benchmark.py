@@ -17,7 +17,8 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding_report, "CATALOGUE", 400)
     monkeypatch.setattr(benchmark_decoding, "RATIO_CELLS", [(3, 8, 1)])
     monkeypatch.setattr(benchmark_decoding, "run_candidates", lambda *_: None)
-    for name, value in {"CELLS": [(0, 0), (10, 30)], "USERS": (1, 2), "NUM_BEAMS": 4, "TRAINING_ROWS": 2}.items():
+    small = {"CELLS": [(0, 0), (10, 30)], "USERS": (1, 2), "NUM_BEAMS": 4, "RANKED": 2, "TRAINING_ROWS": 2}
+    for name, value in small.items():
         monkeypatch.setattr(ranking_cost, name, value)
     arguments = benchmark_decoding.BenchmarkArguments(
         output=str(tmp_path / "decoding.json"),
@@ -40,14 +41,15 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     assert "**search, ours**" in text and "1,000" in text and "\n| of 10 | 30 | 2 | " in text
     tasks = [row["task"] for row in data["ranking"]]
     assert tasks == [
-        *["generate", "recommend"] * 2,
+        *["generate", "recommend", "recommend, cut"] * 2,
         "training step",
-        *["generate", "recommend", "retrieve"] * 2,
-        tasks[4],
+        *["generate", "recommend", "recommend, cut", "retrieve"] * 2,
+        "training step",
     ]
-    added = decoding_report.added_by_ranking(data, retrieved=10, long_items=30, users=2, dtype="float32")
-    of_cell = {row["task"]: row["wall_ms"] for row in data["ranking"][8:11]}
-    assert added["wall"] == round(of_cell["recommend"] / of_cell["generate"], 2)
+    of_cell = {row["task"]: row["wall_ms"] for row in data["ranking"][11:15]}
+    for task in ("recommend", "recommend, cut"):
+        added = decoding_report.added_by_ranking(data, task, retrieved=10, long_items=30, users=2, dtype="float32")
+        assert added["wall"] == round(of_cell[task] / of_cell["generate"], 2)
     monkeypatch.setattr(benchmark_decoding, "measure", None)  # nothing is measured twice
     benchmark_decoding.main(arguments)
     assert json.loads((tmp_path / "decoding.json").read_text())["rows"] == data["rows"]

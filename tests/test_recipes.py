@@ -14,6 +14,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from recipes import evaluate as evaluate_recipe
 from recipes import recochain_report, reproduce_recochain, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
@@ -166,6 +167,29 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert len(metrics["validation"]) == 4 and metrics["selection"]["item_weight"] in (0.0, 0.5)
     config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
     assert (config.item_weight, config.union_items) == (metrics["selection"]["item_weight"], 4)
+    with pytest.raises(ValueError, match="num_ranked_beams or union_items"):
+        evaluate_checkpoint(replace(measured, num_ranked_beams=3))
+    cut = evaluate_checkpoint(replace(measured, num_ranked_beams=3, union_items=0, list_length=5))
+    assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["num_ranked_beams"] == 3
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert model.config.num_ranked_beams == 3
+    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    targets = torch.tensor(dataset["test"]["target"][:]).long()
+    measured = replace(measured, union_items=0)
+    found = evaluate_recipe.candidates(model, tokenizer, dataset["test"], 5, measured)
+    lists, _ = evaluate_recipe.lists_and_ranks(found, 1.0, targets, 3, 0.5, num_ranked=3)
+    for rows, inputs in evaluate_recipe.batches(
+        model, tokenizer, dataset["test"], measured, "as recommend lists them"
+    ):
+        best = model.recommend(
+            **inputs,
+            num_return_sequences=3,
+            ranking_weight=1.0,
+            item_weight=0.5,
+            blocked_items=[dataset["test"][int(row)]["items"] for row in rows],
+            **evaluate_recipe.long_histories(model, dataset["test"], rows, measured),
+        )
+        assert best.item_indices.tolist() == [lists[row] for row in rows]
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
@@ -180,6 +204,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 ):
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {"passes": 1, "second_stride": 4, "num_train_beams": 4, "exclude_history": True, "union_items": 5}
+    arguments |= {"num_ranked_beams": 3}
 
     def run(row: str, *beams: int) -> list[int]:
         reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row=row, num_beams=list(beams), **arguments))
@@ -193,8 +218,8 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         "stage-one-window7-le-0",
     ], "rows share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
-    assert run("default", 3, 6) == before and len(before) == 4
-    assert len(run("default", 4)) == 6
+    assert run("default", 3, 6) == before and len(before) == 5, "all of three beams are ranked anyway"
+    assert len(run("default", 4)) == 8
     assert (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns == trained
     choices = []
     for file in (tmp_path / "default-0").glob("beams-4-*.json"):  # what the last call measured
@@ -208,16 +233,23 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
     kept = {"ranking": model.config.ranking_weight, "item score": model.config.item_weight}
-    name = f"beams-{model.generation_config.num_beams}-union-{model.config.union_items}.json"
+    name = f"beams-{model.generation_config.num_beams}-union-{model.config.union_items}"
+    name += f"-ranked-{model.config.num_ranked_beams}.json" if model.config.num_ranked_beams else ".json"
     assert (max(choices)[0], name, kept) in choices, "the checkpoint's defaults are what validation chose"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
     for _ in range(2):  # the second time with the baselines of the first
         recochain_report.collect(tmp_path, prepared, 30, "recochain_beauty")
     data = json.loads((tmp_path / "recochain_beauty.json").read_text())
-    assert len(data["rows"]) == 6 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
+    assert len(data["rows"]) == 8 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
     rows = recochain_report.table(data).splitlines()
-    for beginning in ("| default | 3 | 1 |", "| k0 | 3 + 5 items | 1 |", "| popularity |", "| *TIGER, published* |"):
+    for beginning in (
+        "| default | 3 | 1 |",
+        "| k0 | 3 + 5 items | 1 |",
+        "| default | 6, 3 of them ranked | 1 |",
+        "| popularity |",
+        "| *TIGER, published* |",
+    ):
         assert sum(row.startswith(beginning) for row in rows) == 1
     one = next(row for row in data["rows"] if (row["row"], row["beams"], row["union"]) == ("k0", 3, 5))
     several = {**one, "gain": {"ranked": {"recall@5": {"relative": [0.1, 0.3]}}}}

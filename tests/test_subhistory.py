@@ -379,6 +379,41 @@ def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_
     assert torch.equal(none.item_indices, beams)
 
 
+@pytest.mark.parametrize("retrieved", [0, 3])
+@pytest.mark.parametrize("item_weight", [0.0, 0.7])
+def test_of_many_beams_the_best_without_their_ranking_are_ranked(retrieved, item_weight, tmp_path):
+    model = build_model(num_retrieved_items=retrieved)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    asked = {"num_beams": 20, "ranking_weight": 1.5, "item_weight": item_weight}
+    asked |= long_histories(model, [12, 2]) if retrieved else {}
+    asked["blocked_items"] = [[], list(range(4, 30))]  # the second request has fewer items than are ranked
+    everything = model.recommend(input_ids, mask, num_return_sequences=20, **asked)
+    unranked = everything.generation_scores + item_weight * everything.item_scores.nan_to_num(neginf=0.0)
+    expected = unranked >= unranked.topk(6, dim=1).values[:, -1:]
+    found = model.recommend(input_ids, mask, num_return_sequences=6, num_ranked_beams=6, **asked)
+    for row, kept in enumerate(expected):
+        count = int((kept & (everything.item_indices[row] >= 0)).sum())
+        assert count == (6, 4)[row]
+        for name in ("item_indices", "scores", "generation_scores", "ranking_scores", "item_scores"):
+            torch.testing.assert_close(found[name][row, :count], everything[name][row][kept][:count])
+        assert (found.item_indices[row, count:] == -1).all()
+    model.config.num_ranked_beams = 6
+    model.save_pretrained(tmp_path)
+    saved = UniGRFForCausalLM.from_pretrained(tmp_path)
+    again = saved.recommend(input_ids, mask, num_return_sequences=6, **asked)
+    assert torch.equal(again.item_indices, found.item_indices), "what the checkpoint says is the default"
+    again = saved.recommend(input_ids, mask, num_return_sequences=20, num_ranked_beams=0, **asked)
+    assert torch.equal(again.item_indices, everything.item_indices)
+    united = model.recommend(input_ids, mask, num_return_sequences=36, union_items=30, **asked)
+    listed = united.item_indices[0].tolist()
+    assert sorted(item for item in listed if item >= 0) == list(range(30)), (
+        "beams that were left out come back with the union"
+    )
+    for arguments in ({"num_ranked_beams": 5}, {"num_ranked_beams": -1}):
+        with pytest.raises(ValueError, match="num_ranked_beams"):
+            model.recommend(input_ids, mask, num_return_sequences=6, **arguments, **asked)
+
+
 def test_an_item_level_score_that_does_not_exist_is_refused():
     model = build_model(embeddings=False)
     input_ids, mask, _ = random_histories(model, [4, 2])
@@ -386,7 +421,7 @@ def test_an_item_level_score_that_does_not_exist_is_refused():
     for arguments in ({"item_weight": 0.5}, {"union_items": 3}):
         with pytest.raises(ValueError, match="need an item-level score"):
             model.recommend(input_ids, mask, **arguments)
-    with pytest.raises(ValueError, match=r"num_beams \+ union_items"):
+    with pytest.raises(ValueError, match=r"\+ union_items"):
         build_model().recommend(input_ids, mask, union_items=-1)
 
 
