@@ -37,7 +37,8 @@ BASE = {
     "detach": False,
     "learned": True,
     "embedding": True,
-    "times": 1,
+    "first_times": 1,  # as long as the arguments say, of each stage
+    "second_times": 1,
     "inject": True,
 }
 # What a row changes.
@@ -47,8 +48,10 @@ ROWS: dict[str, dict] = {
     **{f"window{items}": {"window": items} for items in (31, 127)},
     "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
-    "long": {"times": 3},  # stage II
-    "long-k0": {"times": 3, "retrieved": 0},
+    "long": {"second_times": 3},
+    "long-k0": {"second_times": 3, "retrieved": 0},
+    "long-first-stage": {"first_times": 4},
+    "long-first-stage-k0": {"first_times": 4, "retrieved": 0},
     "not-injected": {"inject": False},
     "not-injected-k0": {"inject": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
@@ -129,13 +132,14 @@ def train_stage_one(args: ReproduceArguments) -> Path:
     """Generation and the item-level score, once for all rows that share them; the folder of the model."""
     row = row_of(args)
     parts = "".join(name[0] for name in ("learned", "embedding") if row[name])
-    name = f"stage-one-window{row['window']}-{parts}-{args.seed}"
+    times = f"-times{row['first_times']}" if row["first_times"] != 1 else ""
+    name = f"stage-one-window{row['window']}-{parts}{times}-{args.seed}"
     one = [
         *shared_arguments(args),
         f"--output_dir={Path(args.output_dir) / name}",
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
-        f"--num_train_epochs={args.epochs}",
+        f"--num_train_epochs={args.epochs * row['first_times']}",
         f"--passes={min(args.passes, row['window'])}",
         f"--per_device_train_batch_size={args.batch_size}",
         f"--learning_rate={args.learning_rate}",
@@ -151,7 +155,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         *shared_arguments(args),
         f"--output_dir={folder_of(args)}",
         f"--bf16={args.bf16}",
-        f"--num_train_epochs={args.second_epochs * row['times']}",
+        f"--num_train_epochs={args.second_epochs * row['second_times']}",
         f"--stride={args.second_stride}",
         f"--per_device_train_batch_size={args.second_batch_size}",
         f"--learning_rate={args.second_learning_rate}",
