@@ -66,6 +66,9 @@ class UniGRFConfig(PreTrainedConfig):
         item_table_size (`int`, defaults to 0):
             Rows of a learned table that the ranking head reads as well; item i has row `i % item_table_size`. As many as
             items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
+        history_item_vectors (`bool`, defaults to `False`):
+            Read every item of a history by its vector, too, which is added to the behaviour behind its codes (RecoChain,
+            section 1: the ITEM of a history block). Codes are shared between items; this is the item's own.
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
             target. Without any its binary cross-entropy sees no item that did not come next.
@@ -155,6 +158,7 @@ class UniGRFConfig(PreTrainedConfig):
     int8_item_embeddings: bool = False
     read_item_embeddings: bool = True
     item_table_size: int = 0
+    history_item_vectors: bool = False
     negatives_per_item: float = 0.0
     next_log_odds: float | None = None
     num_retrieved_items: int = 0
@@ -321,6 +325,8 @@ class UniGRFConfig(PreTrainedConfig):
                 f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
                 "item_embedding_dim or item_table_size."
             )
+        if self.history_item_vectors and not self.has_item_vectors:
+            raise ValueError("history_item_vectors needs item vectors: set item_embedding_dim or item_table_size.")
         if self.given_negative_weight < 1:
             raise ValueError(
                 f"Expected given_negative_weight >= 1 (1: as every other item), found {self.given_negative_weight}."

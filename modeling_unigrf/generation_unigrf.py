@@ -236,10 +236,11 @@ class UniGRFGenerationMixin(GenerationMixin):
         times = None
         if timestamps is not None:
             times = torch.cat([timestamps, request_timestamps[:, None]], dim=1)
+        vectors = self.history_item_vectors(input_ids)
         if cached < length:
-            arguments = {}
+            arguments = {} if vectors is None else {"item_vectors": vectors[:, cached:]}
             if times is not None:
-                arguments = {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
+                arguments |= {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
             outputs = self.model(
                 input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True, **arguments
             )
@@ -247,14 +248,17 @@ class UniGRFGenerationMixin(GenerationMixin):
         before = attention_mask.bool().clone()
         before[:, -1] = False
         nothing = input_ids.new_empty(len(input_ids), 1, 0)
+        tokens = self.get_input_embeddings()(input_ids[:, -1:])
+        tokens = tokens if vectors is None else tokens + vectors[:, -1:]
         with kept_as_found(past_key_values):
             states, _ = read_continuations(
                 self.model,
-                input_ids[:, -1:, None],
+                None,
                 before,
                 nothing,
                 past_key_values,
                 None if times is None else times[:, -2:],
+                inputs_embeds=tokens[:, :, None],
             )
         return states[:, 0, 0]
 

@@ -113,14 +113,17 @@ class UniGRFModel(UniGRFPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         timestamps: torch.LongTensor | None = None,
+        item_vectors: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         As every decoder of transformers. `position_ids` not given are counted on the 2-D `attention_mask`, so that a
-        left-padded row is read exactly as it would be alone.
+        left-padded row is read exactly as it would be alone. With `config.history_item_vectors`, `input_ids` that hold
+        behaviours come with `item_vectors [batch_size, sequence_length, hidden_size]`, from
+        `UniGRFForCausalLM.history_item_vectors`, which are added to their embeddings.
 
         Raises:
-            ValueError: on timestamps for a backbone that does not read them.
+            ValueError: on timestamps for a backbone that does not read them, or without the item vectors.
         """
         if timestamps is not None:
             if not self.config.reads_times:
@@ -132,9 +135,18 @@ class UniGRFModel(UniGRFPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        if self.training and self.config.embedding_dropout:
+        if self.config.history_item_vectors and input_ids is not None and item_vectors is None:
+            behaviors = input_ids.new_tensor(self.config.behavior_token_ids)
+            if torch.isin(input_ids, behaviors).any():
+                raise ValueError(
+                    "Expected the vectors of the histories' items (config.history_item_vectors), found none. Call "
+                    "`UniGRFForCausalLM`, or pass item_vectors=model.history_item_vectors(input_ids)."
+                )
+        dropout = self.config.embedding_dropout if self.training else 0.0
+        if dropout or item_vectors is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            inputs_embeds = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout)
+            inputs_embeds = inputs_embeds if item_vectors is None else inputs_embeds + item_vectors
+            inputs_embeds = nn.functional.dropout(inputs_embeds, dropout)
             input_ids = None
         return self.language_model(
             input_ids=input_ids,
@@ -192,6 +204,28 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices of any shape -> what the ranking head reads of them, `[..., hidden_size]`; None without any part."""
         return self.item_encoder(items, self.catalogue.embeddings_of(items))
+
+    def history_item_vectors(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
+        """
+        With `config.history_item_vectors`: what `UniGRFModel` adds to the embeddings of tokens `[B, T]`,
+        `[B, T, hidden_size]`: at every behaviour the vector of the item before it (zeros if the catalogue lacks it).
+
+        Raises:
+            ValueError: if a row begins behind an item's codes.
+        """
+        if not self.config.history_item_vectors:
+            return None
+        where = torch.isin(input_ids, input_ids.new_tensor(self.config.behavior_token_ids)).nonzero()
+        if len(where) and int(where[:, 1].min()) < self.layout.num_levels:
+            row, position = where[where[:, 1].argmin()].tolist()
+            raise ValueError(
+                f"Row {row} has a behaviour at position {position}, without the {self.layout.num_levels} codes of its item. "
+                "Begin with a <bos> or a whole item, also behind a cache."
+            )
+        items = self.catalogue.trie.lookup(self.layout.codes_before(input_ids, where - where.new_tensor([0, 1])))
+        vectors = self.item_vectors(items.clamp(min=0)) * (items >= 0)[:, None]
+        added = vectors.new_zeros(*input_ids.shape, self.config.hidden_size)
+        return added.index_put(tuple(where.unbind(dim=1)), vectors)
 
     def set_catalogue(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
         """
@@ -344,6 +378,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             longer = (long_items, long_behaviors, long_timestamps)
             given = (negative_items, favorite_items, candidates, *longer, blocked_items)
             inputs, supervision = self._supervise(inputs, tokens, targets, *given)
+        if "input_ids" in inputs:
+            inputs["item_vectors"] = self.history_item_vectors(inputs["input_ids"])
 
         outputs = self.model(**inputs, **kwargs)
         hidden_states = outputs.last_hidden_state[:, :length]

@@ -198,7 +198,9 @@ class RankingDrivenEnhancer(SavedTensors):
         usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
-        states = model.model(**of_a_forward(batch), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        vectors = model.history_item_vectors(batch["input_ids"])
+        read = model.model(**of_a_forward(batch), past_key_values=cache, use_cache=True, item_vectors=vectors)
+        states = read.last_hidden_state[:, -1]
         log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
         retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
         ranking = model.rank(**batch, candidates=pool, past_key_values=cache, history_states=states)

@@ -153,7 +153,9 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
         padded = padded.to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
         cache, own = DynamicCache(), split[batch]["items"]
-        states = model.model(**of_a_forward(padded), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        vectors = model.history_item_vectors(padded["input_ids"])
+        read = model.model(**of_a_forward(padded), past_key_values=cache, use_cache=True, item_vectors=vectors)
+        states = read.last_hidden_state[:, -1]
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])

@@ -103,7 +103,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     unigrf_report.collect(tmp_path)
     data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
     table = unigrf_report.table(data)
-    assert f"| {backbone}, {ids}, both | 1 | {result['test']['hr@10']:.4f} |" in table
+    assert f"| {backbone}, {ids}, both | 1 | {round(result['test']['hr@10'], 5):.4f} |" in table
     assert len(data["rows"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 
