@@ -43,18 +43,14 @@ from tokenization import ResidualKMeans, SemanticIdTokenizer
 MAX_ITEMS = 200
 BEAMS = 100  # of semantic ids, in evaluation
 SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 1024}
+WIDE = {**SMALL, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 384}
 BACKBONES = {
     "hstu": {"model_type": "hstu", **SMALL, "dropout": 0.2},
     "hstu-time": {"model_type": "hstu", **SMALL, "dropout": 0.2, "num_time_buckets": 128},
     "hstu-large": {"model_type": "hstu", **SMALL, "num_hidden_layers": 8, "num_attention_heads": 2, "dropout": 0.2},
     "llama": {"model_type": "llama", **SMALL, "intermediate_size": 128},
-    "llama-wide": {
-        "model_type": "llama",
-        **SMALL,
-        "hidden_size": 128,
-        "num_attention_heads": 2,
-        "intermediate_size": 384,
-    },
+    "llama-wide": {"model_type": "llama", **WIDE},
+    "llama-deep": {"model_type": "llama", **WIDE, "num_hidden_layers": 4},
 }
 # What follows a movie in a history, from the least to the best, and how many of the best are likes.
 BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "5"], 2)}
