@@ -142,11 +142,10 @@ class UniGRFModel(UniGRFPreTrainedModel):
                     "Expected the vectors of the histories' items (config.history_item_vectors), found none. Call "
                     "`UniGRFForCausalLM`, or pass item_vectors=model.history_item_vectors(input_ids)."
                 )
-        dropout = self.config.embedding_dropout if self.training else 0.0
-        if dropout or item_vectors is not None:
+        if item_vectors is not None or (self.training and self.config.embedding_dropout):
             inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             inputs_embeds = inputs_embeds if item_vectors is None else inputs_embeds + item_vectors
-            inputs_embeds = nn.functional.dropout(inputs_embeds, dropout)
+            inputs_embeds = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
             input_ids = None
         return self.language_model(
             input_ids=input_ids,

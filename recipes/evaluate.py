@@ -124,8 +124,8 @@ def lists_and_ranks(
         )
         scores = scores.masked_fill(unranked, -torch.inf)
     scores = scores + weight * found["ranking_scores"] if weight else scores
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :length]
-    lists = found["item_indices"].gather(1, order)
+    scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
+    lists = found["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1)
     hits = lists == targets[:, None]
     ranks = [int(row.int().argmax()) + 1 if row.any() else None for row in hits]
     return lists.tolist(), ranks
