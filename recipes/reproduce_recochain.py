@@ -40,7 +40,7 @@ BASE = {
     "first_times": 1,  # as long as the arguments say, of each stage
     "second_times": 1,
     "inject": True,
-    "history_vectors": False,
+    "history_vectors": True,
 }
 # What a row changes.
 ROWS: dict[str, dict] = {
@@ -55,9 +55,7 @@ ROWS: dict[str, dict] = {
     "long-first-stage-k0": {"first_times": 4, "retrieved": 0},
     "not-injected": {"inject": False},
     "not-injected-k0": {"inject": False, "retrieved": 0},
-    "history-vectors": {"history_vectors": True},
-    "history-vectors-k0": {"history_vectors": True, "retrieved": 0},
-    "history-vectors-not-injected-k0": {"history_vectors": True, "retrieved": 0, "inject": False},
+    "no-history-vectors": {"history_vectors": False},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
@@ -132,11 +130,6 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
 
 
-def config_fields(row: dict) -> dict:
-    """Of the model, where a row says other than the default."""
-    return {"history_item_vectors": True} if row["history_vectors"] else {}
-
-
 def train_stage_one(args: ReproduceArguments) -> Path:
     """Generation and the item-level score, once for all rows that share them; the folder of the model."""
     row = row_of(args)
@@ -148,7 +141,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         f"--output_dir={Path(args.output_dir) / name}",
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
-        f"--config_fields={json.dumps(config_fields(row))}",
+        f"--history_item_vectors={row['history_vectors']}",
         f"--num_train_epochs={args.epochs * row['first_times']}",
         f"--passes={min(args.passes, row['window'])}",
         f"--per_device_train_batch_size={args.batch_size}",
@@ -160,7 +153,6 @@ def train_stage_one(args: ReproduceArguments) -> Path:
 def train_stages(args: ReproduceArguments) -> Path:
     """Both stages, each done once; the folder of the finished model."""
     row = row_of(args)
-    fields = config_fields(row) | ({} if row["inject"] else {"inject_target": False})
     second = [
         f"--init_from={train_stage_one(args)}",
         *shared_arguments(args),
@@ -174,7 +166,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--exclude_candidate={row['exclude']}",
         f"--detach_history={row['detach']}",
         f"--num_train_beams={args.num_train_beams}",
-        f"--config_fields={json.dumps(fields)}",
+        f"--config_fields={json.dumps({} if row['inject'] else {'inject_target': False})}",
         f"--max_long_items={args.max_long_items}",
         f"--exclude_history={args.exclude_history}",
     ]

@@ -96,6 +96,10 @@ class ModelArguments:
     item_table_size: int | None = field(
         default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
     )
+    history_item_vectors: bool = field(
+        default=True,
+        metadata={"help": "Histories are read by the items' vectors, too; a model without any needs False."},
+    )
     config_fields: str = field(default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON."})
 
     @property
@@ -153,6 +157,7 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         item_embedding_dim=embeddings.shape[1],
         read_item_embeddings=args.rank_by_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
+        history_item_vectors=args.history_item_vectors,
         **{**fields, **json.loads(args.config_fields)},
     )
     model = UniGRFForCausalLM(config)

@@ -212,12 +212,12 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 
     run("no-embedding-part", 3)
     run("k0", 3)
-    run("history-vectors-k0", 3)
+    run("no-history-vectors", 3)
     before = run("default", 3, 6)
     assert sorted(folder.name for folder in tmp_path.glob("stage-one-*")) == [
-        "stage-one-window7-l-0",
         "stage-one-window7-le-0",
         "stage-one-window7-leh-0",
+        "stage-one-window7-lh-0",
     ], "rows share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
     assert run("default", 3, 6) == before and len(before) == 5, "all of three beams are ranked anyway"
@@ -233,10 +233,10 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         gain = result["gain"]["ranked"]["recall@10"]["difference"]
         assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
 
-    model = UniGRFForCausalLM.from_pretrained(tmp_path / "history-vectors-k0-0" / "checkpoint")
-    assert model.config.history_item_vectors
-    model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "no-history-vectors-0" / "checkpoint")
     assert not model.config.history_item_vectors
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
+    assert model.config.history_item_vectors
     kept = {"ranking": model.config.ranking_weight, "item score": model.config.item_weight}
     name = f"beams-{model.generation_config.num_beams}-union-{model.config.union_items}"
     name += f"-ranked-{model.config.num_ranked_beams}.json" if model.config.num_ranked_beams else ".json"
