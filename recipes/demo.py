@@ -126,7 +126,8 @@ def main(args: DemoArguments) -> None:
     stages("train", work, lambda: train.train(*training))
     measuring = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(data), output_dir=str(root))
     reference = json.loads((root / "baselines.json").read_text())
-    stages("evaluate", {"num_beams": measuring.num_beams}, lambda: evaluate_checkpoint(measuring, reference))
+    grid = {"num_beams": measuring.num_beams, "item_weights": measuring.item_weights}
+    stages("evaluate", grid, lambda: evaluate_checkpoint(measuring, reference))
 
     metrics = json.loads((root / "metrics.json").read_text())
     metrics["made_by"] = made_by(f"python -m recipes.demo --seed {args.seed}")

@@ -49,7 +49,8 @@ class EvaluateArguments:
     max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
     max_long_items: int = field(default=1000, metadata={"help": "Items of a history that sub-histories come from."})
     item_weights: list[float] = field(
-        default_factory=lambda: [0.0], metadata={"help": "Weights of the item-level score to choose from."}
+        default_factory=lambda: [0.0, 0.5, 1.0, 2.0],
+        metadata={"help": "Weights of the item-level score to choose from, if the model has that score."},
     )
     union_items: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
     num_ranked_beams: int = field(default=0, metadata={"help": "Beams that are ranked, as in `recommend`; 0: all."})
@@ -194,10 +195,11 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         return metric.compute(predictions=lists, references=targets.tolist()), ranks
 
     targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
+    item_weights = args.item_weights if model.ranking_head.history_query is not None else [0.0]
     tried = []
     for num_beams in args.num_beams:
         found = candidates(model, tokenizer, dataset["validation"], num_beams, args)
-        for weight, item_weight in product([0.0, *args.ranking_weights], args.item_weights):
+        for weight, item_weight in product([0.0, *args.ranking_weights], item_weights):
             values, _ = measure(found, weight, targets["validation"], item_weight)
             tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
     best = max((one for one in tried if one["ranking_weight"]), key=lambda one: one["ndcg@10"])
