@@ -58,13 +58,13 @@ class UniGRFConfig(PreTrainedConfig):
         num_items (`int`, defaults to 1):
             Number of items of the catalogue, which is saved with the model.
         item_embedding_dim (`int`, defaults to 0):
-            Width of the item embeddings that the ranking head reads beside the hidden state; 0 for none.
+            Width of the item embeddings that item vectors are made of; the ranking head reads these. 0 for none.
         int8_item_embeddings (`bool`, defaults to `False`):
             Keep the item embeddings as int8, 127 for 1, in a quarter of the memory: for catalogues of many millions.
         read_item_embeddings (`bool`, defaults to `True`):
             Whether item vectors have a part that is made of the embeddings; else these only choose sub-histories.
         item_table_size (`int`, defaults to 0):
-            Rows of a learned table that the ranking head reads as well; item i has row `i % item_table_size`. As many as
+            Rows of a learned table that item vectors have as a second part; item i has row `i % item_table_size`. As many as
             items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
         history_item_vectors (`bool`, defaults to `False`):
             Read every item of a history by its vector, too, which is added to the behaviour behind its codes (RecoChain,

@@ -9,8 +9,9 @@ from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 
 class UniGRFItemEncoder(nn.Module):
     """
-    What the ranking knows of an item beyond its codes: its projected embedding plus a learned row (RecoChain's item
-    token, section 1: a multimodal and a learned part). Codes are shared between items; this is the item's own.
+    What the ranking and, with `config.history_item_vectors`, a history know of an item beyond its codes: its projected
+    embedding plus a learned row (RecoChain's item token, section 1: a multimodal and a learned part). Codes are shared
+    between items; this is the item's own.
     """
 
     def __init__(self, config: UniGRFConfig):
