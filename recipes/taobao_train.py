@@ -66,12 +66,15 @@ class TaobaoTrainArguments:
     tables: str = field(metadata={"help": "Folder of the published raw tables."})
     data_dir: str = field(metadata={"help": "Output folder of recipes.taobao."})
     init_from: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from; it brings its own text_config and item_table_size."}
+        default=None, metadata={"help": "Checkpoint to start from; it brings its own model and what that reads."}
     )
     num_retrieved_items: int = field(default=0, metadata={"help": "Items of a candidate's sub-history."})
     num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
     text_config: str = field(default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON."})
     item_table_size: int = field(default=65_536, metadata={"help": "Learned rows of items, shared by hashing."})
+    history_item_vectors: bool = field(
+        default=True, metadata={"help": "Histories are read by the items' vectors, too, and not by codes alone."}
+    )
     negatives_per_item: float = field(
         default=1.0, metadata={"help": "Random candidates an item, for `next`; none in stage II."}
     )
@@ -136,6 +139,7 @@ def build_model(
         item_embedding_dim=embeddings.shape[1],
         int8_item_embeddings=True,
         item_table_size=args.item_table_size,
+        history_item_vectors=args.history_item_vectors,
         **fields,
     )
     config.num_items = 1  # until the catalogue comes: one of all items need not be made up first
