@@ -13,6 +13,7 @@ from recipes.baselines import baseline_results
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 LISTS = ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone", "oracle")
+CODES_ALONE = ", codes alone"  # rows whose histories are read without the items' vectors
 # What else was trained on the same data, beside the rows: folders of recipes.evaluate below the output folder.
 BESIDE = {"sasrec": "one code an item, full cross-entropy (SASRec's task)"}
 # Relative gain of Recall@5 in the paper (TAOBAO-MM), in percent; a window of 32 or 128 tokens is some 7 or 26 items.
@@ -20,6 +21,11 @@ PAPER = {
     "beams": {10: 1.1, 20: 3.14, 40: 4.53},
     "retrieved": {0: 0.12, 10: 3.14, 20: 3.51},
     "window": {7: 3.14, 26: 0.92},
+}
+# The rows of a panel of the picture by their place on its axis, at 20 beams.
+PANELS = {
+    "retrieved": {0: "k0", 5: "k5", 10: "default", 20: "k20"},
+    "window": {7: "default", 31: "window31", 127: "window127"},
 }
 # Recall@10 and NDCG@10 on Amazon-2014 Beauty, as published.
 PUBLISHED = {
@@ -33,6 +39,11 @@ PUBLISHED = {
 }
 
 
+def place(group: tuple[tuple[str, int, int, int], list]) -> tuple:
+    """Where a group of runs stands in the table: those of codes alone last."""
+    return CODES_ALONE in group[0][0], *group[0]
+
+
 def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None:
     """Puts all `beams-*.json` below `output_dir` and the baselines of its data into `results/NAME.json`, and draws NAME.png."""
     runs = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/beams-*.json"))]
@@ -40,7 +51,9 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
     groups = defaultdict(list)
     for run in runs:
-        groups[tuple(run["arguments"][part] for part in ("row", "beams", "union", "ranked"))].append(run)
+        arguments = run["arguments"]
+        row = arguments["row"] + ("" if arguments["history_item_vectors"] else CODES_ALONE)
+        groups[row, arguments["beams"], arguments["union"], arguments["ranked"]].append(run)
     excluded = runs[0]["arguments"]["exclude_history"]
     prepared = json.loads((data_dir / "prepare.json").read_text())
     file = output_dir / "baselines.json"
@@ -55,7 +68,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         + (" but the user's own" if excluded else "")
         + "; order of equal times as in the file",
         "codebook sizes": prepared["arguments"]["codebook_sizes"],
-        "rows": [_row(*key, group) for key, group in sorted(groups.items())],
+        "rows": [_row(*key, group) for key, group in sorted(groups.items(), key=place)],
         "baselines": {
             one: {**_rounded(found["test"]), "settings": found["settings"]} for one, found in baselines.items()
         },
@@ -184,20 +197,20 @@ def draw(data: dict, file: Path) -> None:
         gains = [gain_of(found[place], "recall@5", one) for place in places]
         axis.errorbar(places, *zip(*gains, strict=True), marker="o", capsize=3, label=label)
 
-    def of_beams(name: str) -> dict[int, dict]:
-        return {row["beams"]: row for row in rows if row["row"] == name}
+    def panels(suffix: str) -> dict[str, dict[int, dict]]:
+        """Of each panel the rows by their place on its axis."""
+        found = {"beams": {row["beams"]: row for row in rows if row["row"] == "default" + suffix}}
+        for name, places in PANELS.items():
+            found[name] = {place: at_20[row + suffix] for place, row in places.items() if row + suffix in at_20}
+        return found
 
-    named = {
-        "beams": of_beams("default"),
-        "retrieved": {10: default, **{k: at_20[f"k{k}"] for k in (0, 5, 20) if f"k{k}" in at_20}},
-        "window": {7: default, **{k: at_20[f"window{k}"] for k in (31, 127) if f"window{k}" in at_20}},
-    }
+    alone = panels(CODES_ALONE)
     labels = ("beams", "items of the sub-history (k)", "items of the window")
-    for axis, label, (name, found) in zip(axes, labels, named.items(), strict=False):
+    for axis, label, (name, found) in zip(axes, labels, panels("").items(), strict=False):
         curve(axis, found, "ranked", "ranked")
         curve(axis, found, "ranked, three scores", "ranked, three scores")
-        if name == "beams" and "not-injected" in at_20:
-            curve(axis, of_beams("not-injected"), "ranked", "ranked, target not injected")
+        if alone[name]:
+            curve(axis, alone[name], "ranked", "ranked, histories by codes alone")
         axis.plot(*zip(*sorted(PAPER[name].items()), strict=True), "k--", marker="x", label="paper, TAOBAO-MM")
         if name != "retrieved":
             axis.set_xscale("log")

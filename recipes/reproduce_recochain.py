@@ -40,7 +40,6 @@ BASE = {
     "first_times": 1,  # as long as the arguments say, of each stage
     "second_times": 1,
     "inject": True,
-    "history_vectors": True,
 }
 # What a row changes.
 ROWS: dict[str, dict] = {
@@ -55,7 +54,6 @@ ROWS: dict[str, dict] = {
     "long-first-stage-k0": {"first_times": 4, "retrieved": 0},
     "not-injected": {"inject": False},
     "not-injected-k0": {"inject": False, "retrieved": 0},
-    "no-history-vectors": {"history_vectors": False},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
@@ -108,6 +106,9 @@ class ReproduceArguments:
     second_batch_size: int = field(default=32, metadata={"help": "Rows of a step of stage II."})
     second_learning_rate: float = field(default=1e-3, metadata={"help": "Of stage II."})
     bf16: bool = field(default=False, metadata={"help": "Stage II in bfloat16; a stage I this small gains nothing."})
+    history_item_vectors: bool = field(
+        default=True, metadata={"help": "Histories are read by the items' vectors, too, as in recipes.train."}
+    )
     window: int | None = field(default=None, metadata={"help": "Items of the generator, if not the row's."})
     candidates_at_once: int = field(default=1280, metadata={"help": "Candidates that are measured together."})
     validation_users: int = field(default=0, metadata={"help": "Users that choose the weights; 0: all."})
@@ -133,7 +134,8 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
 def train_stage_one(args: ReproduceArguments) -> Path:
     """Generation and the item-level score, once for all rows that share them; the folder of the model."""
     row = row_of(args)
-    parts = "".join(name[0] for name in ("learned", "embedding", "history_vectors") if row[name])
+    parts = "".join(name[0] for name in ("learned", "embedding") if row[name])
+    parts += "h" if args.history_item_vectors else ""
     times = f"-times{row['first_times']}" if row["first_times"] != 1 else ""
     name = f"stage-one-window{row['window']}-{parts}{times}-{args.seed}"
     one = [
@@ -141,7 +143,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         f"--output_dir={Path(args.output_dir) / name}",
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
-        f"--history_item_vectors={row['history_vectors']}",
+        f"--history_item_vectors={args.history_item_vectors}",
         f"--num_train_epochs={args.epochs * row['first_times']}",
         f"--passes={min(args.passes, row['window'])}",
         f"--per_device_train_batch_size={args.batch_size}",
@@ -174,7 +176,8 @@ def train_stages(args: ReproduceArguments) -> Path:
 
 
 def folder_of(args: ReproduceArguments) -> Path:
-    return Path(args.output_dir) / f"{args.row}-{args.seed}"
+    codes_alone = "" if args.history_item_vectors else "-codes-alone"
+    return Path(args.output_dir) / f"{args.row}{codes_alone}-{args.seed}"
 
 
 def some_users(split: Dataset, count: int) -> Dataset:
@@ -320,7 +323,8 @@ def run(args: ReproduceArguments) -> None:
         start = time.perf_counter()
         splits, found = search(args, checkpoint, num_beams, union_items)
         seconds = time.perf_counter() - start
-        made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}")
+        codes_alone = "" if args.history_item_vectors else " --history_item_vectors False"
+        made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}{codes_alone}")
         for file, asked in missing.items():
             result = {**measure(args, splits, found, asked["ranked"]), "seconds": seconds}
             file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))

@@ -206,13 +206,14 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     arguments |= {"passes": 1, "second_stride": 4, "num_train_beams": 4, "exclude_history": True, "union_items": 5}
     arguments |= {"num_ranked_beams": 3}
 
-    def run(row: str, *beams: int) -> list[int]:
-        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(row=row, num_beams=list(beams), **arguments))
+    def run(row: str, *beams: int, **changed) -> list[int]:
+        asked = {"row": row, "num_beams": list(beams), **arguments, **changed}
+        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(**asked))
         return [file.stat().st_mtime_ns for file in sorted((tmp_path / f"{row}-0").glob("beams-*.json"))]
 
     run("no-embedding-part", 3)
     run("k0", 3)
-    run("no-history-vectors", 3)
+    run("default", 3, history_item_vectors=False)
     before = run("default", 3, 6)
     assert sorted(folder.name for folder in tmp_path.glob("stage-one-*")) == [
         "stage-one-window7-le-0",
@@ -233,7 +234,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         gain = result["gain"]["ranked"]["recall@10"]["difference"]
         assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
 
-    model = UniGRFForCausalLM.from_pretrained(tmp_path / "no-history-vectors-0" / "checkpoint")
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-codes-alone-0" / "checkpoint")
     assert not model.config.history_item_vectors
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
     assert model.config.history_item_vectors
