@@ -326,7 +326,9 @@ class UniGRFConfig(PreTrainedConfig):
                 "item_embedding_dim or item_table_size."
             )
         if self.history_item_vectors and not self.has_item_vectors:
-            raise ValueError("history_item_vectors needs item vectors: set item_embedding_dim or item_table_size.")
+            raise ValueError(
+                "history_item_vectors needs item vectors, found none: set item_embedding_dim or item_table_size, or leave it out."
+            )
         if self.given_negative_weight < 1:
             raise ValueError(
                 f"Expected given_negative_weight >= 1 (1: as every other item), found {self.given_negative_weight}."
