@@ -8,8 +8,8 @@
 Leave-one-out over the rated movies, items are scored over the whole catalogue without the user's own; a like is a rating of 4
 or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC on validation (of
 what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a run that broke off goes on
-from its last checkpoint, a finished one is not run again. `--refit` trains on what was held out for validation too, as HSTU's
-code base does, with settings that a run without it has chosen: nothing is chosen then, the last epoch is tested.
+from its last checkpoint, a finished one is not run again. `--refit` trains on what was held out for validation too,
+with settings that a run without it has chosen: nothing is chosen then, the last epoch is tested.
 """
 
 import json
