@@ -1,4 +1,4 @@
-"""What `recipes.benchmark_decoding` measured: ratios against the peers, the README's tables, and the picture."""
+"""What `recipes.benchmark_decoding` measured: ratios against the peers, its tables, and the picture."""
 
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def table(data: dict) -> str:
-    """The README's performance tables, in Markdown: ratios first."""
+    """The performance tables, in Markdown: ratios first."""
     lines = ["| | wall | CPU | to reach |", "| --- | --- | --- | --- |"]
     for row in data["ratios"]:
         name = row["what"] + ("" if row["dtype"] == "-" else f", {row['dtype']}")

@@ -141,7 +141,7 @@ def gain_of(row: dict, column: str, one: str = "ranked") -> tuple[float, float]:
 
 
 def table(data: dict) -> str:
-    """The README's table, in Markdown: generation and ranked, what else there is, and the baselines."""
+    """The table, in Markdown: generation and ranked, what else there is, and the baselines."""
     heads = ["row", "beams", "seeds"]
     heads += ["R@5: generation", "ranked", "gain, %", "R@10: generation", "ranked", "three scores", "item score alone"]
     heads += ["oracle", "N@10: generation", "ranked", "gain, %"]

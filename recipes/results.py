@@ -1,10 +1,11 @@
-"""The figures of the README: collects runs into one small JSON beside the recipes, and makes the table from it.
+"""What was measured: collects runs into one small JSON beside the recipes, and makes the tables from it.
 
     python -m recipes.results --runs runs/demo runs/demo-seed1 runs/demo-seed2 --name movielens_100k
-    python -m recipes.results                # writes README's tables again from recipes/results/*.json
+    python -m recipes.results                # writes all tables again from recipes/results/*.json
 
 A JSON holds the mean and the standard deviation over the runs, what every run reached, and how it was made: command,
-seeds, machine, versions, date. The README is written between its `<!-- results:NAME -->` marks and nowhere else.
+seeds, machine, versions, date. Both README.md, which has the headline, and recipes/results/README.md, which has the rest,
+are written between their `<!-- results:NAME -->` marks and nowhere else.
 """
 
 import datetime
@@ -19,20 +20,19 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from recipes import decoding_report, recochain_report, taobao_report, unigrf_report
+from recipes import decoding_report, headline, recochain_report, taobao_report, unigrf_report
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+WRITTEN = (Path(__file__).parents[1] / "README.md", RESULTS / "README.md")
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 
 
 @dataclass
 class ResultsArguments:
-    """Which runs to collect; without any, only the README is written again."""
+    """Which runs to collect; without any, only the tables are written again."""
 
     runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of recipes.demo, one a seed."})
     name: str | None = field(default=None, metadata={"help": "Name of the JSON file in recipes/results."})
-    readme: str = field(default=str(README), metadata={"help": "The file whose tables are written."})
 
 
 def made_by(command: str) -> dict[str, str]:
@@ -84,7 +84,7 @@ def collect(runs: list[Path]) -> dict:
 
 
 def table(results: dict) -> str:
-    """The README's table of runs that `collect` put together, in Markdown."""
+    """The table of runs that `collect` put together, in Markdown."""
     lines = [
         "| test | " + " | ".join(COLUMNS) + " |",
         "| --- " * (len(COLUMNS) + 1) + "|",
@@ -107,6 +107,7 @@ def table(results: dict) -> str:
 
 TABLES = {
     "decoding": decoding_report.table,
+    "movielens_100k": table,
     "recochain": recochain_report.table,
     "recochain_beauty": recochain_report.table,
     "taobao": taobao_report.table,
@@ -114,26 +115,25 @@ TABLES = {
 }
 
 
-def write_readme(readme: Path) -> str:
-    """Puts the table of every results file between its marks, and returns the new text."""
-    text = readme.read_text()
-    for file in sorted(RESULTS.glob("*.json")):
-        begin, end = f"<!-- results:{file.stem} -->\n", f"<!-- end:{file.stem} -->"
-        if begin in text:
-            results = json.loads(file.read_text())
-            content = begin + "\n" + TABLES.get(file.stem, table)(results) + "\n\n" + end
-            text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, new=content: new, text, flags=re.DOTALL)
+def with_tables(text: str) -> str:
+    """A README's text, with what is between its marks made anew from the results."""
+    results = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+    tables = {"headline": headline.table(results), **{name: TABLES[name](found) for name, found in results.items()}}
+    for name, lines in tables.items():
+        begin, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
+        new = f"{begin}\n\n{lines}\n\n{end}"
+        text = re.sub(f"{begin}.*?{end}", lambda _, new=new: new, text, flags=re.DOTALL)
     return text
 
 
 def main(args: ResultsArguments) -> None:
-    """Collects the runs, if any, and writes the README's tables."""
+    """Collects the runs, if any, and writes the tables."""
     if args.runs:
-        if args.name is None:
-            raise ValueError("Expected --name for the results of --runs, found none.")
-        RESULTS.mkdir(exist_ok=True)
+        if args.name not in TABLES:
+            raise ValueError(f"Expected --name for the results of --runs, one of {list(TABLES)}, found {args.name}.")
         (RESULTS / f"{args.name}.json").write_text(json.dumps(collect([Path(run) for run in args.runs]), indent=1))
-    Path(args.readme).write_text(write_readme(Path(args.readme)))
+    for file in WRITTEN:
+        file.write_text(with_tables(file.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `recipes.taobao_scaling` measured, as the README's table."""
+"""What `recipes.taobao_scaling` measured, as tables."""
 
 
 def table(results: dict) -> str:

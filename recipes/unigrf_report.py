@@ -78,7 +78,7 @@ def collect(output_dir: Path) -> None:
 
 
 def table(data: dict) -> str:
-    """The README's table, in Markdown: ours by backbone, then what others published."""
+    """The table, in Markdown: ours by backbone, then what others published."""
     lines = ["| MovieLens-1M, test | seeds | HR@10 | NDCG@10 | HR@50 | NDCG@50 | MRR | AUC | epoch | minutes |"]
     lines.append("| --- " * 10 + "|")
     for row in data["rows"]:

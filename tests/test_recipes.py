@@ -19,7 +19,7 @@ from recipes import recochain_report, reproduce_recochain, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
-from recipes.results import write_readme
+from recipes.results import WRITTEN, with_tables
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -358,9 +358,14 @@ def test_only_the_held_out_item_is_supervised_in_validation(prepared):
         assert tokenizer.decode_indices(np.array(supervised)).tolist() == [target]
 
 
-def test_the_readme_names_files_that_exist():
-    for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", README):
+@pytest.mark.parametrize("file", WRITTEN, ids=["README.md", "recipes/results/README.md"])
+def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_committed_results(file):
+    text = file.read_text()
+    assert with_tables(text) == text
+    for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (file.parent / name).exists(), name
 
 
 def test_the_readme_snippets_run(tmp_path, monkeypatch):
@@ -376,7 +381,3 @@ def test_the_readme_snippets_run(tmp_path, monkeypatch):
     names: dict = {}  # the last one goes on where the second one ends
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
-
-
-def test_the_readme_tables_are_made_from_the_committed_results():
-    assert write_readme(ROOT / "README.md") == README

@@ -1,0 +1,105 @@
+"""The README's one table of results: a few cells of `recipes/results/*.json` beside what stands next to them.
+
+Everything else that was measured, with seeds, settings and what did not work, is in `recipes/results/README.md`.
+"""
+
+from recipes.decoding_report import CANDIDATES, OURS, REPEATED, cost
+from recipes.recochain_report import PUBLISHED as PUBLISHED_BEAUTY
+from recipes.recochain_report import gain_of
+from recipes.unigrf_report import PUBLISHED as PUBLISHED_UNIGRF
+
+
+def one(rows: list[dict], **cell) -> dict:
+    """The row that says all of `cell`."""
+    return next(row for row in rows if cell.items() <= row.items())
+
+
+def figures(row: dict, *columns: str) -> str:
+    """`a / b / c` of the test, each with its deviation over seeds, if there are several."""
+    spread = row["std"] or {}
+    deviations = ("" if spread.get(name) is None else f" ± {spread[name]:.4f}" for name in columns)
+    return " / ".join(f"{row['test'][name]:.4f}{more}" for name, more in zip(columns, deviations, strict=True))
+
+
+def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
+    best = max(
+        (row for row in data["rows"] if row["arguments"]["row"] == "joint"), key=lambda row: row["test"]["hr@10"]
+    )
+    paper, large = (PUBLISHED_UNIGRF[name] for name in ("UniGRF-Llama, paper", "HSTU-large, HSTU's code base"))
+    beside = f"UniGRF's paper {paper[0]} / {paper[1]} / {paper[5]}, HSTU-large {large[0]} / {large[1]} / -"
+    what = f"MovieLens-1M, one model for both tasks ({len(best['seeds'])} seed): HR@10 / NDCG@10 / AUC"
+    return [(what, figures(best, "hr@10", "ndcg@10", "auc"), beside)]
+
+
+def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
+    row = one(data["rows"], row="default", beams=20, union=0, ranked=0)
+    gain, deviation = gain_of(row, "recall@5")
+    seeds = f"{len(row['seeds'])} seeds"
+    kept = {"recall@10": row["test"]["ranked"]["recall@10"]}
+    of_lists = {"test": kept, "std": {name: row["std"]["ranked"][name] for name in kept}}
+    knn = data["baselines"]["item_knn"]["recall@10"]
+    return [
+        (
+            f"MovieLens-1M, window of 7 items, ranking of 20 beams over generation ({seeds}): Recall@5",
+            f"+{gain:.1f} ± {deviation:.1f} %",
+            "RecoChain's paper, on TAOBAO-MM, +3.1 %",
+        ),
+        (
+            f"the same, the ranked list ({seeds}): Recall@10",
+            figures(of_lists, "recall@10"),
+            f"item-kNN, tuned, {knn:.4f}",
+        ),
+    ]
+
+
+def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
+    row = one(data["rows"], row="not-injected-k0", beams=20, union=20)
+    published = PUBLISHED_BEAUTY["recochain_beauty"]
+    beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
+    ranked = row["test"]["ranked"]["recall@10"]
+    return [(f"Amazon-2014 Beauty, ranked ({len(row['seeds'])} seed): Recall@10", f"{ranked:.4f}", beside)]
+
+
+def movielens_100k_rows(data: dict) -> list[tuple[str, str, str]]:
+    ranked, knn = (data["rows"][name]["recall@10"] for name in ("generation + ranking", "item_knn"))
+    what = f"MovieLens-100K, `make demo` ({len(data['seeds'])} seeds): Recall@10"
+    return [(what, f"{ranked['mean']:.4f} ± {ranked['std']:.4f}", f"item-kNN, tuned, {knn['mean']:.4f}")]
+
+
+def decoding_rows(data: dict) -> list[tuple[str, str, str]]:
+    def ratio(what: str) -> str:
+        return f"{one(data['ratios'], what=what, dtype='float32')['wall']:g}x"
+
+    ours, repeated = (cost(data, "peak_mb", [("ranking", name)], "float32", CANDIDATES) for name in (OURS, REPEATED))
+    adds = "recommend over generate, 256 beams on 36 tokens, 1 user, sub-histories of"
+    return [
+        (
+            "Search of 256 beams on 261 tokens, one user, two cores: speed",
+            ratio("beam search, 256 beams, 261 tokens, 1 user"),
+            "transformers' `generate` with `prefix_allowed_tokens_fn` 1x",
+        ),
+        ("Ranking 256 candidates on the cache: memory", f"{ours:.0f} MB", f"the cache repeated {repeated:,.0f} MB"),
+        ("Generating and ranking 256 beams: time", ratio(f"{adds} 0"), "generating alone 1x"),
+        (
+            "the same with sub-histories of 10, the best 20 ranked: time",
+            ratio(f"{adds} 10, the best 20 ranked"),
+            "generating alone 1x",
+        ),
+    ]
+
+
+PARTS = {
+    "unigrf_ml1m": unigrf_rows,
+    "recochain": recochain_rows,
+    "recochain_beauty": beauty_rows,
+    "movielens_100k": movielens_100k_rows,
+    "decoding": decoding_rows,
+}
+
+
+def table(results: dict[str, dict]) -> str:
+    """All results by their names -> the table, in Markdown."""
+    lines = ["| test | ours | beside it |", "| --- | --- | --- |"]
+    for name, rows in PARTS.items():
+        lines += [f"| {what} | **{ours}** | {beside} |" for what, ours, beside in rows(results[name])]
+    return "\n".join(lines)
