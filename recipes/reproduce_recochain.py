@@ -32,6 +32,7 @@ from tokenization import SemanticIdTokenizer
 SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
 BASE = {
     "window": 7,
+    "batch_share": 1.0,  # of stage I's rows a step
     "retrieved": 10,
     "exclude": False,
     "detach": False,
@@ -45,7 +46,8 @@ BASE = {
 ROWS: dict[str, dict] = {
     "default": {},
     **{f"k{count}": {"retrieved": count} for count in (0, 5, 20)},
-    **{f"window{items}": {"window": items} for items in (31, 127)},
+    # As many items a step, and so as many steps, as with a window of 7.
+    **{f"window{items}": {"window": items, "batch_share": 7 / items} for items in (31, 127)},
     "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
     "long": {"second_times": 3},
@@ -146,7 +148,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         f"--history_item_vectors={args.history_item_vectors}",
         f"--num_train_epochs={args.epochs * row['first_times']}",
         f"--passes={min(args.passes, row['window'])}",
-        f"--per_device_train_batch_size={args.batch_size}",
+        f"--per_device_train_batch_size={int(args.batch_size * row['batch_share'])}",
         f"--learning_rate={args.learning_rate}",
     ]
     return train.train(*train.parse(one))
