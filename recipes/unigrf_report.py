@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 RESULTS = Path(__file__).parent / "results" / "unigrf_ml1m.json"
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr", "auc")
@@ -106,18 +107,23 @@ def table(data: dict) -> str:
 
 
 def draw(data: dict, file: Path) -> None:
-    """Both training losses over the epochs for every joint row, and the weights of those that have them."""
-    joint = [row for row in data["rows"] if row["arguments"]["row"] not in ("retrieval", "ranking")]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for row in joint:
+    """Both training losses over the epochs for every joint row of a whole softmax, and the weights of those that have them."""
+    # The loss of a sampled softmax is another one, which is not to be compared.
+    joint = [
+        row
+        for row in data["rows"]
+        if row["arguments"]["row"] not in ("retrieval", "ranking") and not row["arguments"]["code_negatives"]
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    for place, row in enumerate(joint):
         for axis, curve in zip(axes, ("generation_loss", "ranking_loss", "ranking_weight"), strict=True):
             values = row["curves"][curve]
             if values:
-                axis.plot(range(1, len(values) + 1), values, label=row["name"])
+                axis.plot(range(1, len(values) + 1), values, color=plt.cm.tab20(place), label=row["name"])
     for axis, title in zip(axes, ("generation loss", "ranking loss", "weight of the ranking loss"), strict=True):
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize="x-small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(file, dpi=100)
     plt.close(figure)
