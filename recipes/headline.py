@@ -3,10 +3,8 @@
 Everything else that was measured, with seeds, settings and what did not work, is in `recipes/results/README.md`.
 """
 
+from recipes import recochain_report, unigrf_report
 from recipes.decoding_report import CANDIDATES, OURS, REPEATED, cost
-from recipes.recochain_report import PUBLISHED as PUBLISHED_BEAUTY
-from recipes.recochain_report import gain_of
-from recipes.unigrf_report import PUBLISHED as PUBLISHED_UNIGRF
 
 
 def one(rows: list[dict], **cell) -> dict:
@@ -23,18 +21,22 @@ def figures(row: dict, *columns: str) -> str:
 
 def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
     # What validation chose; a refit has none.
-    joint = [row for row in data["rows"] if row["arguments"]["row"] == "joint" and all(row["validation"])]
-    best = max(joint, key=lambda row: row["validation"][0]["ndcg@10"])
-    paper, large = (PUBLISHED_UNIGRF[name] for name in ("UniGRF-Llama, paper", "HSTU-large, HSTU's code base"))
+    joint = [
+        row
+        for row in unigrf_report.rows_of(data)
+        if row["arguments"]["row"] == "joint" and row["runs"][0]["validation"]
+    ]
+    best = max(joint, key=lambda row: row["runs"][0]["validation"]["ndcg@10"])
+    paper, large = (unigrf_report.PUBLISHED[name] for name in ("UniGRF-Llama, paper", "HSTU-large, HSTU's code base"))
     beside = f"UniGRF's paper {paper[0]} / {paper[1]} / {paper[5]}, HSTU-large {large[0]} / {large[1]} / -"
-    what = f"MovieLens-1M, one model for both tasks ({len(best['seeds'])} seed): HR@10 / NDCG@10 / AUC"
+    what = f"MovieLens-1M, one model for both tasks ({len(best['runs'])} seed): HR@10 / NDCG@10 / AUC"
     return [(what, figures(best, "hr@10", "ndcg@10", "auc"), beside)]
 
 
 def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
-    row = one(data["rows"], row="default", beams=20, union=0, ranked=0)
-    gain, deviation = gain_of(row, "recall@5")
-    seeds = f"{len(row['seeds'])} seeds"
+    row = one(recochain_report.rows_of(data), row="default", beams=20, union=0, ranked=0)
+    gain, deviation = recochain_report.gain_of(row, "recall@5")
+    seeds = f"{len(row['runs'])} seeds"
     kept = {"recall@10": row["test"]["ranked"]["recall@10"]}
     of_lists = {"test": kept, "std": {name: row["std"]["ranked"][name] for name in kept}}
     knn = data["baselines"]["item_knn"]["recall@10"]
@@ -53,11 +55,11 @@ def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
 
 
 def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
-    row = one(data["rows"], row="not-injected-k0", beams=20, union=20)
-    published = PUBLISHED_BEAUTY["recochain_beauty"]
+    row = one(recochain_report.rows_of(data), row="not-injected-k0", beams=20, union=20)
+    published = recochain_report.PUBLISHED["recochain_beauty"]
     beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
     ranked = row["test"]["ranked"]["recall@10"]
-    return [(f"Amazon-2014 Beauty, ranked ({len(row['seeds'])} seed): Recall@10", f"{ranked:.4f}", beside)]
+    return [(f"Amazon-2014 Beauty, ranked ({len(row['runs'])} seed): Recall@10", f"{ranked:.4f}", beside)]
 
 
 def movielens_100k_rows(data: dict) -> list[tuple[str, str, str]]:

@@ -1,14 +1,13 @@
 """The tables and the picture of `recipes.reproduce_recochain`, from the runs that are finished."""
 
 import json
-import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from datasets import load_from_disk
 
 from recipes.baselines import baseline_results
+from recipes.runs import by_row, merged, rounded, spread, write
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -39,28 +38,31 @@ PUBLISHED = {
 }
 
 
-def place(group: tuple[tuple[str, int, int, int], list]) -> tuple:
-    """Where a group of runs stands in the table: those of codes alone last."""
-    return CODES_ALONE in group[0][0], *group[0]
+def row_of(run: dict) -> tuple:
+    """Where a run stands in the table: those of codes alone last."""
+    arguments = run["arguments"]
+    suffix = "" if arguments["history_item_vectors"] else CODES_ALONE
+    return bool(suffix), arguments["row"] + suffix, *(arguments[name] for name in ("beams", "union", "ranked"))
 
 
 def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None:
-    """Puts all `beams-*.json` below `output_dir` and the baselines of its data into `results/NAME.json`, and draws NAME.png."""
-    runs = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/beams-*.json"))]
-    if not runs:
+    """Adds all `beams-*.json` below `output_dir` to `results/NAME.json`, with the baselines of the data, and draws NAME.png."""
+    results = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/beams-*.json"))]
+    if not results:
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
-    groups = defaultdict(list)
-    for run in runs:
-        arguments = run["arguments"]
-        row = arguments["row"] + ("" if arguments["history_item_vectors"] else CODES_ALONE)
-        groups[row, arguments["beams"], arguments["union"], arguments["ranked"]].append(run)
-    excluded = runs[0]["arguments"]["exclude_history"]
+    file = RESULTS / f"{name}.json"
+    kept = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
+    excluded = results[0]["arguments"]["exclude_history"]
     prepared = json.loads((data_dir / "prepare.json").read_text())
-    file = output_dir / "baselines.json"
-    if not file.exists():  # minutes: the settings of item-kNN are chosen on validation
-        dataset = load_from_disk(str(data_dir / "dataset"))
-        file.write_text(json.dumps(baseline_results(dataset, num_items, 10, exclude_history=excluded)))
-    baselines = json.loads(file.read_text())
+    baselines = kept["baselines"]
+    if not baselines:  # minutes: the settings of item-kNN are chosen on validation
+        found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
+        baselines = {one: {**_columns(of["test"]), "settings": of["settings"]} for one, of in found.items()}
+    beside = {
+        label: _columns(json.loads(metrics.read_text())["generation"])
+        for folder, label in BESIDE.items()
+        if (metrics := output_dir / folder / "metrics.json").exists()
+    }
     data = {
         "name": name,
         "protocol": "leave-one-out: last interaction = test, the one before = validation; "
@@ -68,76 +70,65 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         + (" but the user's own" if excluded else "")
         + "; order of equal times as in the file",
         "codebook sizes": prepared["arguments"]["codebook_sizes"],
-        "rows": [_row(*key, group) for key, group in sorted(groups.items(), key=place)],
-        "baselines": {
-            one: {**_rounded(found["test"]), "settings": found["settings"]} for one, found in baselines.items()
-        },
-        "beside": {
-            label: _rounded(json.loads(file.read_text())["generation"])
-            for folder, label in BESIDE.items()
-            if (file := output_dir / folder / "metrics.json").exists()
-        },
-        "made by": runs[-1]["made by"],
+        "baselines": rounded(baselines),
+        "beside": {**kept["beside"], **rounded(beside)},
+        "runs": merged(
+            file, [rounded(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
+        ),
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1))
+    write(file, data)
     draw(data, RESULTS / f"{name}.png")
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(values[name], 5) for name in COLUMNS}
+def _columns(values: dict[str, float]) -> dict[str, float]:
+    return {name: values[name] for name in COLUMNS}
 
 
-def _row(row: str, beams: int, union: int, ranked: int, group: list[dict]) -> dict:
-    """Means and deviations over seeds; every seed's own gain with its standard error over users."""
-
-    def over_seeds(pick, reduce) -> dict:
-        return {
-            one: {column: round(reduce([pick(run, one)[column] for run in group]), 5) for column in COLUMNS}
-            for one in LISTS
-        }
-
-    several = len(group) > 1
+def _run(result: dict) -> dict:
+    """What is kept of a `beams-*.json`."""
+    kept = ("arguments", "made by", "weights", "users", "seconds", "gain")
     return {
-        "row": row,
-        "beams": beams,
-        "union": union,
-        "ranked": ranked,
-        "arguments": {name: value for name, value in group[0]["arguments"].items() if name != "seed"},
-        "seeds": [run["arguments"]["seed"] for run in group],
-        "test": over_seeds(lambda run, one: run["cells"][one], statistics.mean),
-        "std": over_seeds(lambda run, one: run["cells"][one], statistics.stdev) if several else None,
-        "gain": {
-            one: {
-                column: {
-                    key: [round(run["gain"][one][column][key], 5) for run in group]
-                    for key in ("difference", "standard error", "relative")
-                }
-                for column in COLUMNS
-            }
-            for one in group[0]["gain"]
-        },
-        "weights": [run["weights"] for run in group],
+        **{name: result[name] for name in kept},
+        "test": {name: _columns(result["cells"][name]) for name in LISTS},
         "calibration": {
             users: {
-                "expected calibration error": round(found["expected calibration error"], 5),
-                "predicted, observed": [
-                    [round(one["predicted"], 5), round(one["observed"], 5)] for one in found["bins"]
-                ],
+                "expected calibration error": found["expected calibration error"],
+                "predicted, observed": [[one["predicted"], one["observed"]] for one in found["bins"]],
             }
-            for users, found in group[0]["calibration"].items()
+            for users, found in result["calibration"].items()
         },
-        "users": group[0]["users"],
-        "seconds": [round(run["seconds"], 1) for run in group],
     }
+
+
+def rows_of(data: dict) -> list[dict]:
+    """The rows of the tables: means and deviations over the seeds of a row."""
+    rows = []
+    for (_, row, beams, union, ranked), group in by_row(data["runs"], row_of).items():
+        spreads = {
+            one: {column: spread([run["test"][one][column] for run in group]) for column in COLUMNS} for one in LISTS
+        }
+        rows.append(
+            {
+                "row": row,
+                "beams": beams,
+                "union": union,
+                "ranked": ranked,
+                "arguments": group[0]["arguments"],
+                "runs": group,
+                "test": {one: {name: mean for name, (mean, _) in of.items()} for one, of in spreads.items()},
+                "std": {one: {name: std for name, (_, std) in of.items()} for one, of in spreads.items()},
+            }
+        )
+    return rows
 
 
 def gain_of(row: dict, column: str, one: str = "ranked") -> tuple[float, float]:
     """Relative gain over generation in percent, and its deviation over seeds or, of one seed, its standard error over users."""
-    gain = row["gain"][one][column]
-    relative = [100 * value for value in gain["relative"]]
-    if len(relative) > 1:
-        return statistics.mean(relative), statistics.stdev(relative)
-    return relative[0], 100 * gain["standard error"][0] / max(row["test"]["generation"][column], 1e-12)
+    gains = [run["gain"][one][column] for run in row["runs"]]
+    mean, deviation = spread([100 * gain["relative"] for gain in gains])
+    if deviation is None:
+        deviation = 100 * gains[0]["standard error"] / max(row["test"]["generation"][column], 1e-12)
+    return mean, deviation
 
 
 def table(data: dict) -> str:
@@ -146,18 +137,18 @@ def table(data: dict) -> str:
     heads += ["R@5: generation", "ranked", "gain, %", "R@10: generation", "ranked", "three scores", "item score alone"]
     heads += ["oracle", "N@10: generation", "ranked", "gain, %"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for row in data["rows"]:
+    for row in rows_of(data):
 
         def cell(one: str, column: str, row=row) -> str:
-            spread = "" if row["std"] is None else f" ± {row['std'][one][column]:.4f}"
-            return f"{row['test'][one][column]:.4f}{spread}"
+            deviation = row["std"][one][column]
+            return f"{row['test'][one][column]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
         beams = f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")
         beams += f", {row['ranked']} of them ranked" if row["ranked"] else ""
         if row["arguments"]["test_users"]:
-            beams += f" ({row['users']['test']:,} users)"
+            beams += f" ({row['runs'][0]['users']['test']:,} users)"
         cells = [row["row"], beams]
-        cells += [str(len(row["seeds"])), cell("generation", "recall@5"), cell("ranked", "recall@5")]
+        cells += [str(len(row["runs"])), cell("generation", "recall@5"), cell("ranked", "recall@5")]
         cells.append("{:+.1f} ± {:.1f}".format(*gain_of(row, "recall@5")))
         cells += [
             cell(one, "recall@10")
@@ -172,20 +163,21 @@ def table(data: dict) -> str:
         lines.append(f"| {label.replace('_', '-')} | {figures} |")
     for label, (recall, ndcg) in PUBLISHED.get(data["name"], {}).items():
         lines.append(f"| *{label}, published* | | {recall} | {ndcg} |")
-    made = data["made by"]
+    made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])
     lines += [
         "",
         f"Test. Ranked: by two scores, their weight chosen on validation; three scores: with the item-level score as a third. "
         f"Gain: of ranked over generation, ± standard deviation over seeds or, of one seed, standard error over users. "
         f"Protocol: {data['protocol']}. Codebooks: {data['codebook sizes']} and a last code. Made by "
-        f"`{made['command']} ...` on {made['machine']}, {made['versions']}, {made['date']}.",
+        f"`python -m recipes.reproduce_recochain`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, the "
+        f"last on {made['date']}.",
     ]
     return "\n".join(lines)
 
 
 def draw(data: dict, file: Path) -> None:
     """The gain of Recall@5 against beams, retrieved items and window, ours and the paper's, and how calibrated the ranking is."""
-    rows = [row for row in data["rows"] if not row["union"] and not row["ranked"]]
+    rows = [row for row in rows_of(data) if not row["union"] and not row["ranked"]]
     default = next((row for row in rows if row["row"] == "default" and row["beams"] == 20), None)
     if default is None:
         return
@@ -225,7 +217,7 @@ def draw(data: dict, file: Path) -> None:
         ("not-injected", "all", "target not injected"),
     ):
         if name in at_20:
-            bins = at_20[name]["calibration"][users]["predicted, observed"]
+            bins = at_20[name]["runs"][0]["calibration"][users]["predicted, observed"]
             axes[3].loglog(*zip(*bins, strict=True), marker="o", label=label)
     axes[3].axline((1e-3, 1e-3), (1e-1, 1e-1), color="grey", linewidth=0.8)
     axes[3].set(xlabel="the ranking's probability, 20 beams", ylabel="share that came next")

@@ -27,6 +27,7 @@ from recipes import train
 from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
 from recipes.results import made_by
+from recipes.runs import command
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -325,8 +326,10 @@ def run(args: ReproduceArguments) -> None:
         start = time.perf_counter()
         splits, found = search(args, checkpoint, num_beams, union_items)
         seconds = time.perf_counter() - start
-        codes_alone = "" if args.history_item_vectors else " --history_item_vectors False"
-        made = made_by(f"python -m recipes.reproduce_recochain --row {args.row} --seed {args.seed}{codes_alone}")
+        asked_for = {
+            name: value for name, value in vars(args).items() if name not in ("data_dir", "output_dir", "collect")
+        }
+        made = made_by(command("recipes.reproduce_recochain", asked_for, vars(ReproduceArguments(data_dir=""))))
         for file, asked in missing.items():
             result = {**measure(args, splits, found, asked["ranked"]), "seconds": seconds}
             file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))

@@ -14,7 +14,6 @@ with settings that a run without it has chosen: nothing is chosen then, the last
 
 import json
 import math
-import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from recipes.histories import of_a_forward
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
 from recipes.results import made_by
+from recipes.runs import command
 from recipes.training_rows import columns_read, held_out_rows, history_rows
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
@@ -196,15 +196,6 @@ class LeaveOneOutTrainer(Trainer):
         return logs
 
 
-def command(work: dict) -> str:
-    """The command line of a run: what differs from the defaults."""
-    defaults = vars(ReproduceArguments())
-    changed = {name: value for name, value in work.items() if value != defaults[name]}
-    return shlex.join(
-        ["python", "-m", "recipes.reproduce_unigrf", *(f"--{name}={value}" for name, value in changed.items())]
-    )
-
-
 def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
@@ -316,7 +307,7 @@ def run(args: ReproduceArguments) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
-        "made by": made_by(command(work)),
+        "made by": made_by(command("recipes.reproduce_unigrf", work, vars(ReproduceArguments()))),
     }
     file.write_text(json.dumps(result, indent=1))
     print({name: round(value, 4) for name, value in result["test"].items()})

@@ -40,7 +40,7 @@ def made_by(command: str) -> dict[str, str]:
     packages = ("torch", "transformers", "datasets", "accelerate", "faiss-cpu")
     return {
         "command": command,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        "machine": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
         "date": datetime.date.today().isoformat(),

@@ -2,11 +2,12 @@
 
 import json
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
+
+from recipes.runs import by_row, merged, rounded, spread, write
 
 RESULTS = Path(__file__).parent / "results" / "unigrf_ml1m.json"
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr", "auc")
@@ -24,65 +25,65 @@ ROWS = ("retrieval", "ranking", "joint", "weighter", "enhancer", "both")
 CURVES = ("generation_loss", "ranking_loss", "generation_weight", "ranking_weight")
 
 
-def place(group: tuple[tuple[str, str, str, str], list]) -> tuple:
-    """Where a group of runs stands in the table: variants of a backbone apart, from single tasks to everything."""
-    backbone, ids, row, variant = group[0]
-    return backbone, ids, variant, ROWS.index(row)
+def row_of(run: dict) -> tuple:
+    """Where a run stands in the table: variants of a backbone apart, from single tasks to everything."""
+    arguments = run["arguments"]
+    return arguments["backbone"], arguments["ids"], arguments["variant"], ROWS.index(arguments["row"])
 
 
 def collect(output_dir: Path) -> None:
-    """Puts all `result.json` below `output_dir` into `RESULTS`, and draws the picture beside it."""
-    runs = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/result.json"))]
-    if not runs:
+    """Adds all `result.json` below `output_dir` to `RESULTS`, and draws the picture beside it."""
+    results = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/result.json"))]
+    if not results:
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
-    groups = defaultdict(list)
-    for run in runs:
-        arguments = run["arguments"]
-        groups[tuple(arguments[name] for name in ("backbone", "ids", "row", "variant"))].append(run)
-    rows = []
-    for (backbone, ids, row, variant), group in sorted(groups.items(), key=place):
-        tests = [run["test"] for run in group]
-        rows.append(
+    found = []
+    for result in results:
+        validation, history = result["validation"], result["history"]
+        kept = ("arguments", "epoch", "parameters", "tokens a user", "made by")
+        found.append(
             {
-                "name": f"{backbone}, {ids}, {row}" + (f" ({variant})" if variant else ""),
-                "arguments": {name: value for name, value in group[0]["arguments"].items() if name != "seed"},
-                "seeds": [run["arguments"]["seed"] for run in group],
-                "commands": [run["made by"]["command"] for run in group],
-                "epochs": [run["epoch"] for run in group],
-                "test": {name: round(statistics.mean(test[name] for test in tests), 5) for name in COLUMNS},
-                "std": {
-                    name: round(statistics.stdev(test[name] for test in tests), 5) if len(group) > 1 else None
-                    for name in COLUMNS
-                },
-                "runs": [{name: round(test[name], 5) for name in COLUMNS} for test in tests],
-                "validation": [
-                    run["validation"] and {name: round(run["validation"][f"eval_{name}"], 5) for name in COLUMNS}
-                    for run in group
-                ],
-                "seconds": [round(run["seconds"]) for run in group],
-                "parameters": group[0]["parameters"],
-                "tokens a user": round(group[0]["tokens a user"], 1),
-                "curves": {
-                    name: [round(entry[name], 5) for entry in group[0]["history"] if name in entry] for name in CURVES
-                },
+                **{name: result[name] for name in kept},
+                "test": {name: result["test"][name] for name in COLUMNS},
+                "validation": validation and {name: validation[f"eval_{name}"] for name in COLUMNS},
+                "seconds": round(result["seconds"]),
+                "curves": {name: [entry[name] for entry in history if name in entry] for name in CURVES},
             }
         )
     data = {
         "protocol": "leave-one-out: last interaction = test, the one before = validation; 6,040 users, 3,706 rated movies; "
         "items are scored over the whole catalogue without the user's own; the last 200 items of a history; AUC pooled over "
         "the held-out interactions, like = rating of 4 or 5; order of ties within a second as in the file",
-        "rows": rows,
-        "made by": runs[-1]["made by"],
+        "runs": merged(RESULTS, rounded(found), lambda run: (*row_of(run), run["arguments"]["seed"])),
     }
-    RESULTS.write_text(json.dumps(data, indent=1))
+    write(RESULTS, data)
     draw(data, RESULTS.with_suffix(".png"))
+
+
+def rows_of(data: dict) -> list[dict]:
+    """The rows of the table: means and deviations over the seeds of a row."""
+    rows = []
+    for group in by_row(data["runs"], row_of).values():
+        arguments = {name: value for name, value in group[0]["arguments"].items() if name != "seed"}
+        spreads = {name: spread([run["test"][name] for run in group]) for name in COLUMNS}
+        variant = f" ({arguments['variant']})" if arguments["variant"] else ""
+        rows.append(
+            {
+                "name": f"{arguments['backbone']}, {arguments['ids']}, {arguments['row']}{variant}",
+                "arguments": arguments,
+                "runs": group,
+                "test": {name: mean for name, (mean, _) in spreads.items()},
+                "std": {name: deviation for name, (_, deviation) in spreads.items()},
+            }
+        )
+    return rows
 
 
 def table(data: dict) -> str:
     """The table, in Markdown: ours by backbone, then what others published."""
     lines = ["| MovieLens-1M, test | seeds | HR@10 | NDCG@10 | HR@50 | NDCG@50 | MRR | AUC | epoch | minutes |"]
     lines.append("| --- " * 10 + "|")
-    for row in data["rows"]:
+    rows = rows_of(data)
+    for row in rows:
         cells = []
         for name in COLUMNS:
             # A row that does not train a task cannot be asked for it.
@@ -90,18 +91,19 @@ def table(data: dict) -> str:
             untrained = (trained == "ranking" and name != "auc") or (trained == "retrieval" and name == "auc")
             spread = "" if row["std"][name] is None else f" ± {row['std'][name]:.4f}"
             cells.append("-" if untrained else f"{row['test'][name]:.4f}{spread}")
-        epochs = f"{statistics.mean(row['epochs']):.0f} of {row['arguments']['epochs']}"
-        minutes = f"{statistics.mean(row['seconds']) / 60:.0f}"
-        lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + f" | {epochs} | {minutes} |")
+        runs = row["runs"]
+        epochs = f"{statistics.mean(run['epoch'] for run in runs):.0f} of {row['arguments']['epochs']}"
+        minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}"
+        lines.append(f"| {row['name']} | {len(runs)} | " + " | ".join(cells) + f" | {epochs} | {minutes} |")
     for name, values in PUBLISHED.items():
         lines.append(f"| *{name}* | | " + " | ".join(values) + " | | |")
-    sizes = {row["arguments"]["backbone"]: row["parameters"] for row in data["rows"]}
-    made = data["made by"]
+    sizes = {row["arguments"]["backbone"]: row["runs"][0]["parameters"] for row in rows}
+    made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])
     lines += [
         "",
         "Parameters: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + ". Tokens a user: "
-        f"{data['rows'][0]['tokens a user']:.0f}, half of which are behaviours. Protocol: {data['protocol']}.",
-        f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, {made['date']}.",
+        f"{data['runs'][0]['tokens a user']:.0f}, half of which are behaviours. Protocol: {data['protocol']}.",
+        f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, the last on {made['date']}.",
     ]
     return "\n".join(lines)
 
@@ -111,13 +113,13 @@ def draw(data: dict, file: Path) -> None:
     # The loss of a sampled softmax is another one, which is not to be compared.
     joint = [
         row
-        for row in data["rows"]
+        for row in rows_of(data)
         if row["arguments"]["row"] not in ("retrieval", "ranking") and not row["arguments"]["code_negatives"]
     ]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     for place, row in enumerate(joint):
         for axis, curve in zip(axes, ("generation_loss", "ranking_loss", "ranking_weight"), strict=True):
-            values = row["curves"][curve]
+            values = row["runs"][0]["curves"][curve]
             if values:
                 axis.plot(range(1, len(values) + 1), values, color=plt.cm.tab20(place), label=row["name"])
     for axis, title in zip(axes, ("generation loss", "ranking loss", "weight of the ranking loss"), strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import reproduce_unigrf, unigrf_report
+from recipes import reproduce_unigrf, runs, unigrf_report
 from recipes.training_rows import held_out_rows
 
 
@@ -104,12 +104,34 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
     table = unigrf_report.table(data)
     assert f"| {backbone}, {ids}, both | 1 | {round(result['test']['hr@10'], 5):.4f} |" in table
-    assert len(data["rows"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
+    assert len(data["runs"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 
 def test_a_table_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         unigrf_report.collect(tmp_path)
+
+
+def test_collected_runs_replace_their_own_stay_without_a_folder_and_are_not_mixed(tmp_path):
+    def run(row: str, seed: int, value: float, **others) -> dict:
+        return {"arguments": {"row": row, "seed": seed, **others}, "value": value}
+
+    def key(one: dict) -> tuple:
+        return one["arguments"]["row"], one["arguments"]["seed"]
+
+    file = tmp_path / "kept.json"
+    for found in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
+        runs.write(file, {"protocol": "one", "runs": runs.merged(file, found, key)})
+    kept = json.loads(file.read_text())
+    assert kept == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
+    assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "a line each"
+    rows = runs.by_row(kept["runs"], lambda one: key(one)[:1])
+    assert [[one["value"] for one in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
+    with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
+        runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda one: key(one)[:1])
+    defaults = {"row": "a", "beams": [1], "seed": 0}
+    line = runs.command("recipes.one", {"row": "a b", "beams": [2, 3], "seed": 0}, defaults)
+    assert line == "python -m recipes.one --row 'a b' --beams 2 3"
 
 
 def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movielens, tmp_path, monkeypatch):
@@ -132,4 +154,4 @@ def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movie
         assert trained[name][:] == [[*row[name], row[target]] for row in validation]
     unigrf_report.collect(tmp_path)
     data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
-    assert data["rows"][0]["validation"] == [None] and "refit" in unigrf_report.table(data)
+    assert data["runs"][0]["validation"] is None and "refit" in unigrf_report.table(data)
