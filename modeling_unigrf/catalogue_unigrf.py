@@ -18,6 +18,11 @@ def first_spellings(num_items: int, codebook_sizes: list[int]) -> torch.IntTenso
     return torch.stack(columns[::-1], dim=1).int()
 
 
+def _version(tensor: torch.Tensor) -> int:
+    """Counts the changes in place, of which a tensor made in `torch.inference_mode()` keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class UniGRFCatalogue(nn.Module):
     """
     Buffers `item_codes` (`torch.int32` `[num_items, L]`) and, if `config.item_embedding_dim`, `item_embeddings`
@@ -44,10 +49,12 @@ class UniGRFCatalogue(nn.Module):
     def trie(self) -> CatalogueTrie:
         """The trie of `item_codes`, built at first use and again whenever they were changed or moved."""
         source, version = self._trie_source
-        if source is not self.item_codes or version != self.item_codes._version:
-            self._trie = CatalogueTrie(self.item_codes, self.codebook_sizes)
-            self._trie_source = (self.item_codes, self.item_codes._version)
+        if source is not self.item_codes or version != _version(self.item_codes):
+            self._keep(CatalogueTrie(self.item_codes, self.codebook_sizes))
         return self._trie
+
+    def _keep(self, trie: CatalogueTrie) -> None:
+        self._trie, self._trie_source = trie, (self.item_codes, _version(self.item_codes))
 
     def subset(self, items: torch.LongTensor) -> CatalogueTrie:
         """
@@ -108,7 +115,8 @@ class UniGRFCatalogue(nn.Module):
         """Sets all items at once; nothing changes if they are refused (see `check` and `CatalogueTrie`)."""
         self.check(item_codes, item_embeddings)
         item_codes = item_codes.to(self.item_codes.device, torch.int32)
-        CatalogueTrie(item_codes, self.codebook_sizes)  # raises on shared or impossible spellings
+        trie = CatalogueTrie(item_codes, self.codebook_sizes)  # raises on shared or impossible spellings
         self.item_codes = item_codes
+        self._keep(trie)
         if item_embeddings is not None:
             self.item_embeddings = item_embeddings.to(self.item_embeddings)

@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """What an item is: how many codes spell it, which token ids they have, and which behaviours follow it."""
 
+from copy import deepcopy
 from itertools import accumulate, pairwise
 from math import log
 
@@ -72,11 +73,6 @@ class UniGRFConfig(PreTrainedConfig):
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
             target. Without any its binary cross-entropy sees no item that did not come next.
-        next_log_odds (`float`, *optional*):
-            How much rarer the next item is among all items than among the candidates of training: by default
-            `log((num_items - 1) / negatives_per_item)`, or 0 without negatives. `rank` subtracts it from the `"next"`
-            logit (prior correction for case-control sampling: King and Zeng 2001, section 4.1), whose sigmoid is then
-            the probability that the item, among all, comes next, on the scale of the generation score.
         num_retrieved_items (`int`, defaults to 0):
             Sub-history of a candidate: this many items of the user's long history (`long_items`), those of the greatest
             cosine of item embeddings, which ranking reads behind the candidate's codes (RecoChain, section 1). 0: the
@@ -160,7 +156,6 @@ class UniGRFConfig(PreTrainedConfig):
     item_table_size: int = 0
     history_item_vectors: bool = False
     negatives_per_item: float = 0.0
-    next_log_odds: float | None = None
     num_retrieved_items: int = 0
     exclude_candidate: bool = False
     num_train_beams: int = 0
@@ -177,9 +172,9 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -192,13 +187,12 @@ class UniGRFConfig(PreTrainedConfig):
             self.code_offsets = list(accumulate(self.codebook_sizes[:-1], initial=first))
         if self.ranking_targets is None:
             self.ranking_targets = [NEXT_TARGET, *(self.behaviors if len(self.behaviors) > 1 else [])]
-        if self.next_log_odds is None:
-            others = max(1, self.num_items - 1)
-            self.next_log_odds = log(others / self.negatives_per_item) if self.negatives_per_item else 0.0
         if vocab_size is None and isinstance(self.text_config, dict):
             vocab_size = self.text_config.get("vocab_size")
         if isinstance(self.text_config, dict) and "model_type" not in self.text_config:
             self.text_config = {"model_type": "llama", **self.text_config}
+        elif isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = deepcopy(self.text_config)  # its vocabulary is set below, and another model may have it
         super().__post_init__(**kwargs)
         # The vocabulary is the spelling of the items: a backbone's own default (32,000 words) means nothing here.
         self.text_config.vocab_size = self.num_spelling_tokens if vocab_size is None else vocab_size
@@ -226,6 +220,15 @@ class UniGRFConfig(PreTrainedConfig):
         if positions is None:
             return None
         return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
+
+    @property
+    def log_odds_of_next(self) -> float:
+        """
+        How much rarer the next item is among all items than among the candidates of training, 0 without random ones. `rank`
+        subtracts it from the `"next"` logit (prior correction for case-control sampling: King and Zeng 2001, section 4.1),
+        whose sigmoid is then the probability that the item, among all, comes next, on the scale of the generation score.
+        """
+        return log(max(1, self.num_items - 1) / self.negatives_per_item) if self.negatives_per_item else 0.0
 
     @property
     def reads_times(self) -> bool:
@@ -352,7 +355,7 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"negatives_per_item={self.negatives_per_item} are placed all over a history, where candidates have no "
                 f"sub-history; found num_retrieved_items={self.num_retrieved_items} and num_train_beams="
-                f"{self.num_train_beams}. Set negatives_per_item=0 and next_log_odds=0: beams are the candidates then."
+                f"{self.num_train_beams}. Set negatives_per_item=0: beams are the candidates then."
             )
 
 

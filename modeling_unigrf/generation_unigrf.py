@@ -146,9 +146,9 @@ class UniGRFGenerationMixin(GenerationMixin):
         Refuses histories that cannot be continued by an item. Returns the attention mask (made, if there was none) and the
         n items of the histories: rows `[n]` and item indices `[n]`.
         """
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(
-                f"Expected input_ids of shape (batch_size, sequence_length), found {tuple(input_ids.shape)}."
+                f"Expected input_ids of shape (batch_size, sequence_length), neither of them 0, found {tuple(input_ids.shape)}."
             )
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
@@ -166,7 +166,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"Row {row} ends in token {int(input_ids[row, -1])}, after which no item begins: a history ends in <bos> or "
                 f"in a behaviour, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behaviour."
             )
-        needed = input_ids.shape[1] + self.layout.num_levels - int(lengths.min())
+        needed = int(attention_mask.sum(dim=1).max()) + self.layout.num_levels - int(lengths.min())
         needed += self.config.num_block_tokens if whole_items else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and needed > longest:
@@ -284,7 +284,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Output at their last tokens.
             past_key_values (`DynamicCache`): Of the histories. The codes that were run are left on it (`Beams.keys`).
             logits_processor (`LogitsProcessorList`, *optional*): The user's own, called as stock beam search does, on
-                `[batch_size * K, T + steps]` tokens and log-probabilities over the vocabulary.
+                `[batch_size * num_beams, T + steps]` tokens and log-probabilities over the vocabulary.
             max_steps (`int`, *optional*): Stop before the items are whole.
             request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
         """
@@ -310,7 +310,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 states = states[:, :, 0]
             log_probs = self.code_logits(states, layout.level_slice(level)).float().log_softmax(dim=-1)
             if logits_processor:
-                log_probs = self._process(logits_processor, input_ids, beams, trie, level, log_probs)
+                log_probs = self._process(logits_processor, input_ids, beams, trie, level, log_probs, num_beams)
             scores, parent, nodes, code = trie.best_children(
                 level, beams.nodes, beams.scores, log_probs, num_beams, item_filter
             )
@@ -322,17 +322,29 @@ class UniGRFGenerationMixin(GenerationMixin):
         return beams
 
     def _process(
-        self, processors, input_ids, beams: Beams, trie: CatalogueTrie, level: int, log_probs: torch.Tensor
+        self,
+        processors,
+        input_ids,
+        beams: Beams,
+        trie: CatalogueTrie,
+        level: int,
+        log_probs: torch.Tensor,
+        num_beams: int,
     ) -> torch.Tensor:
-        """Runs logits processors that know only rows of tokens and scores over the whole vocabulary."""
+        """
+        Runs logits processors that know only rows of tokens and scores over the whole vocabulary, `num_beams` rows a request
+        (`prefix_allowed_tokens_fn` counts on it): where the search has fewer beams, its last one fills them up.
+        """
+        count = beams.nodes.shape[1]
+        filled = torch.arange(num_beams, device=input_ids.device).clamp(max=count - 1)
         offsets = self.layout.code_offsets[level - beams.codes.shape[2] : level]
-        tokens = (beams.codes + beams.codes.new_tensor(offsets)).flatten(0, 1)
-        sequences = torch.cat([input_ids.repeat_interleave(beams.nodes.shape[1], dim=0), tokens], dim=1)
+        tokens = (beams.codes + beams.codes.new_tensor(offsets))[:, filled].flatten(0, 1)
+        sequences = torch.cat([input_ids.repeat_interleave(num_beams, dim=0), tokens], dim=1)
         scores = torch.full((len(sequences), self.config.vocab_size), -torch.inf, device=log_probs.device)
         codes = self.layout.level_slice(level)
-        parent, _, code = trie.levels[level].children(beams.nodes.flatten())
-        scores[parent, code + codes.start] = log_probs.flatten(0, 1)[parent, code]
-        return processors(sequences, scores)[:, codes].view_as(log_probs)
+        parent, _, code = trie.levels[level].children(beams.nodes[:, filled].flatten())
+        scores[parent, code + codes.start] = log_probs[:, filled].flatten(0, 1)[parent, code]
+        return processors(sequences, scores)[:, codes].unflatten(0, (-1, num_beams))[:, :count]
 
     def _beam_search(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
@@ -468,10 +480,11 @@ class UniGRFGenerationMixin(GenerationMixin):
         ranking_target = targets[0] if ranking_target is None else ranking_target
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")
-        if min(union_items, num_ranked) < 0 or not 1 <= num_return_sequences <= num_ranked + union_items:
+        is_possible = num_beams >= 1 and min(union_items, num_ranked) >= 0
+        if not is_possible or not 1 <= num_return_sequences <= num_ranked + union_items:
             raise ValueError(
-                "Expected 1 <= num_return_sequences <= num_beams (or num_ranked_beams) + union_items, found "
-                f"{num_return_sequences}, {num_beams} (or {num_ranked_beams}) and {union_items}."
+                "Expected num_beams >= 1 and 1 <= num_return_sequences <= num_beams (or num_ranked_beams) + union_items, found "
+                f"{num_return_sequences} of {num_beams} (or {num_ranked_beams}) and {union_items}."
             )
         item_weight = self.config.item_weight if item_weight is None else item_weight
         if (item_weight or union_items) and self.ranking_head.history_query is None:

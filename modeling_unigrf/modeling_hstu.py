@@ -5,12 +5,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_hstu import HSTUConfig
+from .continuations_unigrf import check_cache
 
 UNKNOWN_TIME = -1
 
@@ -138,8 +139,8 @@ class HSTUModel(HSTUPreTrainedModel):
                 each token's output is asked for. By default that of the token after it and, for the last one, its own.
 
         Raises:
-            ValueError: if the sequence has more positions than the config, or neither or both of `input_ids` and
-                `inputs_embeds` are given.
+            ValueError: if the sequence has more positions than the config, the cache is no `DynamicCache`, or neither or both
+                of `input_ids` and `inputs_embeds` are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
@@ -149,6 +150,10 @@ class HSTUModel(HSTUPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if past_key_values is not None:
+            check_cache(past_key_values)
+            if len(past_key_values.layers) == self.config.num_hidden_layers:  # made from a config
+                past_key_values.layers.append(DynamicLayer())
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]

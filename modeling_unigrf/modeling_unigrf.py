@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """The model: a decoder-only backbone with one head that generates items and one that ranks them."""
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,10 @@ class UniGRFPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
+# Backbones that take position_ids and go by a token's place in its row all the same.
+PLACED_BY_ROW = ("gpt_neo", "opt")
+
+
 class UniGRFModel(UniGRFPreTrainedModel):
     """The backbone alone: hidden states and cache of a token sequence."""
 
@@ -95,6 +100,13 @@ class UniGRFModel(UniGRFPreTrainedModel):
         # Our own backbone by its type: a copy of this code that was loaded from a folder has classes of its own.
         is_hstu = config.text_config.model_type == HSTUConfig.model_type
         self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
+        takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        if not takes_positions or config.text_config.model_type in PLACED_BY_ROW:
+            raise ValueError(
+                "Expected a decoder-only backbone that places its tokens by `position_ids` and takes 4-D masks, since beams and "
+                f"candidates are packed into one row; found {config.text_config.model_type!r}. Take one of llama, qwen3, gpt2, "
+                "mistral, hstu and their like."
+            )
         self.post_init()
 
     def get_input_embeddings(self):
@@ -194,11 +206,15 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
     @property
     def modules_to_save(self) -> list[str]:
-        """For `peft.LoraConfig(modules_to_save=...)`: heads and code embeddings, all that is small and task-specific."""
+        """
+        For `peft.LoraConfig(modules_to_save=...)`: heads, code embeddings and what item vectors are made of, all that is
+        task-specific. For an adapter of a model that is trained already, a large item table may be left out of it.
+        """
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
+        items = ["item_encoder"] if self.config.has_item_vectors else []
         block = [] if self.candidate_block is None else ["candidate_block"]
-        return ["ranking_head", "lm_head", name.rpartition(".")[2], *block]
+        return ["ranking_head", "lm_head", name.rpartition(".")[2], *items, *block]
 
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices of any shape -> what the model reads of them beyond their codes, `[..., hidden_size]`; None without any part."""
@@ -238,6 +254,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         Raises:
             ValueError: on shared or impossible spellings, wrong shapes, NaN. Nothing is changed then.
         """
+        item_embeddings = None if item_embeddings is None else torch.as_tensor(item_embeddings)
         self.catalogue.replace(torch.as_tensor(item_codes), item_embeddings)
         self.config.num_items = self.catalogue.num_items
 
@@ -253,9 +270,10 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*): As of `set_catalogue`.
 
         Raises:
-            ValueError: as `set_catalogue`. Nothing is changed then.
+            ValueError: as `set_catalogue`, or if rows have to be added that an adapter holds. Nothing is changed then.
         """
         item_codes = torch.as_tensor(item_codes)
+        item_embeddings = None if item_embeddings is None else torch.as_tensor(item_embeddings)
         self.catalogue.check(item_codes, item_embeddings)
         old = self.catalogue
         all_codes = torch.cat([old.item_codes, item_codes.to(old.item_codes)])
@@ -264,6 +282,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             all_embeddings = torch.cat([old.item_embeddings, item_embeddings.to(old.item_embeddings)])
         sizes = list(self.config.codebook_sizes)
         grown = [*sizes[:-1], max(sizes[-1], int(item_codes[:, -1].max()) + 1)]
+        a_row_an_item = self.config.item_table_size == self.config.num_items  # a smaller table is shared by hashing
+        parts = [self.item_encoder] if a_row_an_item else []
+        parts += [self.get_input_embeddings(), self.lm_head] if grown != sizes else []
+        if not all(isinstance(part, nn.Embedding | nn.Linear | UniGRFItemEncoder) for part in parts):
+            raise ValueError(
+                f"These items need new rows in {[type(part).__name__ for part in parts]}, which an adapter holds. Merge the "
+                "adapter first (`merge_and_unload()`), then add the items."
+            )
         old_trie_sizes, old.codebook_sizes = old.codebook_sizes, grown
         try:
             old.replace(all_codes, all_embeddings)
@@ -272,7 +298,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             raise
         if grown != sizes:
             self._grow_last_level(grown)
-        if self.config.item_table_size == self.config.num_items:  # a row an item; a smaller table is shared by hashing
+        if a_row_an_item:
             self.item_encoder.add_rows(len(item_codes))
             self.config.item_table_size = self.catalogue.num_items
         self.config.num_items = self.catalogue.num_items
@@ -324,7 +350,10 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 histories, each with its `<bos>`: they are read as if each were alone.
             attention_mask (of shape `(batch_size, sequence_length)` or a 4-D mask)
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
-                nothing is to be learnt; shifted inside.
+                nothing is to be learnt; shifted inside. Not with `label_smoothing_factor`: `Trainer` would then keep the
+                labels to itself, and smooth a loss over all tokens in place of these.
+            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): Positions of `logits`, the last ones or these; 0: all.
+                With atomic ids of a large catalogue, an evaluation that reads only the losses should ask for 1.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
                 it. The loss is then this micro-batch's share, so that accumulation does not change it. Candidates of a
                 second stage are weighted by that share, too, for want of a count of their own: exactly as without
@@ -382,9 +411,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         outputs = self.model(**inputs, **kwargs)
         hidden_states = outputs.last_hidden_state[:, :length]
-        if supervision is None and isinstance(logits_to_keep, int):
+        if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        elif supervision is None:
+        else:
             hidden_states = hidden_states[:, logits_to_keep]
         losses = {}
         if supervision is not None:
@@ -400,11 +429,22 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             **losses,
         )
 
+    @property
+    def code_vectors(self) -> torch.Tensor:
+        """Rows of `lm_head`; raises `ValueError` if an adapter changes its output and not these."""
+        if hasattr(self.lm_head, "base_layer"):
+            raise ValueError(
+                f"An adapter on lm_head has no effect with code_similarity={self.config.code_similarity!r} and code_negatives="
+                f"{self.config.code_negatives}, which read its weight. Train lm_head whole: "
+                "`LoraConfig(modules_to_save=model.modules_to_save)`."
+            )
+        return self.lm_head.weight
+
     def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
         """Output of the backbone `[..., hidden_size]` -> logits of a slice of the tokens `[..., n]`, and of no others."""
         if type(self.lm_head) is not nn.Linear and self.config.code_similarity == "dot":  # an adapter's wrapper
             return self.lm_head(states)[..., codes] / self.config.code_temperature
-        return self.code_similarity(states, self.lm_head.weight[codes].T)
+        return self.code_similarity(states, self.code_vectors[codes].T)
 
     def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """States `[..., n, hidden_size]`, rows of `lm_head` as columns `[..., hidden_size, m]` -> logits `[..., n, m]`."""
@@ -418,7 +458,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         if self.config.num_levels > 1 or type(self.lm_head) is not nn.Linear:
             logits = self.code_logits(states, codes).float()
             return nn.functional.cross_entropy(logits, targets, reduction=reduction)
-        states, vectors = self._comparable(states, self.lm_head.weight[codes], dim=-1)
+        states, vectors = self._comparable(states, self.code_vectors[codes], dim=-1)
         return softmax_over_items(states, vectors, targets, reduction, retain_graph=self.measures_gradients)
 
     def _comparable(self, states: torch.Tensor, vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -454,8 +494,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Histories, left-padded.
             attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*)
             candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
-            past_key_values (`Cache`, *optional*): Of exactly these histories, e.g. from `model.model(...)`. Only the
-                candidates' tokens are run then, and the cache is left as it was found.
+            past_key_values (`DynamicCache`, *optional*): Of exactly these histories, e.g. one that `model.model(...,
+                past_key_values=DynamicCache())` has filled. Only the candidates' tokens are run then, and the cache is left
+                as it was found.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): The backbone's output at
                 the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
             candidates_per_pack (`int`): Candidates of a history that are run at a time: memory grows with it.
@@ -503,7 +544,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             history_states = self._read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
-        for pack in candidates.split(candidates_per_pack, dim=1):
+        for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():
             with kept_as_found(past_key_values):
                 states = read_candidates(
                     self,
@@ -532,5 +573,5 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         ends = None if history_states is None else history_states[:, None]
         logits = self.ranking_head(states, ends, self.item_vectors(items)).float()
         targets = self.config.ranking_targets
-        prior = [self.config.next_log_odds if target == NEXT_TARGET else 0.0 for target in targets]
+        prior = [self.config.log_odds_of_next if target == NEXT_TARGET else 0.0 for target in targets]
         return logits - torch.tensor(prior, device=logits.device)

@@ -46,7 +46,7 @@ class RecommendationPipeline(Pipeline):
     def __call__(self, inputs, **kwargs):
         """
         Args:
-            inputs: one history or a list of them (or a `Dataset` or generator of them). A history is a list of item ids
+            inputs: one history or a list of them (or a torch `Dataset` or generator of them). A history is a list of item ids
                 or a dict with `items` and, if the model knows several behaviours, `behaviors`; for a model that reads times
                 also `timestamps`, seconds, and `request_timestamp`; the dict may restrict its own request by
                 `allowed_items` and `blocked_items`, lists of item ids.
@@ -85,8 +85,13 @@ class RecommendationPipeline(Pipeline):
             timestamps=request.get("timestamps"),
             return_tensors="pt",
         )
-        if request.get("request_timestamp") is not None:
-            encoded["request_timestamps"] = torch.tensor([request["request_timestamp"]]).long()
+        if self.model.config.reads_times and "timestamps" not in encoded:  # beside a request that has them
+            encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
+        asked_for = request.get("request_timestamp")
+        if asked_for is not None:
+            encoded["request_timestamps"] = torch.tensor([asked_for]).long()
+        elif "timestamps" in encoded:
+            encoded["request_timestamps"] = encoded["timestamps"][:, -1]
         allowed = self._indices(request.get("allowed_items") or [], unknown)
         if request.get("allowed_items") is not None and not allowed.any():
             raise ValueError(

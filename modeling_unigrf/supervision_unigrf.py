@@ -230,6 +230,10 @@ class UniGRFSupervisionMixin:
             losses["item_loss"] = self._item_loss(hidden_states, supervision.items)
         if self._appends(supervision.given):
             losses["candidate_loss"] = candidate_loss(self, hidden_states, supervision.given, supervision.negatives)
+        if not losses:
+            raise ValueError(
+                "Expected a positive weight of some loss, found 0 for all: there is nothing to learn from labels."
+            )
         # Losses of evaluation are compared with each other, whatever the weights were when each was taken.
         retrieval_weight, ranking_weight = self.task_weights if self.training else (1.0, 1.0)
         loss = 0.0

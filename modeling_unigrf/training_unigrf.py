@@ -45,6 +45,13 @@ def supervised_items(
     is_behavior = torch.isin(targets, targets.new_tensor(layout.behavior_token_ids))
     is_behavior &= layout.token_levels(tokens) == layout.num_levels - 1
     where = is_behavior.nonzero()
+    rows, positions = where.unbind(dim=1)
+    ends = layout.history_ends(positions)
+    if (ends < 0).any():
+        raise ValueError(
+            f"Row {int(rows[(ends < 0).nonzero()[0, 0]])} begins with an item: expected a <bos> or behaviour before every "
+            "supervised item. Keep the <bos> of a cut history, or leave its first item out of the labels."
+        )
     items = trie.lookup(layout.codes_before(tokens, where))
     if (items < 0).any():
         row, position = where[(items < 0).nonzero()[0, 0]].tolist()
@@ -52,13 +59,6 @@ def supervised_items(
             f"{int((items < 0).sum())} supervised items are not in the model's catalogue; the first ends at row {row}, "
             f"position {position}: {tokens[row, max(0, position - layout.num_levels + 1) : position + 1].tolist()}. Call "
             "`model.set_catalogue(tokenizer.item_codes, ...)` with the tokenizer that spelt the histories."
-        )
-    rows, positions = where.unbind(dim=1)
-    ends = layout.history_ends(positions)
-    if (ends < 0).any():
-        raise ValueError(
-            f"Row {int(rows[(ends < 0).nonzero()[0, 0]])} begins with an item: expected a <bos> or behaviour before every "
-            "supervised item. Keep the <bos> of a cut history, or leave its first item out of the labels."
         )
     return SupervisedItems(rows, positions, items, ends, targets[is_behavior])
 
@@ -235,7 +235,7 @@ def _given_logits(
     model, states: torch.Tensor, here: torch.BoolTensor, true: torch.LongTensor, codes: slice, given: torch.LongTensor
 ) -> torch.Tensor:
     """Codes `[batch_size, m]` that are given for the rows, -1 for none -> their logits `[n, m]` at the n positions `here`."""
-    vectors = model.lm_head.weight[codes][given.clamp(min=0)]
+    vectors = model.code_vectors[codes][given.clamp(min=0)]
     logits = model.code_similarity(states, vectors.transpose(1, 2))[here].float()
     of_rows = given[here.nonzero()[:, 0]]
     return logits.masked_fill((of_rows < 0) | (of_rows == true[:, None]), -torch.inf)
@@ -255,7 +255,7 @@ def _whole_softmax(
         return model.code_cross_entropy(queries, true, codes, reduction="sum")
     losses = model.code_cross_entropy(queries, true, codes, reduction="none")
     # The softmax's denominator with the given negatives counted `weight` times and without the favorites.
-    own = model.code_similarity(queries[:, None], model.lm_head.weight[codes][true][:, :, None])[:, 0, 0].float()
+    own = model.code_similarity(queries[:, None], model.code_vectors[codes][true][:, :, None])[:, 0, 0].float()
     changes = 0.0
     for given, weight in zip(of_given, (model.config.given_negative_weight, 0.0), strict=True):
         logits = _given_logits(model, states, here, true, codes, given)
@@ -274,7 +274,7 @@ def _sampled_softmax(
 ) -> torch.Tensor:
     """Summed cross-entropy of `true [n]` at the positions `here`, each among itself and random codes of a level."""
     count, shared = model.config.code_negatives, model.config.share_code_negatives
-    queries, vectors = states[here], model.lm_head.weight[codes]
+    queries, vectors = states[here], model.code_vectors[codes]
     logits = [model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()]
     drawn = torch.randint(len(vectors), (count,) if shared else (len(true), count), device=states.device)
     if shared:

@@ -24,7 +24,8 @@ class LossParts(TrainerCallback):
     Adds the means of the parts of the loss to what the Trainer logs.
 
     Raises:
-        ValueError: in training, if a part is not finite (the Trainer's own log would leave it out).
+        ValueError: in training, if a part is not finite (the Trainer's own log would leave it out), or before it, with label
+            smoothing, for which the Trainer would leave all of them out.
     """
 
     names = ("generation_loss", "ranking_loss", "item_loss", "candidate_loss")
@@ -32,6 +33,13 @@ class LossParts(TrainerCallback):
     def __init__(self, model: torch.nn.Module):
         self.parts: list[dict[str, torch.Tensor]] = []
         model.register_forward_hook(self._collect)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"Expected label_smoothing_factor=0, found {args.label_smoothing_factor}: Trainer would keep the labels to itself "
+                "and train a smoothed loss over all tokens in place of this model's. Leave it out."
+            )
 
     def _collect(self, model, inputs, outputs):
         if model.training and outputs.loss is not None:

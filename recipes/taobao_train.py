@@ -117,13 +117,10 @@ def build_model(
     }
     codes, embeddings = torch.from_numpy(np.array(codes)), torch.from_numpy(embeddings)
     if args.init_from is not None:
-        # With the odds of the new candidates: those of the old are in the checkpoint's config.
-        old = UniGRFConfig.from_pretrained(args.init_from).to_dict()
-        config = UniGRFConfig(**{**old, **fields, "next_log_odds": None})
-        model = UniGRFForCausalLM.from_pretrained(args.init_from, config=config)
+        model = UniGRFForCausalLM.from_pretrained(args.init_from, **fields)
         if not torch.equal(model.catalogue.item_codes, codes):
             raise ValueError(
-                f"expected a checkpoint of the {len(codes):,} items in {args.data_dir}, found {config.num_items:,} items, "
+                f"expected a checkpoint of the {len(codes):,} items in {args.data_dir}, found {model.config.num_items:,} items, "
                 f"or other codes, in {args.init_from}: start from one that was trained on this data"
             )
         model.set_catalogue(codes, embeddings)

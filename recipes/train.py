@@ -141,13 +141,11 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
         "embedding_dropout": args.embedding_dropout,
     }
     if args.init_from is not None:
-        # With the odds of the new candidates: those of the old are in the checkpoint's config.
-        old = UniGRFConfig.from_pretrained(args.init_from).to_dict()
-        config = UniGRFConfig(**{**old, **fields, "next_log_odds": None, **json.loads(args.config_fields)})
-        model = UniGRFForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32)
+        fields |= json.loads(args.config_fields)
+        model = UniGRFForCausalLM.from_pretrained(args.init_from, dtype=torch.float32, **fields)
         if not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
             raise ValueError(
-                f"Expected a checkpoint of the {tokenizer.num_items} items in data_dir, found {config.num_items} items, or "
+                f"Expected a checkpoint of the {tokenizer.num_items} items in data_dir, found {model.config.num_items} items, or "
                 f"other codes, in {args.init_from}. Start from a model that was trained on this data."
             )
         return model

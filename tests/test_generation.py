@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 
 
@@ -85,6 +85,23 @@ def test_logits_processors_of_the_user_are_applied_as_stock_generate_applies_the
     model.__class__ = StockBeamSearch
     stock = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
     assert torch.equal(fast.sequences, stock.sequences) and not torch.equal(fast.sequences, plain.sequences)
+    torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2, 1, 3][:batch_size])
+    first, second = model.config.code_offsets[:2]
+    others = list(range(second, model.config.vocab_size))
+    arguments = {"attention_mask": mask, "num_beams": 5, "num_return_sequences": 5, "output_scores": True}
+    arguments |= {"return_dict_in_generate": True}
+    arguments["prefix_allowed_tokens_fn"] = lambda row, tokens: [first + row, *others]
+    fast = model.generate(input_ids, **arguments)
+    assert (first + torch.arange(batch_size) == fast.sequences[:, input_ids.shape[1]].view(batch_size, 5).T).all()
+    model.__class__ = StockBeamSearch
+    stock = model.generate(input_ids, **arguments)
+    assert torch.equal(fast.sequences, stock.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
@@ -263,6 +280,34 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
         model.rank(
             input_ids, mask, torch.tensor([[1], [2]]), past_key_values=StaticCache(model.config, max_cache_len=40)
         )
+
+
+def test_padding_takes_no_positions():
+    model = build_model("gpt2")  # of 256 positions
+    input_ids, mask, _ = random_histories(model, [3])
+    wide, wide_mask = (torch.nn.functional.pad(one, (300, 0)) for one in (input_ids, mask))
+    expected, found = (model.recommend(*one, num_beams=10) for one in ((input_ids, mask), (wide, wide_mask)))
+    torch.testing.assert_close(found.scores, expected.scores)
+    with pytest.raises(ValueError, match="take 260 positions, the backbone has 256"):
+        model.recommend(*random_histories(model, [51])[:2])
+
+
+def test_backbones_that_place_tokens_by_their_row_are_refused():
+    for model_type in ("mpt", "bloom", "gpt_neo", "opt"):
+        text_config = {"model_type": model_type, "hidden_size": 16, "num_attention_heads": 2}
+        with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'"):
+            UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
+
+
+def test_a_catalogue_that_was_set_in_inference_mode_is_searched_too():
+    model, other = build_model(), build_model(seed=1).catalogue
+    input_ids = random_histories(model, [2])[0]  # of which <bos> is in both
+    model.set_catalogue(other.item_codes, other.item_embeddings)
+    expected = model.generate(input_ids[:, :1], num_beams=9)
+    model = build_model()
+    with torch.inference_mode():
+        model.set_catalogue(other.item_codes.clone(), other.item_embeddings.clone())
+    assert torch.equal(model.generate(input_ids[:, :1], num_beams=9), expected)
 
 
 def test_another_catalogue_is_swapped_in_at_call_time(backbone):

@@ -118,6 +118,20 @@ def test_padding_on_either_side_changes_nothing():
     torch.testing.assert_close(right, alone, atol=1e-5, rtol=1e-4)
 
 
+def test_any_dynamic_cache_will_do_and_no_other():
+    model = build_model("hstu")
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    expected = model.recommend(input_ids, mask)
+    found = model.recommend(input_ids, mask, past_key_values=DynamicCache(config=model.config))
+    torch.testing.assert_close(found.scores, expected.scores)
+    sequences = model.generate(input_ids, attention_mask=mask, num_beams=4)
+    assert torch.equal(
+        model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="dynamic"), sequences
+    )
+    with pytest.raises(ValueError, match="Expected a `DynamicCache"):
+        model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="static")
+
+
 def test_more_positions_than_there_are_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings=20"):
         build()(torch.zeros(1, 21, dtype=torch.long))
@@ -214,7 +228,7 @@ def test_packed_negatives_are_asked_for_when_the_true_item_came():
         found.append(
             model.rank(input_ids[row][part][None], candidates=negatives.items[row, column].view(1, 1), **request)
         )
-    prior = torch.tensor([model.config.next_log_odds, 0.0, 0.0])
+    prior = torch.tensor([model.config.log_odds_of_next, 0.0, 0.0])
     torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
 
 
@@ -243,6 +257,11 @@ def test_the_pipeline_takes_times_of_items_and_of_the_request():
     assert [one["score"] for one in found] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
     at_once = model.recommend(**encoded, num_beams=12)
     assert not torch.allclose(at_once.scores, best.scores)
+    requests = [{**history, "request_timestamp": 500_000}, history, {**history, "timestamps": None}]
+    together = recommender(requests, batch_size=3, num_beams=12)
+    for one, several in zip((recommender(request, num_beams=12) for request in requests), together, strict=True):
+        assert [item["item_id"] for item in one] == [item["item_id"] for item in several]
+        assert [item["score"] for item in one] == pytest.approx([item["score"] for item in several], abs=1e-5)
     batch = tokenizer.encode_history([["i3"], ["i4", "i5"]], [["like"], ["like", "like"]], timestamps=[[1], [2, 3]])
     assert batch["timestamps"] == [[-1] * 5 + [1] * 6, [2] * 6 + [3] * 5]
     with pytest.raises(ValueError, match="as many timestamps as items"):

@@ -1,5 +1,6 @@
 """Ranking: candidates see the history and themselves, on any cache, and leave it as they found it."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_model, exact_scores, random_histories
@@ -119,6 +120,13 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         model.recommend(input_ids, mask, ranking_target="share")
     with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):
         model.recommend(input_ids, mask, num_beams=3, num_return_sequences=4)
+    with pytest.raises(ValueError, match="num_beams >= 1"):
+        model.recommend(input_ids, mask, num_beams=0, union_items=5, num_return_sequences=4)
+    with pytest.raises(ValueError, match="neither of them 0"):
+        model.recommend(input_ids[:0], mask[:0])
+    assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3), (
+        "none asked for, none given"
+    )
 
 
 def test_added_items_are_generated_at_once_and_old_scores_stay():
@@ -132,7 +140,7 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
     with pytest.raises(ValueError, match="NaN"):
         model.add_items(torch.tensor(free), torch.full((3, 6), torch.nan))
     assert model.catalogue.num_items == model.config.num_items == 20, "a refused addition changes nothing"
-    model.add_items(torch.tensor(free), torch.randn(3, 6))
+    model.add_items(np.array(free), np.random.default_rng(0).normal(size=(3, 6)).astype("float32"))
     assert model.config.num_items == 23
     torch.testing.assert_close(exact_scores(model, input_ids, mask)[:, :20], old)
     best = model.recommend(input_ids, mask, num_beams=23, num_return_sequences=23)

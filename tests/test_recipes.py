@@ -150,7 +150,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
     assert sum("eval_loss" in entry for entry in log) == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert (model.config.negatives_per_item, model.config.next_log_odds) == (0.0, 0.0)
+    assert (model.config.negatives_per_item, model.config.log_odds_of_next) == (0.0, 0.0)
     assert model.config.num_retrieved_items == 3
     measured = EvaluateArguments(
         checkpoint=str(checkpoint),

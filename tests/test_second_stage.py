@@ -311,7 +311,7 @@ def test_candidates_that_do_not_fit_are_refused():
 def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_stock_trainer(tmp_path):
     first = build_model(negatives_per_item=1.0)
     first.save_pretrained(tmp_path / "one")
-    fields = {"num_retrieved_items": 3, "num_train_beams": 6, "next_log_odds": 0.0}
+    fields = {"num_retrieved_items": 3, "num_train_beams": 6}
     with pytest.raises(ValueError, match="Set negatives_per_item=0"):
         UniGRFForCausalLM.from_pretrained(tmp_path / "one", **fields)
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "one", negatives_per_item=0.0, **fields)

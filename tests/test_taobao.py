@@ -260,7 +260,7 @@ def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "two/checkpoint").eval()
     before = UniGRFForCausalLM.from_pretrained(tmp_path / "one/checkpoint").eval()
     embeddings = torch.from_numpy(np.load(f"{arguments.output_dir}/item_embeddings.npy"))
-    assert torch.equal(model.catalogue.item_embeddings, embeddings) and model.config.next_log_odds == 0
+    assert torch.equal(model.catalogue.item_embeddings, embeddings) and model.config.log_odds_of_next == 0
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert model.lm_head.weight.shape == before.lm_head.weight.shape
     row = next(iter(rows_of(arguments, prepared, "test")))

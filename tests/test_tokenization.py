@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,6 +171,14 @@ def test_malformed_histories_are_refused_with_what_is_wrong():
     for empty in ([], [["x"], []]):
         with pytest.raises(ValueError, match="at least one item in a history"):
             tokenizer.encode_history(empty, empty)
+    with pytest.raises(ValueError, match="the one string 'xy'"):  # not a list of letters
+        tokenizer.encode_history("xy", ["like", "like"])
+    with pytest.raises(ValueError, match="the one string 'xy'"):
+        tokenizer.item_indices("xy")
+    column = pd.Series(["x", "z"], index=[7, 9])  # what a filtered table has
+    assert tokenizer.encode_history(column, pd.Series(["like", "view"])) == tokenizer.encode_history(
+        ["x", "z"], ["like", "view"]
+    )
     with pytest.raises(ValueError, match="max_items >= 1"):
         tokenizer.encode_history(["x"], ["like"], max_items=0)
     with pytest.raises(ValueError, match="'error' or 'skip', found 'drop'"):
@@ -325,6 +334,7 @@ class Absent:  # also where the project is installed
 sys.meta_path.insert(0, Absent())
 from transformers import AutoTokenizer
 import numpy as np
+import pandas as pd
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer.encode_history(["item7", "item3"], ["like", "view"])["input_ids"]
 codes = tokenizer.add_items(["new"], np.ones((1, 6), np.float32))

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, random_histories, watch_negatives
+from conftest import BACKBONES, build_model, random_codes, random_histories, watch_negatives
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 
-from modeling_unigrf import UniGRFCausalLMOutput, training_unigrf
+from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, training_unigrf
 from recipes.callbacks import AdaptiveWeighter
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +225,7 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
         negatives, scores = seen["negatives"], seen["calls"][1]
         model.config.negatives_per_item = 0.0
         without = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+        model.config.negatives_per_item = 2.5
     real = mask.bool()
     torch.testing.assert_close(with_negatives.logits[real], without.logits[real], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
@@ -236,8 +237,9 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
         prefix = input_ids[row][visible]
         assert prefix[0] == model.config.bos_token_id and (len(prefix) - 1) % 5 == 0
         found.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
-    prior = torch.tensor([model.config.next_log_odds, 0.0, 0.0])  # `rank` speaks of all items, training of 2.5 an item
-    assert model.config.next_log_odds == pytest.approx(np.log(29 / 2.5))
+    # `rank` speaks of all items, training of 2.5 an item.
+    prior = torch.tensor([model.config.log_odds_of_next, 0.0, 0.0])
+    assert model.config.log_odds_of_next == pytest.approx(np.log(29 / 2.5))
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
@@ -303,6 +305,58 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
     reloaded = PeftModel.from_pretrained(build_model(), tmp_path).eval()
     torch.testing.assert_close(reloaded.base_model.model.recommend(input_ids, mask).scores, expected.scores)
     assert torch.equal(reloaded.generate(input_ids=input_ids, attention_mask=mask, num_beams=4), generated)
+
+
+def test_what_an_adapter_would_hide_or_break_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
+    assert (
+        "item_encoder" in model.modules_to_save and "item_encoder" not in build_model(embeddings=False).modules_to_save
+    )
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
+    trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
+    assert any("item_encoder" in name and "table" in name for name in trained)
+    new, vector = torch.tensor([[*model.catalogue.item_codes[0, :2].tolist(), 2]]), torch.randn(1, 6)
+    with pytest.raises(ValueError, match="Merge the adapter first"):
+        model.add_items(new, vector)
+    assert (model.catalogue.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
+    merged = adapted.merge_and_unload()
+    merged.add_items(new, vector)
+    assert merged.config.num_items == 13
+
+    model = build_model(codebook_sizes=(30,), code_similarity="cosine")
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="adapter on lm_head has no effect"):
+        adapted(input_ids=input_ids, attention_mask=mask)
+
+
+def test_what_the_labels_are_for_is_asked_for():
+    model = build_model(generation_loss_weight=0.0, ranking_loss_weight=0.0)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    with pytest.raises(ValueError, match="nothing to learn"):
+        model(input_ids, mask, labels=input_ids)
+    model = build_model()
+    whole = model(input_ids, mask, labels=input_ids)
+    last = model(input_ids, mask, labels=input_ids, logits_to_keep=1)
+    torch.testing.assert_close(last.logits, whole.logits[:, -1:])
+    torch.testing.assert_close(last.loss, whole.loss)
+    with pytest.raises(ValueError, match="Keep the <bos>"):
+        model(input_ids[:1, 4:], labels=input_ids[:1, 4:])  # cut inside an item
+
+
+def test_a_config_that_is_used_twice_is_left_as_it_was():
+    base = AutoConfig.for_model("llama", **BACKBONES["llama"])
+    first = UniGRFConfig(text_config=base, codebook_sizes=[4, 4, 2])
+    vocab_size = first.vocab_size
+    assert UniGRFConfig(text_config=base, codebook_sizes=[8, 8, 2]).vocab_size > first.vocab_size == vocab_size
+    with pytest.raises(Exception, match="eos_token_id"):
+        UniGRFConfig(eos_token_id=[2, 3])
+    config = UniGRFConfig(negatives_per_item=4.0, codebook_sizes=[4, 4, 4, 4])
+    model = UniGRFForCausalLM(config)
+    model.set_catalogue(random_codes(200, [4, 4, 4, 4], torch.Generator().manual_seed(0)))
+    assert model.config.log_odds_of_next == pytest.approx(np.log(199 / 4)), "of the catalogue that it has"
 
 
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):

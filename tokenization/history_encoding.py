@@ -1,6 +1,6 @@
 """Histories of items to token arrays and back, vectorised: the work behind `SemanticIdTokenizer`'s methods."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -40,11 +40,11 @@ def history_batch(
     """`encode_history` up to its output format: int64 columns [B, T], and whether it was a batch."""
     if max_items is not None and max_items < 1:
         raise ValueError(f"expected max_items >= 1 or None, found {max_items}")
-    items = _as_sequence(items)
+    items = _as_list(items)
     if len(items) == 0:
         raise ValueError("expected at least one item in a history, found an empty one")
     batched = isinstance(items[0], list | tuple | np.ndarray | torch.Tensor)
-    histories = [_as_sequence(one) for one in items] if batched else [items]
+    histories = [_as_list(one) for one in items] if batched else [items]
     lengths = np.array([len(one) for one in histories])
     if not lengths.all():
         raise ValueError(f"expected at least one item in a history, found none in row {np.argmin(lengths)}")
@@ -121,13 +121,16 @@ def decode_rows(
     return np.split(rows, np.cumsum(counts)[:-1]) if len(counts) else []
 
 
-def _as_sequence(values: Sequence) -> Sequence:
-    return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else values
+def _as_list(values: Iterable) -> list:
+    """Also of arrays, tensors and columns of a table; `ValueError` for a string, a list of letters to Python."""
+    if isinstance(values, str):
+        raise ValueError(f"expected a list with one value an item, found the one string {values!r}")
+    return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
 
 
 def _one_an_item(name: str, values: Sequence, lengths: np.ndarray, batched: bool) -> list:
     """Values of all histories, one after another. `ValueError` unless each history has as many as items."""
-    rows = [_as_sequence(one) for one in values] if batched else [_as_sequence(values)]
+    rows = [_as_list(one) for one in values] if batched else [_as_list(values)]
     found = [len(one) for one in rows]
     if found != lengths.tolist():
         raise ValueError(

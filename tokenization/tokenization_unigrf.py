@@ -210,7 +210,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: an unknown id, unless `unknown="skip"`.
         """
-        rows, known = known_rows(self._catalogue, list(item_ids), unknown)
+        rows, known = known_rows(self._catalogue, as_strings(item_ids), unknown)
         return rows[known]
 
     def item_tokens(self, item_indices: np.ndarray | torch.Tensor) -> np.ndarray:
