@@ -73,6 +73,9 @@ class UniGRFConfig(PreTrainedConfig):
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
             target. Without any its binary cross-entropy sees no item that did not come next.
+        max_items (`int`, *optional*):
+            Items of a history that the model was trained to read: what the pipeline keeps of one, the most recent, unless told
+            otherwise. By default as many as there are positions for.
         num_retrieved_items (`int`, defaults to 0):
             Sub-history of a candidate: this many items of the user's long history (`long_items`), those of the greatest
             cosine of item embeddings, which ranking reads behind the candidate's codes (RecoChain, section 1). 0: the
@@ -156,6 +159,7 @@ class UniGRFConfig(PreTrainedConfig):
     item_table_size: int = 0
     history_item_vectors: bool = False
     negatives_per_item: float = 0.0
+    max_items: int | None = None
     num_retrieved_items: int = 0
     exclude_candidate: bool = False
     num_train_beams: int = 0
@@ -350,6 +354,13 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare and item vectors to read: "
                 "set item_embedding_dim and, with read_item_embeddings=False, item_table_size."
+            )
+        fits = self.max_history_items
+        if self.max_items is not None and not 1 <= self.max_items <= (self.max_items if fits is None else fits):
+            raise ValueError(
+                f"Expected max_items from 1 to the {fits} items that the backbone has positions for "
+                f"(max_position_embeddings={self.text_config.max_position_embeddings}), found {self.max_items}. Take fewer items, or "
+                "more positions."
             )
         if self.negatives_per_item and (self.num_retrieved_items or self.num_train_beams):
             raise ValueError(

@@ -19,7 +19,8 @@ class RecommendationPipeline(Pipeline):
         recommender({"items": ["50", "172"], "behaviors": ["like", "like"]})
 
     Parameters, of the constructor or of a call:
-        max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model reads.
+        max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model was trained
+            with (`config.max_items`), or as many as fit.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
         exclude_history (`bool`, defaults to `True`): Never recommend an item of the history.
         num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue, item_weight, union_items,
@@ -76,16 +77,16 @@ class RecommendationPipeline(Pipeline):
         for name in ("items", "allowed_items", "blocked_items"):
             if isinstance(request.get(name), str):  # which Python would read as a list of one-letter ids
                 raise ValueError(f"Expected a list of item ids in `{name}`, found the one string {request[name]!r}.")
-        items = list(request["items"])
+        items, config = list(request["items"]), self.model.config
         encoded = self.tokenizer.encode_history(
             items,
             request.get("behaviors"),
-            max_items=self.model.config.max_history_items if max_items is None else max_items,
+            max_items=(config.max_items or config.max_history_items) if max_items is None else max_items,
             unknown=unknown,
             timestamps=request.get("timestamps"),
             return_tensors="pt",
         )
-        if self.model.config.reads_times and "timestamps" not in encoded:  # beside a request that has them
+        if config.reads_times and "timestamps" not in encoded:  # beside a request that has them
             encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
         asked_for = request.get("request_timestamp")
         if asked_for is not None:
@@ -100,7 +101,7 @@ class RecommendationPipeline(Pipeline):
         blocked = list(request.get("blocked_items") or [])
         if exclude_history:  # all of it, also what is beyond `max_items`
             blocked += items
-        if self.model.config.num_retrieved_items:
+        if config.num_retrieved_items:
             encoded |= self._long_history(items, request.get("behaviors"), request.get("timestamps"), unknown)
         return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
 

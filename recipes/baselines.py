@@ -20,9 +20,11 @@ from datasets import DatasetDict, load_from_disk
 from scipy import sparse
 from transformers import HfArgumentParser
 
+from recipes.prepare import prepared
+
 Histories = Sequence[Sequence[int]]
 
-GRID = {"neighbours": (50, 100, 200, 400), "shrink": (0.0, 10.0, 50.0), "window": (3, 5, 10, 20, None)}
+GRID = {"neighbours": (50, 100, 200, 400, 1000, 10_000), "shrink": (0.0, 10.0, 50.0), "window": (3, 5, 10, 20, None)}
 METRIC = str(Path(__file__).parent / "metrics" / "next_item")
 BLOCK = 1024  # rows that are dense at a time: bounds memory at BLOCK x num_items floats
 
@@ -216,7 +218,7 @@ def main() -> None:
     """Measure both baselines on a prepared folder."""
     parser = HfArgumentParser(BaselineArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
     (args,) = parser.parse_args_into_dataclasses()
-    num_items = json.loads((Path(args.data_dir) / "prepare.json").read_text())["counts"]["catalogue"]
+    num_items = prepared(args.data_dir)["counts"]["catalogue"]
     results = baseline_results(load_from_disk(str(Path(args.data_dir) / "dataset")), num_items, args.k)
     for name, result in results.items():
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in result["test"].items())

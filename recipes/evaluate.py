@@ -11,7 +11,7 @@ was measured. Writes `metrics.json`.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -26,6 +26,8 @@ import tokenization  # noqa: F401  # registers the tokenizer with the Auto class
 from modeling_unigrf import UniGRFConfig
 from recipes.baselines import baseline_results
 from recipes.histories import encode, padded
+from recipes.prepare import check_same_items, prepared
+from recipes.recommend import weights_hash
 from recipes.training_rows import columns_read
 
 METRICS = Path(__file__).parent / "metrics"
@@ -44,9 +46,14 @@ class EvaluateArguments:
         metadata={"help": "Fusion weights to choose from."},
     )
     ranking_target: str = field(default="next", metadata={"help": "The ranking target that orders the items."})
-    like: str = field(default="like", metadata={"help": "The behaviour whose AUC is measured."})
+    like: str | None = field(
+        default=None, metadata={"help": "The behaviour whose AUC is measured; by default `like`, if there is one."}
+    )
     list_length: int = field(default=50, metadata={"help": "Items of a list; MRR counts within it."})
-    max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
+    max_items: int | None = field(
+        default=None,
+        metadata={"help": "Items of a history that the model reads; default: as trained, or all that fit."},
+    )
     max_long_items: int = field(default=1000, metadata={"help": "Items of a history that sub-histories come from."})
     item_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 1.0, 2.0],
@@ -64,11 +71,12 @@ def batches(model, tokenizer, split: Dataset, args: EvaluateArguments, desc: str
     them, with times (of the request: the target's) if the model reads them.
     """
     names = list(columns_read(split, model.config.reads_times))
-    order = np.argsort([min(len(items), args.max_items) for items in split["items"]], kind="stable")
+    read = slice(-args.max_items if args.max_items else None, None)
+    order = np.argsort([len(items[read]) for items in split["items"]], kind="stable")
     for start in tqdm(range(0, len(order), args.batch_size), desc=desc, unit="batch"):
         rows = order[start : start + args.batch_size]
         users = [split[int(row)] for row in rows]
-        columns = {name: [np.array(user[name][-args.max_items :]) for user in users] for name in names}
+        columns = {name: [np.array(user[name][read]) for user in users] for name in names}
         if "timestamps" in columns:
             columns["request_timestamps"] = [user["target_timestamp"] for user in users]
         yield rows, encode(tokenizer, **columns).to(model.device)
@@ -132,9 +140,29 @@ def lists_and_ranks(
     return lists.tolist(), ranks
 
 
-def like_auc(model, tokenizer, split: Dataset, args: EvaluateArguments) -> dict[str, float]:
-    """AUC over users of the score of target `args.like`, for the held-out interaction."""
-    index, like = model.config.ranking_targets.index(args.like), tokenizer.behaviors.index(args.like)
+def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | None:
+    """
+    The behaviour whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behaviour or
+    users all behaved alike; `ValueError` if one is named that is none, or that the model was not trained to rank by.
+    """
+    known = [name for name in tokenizer.behaviors if name in model.config.ranking_targets]
+    if like is not None and like not in known:
+        raise ValueError(
+            f"Expected --like to be a behaviour that the model ranks by, among {known}, found {like!r}. Name one of these."
+        )
+    like = "like" if like is None else like
+    if like not in known:
+        print(f"no AUC: the model ranks by the behaviours {known}, name one of them by --like")
+        return None
+    if len(set(np.asarray(split["target_behavior"][:]) == tokenizer.behaviors.index(like))) < 2:
+        print(f"no AUC: of all held-out interactions, all or none are of the behaviour {like!r}")
+        return None
+    return like
+
+
+def like_auc(model, tokenizer, split: Dataset, like: str, args: EvaluateArguments) -> dict[str, float]:
+    """AUC over users of the score of target `like`, for the held-out interaction."""
+    index, like = model.config.ranking_targets.index(like), tokenizer.behaviors.index(like)
     scores = np.zeros(len(split))
     targets = torch.tensor(split["target"][:]).long()
     for rows, inputs in batches(model, tokenizer, split, args, "AUC"):
@@ -181,11 +209,14 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             f"Expected num_ranked_beams or union_items, found {args.num_ranked_beams} and {args.union_items}: which of the "
             "candidates are beams is not told. Measure one at a time."
         )
+    record = prepared(data_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
+    check_same_items(tokenizer, data_dir)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    args = replace(args, max_items=args.max_items or model.config.max_items or model.config.max_history_items)
     dataset = load_from_disk(str(data_dir / "dataset"))
-    prepared = json.loads((data_dir / "prepare.json").read_text())
+    like = auc_behavior(model, tokenizer, dataset["test"], args.like)
     metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
 
     def measure(found, weight, targets, item_weight=0.0):
@@ -204,6 +235,13 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
     best = max((one for one in tried if one["ranking_weight"]), key=lambda one: one["ndcg@10"])
     num_beams, weight, item_weight = best["num_beams"], best["ranking_weight"], best["item_weight"]
+    for name, values in (
+        ("num_beams", args.num_beams),
+        ("ranking_weights", args.ranking_weights),
+        ("item_weights", item_weights),
+    ):
+        if len(values) > 1 and best[name.removesuffix("s") if name != "num_beams" else name] == max(values):
+            print(f"validation chose the largest of --{name}: a larger one may be better")
 
     found = candidates(model, tokenizer, dataset["test"], num_beams, args)
     generation, generation_ranks = measure(found, 0.0, targets["test"])
@@ -212,19 +250,22 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         baselines = baseline_results(
             dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
         )
+    repeats = np.array([user["target"] in user["items"] for user in dataset["test"]])
     checked = invalid_items(model, tokenizer, dataset["test"], num_beams, args)
     metrics = {
         "protocol": {
             "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
-            "filtering": f"users with at least {prepared['arguments']['min_interactions']} interactions; a user's "
+            "filtering": f"users with at least {record['arguments']['min_interactions']} interactions; a user's "
             f"history {'is left out of' if args.exclude_history else 'may be in'} every list",
             "users": len(dataset["test"]),
             "catalogue size": tokenizer.num_items,
             "scored": f"items, over the whole catalogue, lists of {args.list_length}",
-            "history": f"the last {args.max_items} items",
-            "order": f"by time, ties as in the file ({prepared['counts']['interactions_of_tied_time']:,} of "
-            f"{prepared['counts']['interactions']:,} interactions share their user's timestamp with another)",
-            "seed": prepared["arguments"]["seed"],
+            "history": f"the last {args.max_items or ''} items",
+            "targets that are in the user's history": f"{repeats.mean():.1%}"
+            + (", and so in no list" if args.exclude_history and repeats.any() else ""),
+            "order": f"by time, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "
+            f"{record['counts']['interactions']:,} interactions share their user's timestamp with another)",
+            "seed": record["arguments"]["seed"],
         },
         "selection": {
             "chosen on": "validation, ranked ndcg@10",
@@ -244,9 +285,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "generation": generation,
         "ranked": ranked,
         "beam holds the target": float((found["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()),
-        "ranking": like_auc(model, tokenizer, dataset["test"], args) if args.like in tokenizer.behaviors else {},
+        "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, args),
         "invalid_items": checked["invalid"],
         "generated_items_checked": checked["checked"],
+        "weights": weights_hash(model),  # which model this is about
     }
     ranks = {name: result["ranks"] for name, result in baselines.items()}
     ranks |= {"generation": generation_ranks, "ranked": ranked_ranks}
@@ -257,6 +299,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     keep_choice(
         args.checkpoint,
         num_beams,
+        max_items=args.max_items,
         ranking_weight=weight,
         item_weight=item_weight,
         union_items=args.union_items,

@@ -3,7 +3,7 @@
 Columns: `user_id` (of any type), `items` (a list of item ids, strings or integers, oldest first) and, if the tokenizer
 knows several, `behaviors` (a list of as many names). From a table of interactions:
 
-    table = pd.read_csv("interactions.csv", dtype=str).astype({"timestamp": float})
+    table = pd.read_csv("interactions.csv", dtype={"user_id": str, "item_id": str})
     users = table.sort_values("timestamp", kind="stable").groupby("user_id")
     users.agg(items=("item_id", list), behaviors=("behavior", list)).reset_index().to_parquet("histories.parquet")
 

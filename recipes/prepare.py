@@ -71,6 +71,27 @@ class PrepareArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the codebooks."})
 
 
+def prepared(folder: str | Path) -> dict[str, Any]:
+    """The record of a prepared folder; `ValueError` if it is none, or not complete."""
+    file = Path(folder) / "prepare.json"
+    if not file.is_file():
+        raise ValueError(
+            f"expected a folder that recipes.prepare wrote, found no {file}: check the path, or prepare it"
+        )
+    return json.loads(file.read_text())
+
+
+def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None:
+    """`ValueError` unless a model's tokenizer knows the items of a prepared folder by the same rows and codes."""
+    ours = SemanticIdTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    same = tokenizer.item_ids[: ours.num_items] == ours.item_ids  # what was added to the model comes behind them
+    if not same or not np.array_equal(tokenizer.item_codes[: ours.num_items], ours.item_codes):
+        raise ValueError(
+            f"expected a model of the {ours.num_items} items of {folder}, found one of {tokenizer.num_items} items with other "
+            "ids or codes: its rows are not the rows of that folder, take the folder that it was trained on"
+        )
+
+
 def prepare(args: PrepareArguments) -> Path:
     """Write the prepared folder (see the module's docstring) and return its path.
 

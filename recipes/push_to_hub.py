@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
+from recipes.recommend import weights_hash
 from recipes.report import COLUMNS
 from tokenization import SemanticIdTokenizer
 
@@ -41,6 +42,7 @@ PARTS = {
     "ranking",
     "invalid_items",
     "generated_items_checked",
+    "weights",
 }
 # `pipeline` loads through AutoConfig, AutoModelForCausalLM and AutoTokenizer.
 LOAD = """
@@ -86,18 +88,23 @@ def read_metrics(path: Path) -> dict:
     return metrics
 
 
-def load_checkpoint(folder: Path, selection: dict) -> RecommendationPipeline:
-    """The checkpoint; `ValueError` if it is none, or not the one that was measured with the settings `selection`."""
+def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
+    """The checkpoint; `ValueError` if it is none, or not the one that was measured, with its settings."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"Expected a checkpoint of recipes.train, found no config.json in {folder}. Check the path.")
     recommender = RecommendationPipeline(
         model=UniGRFForCausalLM.from_pretrained(folder), tokenizer=SemanticIdTokenizer.from_pretrained(folder)
     )
-    found = (recommender.model.generation_config.num_beams, recommender.model.config.ranking_weight)
+    model, selection = recommender.model, metrics["selection"]
+    found = (model.generation_config.num_beams, model.config.ranking_weight)
     if found != (selection["num_beams"], selection["ranking_weight"]):
         raise ValueError(
             f"Expected the metrics of this checkpoint, found num_beams and ranking_weight {found} in the checkpoint "
             f"and ({selection['num_beams']}, {selection['ranking_weight']}) in metrics.json. Run recipes.evaluate."
+        )
+    if weights_hash(model) != metrics["weights"]:
+        raise ValueError(
+            f"Expected the metrics of this checkpoint, found those of other weights than in {folder}. Run recipes.evaluate."
         )
     return recommender
 
@@ -144,8 +151,12 @@ def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
 def write_folder(args: PushArguments, folder: Path) -> None:
     """Writes everything that the repository holds into `folder`, which is new or empty."""
     metrics_file, checkpoint = Path(args.metrics), Path(args.checkpoint)
+    if not TEMPLATE.is_file():
+        raise ValueError(
+            f"Expected the card's template at {TEMPLATE}, found none. Run this from a clone, `pip install -e .`."
+        )
     metrics = read_metrics(metrics_file)
-    recommender = load_checkpoint(checkpoint, metrics["selection"])
+    recommender = load_checkpoint(checkpoint, metrics)
     model, tokenizer = recommender.model, recommender.tokenizer
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"Expected a new or empty output_dir, found files in {folder}. Name another, or remove them.")

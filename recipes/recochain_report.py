@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 from datasets import load_from_disk
 
 from recipes.baselines import baseline_results
+from recipes.prepare import prepared
 from recipes.runs import by_row, merged, rounded, spread, write
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +54,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
     file = RESULTS / f"{name}.json"
     kept = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
     excluded = results[0]["arguments"]["exclude_history"]
-    prepared = json.loads((data_dir / "prepare.json").read_text())
+    record = prepared(data_dir)
     baselines = kept["baselines"]
     if not baselines:  # minutes: the settings of item-kNN are chosen on validation
         found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
@@ -66,10 +67,10 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
     data = {
         "name": name,
         "protocol": "leave-one-out: last interaction = test, the one before = validation; "
-        f"{prepared['counts']['users']:,} users, {num_items:,} items, all of them scored"
+        f"{record['counts']['users']:,} users, {num_items:,} items, all of them scored"
         + (" but the user's own" if excluded else "")
         + "; order of equal times as in the file",
-        "codebook sizes": prepared["arguments"]["codebook_sizes"],
+        "codebook sizes": record["arguments"]["codebook_sizes"],
         "baselines": rounded(baselines),
         "beside": {**kept["beside"], **rounded(beside)},
         "runs": merged(

@@ -62,7 +62,9 @@ class RecommendSettings:
     num_return_sequences: int = field(default=10, metadata={"help": "Items of a list, at most num_beams."})
     ranking_weight: float | None = field(default=None, metadata={"help": "Of fusion; default: the checkpoint's."})
     ranking_target: str | None = field(default=None, metadata={"help": "What ranks; default: the first target."})
-    max_items: int | None = field(default=None, metadata={"help": "Items read of a history; default: all that fit."})
+    max_items: int | None = field(
+        default=None, metadata={"help": "Items read of a history; default: as trained, or all that fit."}
+    )
     exclude_history: bool = field(default=True, metadata={"help": "List no item of the history, read or not."})
     unknown: str = field(
         default="error", metadata={"help": "What to do with unknown items.", "choices": ["error", "skip"]}
@@ -78,10 +80,10 @@ def resolved(settings: RecommendSettings, model) -> RecommendSettings:
         "num_beams": model.generation_config.num_beams,
         "ranking_weight": config.ranking_weight,
         "ranking_target": config.ranking_targets[0],
-        "max_items": config.max_history_items or sys.maxsize,
+        "max_items": config.max_items or config.max_history_items or sys.maxsize,
     }
     new = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
-    most = {"num_return_sequences": new.num_beams, "max_items": defaults["max_items"]}
+    most = {"num_return_sequences": new.num_beams, "max_items": config.max_history_items or sys.maxsize}
     for name in (*most, "batch_size", "shard_size"):
         if not 1 <= getattr(new, name) <= most.get(name, sys.maxsize):
             limits = f"from 1 to {most[name]}" if name in most else "of 1 or more"
@@ -92,6 +94,15 @@ def resolved(settings: RecommendSettings, model) -> RecommendSettings:
     return new
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights and buffers, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings) -> dict:
     """What the lists are made of, as JSON; the model by what it computes, wherever it was loaded from."""
     config = model.config.to_dict()
@@ -99,9 +110,7 @@ def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, setting
         for name in ("_name_or_path", "transformers_version", "dtype", "ranking_weight"):
             part.pop(name, None)  # of a file, or told by the weights or the settings
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(weights_hash(model).encode())
     asked = asdict(settings)
     del asked["batch_size"]  # changes nothing but rounding
     identity = {"model": digest.hexdigest(), "dtype": str(model.dtype), "catalogue": tokenizer.provenance["sha256"]}

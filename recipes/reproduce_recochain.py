@@ -91,7 +91,7 @@ class ReproduceArguments:
         metadata={"help": "To choose from."},
     )
     item_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.5, 1.0, 2.0],
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0],
         metadata={"help": "Of the item-level score as a third one, to choose from."},
     )
     max_long_items: int = field(default=1000, metadata={"help": "Items of a long history."})
@@ -326,9 +326,8 @@ def run(args: ReproduceArguments) -> None:
         start = time.perf_counter()
         splits, found = search(args, checkpoint, num_beams, union_items)
         seconds = time.perf_counter() - start
-        asked_for = {
-            name: value for name, value in vars(args).items() if name not in ("data_dir", "output_dir", "collect")
-        }
+        asked_for = {**vars(args), "data_dir": "path/to/data"}
+        del asked_for["output_dir"]
         made = made_by(command("recipes.reproduce_recochain", asked_for, vars(ReproduceArguments(data_dir=""))))
         for file, asked in missing.items():
             result = {**measure(args, splits, found, asked["ranked"]), "seconds": seconds}

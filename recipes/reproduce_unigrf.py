@@ -198,6 +198,8 @@ class LeaveOneOutTrainer(Trainer):
 
 def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
+    if args.data is None:
+        raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
     name = "-".join(filter(None, (args.backbone, args.ids, args.row, args.variant, str(args.seed))))
     folder = Path(args.output_dir) / name
@@ -225,6 +227,7 @@ def run(args: ReproduceArguments) -> None:
     config = UniGRFConfig(
         **tokenizer.config_fields(),
         text_config=BACKBONES[args.backbone],
+        max_items=MAX_ITEMS,
         code_negatives=args.code_negatives,
         ranking_targets=liked,
         ranking_weight=0.0,
@@ -307,7 +310,9 @@ def run(args: ReproduceArguments) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
-        "made by": made_by(command("recipes.reproduce_unigrf", work, vars(ReproduceArguments()))),
+        "made by": made_by(
+            command("recipes.reproduce_unigrf", {"data": "path/to/ml-1m", **work}, vars(ReproduceArguments()))
+        ),
     }
     file.write_text(json.dumps(result, indent=1))
     print({name: round(value, 4) for name, value in result["test"].items()})

@@ -118,7 +118,7 @@ TABLES = {
 def with_tables(text: str) -> str:
     """A README's text, with what is between its marks made anew from the results."""
     results = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
-    tables = {"headline": headline.table(results), **{name: TABLES[name](found) for name, found in results.items()}}
+    tables = {"headline": headline.table(results), **{name: table(results[name]) for name, table in TABLES.items()}}
     for name, lines in tables.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
         new = f"{begin}\n\n{lines}\n\n{end}"

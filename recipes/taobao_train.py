@@ -113,6 +113,7 @@ def build_model(
     fields = {
         "num_retrieved_items": args.num_retrieved_items,
         "num_train_beams": args.num_train_beams,
+        "max_items": args.max_items,
         "negatives_per_item": 0.0 if second_stage else args.negatives_per_item,
     }
     codes, embeddings = torch.from_numpy(np.array(codes)), torch.from_numpy(embeddings)

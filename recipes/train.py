@@ -33,6 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 from recipes.enhancer import RankingDrivenEnhancer
+from recipes.prepare import prepared
 from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
 
@@ -126,9 +127,12 @@ class DataArguments:
     )
 
 
-def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor) -> UniGRFForCausalLM:
+def build_model(
+    args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor, max_items: int
+) -> UniGRFForCausalLM:
     """A model for the tokenizer's items, fresh or from `args.init_from`. `embeddings`: `[num_items, D]`."""
     fields = {
+        "max_items": max_items,
         "num_retrieved_items": args.num_retrieved_items,
         "exclude_candidate": args.exclude_candidate,
         "num_train_beams": args.num_train_beams,
@@ -163,18 +167,25 @@ def build_model(args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings
     return model
 
 
+def finished(data_args: DataArguments, training_args: TrainingArguments) -> Path:
+    """The log that a training leaves beside its finished model."""
+    return Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint") / "training_log.json"
+
+
 def check_same_work(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> str:
     """
-    A hash of arguments and data; `ValueError` if `output_dir` holds the checkpoints of another training, which resuming
-    would mix with this one.
+    A hash of arguments and data; `ValueError` if `output_dir` holds checkpoints, or the finished model, of another training,
+    which resuming would mix with this one.
     """
     record = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
-    record["prepared"] = json.loads((Path(data_args.data_dir) / "prepare.json").read_text())
+    record["prepared"] = prepared(data_args.data_dir)
     for name in ("logging_dir", "local_rank"):  # of a run, not of the work
         record["training"].pop(name, None)
     record = json.loads(json.dumps(record, default=str))
-    file = Path(training_args.output_dir) / "arguments.json"
-    if file.exists() and (found := json.loads(file.read_text())) != record:
+    folder = Path(training_args.output_dir)
+    file = folder / "arguments.json"
+    begun = folder.is_dir() and (get_last_checkpoint(folder) or finished(data_args, training_args).exists())
+    if begun and file.exists() and (found := json.loads(file.read_text())) != record:
         changed = [
             f"{part}.{name}" for part in record for name in record[part] if record[part][name] != found[part].get(name)
         ]
@@ -192,8 +203,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
     with training_args.main_process_first(desc="arguments"):  # which writes what the others compare
         work = check_same_work(model_args, data_args, training_args)
-    folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
-    log_file = folder / "training_log.json"
+    log_file = finished(data_args, training_args)
+    folder = log_file.parent
     if log_file.exists() and json.loads(log_file.read_text()).get("work") == work:
         print(f"{folder} was trained with these arguments and data, reused")  # resuming it would train on
         return folder
@@ -211,7 +222,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
-    model = build_model(model_args, tokenizer, embeddings)
+    model = build_model(model_args, tokenizer, embeddings, data_args.max_items)
     with_times = model.config.reads_times
     with training_args.main_process_first(desc="rows"):
         if model_args.enhancer:
@@ -277,6 +288,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     """Command-line arguments, with defaults that suit this model unless given."""
     parser = HfArgumentParser([ModelArguments, DataArguments, TrainingArguments])
     parser.set_defaults(
+        learning_rate=2e-3,  # small models from scratch; Trainer's own 5e-5 is for the finetuning of large ones
         lr_scheduler_type="cosine",
         weight_decay=0.1,
         adam_beta2=0.98,

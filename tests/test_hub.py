@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM, UniGRFModel
 from recipes import push_to_hub
 from recipes.push_to_hub import PushArguments, check_files, push
+from recipes.recommend import weights_hash
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 REPO_ID, COMMIT = "someone/films", "0123456789" * 4
@@ -77,6 +78,7 @@ def run(recommender, tmp_path_factory):
     recommender.save_pretrained(run / "checkpoint")
     (run / "checkpoint" / "training_args.bin").write_bytes(b"a pickle")
     (run / "checkpoint" / "training_log.json").write_text('{"metrics": {"train_loss": 1.25}, "log_history": []}')
+    METRICS["weights"] = weights_hash(recommender.model)
     (run / "metrics.json").write_text(json.dumps(METRICS))
     (run / "recall_at_k.png").write_bytes(b"a picture")
     (run / "private.png").write_bytes(b"no part of the report")
@@ -293,12 +295,16 @@ def test_a_part_of_the_catalogue_is_swapped_in_for_one_call(recommender):
     assert len(recommender(HISTORY)) == 10
 
 
-def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender):
+def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender, monkeypatch):
     assert (
         recommender.model.config.max_history_items == 15
     )  # 1 + 15 * 4 codes and behaviours + 3 codes of the next item = 64
     long = {"items": HISTORY["items"] * 10, "behaviors": HISTORY["behaviors"] * 10}
     assert recommender(long) == recommender(long, max_items=15)
+    monkeypatch.setattr(recommender.model.config, "max_items", 4)
+    assert recommender(long) == recommender(long, max_items=4) != recommender(long, max_items=15)
+    with pytest.raises(ValueError, match="max_items from 1 to the 15 items"):
+        UniGRFConfig(**{**recommender.model.config.to_dict(), "max_items": 16})
     with pytest.raises(ValueError, match="take 68 positions, the backbone has 64"):
         recommender(long, max_items=16)
 
@@ -450,7 +456,7 @@ def test_the_card_says_what_was_measured_in_its_metadata_and_in_its_text(reposit
         assert text in card.text
     # jinja prints nothing for a field that the config no longer has.
     assert re.search(r"One llama backbone of 2 layers, width 32 and 4 heads\n\([\d,]+ parameters", card.text)
-    assert re.search(r"1 times the .* \"next\", \"dislike\", \"like\", with 0 random\nnegatives for each", card.text)
+    assert re.search(r"1 times the .* \"next\", \"dislike\", \"like\", with\n0 random negatives for each", card.text)
     assert "![Recall@K of every method](recall_at_k.png)" in card.text and "codebooks.png" not in card.text
     assert not re.search(r"\{\{|\{%|Undefined|None\b|\n\n\n", card.text)
 
@@ -492,6 +498,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(run, hub
         metrics=metrics_with(generation={"recall@5": 0.1, "recall@10": 0.2, "ndcg@5": 0.1, "ndcg@10": 0.1}),
     )
     refused("metrics of this checkpoint", metrics=metrics_with(selection={"num_beams": 50, "ranking_weight": 1.0}))
+    refused("those of other weights", metrics=metrics_with(weights="0" * 64))
     refused("Repo id", repo_id="a folder/name/of three")
     refused("Expected an output_dir", output_dir=None)
     with pytest.raises(ValueError, match="new or empty output_dir"):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
-from recipes import recochain_report, reproduce_recochain, train, training_rows
+from recipes import push_to_hub, recochain_report, reproduce_recochain, show, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -58,7 +58,7 @@ def prepared(tmp_path_factory):
     )
 
 
-def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
+def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     arguments = train.parse(
         [
@@ -99,9 +99,9 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
             num_beams=[5, 10],
             ranking_weights=[0.5, 1.0],
             list_length=10,
-            max_items=10,
         )
     )
+    assert metrics["protocol"]["history"] == "the last 10 items", "as it was trained"
     assert metrics["invalid_items"] == 0 and metrics["generated_items_checked"] >= 40 * 5
     assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"} <= set(metrics["ranked"])
     assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
@@ -113,6 +113,41 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch):
     assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     assert tokenizer.titles[3] == "Film 3"
+
+    split = load_from_disk(str(prepared / "dataset"))["test"]
+    with pytest.raises(ValueError, match=r"among \['dislike', 'like'\], found 'buy'"):
+        evaluate_recipe.auc_behavior(model, tokenizer, split, "buy")
+    alike = split.remove_columns("target_behavior").add_column("target_behavior", [1] * len(split))
+    assert evaluate_recipe.auc_behavior(model, tokenizer, alike, None) is None
+    assert "all or none are of the behaviour 'like'" in capsys.readouterr().out
+    show.main(show.ShowArguments(str(checkpoint), str(prepared), users=1000))
+    shown = capsys.readouterr().out
+    assert shown.count("recommended:") == len(split) and "what came next" in shown and "inf" not in shown
+    other = tmp_path / "other"
+    shutil.copytree(prepared, other)
+    ids = tokenizer.item_ids[::-1]
+    names = (tokenizer.codebook_sizes, tokenizer.behaviors)
+    SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, *names).save_pretrained(other / "tokenizer")
+    measured = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(other), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="take the folder that it was trained on"):
+        evaluate_checkpoint(measured)
+    with pytest.raises(ValueError, match=r"recipes\.prepare wrote"):
+        evaluate_checkpoint(replace(measured, data_dir=str(tmp_path / "nowhere")))
+
+
+def test_a_training_that_failed_before_its_first_checkpoint_blocks_no_other(prepared, tmp_path):
+    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", "--use_cpu", "--max_steps=1", "--max_items=4"]
+    arguments += ["--save_strategy=no", "--disable_tqdm=True"]
+    for wrong, message in (
+        ('{"model_type": "lama"}', "lama"),
+        (json.dumps(TINY | {"max_position_embeddings": 9}), "max_items"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.train(*train.parse([*arguments, f"--text_config={wrong}"]))
+    arguments.append(f"--text_config={json.dumps(TINY)}")
+    with pytest.raises(ValueError, match="label_smoothing_factor=0"):
+        train.train(*train.parse([*arguments, "--label_smoothing_factor=0.1"]))
+    assert (train.train(*train.parse(arguments)) / "model.safetensors").exists()
 
 
 def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
@@ -168,6 +203,17 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert len(metrics["validation"]) == 4 and metrics["selection"]["item_weight"] in (0.0, 0.5)
     config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
     assert (config.item_weight, config.union_items) == (metrics["selection"]["item_weight"], 4)
+    monkeypatch.setattr(push_to_hub, "check_loading", lambda *_: None)
+    hub = tmp_path / "hub"
+    to_push = {"checkpoint": str(checkpoint), "metrics": str(tmp_path / "metrics.json"), "repo_id": "someone/films"}
+    push_to_hub.push(push_to_hub.PushArguments(**to_push, dry_run=True, output_dir=str(hub)))
+    card = (hub / "README.md").read_text()
+    assert (
+        "with\n6 items of the model's own beam search" in card
+        and "with the 3 items of the user's long history" in card
+    )
+    for snippet in re.findall("```python\n(.*?)```", card, re.DOTALL):
+        exec(snippet.replace("someone/films", str(hub)), {})
     with pytest.raises(ValueError, match="num_ranked_beams or union_items"):
         evaluate_checkpoint(replace(measured, num_ranked_beams=3))
     cut = evaluate_checkpoint(replace(measured, num_ranked_beams=3, union_items=0, list_length=5))
@@ -196,7 +242,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
         ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
-        train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4))
+        train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4), 4)
     assert len(dataset["test"]) == metrics["protocol"]["users"]
 
 

@@ -169,7 +169,7 @@ def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
     rank, generate = model.rank, model.generate
     monkeypatch.setattr(model, "rank", lambda *args, **kwargs: calls.append(rank(*args, **kwargs)) or calls[-1])
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(kwargs) or generate(*args, **kwargs))
-    assert 0 <= like_auc(model, tokenizer, split, args)["auc"] <= 1
+    assert 0 <= like_auc(model, tokenizer, split, "like", args)["auc"] <= 1
     ranked = torch.cat(calls)[:, 0]
     order = np.concatenate([rows for rows, _ in batches(model, tokenizer, split, args, "")])
     assert invalid_items(model, tokenizer, split, 3, args)["invalid"] == 0
@@ -210,6 +210,7 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch)
         train.ModelArguments(text_config=json.dumps(TIMED)),
         SemanticIdTokenizer.from_pretrained(checkpoint),
         torch.zeros(20, 4),
+        5,
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):
         moved = (layer.bias.times.weight != before.bias.times.weight)[:, 0]
