@@ -5,8 +5,8 @@
         --output_dir runs/demo/data
 
 Interactions (CSV, TSV or Parquet): `user_id`, `item_id`, `timestamp` (a number, kept as it is, or a date, kept as Unix
-seconds), optionally `behavior` (else every interaction is an `interact`) and, where not all times are known (-1),
-`position`, which then orders a user's interactions. Items: `item_id` and `text`, or the columns of
+seconds), optionally `behavior` (else every interaction is an `interact`) and, where not all times are known (-1) or
+`timestamp` is left out, `position`, which then orders a user's interactions. Items: `item_id` and `text`, or the columns of
 `--text_template "{title}. {genres}"`, or a list column `embedding`, or `--embeddings rows.npy` row by row; optionally
 `title`. Every item of the items table is in the catalogue, also one that nobody took (its semantic id makes
 it recommendable); an interaction with an item outside of it is an error.
@@ -49,7 +49,9 @@ PATHS = ("interactions", "items", "embeddings", "output_dir")  # arguments whose
 class PrepareArguments:
     """Tables in, prepared folder out."""
 
-    interactions: str = field(metadata={"help": "CSV, TSV or Parquet: user_id, item_id, timestamp[, behavior]."})
+    interactions: str = field(
+        metadata={"help": "CSV, TSV or Parquet: user_id, item_id, timestamp or position[, behavior]."}
+    )
     items: str = field(metadata={"help": "CSV, TSV or Parquet: item_id and text or embedding[, title]."})
     output_dir: str = field(metadata={"help": "Folder that receives the prepared data."})
     embeddings: str | None = field(default=None, metadata={"help": ".npy [items, D]; row k = row k of the items."})

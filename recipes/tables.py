@@ -30,14 +30,19 @@ def read_table(path: Path, ids: list[str]) -> pd.DataFrame:
 def read_interactions(path: Path) -> pd.DataFrame:
     """Validated interactions: `user_id`, `item_id`, `behavior` (str), `timestamp`, `position` (int64 or float64), in file order.
 
-    `position` is what orders a user's interactions: the file's, or else the timestamp.
+    `position` is what orders a user's interactions: the file's, or else the timestamp. A file with positions may do without
+    timestamps: none is known then (-1).
 
     Raises:
         ValueError: missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates, positions that are
             no numbers.
     """
-    table = read_table(path, ["user_id", "item_id", "timestamp"])
-    given = table["timestamp"]
+    table = read_table(path, ["user_id", "item_id"])
+    if "timestamp" not in table and "position" not in table:
+        raise ValueError(
+            f"expected a column `timestamp`, or `position`, in {path}, found {list(table.columns)}: rename or add one"
+        )
+    given = table["timestamp"] if "timestamp" in table else pd.Series(-1, index=table.index)
     numbers = given if pd.api.types.is_datetime64_any_dtype(given) else pd.to_numeric(given, errors="coerce")
     if pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
         timestamps = numbers

@@ -112,6 +112,13 @@ def test_positions_order_interactions_whose_times_are_not_all_known(arguments, e
     assert (one["items"], one["timestamps"], one["target"], one["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
     assert (other["items"], other["timestamps"], other["target_timestamp"]) == ([0, 3, 2], [10, -1, -1], 40)
     assert json.loads((folder / "prepare.json").read_text())["counts"]["interactions_of_tied_time"] == 0
+    without = load_from_disk(
+        str(prepare(arguments(table.drop(columns="timestamp"), embeddings=embeddings)) / "dataset")
+    )["test"]
+    assert [user["items"] for user in without] == [one["items"], other["items"]] and without[0]["timestamps"] == [
+        -1,
+        -1,
+    ]
     with pytest.raises(ValueError, match=r"a number as position in every row.*row 2 \('last'\)"):
         prepare(arguments(changed(table, 2, "position", "last"), embeddings=embeddings))
 
@@ -199,6 +206,7 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
     ("wrong", "message"),
     [
         ({"interactions": interactions_table().drop(columns="item_id")}, r"rename or add \['item_id'\]"),
+        ({"interactions": interactions_table().drop(columns="timestamp")}, "a column `timestamp`, or `position`"),
         ({"interactions": changed(interactions_table(), 4, "user_id", None)}, "user_id in every row.*1 of 9.*row 4"),
         ({"interactions": changed(interactions_table(), 2, "timestamp", "soon")}, r"row 2 \('soon'\)"),
         ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
