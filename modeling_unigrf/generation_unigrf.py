@@ -356,8 +356,6 @@ class UniGRFGenerationMixin(GenerationMixin):
             if getattr(generation_config, name)
         ]
         cache = model_kwargs.get("past_key_values")
-        if "inputs_embeds" in model_kwargs:
-            asked_for.append("inputs_embeds")
         if synced_gpus:
             asked_for.append("synced_gpus")
         try:

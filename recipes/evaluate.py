@@ -5,9 +5,9 @@
 Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
 where users come back to items: `--exclude_history False`).
 A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
-Validation chooses the beam and the fusion weight, by the ranked list's NDCG@10; test reports. Both are written, with
-`--union_items` and `--num_ranked_beams`, into the checkpoint's own config, so that `recommend` and the pipeline use what
-was measured. Writes `metrics.json`.
+Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with
+`--max_items`, `--union_items` and `--num_ranked_beams`, into the checkpoint's own config, so that `recommend` and the pipeline
+use what was measured. Writes `metrics.json`.
 """
 
 import json
