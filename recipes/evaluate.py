@@ -235,13 +235,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
     best = max((one for one in tried if one["ranking_weight"]), key=lambda one: one["ndcg@10"])
     num_beams, weight, item_weight = best["num_beams"], best["ranking_weight"], best["item_weight"]
-    for name, values in (
-        ("num_beams", args.num_beams),
-        ("ranking_weights", args.ranking_weights),
-        ("item_weights", item_weights),
-    ):
-        if len(values) > 1 and best[name.removesuffix("s") if name != "num_beams" else name] == max(values):
-            print(f"validation chose the largest of --{name}: a larger one may be better")
+    tried_values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "item_weight": item_weights}
+    for name, values in tried_values.items():
+        if len(values) > 1 and best[name] == max(values):
+            print(f"validation chose {name}={best[name]}, the largest that was tried: a larger one may be better")
 
     found = candidates(model, tokenizer, dataset["test"], num_beams, args)
     generation, generation_ranks = measure(found, 0.0, targets["test"])
