@@ -46,7 +46,7 @@ class HSTUBias(nn.Module):
 
 
 def looked_up(table: nn.Embedding, index: torch.LongTensor) -> torch.Tensor:
-    """Numbers of a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. By `gather`, whose backward is a tenth of an embedding's."""
+    """Numbers of a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. By `gather`, whose backward is faster than an embedding's."""
     return table.weight[:, 0].expand(*index.shape[:-1], -1).gather(-1, index)[:, None]
 
 

@@ -257,7 +257,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "users": len(dataset["test"]),
             "catalogue size": tokenizer.num_items,
             "scored": f"items, over the whole catalogue, lists of {args.list_length}",
-            "history": f"the last {args.max_items or ''} items",
+            "history": f"the last {args.max_items} items" if args.max_items else "all items",
             "targets that are in the user's history": f"{repeats.mean():.1%}"
             + (", and so in no list" if args.exclude_history and repeats.any() else ""),
             "order": f"by time, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "

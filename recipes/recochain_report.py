@@ -77,8 +77,8 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
             file, [rounded(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
         ),
     }
+    draw(data, RESULTS / f"{name}.png")  # first: it refuses seeds that do not belong together
     write(file, data)
-    draw(data, RESULTS / f"{name}.png")
 
 
 def _columns(values: dict[str, float]) -> dict[str, float]:

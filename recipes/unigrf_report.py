@@ -55,8 +55,8 @@ def collect(output_dir: Path) -> None:
         "the held-out interactions, like = rating of 4 or 5; order of ties within a second as in the file",
         "runs": merged(RESULTS, rounded(found), lambda run: (*row_of(run), run["arguments"]["seed"])),
     }
+    draw(data, RESULTS.with_suffix(".png"))  # first: it refuses seeds that do not belong together
     write(RESULTS, data)
-    draw(data, RESULTS.with_suffix(".png"))
 
 
 def rows_of(data: dict) -> list[dict]:

@@ -334,7 +334,6 @@ class Absent:  # also where the project is installed
 sys.meta_path.insert(0, Absent())
 from transformers import AutoTokenizer
 import numpy as np
-import pandas as pd
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer.encode_history(["item7", "item3"], ["like", "view"])["input_ids"]
 codes = tokenizer.add_items(["new"], np.ones((1, 6), np.float32))
