@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from recipes.runs import by_row, merged, rounded, spread, write
@@ -109,23 +110,40 @@ def table(data: dict) -> str:
 
 
 def draw(data: dict, file: Path) -> None:
-    """Both training losses over the epochs for every joint row of a whole softmax, and the weights of those that have them."""
-    # The loss of a sampled softmax is another one, which is not to be compared.
-    joint = [
-        row
-        for row in rows_of(data)
-        if row["arguments"]["row"] not in ("retrieval", "ranking") and not row["arguments"]["code_negatives"]
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
-    for place, row in enumerate(joint):
-        for axis, curve in zip(axes, ("generation_loss", "ranking_loss", "ranking_weight"), strict=True):
-            values = row["runs"][0]["curves"][curve]
-            if values:
-                axis.plot(range(1, len(values) + 1), values, color=plt.cm.tab20(place), label=row["name"])
-    for axis, title in zip(axes, ("generation loss", "ranking loss", "weight of the ranking loss"), strict=True):
-        axis.set(title=title, xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    """Both training losses and both weights over the epochs, of the first seed of every joint row; comparable rows together."""
+    panels: dict[str, list[dict]] = {}
+    for row in rows_of(data):
+        arguments = row["arguments"]
+        # The loss of a sampled softmax is another one in every step, and of too few rows to be worth panels.
+        if arguments["row"] in ("retrieval", "ranking") or arguments["code_negatives"]:
+            continue
+        kind = arguments["backbone"].split("-")[0]
+        panels.setdefault(f"{kind}, {arguments['ids']} ids, behaviours: {arguments['behaviors']}", []).append(row)
+    figure, axes = plt.subplots(len(panels), 3, figsize=(13, 2.9 * len(panels)), layout="constrained", squeeze=False)
+    for of_kind, (title, rows) in zip(axes, panels.items(), strict=True):
+        for row in rows:
+            curves, epochs = row["runs"][0]["curves"], range(1, row["arguments"]["epochs"] + 1)
+            label = row["name"].replace(f", {row['arguments']['ids']}", "")
+            (line,) = of_kind[0].plot(epochs, curves["generation_loss"], label=label)
+            of_kind[1].plot(epochs, curves["ranking_loss"])
+            for part, style, constant in (
+                ("generation", "--", 1.0),
+                ("ranking", "-", row["arguments"]["ranking_loss_weight"]),
+            ):
+                adapted = np.array(curves[f"{part}_weight"] or [1.0] * len(epochs))
+                of_kind[2].plot(epochs, constant * adapted, style, color=line.get_color())
+        of_kind[0].set_ylabel(title, fontsize="small")
+        of_kind[2].legend(
+            *of_kind[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small"
+        )
+        for axis in of_kind:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+    for axis, title in zip(
+        axes[0], ("generation loss", "ranking loss", "weights: ranking, generation (dashed)"), strict=True
+    ):
+        axis.set_title(title)
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
     figure.savefig(file, dpi=100)
     plt.close(figure)
