@@ -14,8 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 LISTS = ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone", "oracle")
 CODES_ALONE = ", codes alone"  # rows whose histories are read without the items' vectors
-# What else was trained on the same data, beside the rows: folders of recipes.evaluate below the output folder.
-BESIDE = {"sasrec": "one code an item, full cross-entropy (SASRec's task)"}
+SASREC = "one code an item, full cross-entropy (SASRec's task)"  # of recipes.sasrec
 # Relative gain of Recall@5 in the paper (TAOBAO-MM), in percent; a window of 32 or 128 tokens is some 7 or 26 items.
 PAPER = {
     "beams": {10: 1.1, 20: 3.14, 40: 4.53},
@@ -59,11 +58,9 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
     if not baselines:  # minutes: the settings of item-kNN are chosen on validation
         found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
         baselines = {one: {**_columns(of["test"]), "settings": of["settings"]} for one, of in found.items()}
-    beside = {
-        label: _columns(json.loads(metrics.read_text())["generation"])
-        for folder, label in BESIDE.items()
-        if (metrics := output_dir / folder / "metrics.json").exists()
-    }
+    beside = kept["beside"]
+    if (trained := output_dir / "sasrec" / "sasrec.json").exists():
+        beside = {**beside, SASREC: json.loads(trained.read_text())}
     data = {
         "name": name,
         "protocol": "leave-one-out: last interaction = test, the one before = validation; "
@@ -72,7 +69,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         + "; order of equal times as in the file",
         "codebook sizes": record["arguments"]["codebook_sizes"],
         "baselines": rounded(baselines),
-        "beside": {**kept["beside"], **rounded(beside)},
+        "beside": beside,
         "runs": merged(
             file, [rounded(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
         ),
@@ -159,9 +156,12 @@ def table(data: dict) -> str:
         cells.append("{:+.1f} ± {:.1f}".format(*gain_of(row, "ndcg@10")))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| beside it | R@5 | R@10 | N@10 |", "| --- | --- | --- | --- |"]
-    for label, found in {**data["baselines"], **data["beside"]}.items():
-        figures = " | ".join(f"{found[column]:.4f}" for column in ("recall@5", "recall@10", "ndcg@10"))
-        lines.append(f"| {label.replace('_', '-')} | {figures} |")
+    tests = {label: [found] for label, found in data["baselines"].items()}
+    tests |= {label: found["tests"] for label, found in data["beside"].items()}
+    for label, found in tests.items():
+        spreads = [spread([test[column] for test in found]) for column in ("recall@5", "recall@10", "ndcg@10")]
+        figures = [f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}") for mean, std in spreads]
+        lines.append(f"| {label.replace('_', '-')} | {' | '.join(figures)} |")
     for label, (recall, ndcg) in PUBLISHED.get(data["name"], {}).items():
         lines.append(f"| *{label}, published* | | {recall} | {ndcg} |")
     made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
-from recipes import push_to_hub, recochain_report, reproduce_recochain, show, train, training_rows
+from recipes import push_to_hub, recochain_report, reproduce_recochain, sasrec, show, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -311,6 +311,44 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         assert sum(row.startswith(beginning) for row in rows) == 1
     several = {"runs": [{"gain": {"ranked": {"recall@5": {"relative": gain}}}} for gain in (0.1, 0.3)]}
     assert recochain_report.gain_of(several, "recall@5") == (pytest.approx(20), pytest.approx(10 * 2**0.5))
+
+
+def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared, tmp_path):
+    atomic = prepare(
+        PrepareArguments(
+            interactions=str(prepared.parent / "interactions.parquet"),
+            items=str(prepared.parent / "items.parquet"),
+            output_dir=str(tmp_path / "atomic"),
+            atomic=True,
+        )
+    )
+    folder = tmp_path / "sasrec"
+    settings = {"text_config": json.dumps(TINY), "max_items": 10, "epochs": 40.0, "batch_size": 8}
+    settings |= {"learning_rates": [1e-2, 1e-6], "embedding_dropouts": [0.1], "seeds": [0, 1]}
+    arguments = sasrec.SasrecArguments(data_dir=str(atomic), output_dir=str(folder), **settings)
+    found = sasrec.run(arguments)
+    assert found["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "the one that learns, on validation"
+    assert len(found["tried"]) == 2 and len(found["tests"]) == 2
+    assert all(test["recall@5"] > 0.9 for test in found["tests"]), "the ring can be learnt; guessing reaches .2"
+    logs = {file: file.stat().st_mtime_ns for file in folder.glob("*/checkpoint/training_log.json")}
+    assert len(logs) == 3, "the other seed is trained with the chosen setting alone"
+    assert sasrec.run(arguments) == found
+    assert {file: file.stat().st_mtime_ns for file in logs} == logs, "a finished training is not run again"
+    told = {
+        "name": "any",
+        "protocol": "",
+        "codebook sizes": [],
+        "baselines": {},
+        "runs": [{"made by": found["made by"]}],
+    }
+    told["beside"] = {recochain_report.SASREC: json.loads((folder / "sasrec.json").read_text())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recochain_report, "rows_of", lambda data: [])
+        assert f"| {recochain_report.SASREC} | {np.mean([t['recall@5'] for t in found['tests']]):.4f} ± " in (
+            recochain_report.table(told)
+        )
+    with pytest.raises(ValueError, match="one code an item, found 3"):
+        sasrec.run(sasrec.SasrecArguments(data_dir=str(prepared), output_dir=str(folder)))
 
 
 def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
