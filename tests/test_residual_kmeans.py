@@ -69,6 +69,24 @@ def test_fewer_distinct_points_than_codes_give_an_entry_each_and_unused_codes(nu
     np.testing.assert_allclose(quantizer.decode(codes), points, atol=1e-5)
 
 
+def test_equal_embeddings_have_equal_codes_whatever_stands_beside_them():
+    distinct = np.random.default_rng(3700).normal(size=(37, 100)).astype(np.float32)
+    quantizer = ResidualKMeans((100, 64)).fit(np.tile(distinct, (3, 1)))  # most entries are surplus
+    together = quantizer.encode(np.tile(distinct, (3, 1)))
+    np.testing.assert_array_equal(together, np.tile(together[:37], (3, 1)))
+    for row in range(37):
+        np.testing.assert_array_equal(quantizer.encode(distinct[row : row + 1])[0], together[row])
+
+
+def test_numbers_of_any_size_are_quantised_or_refused():
+    points = clustered(60)
+    with pytest.raises(ValueError, match="numbers whose squares are infinite"):
+        ResidualKMeans((8, 8)).fit(1e19 * points)  # which ends the process within faiss
+    tiny = ResidualKMeans((8, 8), normalize=True).fit(points)
+    np.testing.assert_array_equal(tiny.encode(np.float32(1e-25) * points), tiny.encode(points))
+    assert ResidualKMeans((1,), pca_dim=2).fit(points[:1]).encode(points[:1]).tolist() == [[0]]
+
+
 def test_a_normalising_quantizer_ignores_length_and_keeps_zero_rows():
     points = clustered(300)
     quantizer = ResidualKMeans((8, 8), normalize=True).fit(points)

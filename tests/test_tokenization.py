@@ -129,6 +129,11 @@ def test_a_batch_is_padded_on_the_left_and_max_items_keeps_the_most_recent():
     assert batch["attention_mask"] == [[1] * 7, [0] * 3 + [1] * 4]
     assert tokenizer.encode_history(["x"], return_tensors="np")["input_ids"].shape == (1, 4)
     assert tokenizer.encode_history(np.array(["x", "z"]))["input_ids"] == [1, 5, 8, 4, 7, 8, 4]
+    numbered = SemanticIdTokenizer.from_codes([1, 2], [[0], [1]], [2], [f"b{number}" for number in range(127)])
+    tensors = list(torch.tensor([2, 1]))
+    assert numbered.encode_history(tensors, ["b0", "b126"]) == numbered.encode_history([2, 1], ["b0", "b126"])
+    found = numbered.encode_indices(np.array([1]), np.array([126], np.int8))  # as a data set keeps it
+    assert found.tolist() == [1, 132, 130]
 
 
 def test_times_are_spread_over_an_items_tokens_and_padded_beside_them_as_unknown():
@@ -147,6 +152,17 @@ def test_times_are_spread_over_an_items_tokens_and_padded_beside_them_as_unknown
     batch = DataCollatorForSeq2Seq(tokenizer)([{**row, "labels": row["input_ids"]} for row in rows])
     assert batch["timestamps"][1].tolist() == [-1] * 2 * step + times[1].tolist()
     assert batch["attention_mask"][1].tolist() == [0] * 2 * step + [1] * (1 + step)
+
+
+def test_a_missing_title_is_an_empty_one_and_an_item_map_that_cannot_be_written_harms_none(tmp_path):
+    columns = ([[0], [1], [2]], [3], ["view"])
+    tokenizer = SemanticIdTokenizer.from_codes(list("xyz"), *columns, titles=["one", None, float("nan")])
+    assert tokenizer.titles == ["one", "", ""]
+    tokenizer.save_pretrained(tmp_path)
+    before = (tmp_path / "items.json").read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        SemanticIdTokenizer.from_codes(["x", "y", "\ud800"], *columns).save_pretrained(tmp_path)
+    assert (tmp_path / "items.json").read_bytes() == before
 
 
 def test_unknown_items_are_named_or_skipped_with_their_behaviours():
@@ -202,6 +218,7 @@ def test_malformed_histories_are_refused_with_what_is_wrong():
         ([5, 4, 8], "whole items.*found '<a_0> <like>' at position 0"),
         ([5, -100], r"in \[0, 10\), found -100 at position 1"),
         ([5.0, 8.0], "integer token ids"),
+        ([[5.7, 8.0]], "rows of integer token ids"),
     ],
 )
 def test_tokens_that_are_no_items_are_refused_with_spelling_and_position(token_ids, message):
@@ -228,6 +245,8 @@ def test_tokens_without_codes_decode_to_no_items():
         ({"codebook_sizes": (3,)}, "one codebook size a level"),
         ({"codebook_sizes": (2**40, 2**40)}, "product is below 2"),
         ({"titles": ["one"]}, "one title an item"),
+        ({"item_ids": ["x", None, "z"]}, "found None in place 1 of 3"),
+        ({"codes": [[2**32, 0], [0, 1], [2, 0]], "codebook_sizes": (2**33, 2)}, "from 1 to 2"),
         ({"behaviors": []}, "at least one behaviour"),
         ({"behaviors": "like"}, "list of at least one behaviour"),
         ({"behaviors": ["a_1"]}, "no special token or code"),

@@ -43,7 +43,9 @@ def history_batch(
     items = _as_list(items)
     if len(items) == 0:
         raise ValueError("expected at least one item in a history, found an empty one")
-    batched = isinstance(items[0], list | tuple | np.ndarray | torch.Tensor)
+    batched = (
+        isinstance(items[0], list | tuple) or getattr(items[0], "ndim", 0) > 0
+    )  # an array or tensor, but no number
     histories = [_as_list(one) for one in items] if batched else [items]
     lengths = np.array([len(one) for one in histories])
     if not lengths.all():
@@ -172,8 +174,11 @@ def _flatten(token_ids: np.ndarray | torch.Tensor | Sequence) -> tuple[np.ndarra
         token_ids = token_ids.detach().cpu().numpy()
     is_list = isinstance(token_ids, list | tuple)
     if is_list and token_ids and isinstance(token_ids[0], list | tuple | np.ndarray | torch.Tensor):
-        rows = [np.asarray(row, dtype=np.int64) for row in token_ids]
-        return np.concatenate(rows), np.array([len(row) for row in rows]), True
+        rows = [np.asarray(row) for row in token_ids]
+        strange = [row for row in rows if row.ndim != 1 or (row.size and row.dtype.kind not in "iu")]
+        if strange:
+            raise ValueError(f"expected rows of integer token ids [T], found {strange[0].dtype} {strange[0].shape}")
+        return np.concatenate(rows).astype(np.int64), np.array([len(row) for row in rows]), True
     array = np.asarray(token_ids)
     if array.ndim not in (1, 2) or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"expected integer token ids [T] or [B, T], found {array.dtype} {array.shape}")

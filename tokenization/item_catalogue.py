@@ -103,7 +103,7 @@ class ItemCatalogue:
                 "expected a catalogue with a quantizer, found one built from given codes: pass `quantizer` to "
                 "`from_codes`, or use `from_embeddings`"
             )
-        item_ids = as_strings(item_ids)
+        item_ids = as_new_ids(item_ids)
         known = [item_id for item_id in item_ids if item_id in self._row_of_id]
         if known:
             raise ValueError(f"expected new item ids, found {len(known)} that exist already: {known[:5]}")
@@ -120,7 +120,7 @@ class ItemCatalogue:
         if titles is not None or self.titles is not None:
             # An item without a title has an empty one.
             old_titles = self.titles or [""] * len(self.item_ids)
-            all_titles = old_titles + (as_strings(titles) if titles is not None else [""] * len(item_ids))
+            all_titles = old_titles + (as_titles(titles) if titles is not None else [""] * len(item_ids))
         width = max(self.codebook_sizes[-1], int(suffixes.max(initial=-1)) + 1)
         return replace(
             self,
@@ -156,7 +156,9 @@ class ItemCatalogue:
             "titles": self.titles,
             "item_ids": self.item_ids,
         }
-        items_path.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        items_path.write_bytes(
+            (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode()
+        )  # or nothing, if it cannot
         tensors, metadata = {"item_codes": self.codes}, {}
         if self.quantizer is not None:
             tensors |= self.quantizer.tensors()
@@ -210,7 +212,23 @@ def as_strings(values: Iterable) -> list[str]:
         raise ValueError(f"expected a list of ids or titles, found the one string {values!r}: put it into a list")
     if isinstance(values, np.ndarray | torch.Tensor):
         values = values.tolist()
-    return [str(value) for value in values]
+    return [str(value.item() if isinstance(value, torch.Tensor) else value) for value in values]
+
+
+def as_new_ids(values: Iterable) -> list[str]:
+    """Ids that items shall have; `ValueError` if one is None."""
+    if not isinstance(values, str):
+        values = values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
+        if None in values:
+            raise ValueError(
+                f"expected an id for each item, found None in place {values.index(None)} of {len(values)}: give it one"
+            )
+    return as_strings(values)
+
+
+def as_titles(values: Iterable) -> list[str]:
+    """Titles as strings; one that is missing (None, or a table's NaN) is empty."""
+    return as_strings("" if value is None or value != value else value for value in values)
 
 
 def _check_codes(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
@@ -222,8 +240,8 @@ def _check_codes(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     product = 1
     for size in sizes:
         product *= size
-    if min(sizes) < 1 or product >= 2**63:
-        raise ValueError(f"expected codebook sizes >= 1 whose product is below 2^63, found {sizes}")
+    if min(sizes) < 1 or max(sizes) > 2**31 or product >= 2**63:
+        raise ValueError(f"expected codebook sizes from 1 to 2^31 whose product is below 2^63, found {sizes}")
     wrong = np.argwhere((codes < 0) | (codes >= np.array(sizes)))
     if len(wrong):
         row, level = wrong[0]

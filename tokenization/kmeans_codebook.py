@@ -9,7 +9,10 @@ BLOCK = 1 << 22
 
 
 def nearest(points: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """Index of the nearest entry by squared distance: float32 [N, D], [K, D] -> int64 [N]; ties to the lowest."""
+    """
+    Index of the nearest entry by squared distance: float32 [N, D], [K, D] -> int64 [N]. Of equal entries it may be any, since
+    a matrix product need not give equal columns the same last bits: `first_equal` has the lowest.
+    """
     # Shifted to the codebook's mean, or |c|^2 - 2 x.c would lose all digits for embeddings far from the origin.
     mean = codebook.mean(axis=0)
     centred = codebook - mean
@@ -21,6 +24,12 @@ def nearest(points: np.ndarray, codebook: np.ndarray) -> np.ndarray:
         scores -= half_norms
         nearest[start : start + step] = scores.argmax(axis=1)
     return nearest
+
+
+def first_equal(codebook: np.ndarray) -> np.ndarray:
+    """The lowest index of an entry equal to each: float32 [K, D] -> int64 [K]."""
+    _, first, same = np.unique(codebook, axis=0, return_index=True, return_inverse=True)
+    return first[same.ravel()]
 
 
 def fit_codebook(points: np.ndarray, num_codes: int, iterations: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from .kmeans_codebook import BLOCK, fit_codebook, nearest
+from .kmeans_codebook import BLOCK, first_equal, fit_codebook, nearest
 from .semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
 
 
@@ -87,7 +87,7 @@ class ResidualKMeans:
 
         Every code is used on the sample that it is learned from, except where a level's residuals have fewer
         distinct rows than the level has codes: each distinct row is then an entry of its own, the surplus entries
-        repeat the first one and are never chosen (ties go to the lowest code).
+        repeat the first one and are never chosen (of equal entries the lowest code is).
 
         Args:
             embeddings: float [N, D], N >= the largest codebook.
@@ -117,7 +117,7 @@ class ResidualKMeans:
         codebooks = []
         for level, num_codes in enumerate(self.codebook_sizes):
             codebook = fit_codebook(residual, num_codes, self.num_iterations, self.seed + level)
-            residual = residual - codebook[nearest(residual, codebook)]
+            residual = residual - codebook[nearest(residual, codebook)]  # of equal entries any
             codebooks.append(codebook)
         self.codebooks = tuple(codebooks)
         return self
@@ -132,11 +132,12 @@ class ResidualKMeans:
         """
         matrix = self._check_width(embeddings)
         codes = np.empty((len(matrix), self.num_levels), dtype=np.int32)
+        firsts = [first_equal(codebook) for codebook in self.codebooks]
         for start in range(0, len(matrix), self._chunk):
             rows = slice(start, start + self._chunk)
             residual = self._project(self._normalized(matrix[rows]))
             for level, codebook in enumerate(self.codebooks):
-                codes[rows, level] = nearest(residual, codebook)
+                codes[rows, level] = firsts[level][nearest(residual, codebook)]
                 residual -= codebook[codes[rows, level]]
         return codes
 
@@ -248,15 +249,17 @@ class ResidualKMeans:
     def _normalized(self, matrix: np.ndarray) -> np.ndarray:
         rows = matrix.astype(np.float32)  # a copy: the residual is updated in place
         if self.normalize:
-            norms = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows /= np.where(norms > 0, norms, 1)
+            norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)  # squares of tiny numbers, too
+            rows = (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
         return rows
 
 
 def _principal_components(rows: np.ndarray, pca_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean float32 [D] and the `pca_dim` directions of most variance, float32 [D, pca_dim], of rows [N, D]."""
     mean = rows.mean(axis=0)
-    _, vectors = np.linalg.eigh(np.cov(rows, rowvar=False, dtype=np.float64).reshape(rows.shape[1], -1))
+    _, vectors = np.linalg.eigh(
+        np.cov(rows, rowvar=False, ddof=min(1, len(rows) - 1), dtype=np.float64).reshape(rows.shape[1], -1)
+    )
     components = vectors[:, ::-1][:, :pca_dim]  # eigh sorts ascending
     # An eigenvector's sign is arbitrary: the largest entry decides, so that equal data give equal codebooks.
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=0)[None], axis=0)
@@ -278,14 +281,15 @@ def _check_finite(matrix: np.ndarray) -> None:
     count, first = 0, -1
     step = max(1, BLOCK // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), step):
-        # as float32, where a large float64 becomes infinite
-        with np.errstate(over="ignore"):
-            bad = np.flatnonzero(~np.isfinite(matrix[start : start + step].astype(np.float32)).all(axis=1))
+        # As float32, where a large float64 becomes infinite, and so that the square of a distance is finite, too.
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.square(matrix[start : start + step].astype(np.float32)).sum(axis=1)
+            bad = np.flatnonzero(~np.isfinite(8 * squares))
         if len(bad) and first < 0:
             first = start + int(bad[0])
         count += len(bad)
     if count:
         raise ValueError(
-            f"expected finite embeddings, found NaN or infinity in {count} of {len(matrix)} rows, the first of them "
-            f"row {first}: repair or drop these rows"
+            f"expected finite embeddings, found NaN or infinity in {count} of {len(matrix)} rows, the first of them row {first}, "
+            "or numbers whose squares are infinite in float32: repair, scale or drop these rows"
         )

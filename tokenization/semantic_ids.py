@@ -16,7 +16,7 @@ def group_keys(codes: np.ndarray) -> np.ndarray:
         if bound * size >= 2**63:
             distinct, keys = np.unique(keys, return_inverse=True)  # renumber to make room
             bound = len(distinct)
-        keys = keys * size + column
+        keys = keys * size + column.astype(np.int64)  # with uint64 numpy would go on in floats
         bound *= size
     return keys
 

@@ -13,7 +13,7 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from .history_encoding import decode_rows, history_batch, known_rows
-from .item_catalogue import ItemCatalogue, as_strings
+from .item_catalogue import ItemCatalogue, as_new_ids, as_strings, as_titles
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
 from .semantic_ids import assign_suffixes, codebook_health
@@ -88,10 +88,10 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
                 names that are repeated or cannot be a token.
         """
         catalogue = ItemCatalogue(
-            as_strings(item_ids),
+            as_new_ids(item_ids),
             np.asarray(codes),
             tuple(int(size) for size in codebook_sizes),
-            None if titles is None else as_strings(titles),
+            None if titles is None else as_titles(titles),
             quantizer,
             provenance or {},
         )

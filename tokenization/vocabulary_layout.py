@@ -63,7 +63,7 @@ class VocabularyLayout:
         tokens[0] = BOS
         blocks = tokens[1:].reshape(len(codes), num_levels + 1)
         np.add(codes, self._offsets, out=blocks[:, :num_levels])
-        np.add(behavior_index, self.behavior_token_ids[0], out=blocks[:, num_levels], casting="unsafe")
+        np.add(behavior_index, np.int64(self.behavior_token_ids[0]), out=blocks[:, num_levels])
         return tokens
 
     def encode_times(self, times: np.ndarray) -> np.ndarray:
