@@ -214,7 +214,8 @@ def second_stage_loss(
     """
     RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
     model's own beams, the true item among them (unless `config.inject_target` leaves it to the search). All their tokens are run here, the true item's as the others': nothing of
-    them is left from the search. In training that search has the dropout of training.
+    them is left from the search. In training that search has the dropout of training, but for that of attention weights where
+    beams share the history (`shared_prefix_attention`).
 
     Args:
         number, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Which history of its row a token belongs to,

@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from .trie_unigrf import CatalogueTrie
+from .trie_unigrf import CatalogueTrie, item_list
 
 INT8_ONE = 127  # what stands for 1.0 in an embedding of int8
 
@@ -65,9 +65,9 @@ class UniGRFCatalogue(nn.Module):
             items (`torch.LongTensor` of shape `(n,)`, or a list): Item indices, e.g. `tokenizer.item_indices(ids)`.
 
         Raises:
-            ValueError: if there are none, or one is outside the catalogue.
+            ValueError: if there are none, one is outside the catalogue, or they are no integers.
         """
-        items = torch.as_tensor(items, dtype=torch.long, device=self.item_codes.device)
+        items = item_list(items, self.item_codes.device)
         if items.numel() and (items.min() < 0 or items.max() >= self.num_items):
             raise ValueError(
                 f"Expected item indices below {self.num_items}, found {int(items.min())} to {int(items.max())}."
@@ -89,6 +89,9 @@ class UniGRFCatalogue(nn.Module):
                 f"Expected integer item codes of shape (num_items, {levels}) with num_items >= 1, found "
                 f"{item_codes.dtype} of shape {shape}."
             )
+        least, most = int(item_codes.min()), int(item_codes.max())
+        if least < 0 or most >= 2**31:  # before they are made 32 bits wide
+            raise ValueError(f"Expected item codes from 0 to 2^31 - 1, found {least} to {most}.")
         if (item_embeddings is None) != (self.item_embeddings is None):
             wanted = "no" if self.item_embeddings is None else f"{self.item_embeddings.shape[1]}-wide"
             given = "none" if item_embeddings is None else tuple(item_embeddings.shape)
@@ -105,10 +108,11 @@ class UniGRFCatalogue(nn.Module):
             )
         if item_embeddings.dtype == torch.int8:
             return
-        bad = (~item_embeddings.isfinite()).any(dim=1).nonzero()
+        bad = (~item_embeddings.to(self.item_embeddings.dtype).isfinite()).any(dim=1).nonzero()
         if len(bad):
             raise ValueError(
-                f"{len(bad)} item embeddings have NaN or infinite values, the first in row {int(bad[0])}."
+                f"{len(bad)} item embeddings have NaN or infinite values as {self.item_embeddings.dtype}, the first in row "
+                f"{int(bad[0])}."
             )
 
     def replace(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None) -> None:

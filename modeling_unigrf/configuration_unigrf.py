@@ -100,6 +100,13 @@ class UniGRFConfig(PreTrainedConfig):
             item vectors. Needs `item_embedding_dim` or `item_table_size`.
         candidate_loss_weight (`float`, defaults to 1.0):
             Weight of the softmax of a row's last item, of several codes, among the `negative_items` that `forward` is given.
+        exclude_history (`bool`, defaults to `True`):
+            Default of `recommend` and the pipeline: no item of the history is recommended.
+        max_long_items (`int`, *optional*):
+            Items of a long history that sub-histories are chosen from, the most recent: what the pipeline keeps of one, by default
+            all.
+        ranking_target (`str`, *optional*):
+            Default of the ranking target that `recommend` orders by; the first of `ranking_targets`, if not given.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
         item_weight (`float`, defaults to 0.0):
@@ -169,6 +176,9 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_loss_weight: float = 1.0
     item_loss_weight: float = 0.0
     candidate_loss_weight: float = 1.0
+    exclude_history: bool = True
+    max_long_items: int | None = None
+    ranking_target: str | None = None
     ranking_weight: float = 1.0
     item_weight: float = 0.0
     union_items: int = 0
@@ -326,6 +336,10 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected ranking targets among {[NEXT_TARGET, *self.behaviors]}, found {self.ranking_targets}."
             )
+        if self.ranking_target not in (None, *self.ranking_targets):
+            raise ValueError(
+                f"Expected a ranking_target among {self.ranking_targets}, found {self.ranking_target!r}. Leave it out for the first."
+            )
         has_vectors = self.has_item_vectors and NEXT_TARGET in self.ranking_targets
         if self.item_loss_weight and not has_vectors:
             raise ValueError(
@@ -354,6 +368,10 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare and item vectors to read: "
                 "set item_embedding_dim and, with read_item_embeddings=False, item_table_size."
+            )
+        if self.max_long_items is not None and self.max_long_items < 1:
+            raise ValueError(
+                f"Expected max_long_items of 1 or more, found {self.max_long_items}. Leave it out for all of a long history."
             )
         fits = self.max_history_items
         if self.max_items is not None and not 1 <= self.max_items <= (self.max_items if fits is None else fits):

@@ -14,6 +14,7 @@ read and kept once. `read_continuations` lets them attend in one of two ways, wi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -166,11 +167,14 @@ def attention_mask_4d(
 @contextmanager
 def kept_as_found(cache: Cache) -> Iterator[Cache]:
     """Whatever is appended to the cache inside is taken off again, also if something fails."""
-    length = cache.get_seq_length()
+    lengths = [layer.get_seq_length() for layer in cache.layers]
     try:
         yield cache
     finally:
-        cache.crop(length - cache.get_seq_length())
+        # Layer by layer: if one failed, those behind it have nothing to be taken off.
+        for layer, length in zip_longest(cache.layers, lengths, fillvalue=0):
+            if more := layer.get_seq_length() - length:
+                layer.crop(-more)
 
 
 def check_cache(cache: Cache) -> None:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+)
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
@@ -181,7 +188,8 @@ class UniGRFGenerationMixin(GenerationMixin):
             first = int(unknown.nonzero()[0])
             raise ValueError(
                 f"{int(unknown.sum())} items of the histories are not in the catalogue; the first is spelt "
-                f"{codes[first].tolist()} in row {int(rows[first])}. Tokenizer and model do not belong together."
+                f"{codes[first].tolist()} in row {int(rows[first])}. Tokenizer and model do not belong together, or the history "
+                "was cut inside an item."
             )
         return attention_mask, rows, items
 
@@ -358,6 +366,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if synced_gpus:
             asked_for.append("synced_gpus")
+        known = (ItemComplete, MaxLengthCriteria, EosTokenCriteria)  # an item has no eos
+        asked_for += [type(one).__name__ for one in stopping_criteria if not isinstance(one, known)]
         try:
             cache = DynamicCache() if cache is None else cache
             check_cache(cache)
@@ -408,16 +418,21 @@ class UniGRFGenerationMixin(GenerationMixin):
             past_key_values=cache,
         )
 
+    def max_return_sequences(self, num_beams: int | None = None) -> int:
+        """How many items `recommend` returns at most of so many beams (by default its own number), by the config's defaults."""
+        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        return min(num_beams, self.config.num_ranked_beams or num_beams) + self.config.union_items
+
     @torch.no_grad()
     def recommend(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor | None = None,
         num_beams: int | None = None,
-        num_return_sequences: int = 10,
+        num_return_sequences: int | None = None,
         ranking_weight: float | None = None,
         ranking_target: str | None = None,
-        exclude_history: bool = False,
+        exclude_history: bool | None = None,
         allowed_items: list | None = None,
         blocked_items: list | None = None,
         catalogue: CatalogueTrie | None = None,
@@ -440,10 +455,11 @@ class UniGRFGenerationMixin(GenerationMixin):
             attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
             num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
                 default.
-            num_return_sequences (`int`): Items returned, at most `num_beams` (or `num_ranked_beams`) `+ union_items`.
+            num_return_sequences (`int`, *optional*): Items returned, at most `num_beams` (or `num_ranked_beams`) `+ union_items`;
+                by default ten, or as many as that.
             ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
-            ranking_target (`str`, *optional*): One of `config.ranking_targets`, by default the first.
-            exclude_history (`bool`): Leave out the items of the history itself.
+            ranking_target (`str`, *optional*): One of `config.ranking_targets`; `config.ranking_target` by default, or the first.
+            exclude_history (`bool`, *optional*): Leave out the items of the history itself; `config.exclude_history` by default.
             allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): Per
                 request. They hold inside the search: a beam never spends itself on an item that may not be shown.
             catalogue (`CatalogueTrie`, *optional*): Recommend only items of this part of the catalogue (a market, a
@@ -475,7 +491,10 @@ class UniGRFGenerationMixin(GenerationMixin):
         union_items = self.config.union_items if union_items is None else union_items
         num_ranked_beams = self.config.num_ranked_beams if num_ranked_beams is None else num_ranked_beams
         num_ranked = min(num_beams, num_ranked_beams) if num_ranked_beams else num_beams
-        ranking_target = targets[0] if ranking_target is None else ranking_target
+        ranking_target = ranking_target or self.config.ranking_target or targets[0]
+        exclude_history = self.config.exclude_history if exclude_history is None else exclude_history
+        if num_return_sequences is None:
+            num_return_sequences = min(10, num_ranked + union_items)
         if ranking_target not in targets:
             raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")
         is_possible = num_beams >= 1 and min(union_items, num_ranked) >= 0

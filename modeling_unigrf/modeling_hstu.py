@@ -194,7 +194,7 @@ class HSTUModel(HSTUPreTrainedModel):
         if ((distance == between) | ~visible[:, 0]).all():
             distance = between
         seconds = None
-        if self.config.num_time_buckets and (timestamps >= 0).any():
+        if self.config.num_time_buckets and (next_timestamps >= 0).any() and (key_times >= 0).any():
             seconds = (next_timestamps[:, :, None] - key_times[:, None]).abs()
             unknown = (next_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
             seconds = seconds.masked_fill(unknown, UNKNOWN_TIME)

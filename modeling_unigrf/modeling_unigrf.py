@@ -263,7 +263,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         Adds items behind the existing ones; the model generates and ranks them at once, without training.
 
         The last codebook grows if a code asks for it (new rows of the vocabulary, started at the mean of the level's
-        rows); the scores of the old items change only then, since the level's softmax has more alternatives.
+        rows); generation scores of the old items change only then, since the level's softmax has more alternatives. The
+        `"next"` logit of all falls with `config.log_odds_of_next`: one of more items comes next.
 
         Args:
             item_codes (`torch.IntTensor` of shape `(n, num_levels)`): As `tokenizer.add_items` returns them.

@@ -8,7 +8,9 @@ REQUEST_KEYS = {"items", "behaviors", "timestamps", "request_timestamp", "allowe
 PREPROCESS = ("max_items", "unknown", "exclude_history")
 FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalogue")
 FORWARD += ("item_weight", "union_items", "num_ranked_beams")
-COLUMNS = ("item_indices", "scores", "generation_scores", "ranking_scores")
+# Of what `recommend` returns, and what they are called in a row of the list.
+COLUMNS = {"scores": "score", "generation_scores": "generation_score", "ranking_scores": "ranking_score"}
+COLUMNS |= {"item_scores": "item_score"}
 
 
 class RecommendationPipeline(Pipeline):
@@ -22,11 +24,11 @@ class RecommendationPipeline(Pipeline):
         max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model was trained
             with (`config.max_items`), or as many as fit.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
-        exclude_history (`bool`, defaults to `True`): Never recommend an item of the history.
+        exclude_history (`bool`, *optional*): Never recommend an item of the history; by default as the config says.
         num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue, item_weight, union_items,
             num_ranked_beams: As in `UniGRFForCausalLM.recommend`.
 
-    A model with `num_retrieved_items` searches the whole history, also what is beyond `max_items`.
+    A model with `num_retrieved_items` also searches the history beyond `max_items` (`config.max_long_items` of it).
     """
 
     _load_processor = False
@@ -55,7 +57,8 @@ class RecommendationPipeline(Pipeline):
 
         Returns:
             A list of dicts for each history, best first: `item_id`, `title` (None without titles), `score`,
-            `generation_score` (`log P`), `ranking_score` (`log sigmoid`). A list of such lists for several histories.
+            `generation_score` (`log P`), `ranking_score` (`log sigmoid`) and, of a model that has one, `item_score`. A list of
+            such lists for several histories.
 
         Raises:
             ValueError: on unknown items or behaviours, empty histories, misspelt parameters, an allow-list without items.
@@ -63,11 +66,11 @@ class RecommendationPipeline(Pipeline):
         if isinstance(inputs, (list, tuple)):
             if not inputs:
                 raise ValueError("Expected a history or a list of histories, found an empty list.")
-            is_batch = isinstance(inputs[0], (list, tuple, dict))
+            is_batch = isinstance(inputs[0], (list, tuple, dict)) or getattr(inputs[0], "ndim", 0) > 0  # an array
             inputs = list(inputs) if is_batch else {"items": list(inputs)}
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=True):
+    def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=None):
         request = inputs if isinstance(inputs, dict) else {"items": inputs}
         strange = set(request) - REQUEST_KEYS
         if strange or "items" not in request:
@@ -86,6 +89,10 @@ class RecommendationPipeline(Pipeline):
             timestamps=request.get("timestamps"),
             return_tensors="pt",
         )
+        if len(encoded["input_ids"]) != 1:
+            raise ValueError(
+                f"Expected one history a request, found {len(encoded['input_ids'])}. Give a list of histories, each a list of ids."
+            )
         if config.reads_times and "timestamps" not in encoded:  # beside a request that has them
             encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
         asked_for = request.get("request_timestamp")
@@ -93,30 +100,39 @@ class RecommendationPipeline(Pipeline):
             encoded["request_timestamps"] = torch.tensor([asked_for]).long()
         elif "timestamps" in encoded:
             encoded["request_timestamps"] = encoded["timestamps"][:, -1]
-        allowed = self._indices(request.get("allowed_items") or [], unknown)
+        lists = {
+            name: [] if request.get(name) is None else list(request[name])
+            for name in ("allowed_items", "blocked_items")
+        }
+        allowed, blocked = self._indices(lists["allowed_items"], unknown), lists["blocked_items"]
         if request.get("allowed_items") is not None and not allowed.any():
             raise ValueError(
                 f"Expected a known item in `allowed_items`, found {request['allowed_items']!r}. Leave it out to allow all."
             )
-        blocked = list(request.get("blocked_items") or [])
-        if exclude_history:  # all of it, also what is beyond `max_items`
+        if config.exclude_history if exclude_history is None else exclude_history:  # also what is beyond `max_items`
             blocked += items
         if config.num_retrieved_items:
             encoded |= self._long_history(items, request.get("behaviors"), request.get("timestamps"), unknown)
         return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
 
     def _long_history(self, items, behaviors, timestamps, unknown) -> dict[str, torch.LongTensor]:
-        """All known items, their behaviours and times, each as `_indices`, so that padding is no item here either."""
+        """Known items, their behaviours and times, each as `_indices`, so that padding is no item here either."""
         encoded = self.tokenizer.encode_history(
-            items, behaviors, unknown=unknown, timestamps=timestamps, return_tensors="pt"
+            items,
+            behaviors,
+            max_items=self.model.config.max_long_items,
+            unknown=unknown,
+            timestamps=timestamps,
+            return_tensors="pt",
         )
         tokens = encoded["input_ids"][0]
         indices = torch.as_tensor(self.tokenizer.decode_indices(tokens)).long()
         on_them = tokens[1:].view(len(indices), -1)[:, -1:]
         names = (on_them == tokens.new_tensor(self.model.config.behavior_token_ids)).int().argmax(dim=1)
         columns = {"long_items": indices, "long_behaviors": names}
-        if timestamps is not None:
-            columns["long_timestamps"] = encoded["timestamps"][0, 1:].view(len(indices), -1)[:, -1]
+        if self.model.config.reads_times:  # also for a request without any, beside one that has them
+            times = encoded.get("timestamps", torch.full_like(encoded["input_ids"], -1))
+            columns["long_timestamps"] = times[0, 1:].view(len(indices), -1)[:, -1]
         return {name: torch.nn.functional.pad(column + 1, (1, 0))[None] for name, column in columns.items()}
 
     def _indices(self, item_ids, unknown) -> torch.LongTensor:
@@ -139,20 +155,21 @@ class RecommendationPipeline(Pipeline):
         for name in ("long_items", "long_behaviors", "long_timestamps"):
             if name in model_inputs:
                 lists[name] = model_inputs.pop(name) - 1
-        return self.model.recommend(**model_inputs, **lists, **parameters)
+        # What is left out was said by `preprocess`, which knows more of the history than the model reads.
+        return self.model.recommend(**model_inputs, **lists, **parameters, exclude_history=False)
 
     def postprocess(self, model_outputs):
         item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
-        rows = zip(*(model_outputs[name][0].tolist() for name in COLUMNS), strict=True)
+        scores = {
+            name: model_outputs[column][0].tolist() for column, name in COLUMNS.items() if column in model_outputs
+        }
         return [
             {
                 "item_id": item_ids[item],
                 "title": None if titles is None else titles[item],
-                "score": score,
-                "generation_score": generation,
-                "ranking_score": ranking,
+                **{name: values[row] for name, values in scores.items()},
             }
-            for item, score, generation, ranking in rows
+            for row, item in enumerate(model_outputs["item_indices"][0].tolist())
             if item >= 0
         ]
 

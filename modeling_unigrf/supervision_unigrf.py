@@ -147,6 +147,7 @@ class UniGRFSupervisionMixin:
         Several histories in a row, and negatives behind them, as one forward: the inputs with the negatives appended, the
         4-D mask, position ids and negatives. Rows of one history without negatives need none of it.
         """
+        favorites = None if given is None else given.favorites
         given = given if self._appends(given) else None
         appends = self._negatives_per_item or given is not None
         if not appends and number.max() <= 1:
@@ -157,7 +158,7 @@ class UniGRFSupervisionMixin:
             codes, per_item = self.catalogue.item_codes, self._negatives_per_item
             generator = self._generator(number.device)
             negatives = draw_negatives(
-                self.layout, codes, supervised, position_ids, mask, per_item, given=given, generator=generator
+                self.layout, codes, supervised, position_ids, mask, per_item, favorites, given, generator
             )
             more = negatives.tokens if "input_ids" in inputs else self.get_input_embeddings()(negatives.tokens)
             inputs = {name: torch.cat([value, more], dim=1) for name, value in inputs.items()}

@@ -70,7 +70,8 @@ class GivenItems:
 
     Args:
         negatives (`torch.LongTensor` of shape `(batch_size, m)`): Items to learn to tell from the next one; -1: none.
-        favorites (`torch.LongTensor` of shape `(batch_size, f)`): Items that are never negatives; -1: none.
+        favorites (`torch.LongTensor` of shape `(batch_size, f)`): Items that are no negatives, neither random candidates nor among
+            atomic ids (in the item-level softmax they are as all others); -1: none.
         last_ends (`torch.LongTensor` of shape `(batch_size,)`): Where the history before the last supervised item ends; -1
             in a row without one.
         targets (`torch.LongTensor` of shape `(batch_size,)`): That item; -1 in a row without one.
@@ -132,7 +133,7 @@ class Negatives:
         items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
         history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each is placed.
         usable (`torch.BoolTensor` of shape `(batch_size, M)`): Of the random ones: False where the draw hit the true next
-            item, and in rows with fewer items than the fullest one. False for all others.
+            item or a favorite, and in rows with fewer items than the fullest one. False for all others.
         given (`torch.BoolTensor` of shape `(batch_size, M)`): Of those that the caller gave: False where there is none.
         position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
         attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
@@ -154,6 +155,7 @@ def draw_negatives(
     position_ids: torch.LongTensor,
     visible: torch.BoolTensor,
     negatives_per_item: float,
+    favorites: torch.LongTensor | None = None,
     given: GivenItems | None = None,
     generator: torch.Generator | None = None,
 ) -> Negatives:
@@ -165,6 +167,7 @@ def draw_negatives(
         item_codes (`torch.IntTensor` of shape `(num_items, L)`)
         position_ids (`torch.LongTensor` of shape `(batch_size, T)`), visible (`torch.BoolTensor` of shape
             `(batch_size, T, T)`): Of the histories, from the layout.
+        favorites (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of a row; -1: none.
     """
     batch_size, length = position_ids.shape
     device = position_ids.device
@@ -179,6 +182,8 @@ def draw_negatives(
     items = torch.randint(len(item_codes), (batch_size, count), device=device, generator=generator)
     target = next_item.gather(1, after)
     usable = (target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None])
+    if favorites is not None:
+        usable &= ~(items[:, :, None] == favorites[:, None]).any(dim=2)
     is_given = torch.zeros_like(usable)
     if given is not None:
         wanted = given.negatives
@@ -203,7 +208,8 @@ def generation_loss(
     model, states: torch.Tensor, targets: torch.LongTensor, given: GivenItems | None = None
 ) -> torch.Tensor:
     """
-    Mean cross-entropy of the codes, each among the codes of its own level (level-wise softmax). In training with
+    Mean cross-entropy of the codes, each among the codes of its own level (level-wise softmax). (RecoChain sums over an item's
+    levels: its loss is `num_levels` times this one, and its weight of the ranking so many times ours.) In training with
     `config.code_negatives`, among itself and so many uniform codes of its level, without correction (as the public code of
     HSTU samples items); draws that hit the code itself do not count, and levels with no more codes are taken whole.
 
@@ -381,7 +387,8 @@ def ranking_loss(
     negative_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    Mean over the ranking targets of the binary cross-entropy (UniGRF section 3; RecoChain stage II for `"next"`).
+    Mean over the ranking targets of the binary cross-entropy (UniGRF section 3; RecoChain stage II for `"next"`, which is its
+    only target: beside others it counts as one of them).
 
     Args:
         logits (`torch.FloatTensor` of shape `(n, num_targets)`): Of the items that did come next.

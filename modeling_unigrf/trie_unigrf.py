@@ -40,7 +40,8 @@ class TrieLevel:
         counts = parents.bincount(minlength=num_parents)
         child_start = nn.functional.pad(counts.cumsum(0), (1, 0))
         level = cls(num_codes, len(codes), int(counts.max()), child_start.int())
-        if num_parents * num_codes > max(DENSE_ENTRIES, len(codes)):
+        # A float32 counts to 2^24.
+        if num_codes > 2**24 or num_parents * num_codes > max(DENSE_ENTRIES, len(codes)):
             level.codes = codes.to(
                 torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
             )
@@ -277,6 +278,16 @@ class CatalogueTrie:
         return best_scores, parent, child, code
 
 
+def item_list(items, device: torch.device) -> torch.LongTensor:
+    """Item indices as a tensor; raises `ValueError` for a mask or for fractions, which a cast would take for indices."""
+    items = torch.as_tensor(items, device=device)
+    if items.numel() and (items.dtype == torch.bool or items.is_floating_point()):
+        raise ValueError(
+            f"Expected item indices as integers, found {items.dtype}. Of a mask take `mask.nonzero()[:, 0]`."
+        )
+    return items.long()
+
+
 class ItemFilter:
     """
     Items allowed or blocked for each request, held inside the trie: no beam goes where no item may be shown.
@@ -306,9 +317,10 @@ class ItemFilter:
             request, path = request[left], path[left]
         nothing_left = request.bincount(minlength=batch_size) == (0 if self.is_allow_list else trie.num_items)
         if nothing_left.any():
+            why = "its allow-list is empty, or all in it is blocked or outside the catalogue"
             raise ValueError(
-                f"Request {int(nothing_left.nonzero()[0])} leaves no item to recommend: its allow-list is empty or everything "
-                "in it is blocked or outside the catalogue."
+                f"Request {int(nothing_left.nonzero()[0])} leaves no item to recommend: "
+                f"{why if self.is_allow_list else 'everything is blocked'}. Leave it out."
             )
         # For each level: request * num_nodes + node, sorted.
         self.num_nodes = [level.num_nodes for level in trie.levels]
@@ -323,7 +335,7 @@ class ItemFilter:
     def _paths(trie: CatalogueTrie, item_codes: torch.Tensor, lists) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Lists of items -> requests `[n]` and nodes `[n, L]` of the n different items that the trie has."""
         device = item_codes.device
-        lists = [torch.as_tensor(items, dtype=torch.long, device=device).flatten() for items in lists]
+        lists = [item_list(items, device).flatten() for items in lists]
         items = torch.cat(lists)
         if len(items) and (items.min() < 0 or items.max() >= len(item_codes)):
             row = next(

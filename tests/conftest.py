@@ -43,6 +43,7 @@ def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, see
     generator = torch.Generator().manual_seed(seed)
     config = {
         "behaviors": ["dislike", "like"],
+        "exclude_history": False,
         "item_embedding_dim": 6 if embeddings else 0,
         "item_table_size": num_items if embeddings else 0,
         "num_items": num_items,

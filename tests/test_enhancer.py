@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, random_histories
+from conftest import build_model, random_histories, watch_negatives
 from datasets import Dataset
 from test_training import collate, run_trainer
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from modeling_unigrf import training_unigrf
 from recipes.callbacks import LossParts
@@ -91,13 +91,26 @@ def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_prob
 def test_random_negatives_of_the_ranking_are_no_given_ones(ids):
     model = build_model(**ids)
     batch, _ = labelled(model, [4, 2])
-    given = {"favorite_items": torch.tensor([[7], [8]])}
+    given = {"favorite_items": torch.full((2, 1), -1)}
     if "code_negatives" in ids:  # among the sampled codes, without tokens of their own
         given["negative_items"] = torch.tensor([[1, 2], [3, -1]])
     with torch.no_grad():
         out, plain = model(**batch, **given), model(**batch)
     assert out.candidate_loss is None
     torch.testing.assert_close(out.loss, plain.loss)
+
+
+def test_a_favorite_is_no_random_candidate_of_the_ranking():
+    model = build_model(negatives_per_item=20.0)
+    batch, items = labelled(model, [4, 2])
+    seen = watch_negatives(model)
+    with torch.no_grad():
+        model(**batch, favorite_items=torch.tensor([[7, 8], [9, -1]]))
+    negatives = seen["negatives"]
+    for row, (favorites, own) in enumerate(zip(([7, 8], [9]), items, strict=True)):
+        used = negatives.items[row][negatives.usable[row]]
+        assert not set(used.tolist()) & set(favorites) and len(used) > 10 * len(own) // 2
+        assert set(negatives.items[row].tolist()) & set(favorites), "they were drawn"
 
 
 def test_given_items_that_fit_nothing_are_refused():
@@ -247,6 +260,10 @@ def test_what_the_enhancer_cannot_do_is_said(tmp_path):
         build_enhancer(build_model(), pool="uniform")
     with pytest.raises(ValueError, match="a target among"):
         build_enhancer(build_model(**ATOMIC), target="love")
+    with pytest.raises(ValueError, match="more epochs than the 1 of the enhancer's warm-up, found 1"):
+        build_enhancer(build_model(**ATOMIC)).on_train_begin(
+            Arguments(tmp_path), TrainerState(num_train_epochs=1), None
+        )
     small = build_enhancer(build_model(**{**ATOMIC, "codebook_sizes": (10,), "num_items": 10}), pool_size=4)
     with pytest.raises(ValueError, match="a pool of at least 3 items"):
         small._refresh(Arguments(tmp_path), 1)
@@ -270,7 +287,7 @@ def test_the_gradient_norm_form_balances_the_gradients():
     from recipes.callbacks import AdaptiveWeighter
 
     weighter, model = AdaptiveWeighter(form="gradient_norm"), build_model()
-    weighter.on_train_begin(Arguments(""), None, None, model=model)
+    weighter.on_train_begin(Arguments(""), TrainerState(num_train_epochs=3), None, model=model)
     batch, _ = labelled(model, [4, 2])
     states = []
     hook = model.model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
@@ -285,6 +302,9 @@ def test_the_gradient_norm_form_balances_the_gradients():
     weighter.sums, weighter.count = [3.6, 1.0, 6.0, 2.0], 1  # ratios .9 and 1
     weighter._close_window(torch.device("cpu"))
     assert model.task_weights == pytest.approx((2 * 0.15 / 0.65, 2 * 0.5 / 0.65), abs=1e-5)
+    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 0.0], 1  # as of stage II with a detached history
+    with pytest.raises(ValueError, match="one of them does not reach the histories' states"):
+        weighter._close_window(torch.device("cpu"))
     weighter.on_train_end(None, None, None)
     assert model(**batch).gradient_norms is None
     with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):

@@ -5,7 +5,15 @@ import torch
 from conftest import build_model, exact_scores, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
@@ -222,8 +230,15 @@ def test_lists_that_leave_nothing_or_name_nothing_are_refused():
         model.recommend(input_ids, mask, allowed_items=[[3], []])
     with pytest.raises(ValueError, match="Request 0 leaves no item"):
         model.recommend(input_ids, mask, allowed_items=[[3], [4]], blocked_items=[[3], []])
+    with pytest.raises(ValueError, match="Request 1 leaves no item to recommend: everything is blocked"):
+        model.recommend(input_ids, mask, blocked_items=[[], range(30)])
     with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
         model.recommend(input_ids, mask, blocked_items=[[30], []])
+    for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would take either for indices
+        with pytest.raises(ValueError, match="item indices as integers"):
+            model.recommend(input_ids, mask, allowed_items=[[3], wrong])
+        with pytest.raises(ValueError, match="item indices as integers"):
+            model.catalogue.subset(wrong)
     with pytest.raises(ValueError, match="one list for each of 2 requests"):
         model.recommend(input_ids, mask, allowed_items=[[3]])
 
@@ -274,6 +289,13 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
         input_ids, output_scores=True, output_logits=True, return_dict_in_generate=True, **arguments
     )
     assert len(attentions.logits) == 4 and torch.equal(attentions.sequences, expected)
+
+    class AtOnce(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.ones(len(input_ids), dtype=torch.bool)
+
+    stopped = model.generate(input_ids, stopping_criteria=StoppingCriteriaList([AtOnce()]), **arguments)
+    assert stopped.shape[1] == input_ids.shape[1] + 1
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
     with pytest.raises(ValueError, match="Expected a `DynamicCache"):

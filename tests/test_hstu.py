@@ -97,6 +97,13 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(tokens).last_hidden_state, whole), "times matter"
+    times[:, 7:] = -1  # of all that is read last, which is asked for at a known time
+    arguments = {"timestamps": times, "next_timestamps": later}
+    whole, cache = model(tokens, **arguments).last_hidden_state, DynamicCache()
+    for part in (slice(0, 7), slice(7, 9)):
+        columns = {name: column[:, part] for name, column in arguments.items()}
+        last = model(tokens[:, part], past_key_values=cache, use_cache=True, **columns).last_hidden_state
+    torch.testing.assert_close(last, whole[:, 7:], atol=1e-5, rtol=1e-4)
     unknown = model(tokens, timestamps=torch.full_like(times, -1)).last_hidden_state
     torch.testing.assert_close(unknown, model(tokens).last_hidden_state)
 

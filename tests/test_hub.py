@@ -249,6 +249,10 @@ def test_with_one_behaviour_a_history_is_a_plain_list_of_ids_and_titles_are_none
     found = plain([7, 3])
     assert found == plain(("7", "3")) == plain({"items": [7, 3]}) == plain([[7, 3], [5]])[0]
     assert all(row["title"] is None and int(row["item_id"]) in range(60) for row in found)
+    assert plain([np.array([7, 3]), torch.tensor([5])]) == plain([[7, 3], [5]]) == [found, plain([5])]
+    assert plain(torch.tensor([7, 3])) == plain(list(torch.tensor([7, 3]))) == found
+    with pytest.raises(ValueError, match="one history a request, found 2"):
+        plain({"items": [[7, 3], [5]]}, unknown="skip")
 
 
 def test_a_batch_equals_one_by_one_also_with_lists_for_some_requests_alone(recommender):
@@ -268,6 +272,33 @@ def test_a_batch_equals_one_by_one_also_with_lists_for_some_requests_alone(recom
     assert [row["item_id"] for row in alone[2]] in (["film 7", "film 9"], ["film 9", "film 7"])
     assert alone[3][0]["item_id"] == alone[1][1]["item_id"]
     assert [row["item_id"] for row in alone[4]] == ["film 8"]
+
+
+def test_arrays_are_histories_and_lists_as_python_lists_are(recommender):
+    histories = [
+        {"items": np.array(one["items"]), "behaviors": np.array(one["behaviors"])} for one in (HISTORY, SHORT)
+    ]
+    assert recommender(histories) == recommender([HISTORY, SHORT])
+    for name in ("blocked_items", "allowed_items"):
+        for items in (["film 9"], ["film 7", "film 8"]):
+            found = recommender({**SHORT, name: np.array(items)})
+            assert found == recommender({**SHORT, name: items})
+
+
+def test_a_checkpoint_serves_by_its_own_defaults(recommender):
+    """As recipes.evaluate writes them: what is served is what was measured."""
+    config, everything = recommender.model.config, {"num_beams": 60, "num_return_sequences": 60}
+    before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "num_ranked_beams")}
+    try:
+        config.exclude_history, config.ranking_target = False, "like"
+        assert recommender(HISTORY, **everything) == recommender(
+            HISTORY, exclude_history=False, ranking_target="like", **everything
+        )
+        config.num_ranked_beams = 4
+        assert len(recommender(HISTORY)) == 4, "as many as there are, where ten were not asked for"
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def test_the_history_may_be_recommended_only_if_asked_for(recommender):

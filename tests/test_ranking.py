@@ -63,10 +63,12 @@ def test_the_cache_is_left_as_it_was_also_when_ranking_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
     cache = prefill(model, input_ids, mask)
-    monkeypatch.setattr(model.ranking_head, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(
+        model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
+    )  # after the first one's
     with pytest.raises(ZeroDivisionError):
         model.rank(input_ids, mask, torch.tensor([[0], [1]]), past_key_values=cache)
-    assert cache.get_seq_length() == input_ids.shape[1]
+    assert [layer.get_seq_length() for layer in cache.layers] == [input_ids.shape[1]] * 2
 
 
 def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):

@@ -50,6 +50,13 @@ def test_the_trie_holds_exactly_the_catalogue(catalogue):
     assert trie.leaf_items[nodes].tolist() == trie.lookup(spelt).tolist()
 
 
+def test_a_level_of_more_codes_than_a_float_can_count_finds_each():
+    count = 2**24 + 8
+    level = trie_unigrf.TrieLevel.build(count, torch.zeros(count).long(), torch.arange(count).int(), 1)
+    last = torch.arange(count - 9, count)
+    assert torch.equal(level.child(torch.zeros_like(last), last), last)
+
+
 @settings(max_examples=60, deadline=None)
 @given(catalogue=catalogues, count=st.integers(1, 9), lists=st.sampled_from(["none", "allowed", "blocked", "both"]))
 def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(catalogue, count, lists):
