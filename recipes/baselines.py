@@ -9,7 +9,7 @@ of the history are left out.
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ from recipes.prepare import prepared
 
 Histories = Sequence[Sequence[int]]
 
-GRID = {"neighbours": (50, 100, 200, 400, 1000, 10_000), "shrink": (0.0, 10.0, 50.0), "window": (3, 5, 10, 20, None)}
+GRID: dict[str, tuple[Any, ...]] = {
+    "neighbours": (50, 100, 200, 400, 1000, 10_000),
+    "shrink": (0.0, 10.0, 50.0),
+    "window": (3, 5, 10, 20, None),
+}
 METRIC = str(Path(__file__).parent / "metrics" / "next_item")
 BLOCK = 1024  # rows that are dense at a time: bounds memory at BLOCK x num_items floats
 
@@ -141,17 +145,15 @@ def baseline_results(
     dataset: DatasetDict,
     num_items: int,
     k: int = 50,
-    grid: Mapping[str, Sequence[Any]] = GRID,
     *,
     exclude_history: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Fit the baselines on `train`, choose item-kNN's settings on `validation`, measure on `test`.
+    """Fit the baselines on `train`, choose item-kNN's settings out of `GRID` on `validation`, measure on `test`.
 
     Args:
         dataset: splits of [`recipes.prepare`]: `train` with `items`; `validation` and `test` with `items`, `target`.
         num_items: size of the catalogue.
         k: length of the ranked lists, in items (mrr is over such a list).
-        grid: the values that are tried for every argument of [`ItemKNN`].
         exclude_history: leave a history's own items out of its list; else recency is a third baseline.
 
     Returns:
@@ -172,9 +174,9 @@ def baseline_results(
         return metric.compute(predictions=lists.tolist(), references=targets.tolist()), ranks
 
     best, settings = -1.0, {}
-    for neighbours, shrink in itertools.product(grid["neighbours"], grid["shrink"]):
+    for neighbours, shrink in itertools.product(GRID["neighbours"], GRID["shrink"]):
         knn = ItemKNN(num_items, neighbours=neighbours, shrink=shrink).fit(train)
-        for knn.window in grid["window"]:  # the window needs no new fit
+        for knn.window in GRID["window"]:  # the window needs no new fit
             reached = measure(knn, "validation")[0]["ndcg@10"]
             if reached > best:
                 best, settings = reached, {"neighbours": neighbours, "shrink": shrink, "window": knn.window}

@@ -113,7 +113,8 @@ def measure(contenders: dict[str, Callable], repeats: int, seconds: float = 10.0
 def build_model(codes: torch.Tensor, codebook_sizes: list[int], **config) -> UniGRFForCausalLM:
     """The benchmark's model, random weights (and item embeddings, if asked for), float32, on the GPU if there is one."""
     torch.manual_seed(0)
-    config = UniGRFConfig(text_config=LLAMA, codebook_sizes=codebook_sizes, num_items=len(codes), **config)
+    config |= {"num_items": len(codes), "exclude_history": False}
+    config = UniGRFConfig(text_config=LLAMA, codebook_sizes=codebook_sizes, **config)
     model = UniGRFForCausalLM(config).eval()
     with torch.no_grad():  # a spread as after training, so that beams are not all alike
         model.lm_head.weight.mul_(20)

@@ -24,8 +24,8 @@ class LossParts(TrainerCallback):
     Adds the means of the parts of the loss to what the Trainer logs.
 
     Raises:
-        ValueError: in training, if a part is not finite (the Trainer's own log would leave it out), or before it, with label
-            smoothing, for which the Trainer would leave all of them out.
+        ValueError: in training or at its end, if a part is not finite (the Trainer's own log would leave it out), or before it,
+            with label smoothing, for which the Trainer would leave all of them out.
     """
 
     names = ("generation_loss", "ranking_loss", "item_loss", "candidate_loss")
@@ -47,12 +47,20 @@ class LossParts(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and self.parts:
-            found = {name: [part[name] for part in self.parts if name in part] for name in self.names}
-            means = {name: torch.stack(values).mean().item() for name, values in found.items() if values}
-            self.parts.clear()
-            check_finite(means, f"at step {state.global_step}")
+            means = self._means(state)
             logs.update(means)
             state.log_history[-1].update(means)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._means(state)  # of the steps after the last log
+
+    def _means(self, state) -> dict[str, float]:
+        """Of the parts since the last call."""
+        found = {name: [part[name] for part in self.parts if name in part] for name in self.names}
+        means = {name: torch.stack(values).mean().item() for name, values in found.items() if values}
+        self.parts.clear()
+        check_finite(means, f"at step {state.global_step}")
+        return means
 
 
 def check_finite(losses: dict[str, float], where: str) -> None:
@@ -83,7 +91,8 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         form (`str`): `"loss_ratio"` or `"gradient_norm"`, which takes a second backward through the heads.
 
     Raises:
-        ValueError: on arguments that are not positive and, in training, if a loss is not finite or not computed.
+        ValueError: on arguments that are not positive, a training that ends before the third window and, in training, if a loss
+            is not finite, not computed or, for `gradient_norm`, has no gradient at the backbone's output.
     """
 
     names = ("generation_loss", "ranking_loss")
@@ -117,6 +126,12 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             raise ValueError(
                 f"Expected two losses to weigh, found generation_loss_weight and ranking_loss_weight {trained}. Train without "
                 "adaptive weights, or both losses."
+            )
+        windows = state.num_train_epochs if self.window_steps is None else state.max_steps / self.window_steps
+        if windows <= 2:
+            raise ValueError(
+                f"Expected more than two windows of training, found {windows:g} (window_steps={self.window_steps}; None: an epoch): "
+                "the first two have weights of 1, so that nothing would be weighed. Set window_steps lower, or train for longer."
             )
         self.model = model
         self.model.task_weights = tuple(self.weights)
@@ -156,7 +171,13 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
                 shares = torch.tensor(ratios).div(self.temperature).softmax(dim=0)
             else:
                 norms = torch.tensor([generation_norm, ranking_norm])
-                shares = torch.tensor(ratios) / norms.clamp(min=1e-12)
+                if not norms.all():
+                    raise ValueError(
+                        f"Expected a gradient of both losses towards the backbone's output, found norms of {norms.tolist()} for "
+                        f"{self.names}: one of them does not reach the histories' states, as the candidates of stage II with "
+                        "detach_history. Use the form loss_ratio."
+                    )
+                shares = torch.tensor(ratios) / norms
                 shares = shares / shares.sum()
             self.weights = (2 * shares).tolist()
         self.previous, self.sums, self.count = means, [0.0] * 4, 0

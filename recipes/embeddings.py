@@ -41,7 +41,7 @@ def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -
         texts = _texts(args.text_template, items, args.items)
         encoder = args.encoder or str(minilm_folder())
         # A local encoder is known by its weights: its folder's name may stay when they change.
-        weights = [sha256(path) for path in sorted(Path(encoder).glob("*.safetensors"))] or encoder
+        weights = weights_of(encoder) or encoder
         key = hashlib.sha256(
             json.dumps([texts, weights, args.encoder_dtype, args.max_text_tokens]).encode()
         ).hexdigest()
@@ -54,9 +54,7 @@ def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -
                     print(f"reusing the text embeddings in {file}")
                     return stored.get_tensor("embeddings"), source
         embeddings = encode_texts(texts, encoder, dtype=args.encoder_dtype, max_tokens=args.max_text_tokens)
-        unfinished = file.with_suffix(".unfinished")  # renamed when whole: a killed run leaves nothing half written
-        save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
-        unfinished.replace(file)
+        write_embeddings(embeddings, file, key)
         return embeddings, source
     if args.embeddings is not None:
         embeddings = np.load(args.embeddings)
@@ -74,8 +72,21 @@ def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
     check_rows(finite, items["item_id"], "finite embeddings", "NaN or infinity", args.items)
-    save_file({"embeddings": embeddings}, file)
+    write_embeddings(embeddings, file)
     return embeddings, source
+
+
+def weights_of(encoder: str | Path) -> list[str]:
+    """Hashes of a local encoder's weights; none of one on the Hub."""
+    files = (path for kind in ("*.safetensors", "*.bin") for path in Path(encoder).glob(kind))
+    return [sha256(path) for path in sorted(files)]
+
+
+def write_embeddings(embeddings: np.ndarray, file: Path, key: str = "") -> None:
+    """Writes a file that is whole or not there: a killed run leaves nothing half written."""
+    unfinished = file.with_suffix(".unfinished")
+    save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
+    unfinished.replace(file)
 
 
 @torch.inference_mode()
@@ -102,7 +113,7 @@ def encode_texts(
         batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
         hidden = model(**batch).last_hidden_state.float()  # [batch, length, D]
         mask = batch["attention_mask"].unsqueeze(-1).float()
-        mean = (hidden * mask).sum(1) / mask.sum(1)
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         pooled.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
     embeddings = torch.empty(len(texts), pooled[0].shape[1])
     embeddings[torch.tensor(order)] = torch.cat(pooled)

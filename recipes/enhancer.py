@@ -50,7 +50,8 @@ class RankingDrivenEnhancer(SavedTensors):
         max_items (`int`): Items of a history that the model reads.
 
     Raises:
-        ValueError: on arguments out of range, a pool smaller than `num_negatives`, and a uniform pool for several codes.
+        ValueError: on arguments out of range, a pool smaller than `num_negatives`, a uniform pool for several codes, and a training
+            that ends with the warm-up.
     """
 
     def __init__(
@@ -126,6 +127,14 @@ class RankingDrivenEnhancer(SavedTensors):
             more["timestamps"] = [-1] * len(tokens)
         return {name: [*row[name], *values] for name, values in more.items()}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.num_train_epochs <= self.warm_up_epochs:
+            raise ValueError(
+                f"Expected more epochs than the {self.warm_up_epochs} of the enhancer's warm-up, found {state.num_train_epochs}: it "
+                "would do nothing. Train for more epochs (each of fewer passes), or lower warm_up_epochs."
+            )
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
         due = epoch - self.warm_up_epochs
@@ -183,6 +192,9 @@ class RankingDrivenEnhancer(SavedTensors):
                 num_return_sequences=self.pool_size,
                 ranking_weight=0.0,
                 ranking_target=self.target,
+                item_weight=0.0,
+                union_items=0,
+                num_ranked_beams=0,
                 blocked_items=own,
             )
             usable = best.item_indices >= 0

@@ -5,9 +5,9 @@
 Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
 where users come back to items: `--exclude_history False`).
 A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
-Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with
-`--max_items`, `--union_items` and `--num_ranked_beams`, into the checkpoint's own config, so that `recommend` and the pipeline
-use what was measured. Writes `metrics.json`.
+Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with the other
+arguments that change the lists (`SERVED`), into the checkpoint's own config, so that `recommend`, the pipeline and
+recipes.recommend serve what was measured. A model without a ranking loss is measured without ranking. Writes `metrics.json`.
 """
 
 import json
@@ -31,6 +31,7 @@ from recipes.recommend import weights_hash
 from recipes.training_rows import columns_read
 
 METRICS = Path(__file__).parent / "metrics"
+SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "union_items", "num_ranked_beams")
 
 
 @dataclass
@@ -45,7 +46,9 @@ class EvaluateArguments:
         default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0],
         metadata={"help": "Fusion weights to choose from."},
     )
-    ranking_target: str = field(default="next", metadata={"help": "The ranking target that orders the items."})
+    ranking_target: str | None = field(
+        default=None, metadata={"help": "The ranking target that orders the items; default: the checkpoint's."}
+    )
     like: str | None = field(
         default=None, metadata={"help": "The behaviour whose AUC is measured; by default `like`, if there is one."}
     )
@@ -54,7 +57,10 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "Items of a history that the model reads; default: as trained, or all that fit."},
     )
-    max_long_items: int = field(default=1000, metadata={"help": "Items of a history that sub-histories come from."})
+    max_long_items: int | None = field(
+        default=None,
+        metadata={"help": "Items of a history that sub-histories come from; default: as trained, or all."},
+    )
     item_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 1.0, 2.0],
         metadata={"help": "Weights of the item-level score to choose from, if the model has that score."},
@@ -86,9 +92,9 @@ def long_histories(model, split: Dataset, rows: np.ndarray, args: EvaluateArgume
     """`long_items`, `long_behaviors` and, with times, `long_timestamps [b, H]` of some users, for a model that reads them."""
     if not model.config.num_retrieved_items:
         return {}
-    users = [split[int(row)] for row in rows]
+    users, kept = [split[int(row)] for row in rows], slice(-args.max_long_items if args.max_long_items else None, None)
     return {
-        f"long_{name}": padded([user[name][-args.max_long_items :] for user in users]).to(model.device)
+        f"long_{name}": padded([user[name][kept] for user in users]).to(model.device)
         for name in columns_read(split, model.config.reads_times)
     }
 
@@ -106,6 +112,7 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateA
             num_return_sequences=num_beams + args.union_items,
             ranking_weight=0.0,
             ranking_target=args.ranking_target,
+            exclude_history=False,
             blocked_items=[split[int(row)]["items"] for row in rows] if args.exclude_history else None,
             item_weight=0.0,
             union_items=args.union_items,
@@ -192,7 +199,7 @@ def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: Evalua
     return {"checked": checked, "invalid": invalid}
 
 
-def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float) -> None:
+def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float | str | None) -> None:
     """
     Writes what was chosen into the checkpoint's own config, of which `chosen` are fields: the defaults of `recommend` and of
     the pipeline.
@@ -214,9 +221,18 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     check_same_items(tokenizer, data_dir)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    args = replace(args, max_items=args.max_items or model.config.max_items or model.config.max_history_items)
+    config, is_ranker = model.config, model.config.ranking_loss_weight > 0
+    args = replace(
+        args,
+        max_items=args.max_items or config.max_items or config.max_history_items,
+        max_long_items=args.max_long_items or config.max_long_items,
+        ranking_target=args.ranking_target or config.ranking_target or config.ranking_targets[0],
+        ranking_weights=[weight for weight in args.ranking_weights if weight] if is_ranker else [],
+    )
+    if is_ranker and not args.ranking_weights:
+        raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
     dataset = load_from_disk(str(data_dir / "dataset"))
-    like = auc_behavior(model, tokenizer, dataset["test"], args.like)
+    like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
     metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
 
     def measure(found, weight, targets, item_weight=0.0):
@@ -233,7 +249,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         for weight, item_weight in product([0.0, *args.ranking_weights], item_weights):
             values, _ = measure(found, weight, targets["validation"], item_weight)
             tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
-    best = max((one for one in tried if one["ranking_weight"]), key=lambda one: one["ndcg@10"])
+    best = max((one for one in tried if one["ranking_weight"] or not is_ranker), key=lambda one: one["ndcg@10"])
     num_beams, weight, item_weight = best["num_beams"], best["ranking_weight"], best["item_weight"]
     tried_values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "item_weight": item_weights}
     for name, values in tried_values.items():
@@ -269,8 +285,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "num_beams": num_beams,
             "ranking_weight": weight,
             "item_weight": item_weight,
-            "union_items": args.union_items,
-            "num_ranked_beams": args.num_ranked_beams,
+            **{name: getattr(args, name) for name in SERVED},
             **{
                 f"settings of {name}": str(result["settings"])
                 for name, result in baselines.items()
@@ -296,11 +311,9 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     keep_choice(
         args.checkpoint,
         num_beams,
-        max_items=args.max_items,
         ranking_weight=weight,
         item_weight=item_weight,
-        union_items=args.union_items,
-        num_ranked_beams=args.num_ranked_beams,
+        **{name: getattr(args, name) for name in SERVED},
     )
     return metrics
 

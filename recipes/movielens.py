@@ -107,7 +107,7 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _movies_1m(folder: Path) -> pd.DataFrame:
-    lines = _existing(folder / "movies.dat").read_text(encoding="latin-1").splitlines()
+    lines = _existing(folder / "movies.dat").read_text(encoding="latin-1").rstrip("\n").split("\n")
     items = pd.DataFrame([line.split("::") for line in lines], columns=["item_id", "title", "genres"])
     return _items(items["item_id"], items["title"], items["genres"].str.replace("|", ", "))
 

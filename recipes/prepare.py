@@ -36,7 +36,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
-from recipes.embeddings import MINILM, item_embeddings
+from recipes.embeddings import MINILM, item_embeddings, weights_of
 from recipes.tables import check_rows, read_interactions, read_table, sha256
 from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
@@ -108,11 +108,11 @@ def prepare(args: PrepareArguments) -> Path:
         "arguments": asdict(args),
         "inputs": {name: sha256(Path(path)) for name in PATHS[:3] if (path := getattr(args, name))},
     }
+    if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
+        record["inputs"]["encoder"] = weights
     if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):
         print(f"{output_dir} is already prepared with these arguments and inputs")
         return output_dir
-    record_file.unlink(missing_ok=True)  # written last: a folder that has it is complete
-    output_dir.mkdir(parents=True, exist_ok=True)
 
     if args.min_interactions < 3:
         raise ValueError(
@@ -141,6 +141,8 @@ def prepare(args: PrepareArguments) -> Path:
         timestamps=kept["timestamp"].to_numpy(),
         positions=kept["position"].to_numpy(),
     )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record_file.unlink(missing_ok=True)  # written last: a folder that has it is complete
     embeddings, source = item_embeddings(args, items, output_dir / "item_embeddings.safetensors")
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
     ids, provenance = items["item_id"].tolist(), {**source, "inputs": record["inputs"]}  # more is added there

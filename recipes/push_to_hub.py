@@ -183,7 +183,7 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         training=json.loads(log.read_text(encoding="utf-8"))["metrics"] if log.is_file() else {},
         pictures=pictures,
         history=history,
-        list_length=min(10, metrics["selection"]["num_beams"]),
+        list_length=min(10, model.max_return_sequences()),
     )
     card.save(folder / "README.md")
     check_files(folder)

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from recipes.baselines import baseline_results
 from recipes.prepare import prepared
-from recipes.runs import by_row, merged, rounded, spread, write
+from recipes.runs import by_row, kept, merged, rounded, spread, write
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -51,14 +51,14 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
     if not results:
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
     file = RESULTS / f"{name}.json"
-    kept = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
+    old = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
     excluded = results[0]["arguments"]["exclude_history"]
     record = prepared(data_dir)
-    baselines = kept["baselines"]
+    baselines = old["baselines"]
     if not baselines:  # minutes: the settings of item-kNN are chosen on validation
         found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
         baselines = {one: {**_columns(of["test"]), "settings": of["settings"]} for one, of in found.items()}
-    beside = kept["beside"]
+    beside = old["beside"]
     if (trained := output_dir / "sasrec" / "sasrec.json").exists():
         beside = {**beside, SASREC: json.loads(trained.read_text())}
     data = {
@@ -71,7 +71,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
         "baselines": rounded(baselines),
         "beside": beside,
         "runs": merged(
-            file, [rounded(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
+            file, [kept(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
         ),
     }
     draw(data, RESULTS / f"{name}.png")  # first: it refuses seeds that do not belong together
@@ -84,9 +84,9 @@ def _columns(values: dict[str, float]) -> dict[str, float]:
 
 def _run(result: dict) -> dict:
     """What is kept of a `beams-*.json`."""
-    kept = ("arguments", "made by", "weights", "users", "seconds", "gain")
+    told = ("arguments", "made by", "weights", "users", "seconds", "gain")
     return {
-        **{name: result[name] for name in kept},
+        **{name: result[name] for name in told},
         "test": {name: _columns(result["cells"][name]) for name in LISTS},
         "calibration": {
             users: {

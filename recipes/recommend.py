@@ -40,7 +40,12 @@ from modeling_unigrf import UniGRFForCausalLM
 from recipes.histories import Histories, check_columns, check_rows, encode, load_histories, padded, read_histories
 from tokenization import SemanticIdTokenizer
 
-SCORES = ("scores", "generation_scores", "ranking_scores")
+SCORES = (
+    "scores",
+    "generation_scores",
+    "ranking_scores",
+    "item_scores",
+)  # the last one, if the model has such a score
 
 
 @dataclass
@@ -59,13 +64,18 @@ class RecommendSettings:
     """What is asked of the model."""
 
     num_beams: int | None = field(default=None, metadata={"help": "Candidates; default: the checkpoint's."})
-    num_return_sequences: int = field(default=10, metadata={"help": "Items of a list, at most num_beams."})
+    num_return_sequences: int | None = field(
+        default=None,
+        metadata={"help": "Items of a list, at most as many as are ranked; default: ten, or as many as that."},
+    )
     ranking_weight: float | None = field(default=None, metadata={"help": "Of fusion; default: the checkpoint's."})
-    ranking_target: str | None = field(default=None, metadata={"help": "What ranks; default: the first target."})
+    ranking_target: str | None = field(default=None, metadata={"help": "What ranks; default: the checkpoint's."})
     max_items: int | None = field(
         default=None, metadata={"help": "Items read of a history; default: as trained, or all that fit."}
     )
-    exclude_history: bool = field(default=True, metadata={"help": "List no item of the history, read or not."})
+    exclude_history: bool | None = field(
+        default=None, metadata={"help": "List no item of the history, read or not; default: the checkpoint's."}
+    )
     unknown: str = field(
         default="error", metadata={"help": "What to do with unknown items.", "choices": ["error", "skip"]}
     )
@@ -75,18 +85,20 @@ class RecommendSettings:
 
 def resolved(settings: RecommendSettings, model) -> RecommendSettings:
     """The settings with the model's own for those that are None; `ValueError` if one is out of range."""
-    config = model.config
+    config, most = model.config, model.max_return_sequences(settings.num_beams)
     defaults = {
         "num_beams": model.generation_config.num_beams,
+        "num_return_sequences": min(10, most),
         "ranking_weight": config.ranking_weight,
-        "ranking_target": config.ranking_targets[0],
+        "ranking_target": config.ranking_target or config.ranking_targets[0],
+        "exclude_history": config.exclude_history,
         "max_items": config.max_items or config.max_history_items or sys.maxsize,
     }
     new = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
-    most = {"num_return_sequences": new.num_beams, "max_items": config.max_history_items or sys.maxsize}
-    for name in (*most, "batch_size", "shard_size"):
-        if not 1 <= getattr(new, name) <= most.get(name, sys.maxsize):
-            limits = f"from 1 to {most[name]}" if name in most else "of 1 or more"
+    limited = {"num_return_sequences": most, "max_items": config.max_history_items or sys.maxsize}
+    for name in (*limited, "num_beams", "batch_size", "shard_size"):
+        if not 1 <= getattr(new, name) <= limited.get(name, sys.maxsize):
+            limits = f"from 1 to {limited[name]}" if name in limited else "of 1 or more"
             raise ValueError(f"Expected {name} {limits}, found {getattr(new, name)}. Choose another.")
     for name, choices in (("unknown", ["error", "skip"]), ("ranking_target", config.ranking_targets)):
         if getattr(new, name) not in choices:
@@ -107,8 +119,9 @@ def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, setting
     """What the lists are made of, as JSON; the model by what it computes, wherever it was loaded from."""
     config = model.config.to_dict()
     for part in (config, config["text_config"]):
-        for name in ("_name_or_path", "transformers_version", "dtype", "ranking_weight"):
-            part.pop(name, None)  # of a file, or told by the weights or the settings
+        told = ("ranking_weight", "ranking_target", "exclude_history")  # by the settings
+        for name in ("_name_or_path", "transformers_version", "dtype", *told):  # or of a file, or by the weights
+            part.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(weights_hash(model).encode())
     asked = asdict(settings)
@@ -137,13 +150,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSettings, bar: tqdm) -> dict:
-    """The lists of some rows, in their order: `item_ids` and three scores, each a `pa.ListArray` `[N]`."""
+    """The lists of some rows, in their order: `item_ids` and the scores, each a `pa.ListArray` `[N]`."""
     read = slice(-settings.max_items, None)
     lengths = np.array([len(items[read]) for items in histories.items]) * histories.answered
     order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once or never
     order = order[: np.count_nonzero(lengths)]
     shape = (len(lengths), settings.num_return_sequences)
-    best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in SCORES}
+    names = SCORES if model.ranking_head.history_query is not None else SCORES[:-1]
+    best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in names}
     bar.update(len(lengths) - len(order))
     parts = [one for one in (histories.items, histories.behaviors, histories.timestamps) if one is not None]
     requests = histories.request_timestamps
@@ -153,22 +167,26 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
         batch = encode(tokenizer, *spelt, request_timestamps=None if requests is None else requests[rows])
         batch = batch.to(model.device)
         longer = {}
-        if model.config.num_retrieved_items:  # all of each history, also what is not read
+        if model.config.num_retrieved_items:  # also what is not read
             columns = {"long_items": histories.items, "long_behaviors": histories.behaviors}
             columns |= {} if histories.timestamps is None else {"long_timestamps": histories.timestamps}
-            longer = {name: padded([column[row] for row in rows]).to(model.device) for name, column in columns.items()}
+            kept = slice(-(model.config.max_long_items or sys.maxsize), None)
+            longer = {
+                name: padded([column[row][kept] for row in rows]).to(model.device) for name, column in columns.items()
+            }
         best = model.recommend(
             **batch,
             num_beams=settings.num_beams,
             num_return_sequences=settings.num_return_sequences,
             ranking_weight=settings.ranking_weight,
             ranking_target=settings.ranking_target,
+            exclude_history=False,  # but all of it, not only what is read:
             blocked_items=[histories.items[row] for row in rows] if settings.exclude_history else None,
             **longer,
         )
         best_items[rows] = best.item_indices.cpu()
-        for name in SCORES:
-            scores[name][rows] = best[name].cpu()
+        for name, values in scores.items():
+            values[rows] = best[name].cpu()
         bar.update(len(rows))
     filled = best_items >= 0
     offsets = pa.array(np.r_[0, filled.sum(axis=1).cumsum()], pa.int32())

@@ -130,7 +130,7 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     row = row_of(args)
     shared = [f"--data_dir={args.data_dir}", f"--text_config={args.text_config}", f"--max_items={row['window']}"]
     shared += [f"--embedding_dropout={args.embedding_dropout}", f"--seed={args.seed}", "--save_total_limit=1"]
-    shared += [f"--rank_by_item_embeddings={row['embedding']}"]
+    shared += [f"--rank_by_item_embeddings={row['embedding']}", f"--history_item_vectors={args.history_item_vectors}"]
     return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
 
 
@@ -146,7 +146,6 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         f"--output_dir={Path(args.output_dir) / name}",
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
-        f"--history_item_vectors={args.history_item_vectors}",
         f"--num_train_epochs={args.epochs * row['first_times']}",
         f"--passes={min(args.passes, row['window'])}",
         f"--per_device_train_batch_size={int(args.batch_size * row['batch_share'])}",
@@ -343,6 +342,7 @@ def run(args: ReproduceArguments) -> None:
             item_weight=weights["item score"],
             union_items=asked["union"],
             num_ranked_beams=asked["ranked"],
+            exclude_history=args.exclude_history,
         )
 
 

@@ -30,6 +30,11 @@ def rounded(value, digits: int = 5):
     return round(value, digits) if isinstance(value, float) else value
 
 
+def kept(run: dict) -> dict:
+    """A run as a JSON keeps it: what was found rounded, what was asked for as it was."""
+    return {**rounded(run), "arguments": run["arguments"]}
+
+
 def merged(file: Path, found: list[dict], key: Callable[[dict], tuple]) -> list[dict]:
     """The runs that `file` holds already, each replaced by the one of `found` with the same key, and the others of `found`."""
     kept = json.loads(file.read_text())["runs"] if file.exists() else []

@@ -30,7 +30,6 @@ def main(args: ShowArguments) -> None:
         )
     print(f"loaded {type(recommender.model).__module__} with {tokenizer.num_items:,} items")
     names = tokenizer.titles or tokenizer.item_ids
-    count = min(10, recommender.model.generation_config.num_beams)
     test = load_from_disk(str(Path(args.data_dir) / "dataset"))["test"]
     for user in test.select(range(min(args.users, len(test)))):
         behaviors = [tokenizer.behaviors[behavior] for behavior in user["behaviors"]]
@@ -41,7 +40,7 @@ def main(args: ShowArguments) -> None:
         for item, behavior in zip(user["items"][-5:], behaviors[-5:], strict=True):
             print(f"    {behavior:<10} {names[item]}")
         print("recommended:                                            log P  log rank    fused")
-        for one in recommender(request, num_return_sequences=count):
+        for one in recommender(request):
             mark = "<- what came next" if one["item_id"] == tokenizer.item_ids[user["target"]] else ""
             scores = f"{one['generation_score']:8.2f} {one['ranking_score']:9.2f} {one['score']:8.2f}"
             print(f"    {(one['title'] or one['item_id'])[:48]:<48} {scores} {mark}")

@@ -52,7 +52,10 @@ def read_interactions(path: Path) -> pd.DataFrame:
     valid = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
     check_rows(valid, given, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path)
     position = timestamps
-    if "position" in table:
+    if "position" not in table:
+        expected = "known timestamps, or a column `position` to order the interactions by,"
+        check_rows(timestamps != -1, given, expected, "an unknown one (-1)", path)
+    else:
         position = pd.to_numeric(table["position"], errors="coerce")
         check_rows(position.notna(), table["position"], "a number as position in every row", "another value", path)
     if "behavior" in table:

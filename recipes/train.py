@@ -20,7 +20,9 @@ The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, 
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,16 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
+# Of RankingDrivenEnhancer, beside those that have an argument of their own.
+ENHANCER_OPTIONS = {
+    "pool_size",
+    "num_negatives",
+    "penalty",
+    "threshold",
+    "max_favorites",
+    "warm_up_epochs",
+    "every_epochs",
+}
 
 
 @dataclass
@@ -52,7 +64,8 @@ class ModelArguments:
     """What is trained."""
 
     init_from: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from, of the same items; it brings its own text_config."}
+        default=None,
+        metadata={"help": "Checkpoint to start from, of the same items; it brings its own backbone and item vectors."},
     )
     num_retrieved_items: int = field(
         default=0, metadata={"help": "Items of the long history that a candidate is ranked with."}
@@ -88,6 +101,10 @@ class ModelArguments:
     )
     enhancer_target: str = field(default="like", metadata={"help": "The ranking target that says it."})
     relabel: bool = field(default=False, metadata={"help": "Its favourites become positives, too."})
+    enhancer_options: str = field(
+        default="{}",
+        metadata={"help": "More arguments of RankingDrivenEnhancer, as JSON: num_negatives, threshold, ..."},
+    )
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
@@ -127,12 +144,29 @@ class DataArguments:
     )
 
 
+def named(options: str, known: Iterable[str], argument: str) -> dict:
+    """A dict from JSON; `ValueError` if a name in it is not among those that are known."""
+    found = json.loads(options)
+    if strange := sorted(set(found).difference(known)):
+        raise ValueError(f"Expected {argument} among {sorted(known)}, found {strange}. Is one misspelt?")
+    return found
+
+
 def build_model(
-    args: ModelArguments, tokenizer: SemanticIdTokenizer, embeddings: torch.Tensor, max_items: int
+    args: ModelArguments,
+    tokenizer: SemanticIdTokenizer,
+    embeddings: torch.Tensor,
+    max_items: int,
+    max_long_items: int | None = None,
 ) -> UniGRFForCausalLM:
-    """A model for the tokenizer's items, fresh or from `args.init_from`. `embeddings`: `[num_items, D]`."""
+    """
+    A model for the tokenizer's items, fresh or from `args.init_from`. `embeddings`: `[num_items, D]`. `ValueError` if the
+    checkpoint is of other items, or of other parts than are asked for.
+    """
+    known = [one.name for one in dataclass_fields(UniGRFConfig)]
     fields = {
         "max_items": max_items,
+        "max_long_items": max_long_items,
         "num_retrieved_items": args.num_retrieved_items,
         "exclude_candidate": args.exclude_candidate,
         "num_train_beams": args.num_train_beams,
@@ -145,12 +179,26 @@ def build_model(
         "embedding_dropout": args.embedding_dropout,
     }
     if args.init_from is not None:
-        fields |= json.loads(args.config_fields)
+        fields |= named(args.config_fields, known, "config_fields")
         model = UniGRFForCausalLM.from_pretrained(args.init_from, dtype=torch.float32, **fields)
-        if not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
+        ids = SemanticIdTokenizer.from_pretrained(args.init_from).item_ids
+        if ids != tokenizer.item_ids or not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
             raise ValueError(
                 f"Expected a checkpoint of the {tokenizer.num_items} items in data_dir, found {model.config.num_items} items, or "
-                f"other codes, in {args.init_from}. Start from a model that was trained on this data."
+                f"other ids or codes, in {args.init_from}. Start from a model that was trained on this data."
+            )
+        asked = {
+            "read_item_embeddings": args.rank_by_item_embeddings,
+            "history_item_vectors": args.history_item_vectors,
+        }
+        asked["item_table_size"] = (
+            model.config.item_table_size if args.item_table_size is None else args.item_table_size
+        )
+        if changed := [name for name, value in asked.items() if getattr(model.config, name) != value]:
+            raise ValueError(
+                f"Expected a checkpoint with { ({name: asked[name] for name in changed}) }, found "
+                f"{ ({name: getattr(model.config, name) for name in changed}) } in {args.init_from}, whose weights are made for "
+                "these. Ask for the same (rank_by_item_embeddings, history_item_vectors, item_table_size)."
             )
         return model
     config = UniGRFConfig(
@@ -160,7 +208,7 @@ def build_model(
         read_item_embeddings=args.rank_by_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         history_item_vectors=args.history_item_vectors,
-        **{**fields, **json.loads(args.config_fields)},
+        **{**fields, **named(args.config_fields, known, "config_fields")},
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
@@ -222,7 +270,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
-    model = build_model(model_args, tokenizer, embeddings, data_args.max_items)
+    model = build_model(model_args, tokenizer, embeddings, data_args.max_items, max_long_items or None)
     with_times = model.config.reads_times
     with training_args.main_process_first(desc="rows"):
         if model_args.enhancer:
@@ -258,6 +306,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
                 relabel=model_args.relabel,
                 max_items=data_args.max_items,
                 seed=training_args.seed,
+                **named(model_args.enhancer_options, ENHANCER_OPTIONS, "enhancer_options"),
             )
         )
         collate = callbacks[-1].collator(collate)

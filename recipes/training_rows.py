@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import DataCollatorForSeq2Seq
 
 from recipes.histories import padded
@@ -187,7 +187,14 @@ def second_stage_rows(
         return row
 
     places = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
-    return Dataset.from_dict(places).map(spell_row, remove_columns=list(places), desc="training rows")
+    # Told, since the first rows may have only empty lists, of which nothing can be seen.
+    kinds = {name: List(Value("int64")) for name in ("input_ids", "attention_mask", "labels")}
+    kinds |= {"timestamps": List(Value("int64"))} if with_times else {}
+    kinds |= {f"long_{name}": histories.features[name] for name in columns} if max_long_items else {}
+    kinds |= {"blocked_items": histories.features["items"]} if exclude_history else {}
+    return Dataset.from_dict(places).map(
+        spell_row, remove_columns=list(places), features=Features(kinds), desc="training rows"
+    )
 
 
 def held_out_rows(

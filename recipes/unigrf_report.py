@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from recipes.runs import by_row, merged, rounded, spread, write
+from recipes.runs import by_row, kept, merged, spread, write
 
 RESULTS = Path(__file__).parent / "results" / "unigrf_ml1m.json"
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr", "auc")
@@ -40,10 +40,10 @@ def collect(output_dir: Path) -> None:
     found = []
     for result in results:
         validation, history = result["validation"], result["history"]
-        kept = ("arguments", "epoch", "parameters", "tokens a user", "made by")
+        told = ("arguments", "epoch", "parameters", "tokens a user", "made by")
         found.append(
             {
-                **{name: result[name] for name in kept},
+                **{name: result[name] for name in told},
                 "test": {name: result["test"][name] for name in COLUMNS},
                 "validation": validation and {name: validation[f"eval_{name}"] for name in COLUMNS},
                 "seconds": round(result["seconds"]),
@@ -54,7 +54,7 @@ def collect(output_dir: Path) -> None:
         "protocol": "leave-one-out: last interaction = test, the one before = validation; 6,040 users, 3,706 rated movies; "
         "items are scored over the whole catalogue without the user's own; the last 200 items of a history; AUC pooled over "
         "the held-out interactions, like = rating of 4 or 5; order of ties within a second as in the file",
-        "runs": merged(RESULTS, rounded(found), lambda run: (*row_of(run), run["arguments"]["seed"])),
+        "runs": merged(RESULTS, [kept(run) for run in found], lambda run: (*row_of(run), run["arguments"]["seed"])),
     }
     draw(data, RESULTS.with_suffix(".png"))  # first: it refuses seeds that do not belong together
     write(RESULTS, data)

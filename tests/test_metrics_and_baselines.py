@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from recipes.baselines import ItemKNN, Popularity, baseline_results
+from recipes import baselines
+from recipes.baselines import ItemKNN, Popularity
 from recipes.report import write_report
 
 METRICS = Path(__file__).parents[1] / "recipes" / "metrics"
@@ -107,7 +108,8 @@ def test_top_items_leaves_the_history_out_and_pads_when_the_catalogue_ends():
     assert ranker.top_items([[2]], k=2, exclude_history=False).tolist() == [[2, 1]]
 
 
-def test_baseline_settings_are_chosen_without_the_test_targets():
+def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
+    monkeypatch.setattr(baselines, "GRID", {"neighbours": (2, 8), "shrink": (0.0, 5.0), "window": (2, None)})
     num_items = 30
     histories = [row for row in random_histories(80, num_items, seed=4) if len(set(row)) > 3]
 
@@ -118,8 +120,7 @@ def test_baseline_settings_are_chosen_without_the_test_targets():
             validation=Dataset.from_dict({**history, "target": [row[-2] for row in histories]}),
             test=Dataset.from_dict({"items": [row[:-1] for row in histories], "target": test_targets}),
         )
-        grid = {"neighbours": (2, 8), "shrink": (0.0, 5.0), "window": (2, None)}
-        return baseline_results(splits, num_items, k=20, grid=grid)
+        return baselines.baseline_results(splits, num_items, k=20)
 
     real, other = results([row[-1] for row in histories]), results([29] * len(histories))
     for name in ("popularity", "item_knn"):

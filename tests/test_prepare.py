@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import load_from_disk
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -161,7 +162,7 @@ def test_csv_tsv_and_parquet_with_numbers_or_dates_give_the_same_dataset(argumen
     assert all(splits == found[0] for splits in found)
 
 
-def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(arguments, encoder, monkeypatch):
+def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(arguments, encoder, monkeypatch, tmp_path):
     args = arguments(encoder=encoder)
     written = (prepare(args) / "prepare.json").stat().st_mtime_ns
 
@@ -170,10 +171,22 @@ def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(argu
 
     monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
     assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="min_interactions"):
+        prepare(replace(args, min_interactions=2))
+    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a refused call leaves the folder as it was"
     args.codebook_sizes = [2, 2]
     assert json.loads((prepare(args) / "prepare.json").read_text())["arguments"]["codebook_sizes"] == [2, 2]
     with pytest.raises(AssertionError, match="encoded again"):
         prepare(arguments(items=items_table().assign(text="another"), encoder=encoder))
+    other = shutil.copytree(encoder, tmp_path / "encoder")
+    args = replace(arguments(encoder=str(other)), output_dir=str(tmp_path / "other"))
+    monkeypatch.undo()
+    prepare(args)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
+    with pytest.raises(AssertionError, match="encoded again"):
+        prepare(args)  # an encoder of the same name and other weights
 
 
 def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_changes(encoder):
@@ -209,6 +222,10 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"interactions": interactions_table().drop(columns="timestamp")}, "a column `timestamp`, or `position`"),
         ({"interactions": changed(interactions_table(), 4, "user_id", None)}, "user_id in every row.*1 of 9.*row 4"),
         ({"interactions": changed(interactions_table(), 2, "timestamp", "soon")}, r"row 2 \('soon'\)"),
+        (
+            {"interactions": changed(interactions_table(), 2, "timestamp", -1)},
+            r"an unknown one \(-1\) in 1 of 9.*row 2",
+        ),
         ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
         ({"interactions": changed(interactions_table(), 1, "item_id", "77")}, r"unknown item_id in 1 of 9.*\('77'\)"),
         ({"interactions": interactions_table()[4:]}, "expected users with 3 or more interactions, found at most 2"),

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, Features, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
-from recipes import push_to_hub, recochain_report, reproduce_recochain, sasrec, show, train, training_rows
+from recipes import push_to_hub, recochain_report, reproduce_recochain, runs, sasrec, show, train, training_rows
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -155,13 +155,21 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
     arguments += ["--max_items=10", "--use_cpu", "--per_device_train_batch_size=16", "--save_strategy=no"]
     arguments += ["--num_train_epochs=4", "--logging_steps=1", "--disable_tqdm=True", "--negatives_per_item=0.5"]
     arguments += ["--enhancer", "--relabel", "--adaptive_weights", "--adaptive_form=gradient_norm", "--stride=5"]
-    checkpoint = train.train(*train.parse([*arguments, '--config_fields={"candidate_loss_weight": 0.5}']))
+    fields = ['--config_fields={"candidate_loss_weight": 0.5}', '--enhancer_options={"num_negatives": 3}']
+    checkpoint = train.train(*train.parse([*arguments, *fields]))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     losses = [entry for entry in log if "loss" in entry]
     assert "candidate_loss" not in losses[0] and losses[-1]["candidate_loss"] > 0
     assert losses[-1]["enhancer_negatives"] > 1 and losses[-1]["generation_weight"] != 1
     found = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in found] == [2, 3] and found[0]["examples"][0]["disliked"][0].startswith("Film")
+    assert len(found[0]["examples"][0]["disliked"]) <= 3
+    for wrong, message in (
+        (['--config_fields={"inject_targets": false}'], r"config_fields among .* found \['inject_targets'\]"),
+        (['--enhancer_options={"seed": 1}'], r"enhancer_options among .* found \['seed'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.train(*train.parse([*arguments, *wrong, f"--output_dir={tmp_path / 'wrong'}"]))
     with pytest.raises(ValueError, match="the enhancer or stage II"):
         train.train(*train.parse([*arguments, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
 
@@ -243,12 +251,43 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
         train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4), 4)
+    with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_vectors': False}, found"):
+        train.build_model(
+            train.ModelArguments(init_from=str(first), history_item_vectors=False), tokenizer, torch.zeros(30, 4), 4
+        )
     assert len(dataset["test"]) == metrics["protocol"]["users"]
+    served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
+    selection = evaluate_checkpoint(served)["selection"]
+    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    kept = {
+        "exclude_history": False,
+        "ranking_target": "like",
+        "ranking_weight": 0.5,
+        "max_long_items": 12,
+        "max_items": 4,
+    }
+    assert {name: getattr(config, name) for name in kept} == kept == {name: selection[name] for name in kept}
+    with pytest.raises(ValueError, match="ranking_weights above 0"):
+        evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
+
+
+def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
+    arguments += ["--max_items=4", "--use_cpu", "--max_steps=2", "--save_strategy=no", "--disable_tqdm=True"]
+    checkpoint = train.train(*train.parse([*arguments, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
+    metrics = evaluate_checkpoint(
+        EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], item_weights=[0.0, 1.0], list_length=5)
+    )
+    assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
+    assert len(metrics["validation"]) == 2 and {one["ranking_weight"] for one in metrics["validation"]} == {0.0}
+    assert UniGRFForCausalLM.from_pretrained(checkpoint).config.ranking_weight == 0
 
 
 def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
     prepared, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("recipes.baselines.GRID", GRID)
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {"passes": 1, "second_stride": 4, "num_train_beams": 4, "exclude_history": True, "union_items": 5}
     arguments |= {"num_ranked_beams": 3}
@@ -309,6 +348,8 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         "| *TIGER, published* |",
     ):
         assert sum(row.startswith(beginning) for row in rows) == 1
+    asked = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
+    assert runs.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = {"runs": [{"gain": {"ranked": {"recall@5": {"relative": gain}}}} for gain in (0.1, 0.3)]}
     assert recochain_report.gain_of(several, "recall@5") == (pytest.approx(20), pytest.approx(10 * 2**0.5))
 
@@ -425,6 +466,16 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
     assert len(set(training_rows.cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
+
+
+def test_users_whose_long_history_is_empty_may_come_first(prepared):
+    """1,000 rows and more are written at a time: of the first ones alone their type could not be told."""
+    tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
+    lists = {"items": [[3]] * 1200 + [[1, 2, 3]], "behaviors": [[0]] * 1200 + [[1, 0, 1]]}
+    kinds = load_from_disk(str(prepared / "dataset"))["train"].features
+    histories = Dataset.from_dict(lists, features=Features({name: kinds[name] for name in lists}))
+    rows = training_rows.second_stage_rows(histories, tokenizer, 3, 1, 5, exclude_history=True)
+    assert rows[-1]["long_items"] == rows[-1]["blocked_items"] == [1, 2] and rows[0]["long_items"] == []
 
 
 @pytest.mark.parametrize(("length", "stride"), [(17, 1), (17, 4), (6, 1), (3, 2), (7, 50)])

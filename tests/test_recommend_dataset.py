@@ -18,17 +18,17 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
 from recipes.histories import load_histories
-from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, whole_file
+from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved, whole_file
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
 ASKED = {"num_beams": 8, "num_return_sequences": 5}
-COLUMNS = ["user_id", "item_ids", "scores", "generation_scores", "ranking_scores"]
+COLUMNS = ["user_id", "item_ids", "scores", "generation_scores", "ranking_scores", "item_scores"]
 
 
 @pytest.fixture
 def model():
-    return build_model()
+    return build_model(exclude_history=True)
 
 
 @pytest.fixture
@@ -122,13 +122,35 @@ def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model
         ]
     assert_same(tmp_path / "a", expected)
 
-    settings = RecommendSettings(num_beams=30, num_return_sequences=30, exclude_history=False)
+    settings = RecommendSettings(num_beams=30, num_return_sequences=30, exclude_history=True)
     recommend_dataset(model, tokenizer, dataset, tmp_path / "b", settings)
-    assert pd.read_parquet(tmp_path / "b")["item_ids"].map(len).tolist() == [30] * len(dataset)
+    own = dataset["items"]
+    listed = pd.read_parquet(tmp_path / "b")["item_ids"]
+    assert all(set(items).isdisjoint(row) for items, row in zip(listed, own, strict=True))
+
+
+def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_path):
+    dataset = histories()
+    model.config.exclude_history, model.config.ranking_target, model.config.num_ranked_beams = False, "like", 4
+    assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
+    recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(num_beams=20))
+    expected = recommend_dataset(
+        model,
+        tokenizer,
+        dataset,
+        tmp_path / "b",
+        RecommendSettings(num_beams=20, num_return_sequences=4, exclude_history=False, ranking_target="like"),
+    )
+    found, expected = pd.read_parquet(tmp_path / "a"), pd.read_parquet(expected)
+    pd.testing.assert_frame_equal(found, expected)
+    own = [set(items) & set(row) for items, row in zip(found["item_ids"], dataset["items"], strict=True)]
+    assert any(own) and set(found["item_ids"].map(len)) == {4}
+    with pytest.raises(ValueError, match="num_return_sequences from 1 to 4, found 5"):
+        resolved(RecommendSettings(num_beams=20, num_return_sequences=5), model)
 
 
 def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
-    model, dataset = build_model(num_retrieved_items=3), histories()
+    model, dataset = build_model(num_retrieved_items=3, exclude_history=True), histories()
     model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
     found = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
     rows = [
@@ -154,7 +176,7 @@ def with_times(dataset: Dataset) -> Dataset:
 
 
 def timed_model(tokenizer, **config):
-    model = build_model("hstu", **config)
+    model = build_model("hstu", exclude_history=True, **config)
     model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
     return model
 

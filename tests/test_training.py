@@ -13,10 +13,10 @@ import torch
 from conftest import BACKBONES, build_model, random_codes, random_histories, watch_negatives
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, training_unigrf
-from recipes.callbacks import AdaptiveWeighter
+from recipes.callbacks import AdaptiveWeighter, LossParts
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +134,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
 
 def test_the_slower_loss_gets_the_greater_weight():
     weighter, model, args = AdaptiveWeighter(temperature=0.1), build_model(), TrainingArguments(use_cpu=True)
-    weighter.on_train_begin(args, None, None, model=model)
+    weighter.on_train_begin(args, TrainerState(num_train_epochs=3), None, model=model)
 
     def window(generation, ranking):
         for _ in range(3):
@@ -159,6 +159,23 @@ def test_the_slower_loss_gets_the_greater_weight():
         window(float("nan"), 1.0)
     with pytest.raises(ValueError, match="positive temperature"):
         AdaptiveWeighter(temperature=0.0)
+
+
+def test_a_loss_that_is_no_number_is_told_also_after_the_last_log(tmp_path):
+    model = build_model()
+    with torch.no_grad():
+        model.ranking_head.out_proj.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="Expected finite losses"):
+        run_trainer(
+            tmp_path, model, histories_dataset(model, 4), max_steps=1, logging_steps=500, callbacks=[LossParts(model)]
+        )
+
+
+def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
+    model = build_model()
+    for window, steps in ((None, {"num_train_epochs": 2, "max_steps": -1}), (2, {"max_steps": 4})):
+        with pytest.raises(ValueError, match="more than two windows of training, found 2"):
+            run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[AdaptiveWeighter(window)], **steps)
 
 
 def test_the_adaptive_weights_are_resumed_in_the_middle_of_a_window(tmp_path):
