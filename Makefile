@@ -32,5 +32,5 @@ $(TESTER): $(VENV)/installed
 	tar -xzf $(VENV)/transformers-$(TRANSFORMERS).tar.gz -C $(VENV)
 	touch $@
 
-clean:
-	rm -rf $(VENV) runs
+clean:  # not runs/, where trainings are
+	rm -rf $(VENV)

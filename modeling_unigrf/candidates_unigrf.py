@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from .continuations_unigrf import kept_as_found, read_continuations
 from .subhistory_unigrf import LongHistory, retrieve
-from .training_unigrf import SupervisedItems, ranking_loss
+from .training_unigrf import Supervision, last_items, ranking_loss
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
 LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
@@ -33,14 +33,11 @@ def block_inputs(
         config.num_retrieved_items,
         config.exclude_candidate,
     )
-    if places.shape[2]:
-        flat = places.clamp(min=0).flatten(1)
-        retrieved, behaviors, times = (
-            one.gather(1, flat).view_as(places)
-            for one in (long_history.items, long_history.behaviors, long_history.timestamps)
-        )
-    else:  # of histories without a column there is nothing to gather
-        retrieved = behaviors = times = places
+    flat = places.clamp(min=0).flatten(1)
+    retrieved, behaviors, times = (
+        one.gather(1, flat).view_as(places)
+        for one in (long_history.items, long_history.behaviors, long_history.timestamps)
+    )
     # A slot that stands empty may name an item of -1, or none at all.
     vectors = model.item_vectors(retrieved.clamp(min=0))
     behavior_ids = behaviors.new_tensor(config.behavior_token_ids)[behaviors]
@@ -111,22 +108,6 @@ def best_by_item_score(
     return best_items.masked_fill(best == -torch.inf, -1)
 
 
-def item_log_probs(
-    model, items: torch.LongTensor, history_states: torch.FloatTensor, states: torch.FloatTensor
-) -> torch.FloatTensor:
-    """
-    `log P(item | history)` `[B, N]`, from states at the ends of the histories `[B, hidden_size]` and at the items' codes
-    `[B, N, >= L - 1, hidden_size]`.
-    """
-    codes = model.catalogue.item_codes[items].long()
-    total = history_states.new_zeros(items.shape, dtype=torch.float32)
-    for level in range(model.layout.num_levels):
-        before = history_states[:, None] if level == 0 else states[:, :, level - 1]
-        log_probs = model.code_logits(before, model.layout.level_slice(level)).float().log_softmax(dim=-1)
-        total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
-    return total
-
-
 def detached(cache: DynamicCache) -> DynamicCache:
     """The same keys and values, into which no gradient flows."""
     copy = DynamicCache()
@@ -182,64 +163,31 @@ def with_targets(
     return candidates.scatter(1, place, torch.where(missed[:, None], targets[:, None], kept))
 
 
-def last_items(
-    supervised: SupervisedItems, batch_size: int
-) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
-    """
-    The last supervised item of each row, -1 in a row without one, the end of the history before it, and the behaviour that
-    follows, each `[batch_size]`.
-    """
-    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
-    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
-    rows = supervised.rows[is_last]
-    items = supervised.rows.new_full((batch_size,), -1)
-    ends, behaviors = torch.zeros_like(items), torch.zeros_like(items)
-    items[rows], ends[rows] = supervised.items[is_last], supervised.history_ends[is_last]
-    behaviors[rows] = supervised.behaviors[is_last]
-    return items, ends, behaviors
-
-
-def second_stage_loss(
-    model,
-    number: torch.LongTensor,
-    attention_mask: torch.LongTensor,
-    supervised: SupervisedItems,
-    hidden_states: torch.FloatTensor,
-    cache: DynamicCache,
-    candidates: torch.LongTensor | None,
-    long_history: LongHistory | None,
-    blocked_items: torch.LongTensor | None = None,
-    next_timestamps: torch.LongTensor | None = None,
-) -> torch.Tensor:
+def second_stage_loss(model, supervision: Supervision, hidden_states: torch.FloatTensor) -> torch.Tensor:
     """
     RecoChain's stage II: the ranking loss over candidates for the last supervised item of each row, those given or the
-    model's own beams, the true item among them (unless `config.inject_target` leaves it to the search). All their tokens are run here, the true item's as the others': nothing of
-    them is left from the search. In training that search has the dropout of training, but for that of attention weights where
-    beams share the history (`shared_prefix_attention`).
+    model's own beams, the true item among them (unless `config.inject_target` leaves it to the search). Each is asked for when
+    the true item came. All their tokens are run here, the true item's as the others': nothing of them is left from the search.
+    In training that search has the dropout of training, but for that of attention weights where beams share the history
+    (`shared_prefix_attention`).
 
     Args:
-        number, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Which history of its row a token belongs to,
-            from the layout, and which tokens there are.
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
-        cache (`DynamicCache`): Of the tokens, first of all.
-        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices, -1 where there is none.
-        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that are no beams; -1: none.
-        next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*): As `forward` takes them: a candidate is
-            asked for when the true item came.
 
     Raises:
         ValueError: if candidates are outside the catalogue or do not fit into the backbone's positions, or nothing is on the
             cache.
     """
-    config, layout, batch_size = model.config, model.layout, len(number)
+    config, layout, number, cache = model.config, model.layout, supervision.number, supervision.cache
+    candidates, next_timestamps, batch_size = supervision.candidates, supervision.next_timestamps, len(number)
     _check_candidates(candidates, batch_size, model.catalogue.num_items)
     if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
             f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
             f"{cache.get_seq_length()}. Train with candidates without gradient checkpointing, which keeps no cache."
         )
-    targets, ends, behaviors = last_items(supervised, batch_size)
-    history_mask = layout.history_up_to(ends, number, attention_mask)
+    targets, ends, behaviors = last_items(supervision.items, batch_size)
+    history_mask = layout.history_up_to(ends, number, supervision.seen)
     needed = int(history_mask.sum(dim=1).max()) + config.num_levels + config.num_block_tokens
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and needed > longest:
@@ -252,9 +200,8 @@ def second_stage_loss(
     times = None if asked_for is None else asked_for.expand(-1, 2)
     history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
     if candidates is None and config.num_train_beams:
-        candidates = beam_candidates(
-            model, history_states, history_mask, cache, blocked_items, None if asked_for is None else asked_for[:, 0]
-        )
+        when = None if asked_for is None else asked_for[:, 0]
+        candidates = beam_candidates(model, history_states, history_mask, cache, supervision.blocked_items, when)
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
     if config.inject_target:
@@ -266,14 +213,14 @@ def second_stage_loss(
     for pack in items.split(CANDIDATES_AT_ONCE, dim=1):
         with kept_as_found(cache):
             nothing = pack.new_empty(*pack.shape, 0)
-            states.append(read_candidates(model, pack, history_mask, nothing, cache, long_history, times)[:, :, -1])
+            read = read_candidates(model, pack, history_mask, nothing, cache, supervision.long_history, times)
+            states.append(read[:, :, -1])
     logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_vectors(items))
     is_target = candidates == targets[:, None]
     usable = (candidates >= 0) & (targets >= 0)[:, None]
     positive, negative = usable & is_target, usable & ~is_target
-    behavior_ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
     behaviors = behaviors[:, None].expand_as(candidates)[positive]
-    return ranking_loss(config.ranking_targets, behavior_ids, logits[positive], behaviors, logits[negative])
+    return ranking_loss(config, logits[positive], behaviors, logits[negative])
 
 
 def _check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_items: int) -> None:

@@ -24,8 +24,6 @@ class HSTUConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 512):
             Most positions of a sequence; also the constant that attention is divided by in place of a softmax's norm, so that
             results do not depend on padding or packing.
-        relative_position_bias (`bool`, defaults to `True`):
-            A learned bias a layer for each distance between two positions.
         num_time_buckets (`int`, defaults to 0):
             Buckets (logarithmic, of seconds) of a learned bias a layer for the time between two events, which is added where
             timestamps are given; 128 in the public code, 0 for none.
@@ -46,7 +44,6 @@ class HSTUConfig(PreTrainedConfig):
     num_attention_heads: int = 1
     head_dim: int | None = None
     max_position_embeddings: int = 512
-    relative_position_bias: bool = True
     num_time_buckets: int = 0
     dropout: float = 0.2
     layer_norm_eps: float = 1e-6

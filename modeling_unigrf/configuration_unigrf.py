@@ -20,6 +20,16 @@ AUTO_MAP = {
 }
 
 
+def _of_backbone(name: str) -> property:
+    def get(config):
+        return getattr(config.text_config, name)
+
+    def put(config, value):
+        setattr(config.text_config, name, value)
+
+    return property(get, put)
+
+
 @strict
 class UniGRFConfig(PreTrainedConfig):
     r"""
@@ -260,45 +270,11 @@ class UniGRFConfig(PreTrainedConfig):
         return self.num_retrieved_items + 2 if self.num_retrieved_items else 0
 
     # The rest of transformers reads these from the outer config; they live in the backbone's.
-    @property
-    def vocab_size(self) -> int:
-        return self.text_config.vocab_size
-
-    @vocab_size.setter
-    def vocab_size(self, value: int):
-        self.text_config.vocab_size = value
-
-    @property
-    def hidden_size(self) -> int:
-        return self.text_config.hidden_size
-
-    @hidden_size.setter
-    def hidden_size(self, value: int):
-        self.text_config.hidden_size = value
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.text_config.num_hidden_layers
-
-    @num_hidden_layers.setter
-    def num_hidden_layers(self, value: int):
-        self.text_config.num_hidden_layers = value
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.text_config.num_attention_heads
-
-    @num_attention_heads.setter
-    def num_attention_heads(self, value: int):
-        self.text_config.num_attention_heads = value
-
-    @property
-    def use_cache(self) -> bool:
-        return self.text_config.use_cache
-
-    @use_cache.setter
-    def use_cache(self, value: bool):
-        self.text_config.use_cache = value
+    vocab_size = _of_backbone("vocab_size")
+    hidden_size = _of_backbone("hidden_size")
+    num_hidden_layers = _of_backbone("num_hidden_layers")
+    num_attention_heads = _of_backbone("num_attention_heads")
+    use_cache = _of_backbone("use_cache")
 
     def _check_spelling(self):
         """Refuses items that cannot be spelt (here: `@strict` validators lose the `ValueError`)."""

@@ -17,9 +17,10 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from .candidates_unigrf import best_by_item_score, item_log_probs, read_candidates
+from .candidates_unigrf import best_by_item_score, read_candidates
 from .continuations_unigrf import check_cache, kept_as_found, read_continuations
-from .trie_unigrf import CatalogueTrie, ItemFilter
+from .training_unigrf import item_log_probs
+from .trie_unigrf import CatalogueTrie, ItemFilter, item_list
 
 logger = logging.get_logger(__name__)
 
@@ -225,7 +226,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
         return request_timestamps
 
-    def _read_history(
+    def read_history(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
@@ -236,6 +237,12 @@ class UniGRFGenerationMixin(GenerationMixin):
         """
         Runs what the cache lacks of the histories; the output at their last token, `[batch_size, hidden_size]`. If it
         lacks nothing, that token is run once more beside itself, and the cache left as it was.
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
+            past_key_values (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards.
+            timestamps (`torch.LongTensor` of shape `(batch_size, T)`), request_timestamps (`torch.LongTensor` of shape
+                `(batch_size,)`, *optional*): As `recommend` takes them, both or none.
         """
         check_cache(past_key_values)
         cached, length = past_key_values.get_seq_length(), input_ids.shape[1]
@@ -387,7 +394,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             for name in ("timestamps", "request_timestamps")
         )
         asked_for = self._check_timestamps(input_ids, timestamps, asked_for)
-        history_states = self._read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
         with kept_as_found(cache):
             beams = self._search_items(
                 input_ids,
@@ -520,10 +527,10 @@ class UniGRFGenerationMixin(GenerationMixin):
         )
         if exclude_history:
             own = [history_items[rows == row] for row in range(len(input_ids))]
-            extra = own if blocked_items is None else [torch.as_tensor(more).to(rows) for more in blocked_items]
-            blocked_items = (
-                own if blocked_items is None else [torch.cat(pair) for pair in zip(own, extra, strict=True)]
-            )
+            more = [[]] * len(own) if blocked_items is None else blocked_items
+            blocked_items = [
+                torch.cat([mine, item_list(one, rows.device)]) for mine, one in zip(own, more, strict=True)
+            ]
         trie = self.catalogue.trie if catalogue is None else catalogue
         item_filter = None
         if allowed_items is not None or blocked_items is not None:
@@ -532,7 +539,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         cache = DynamicCache() if past_key_values is None else past_key_values
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
-        history_states = self._read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
         with kept_as_found(cache):
             beams = self._search_items(
                 input_ids,

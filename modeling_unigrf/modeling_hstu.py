@@ -22,10 +22,10 @@ class HSTUBias(nn.Module):
     def __init__(self, config: HSTUConfig):
         super().__init__()
         self.longest, self.buckets = config.max_position_embeddings, config.num_time_buckets
-        self.positions = nn.Embedding(2 * self.longest - 1, 1) if config.relative_position_bias else None
+        self.positions = nn.Embedding(2 * self.longest - 1, 1)
         self.times = nn.Embedding(self.buckets + 1, 1) if self.buckets else None
 
-    def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor | float:
+    def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor:
         """
         Args:
             distance (`torch.LongTensor` of shape `(batch_size or 1, Q, K)`): Position of the key minus that of the query.
@@ -34,10 +34,8 @@ class HSTUBias(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(batch_size or 1, 1, Q, K)`
         """
-        bias = 0.0
-        if self.positions is not None:
-            index = (distance + self.longest - 1).clamp(0, 2 * self.longest - 2)
-            bias = looked_up(self.positions, index)
+        index = (distance + self.longest - 1).clamp(0, 2 * self.longest - 2)
+        bias = looked_up(self.positions, index)
         if self.times is not None and seconds is not None:
             # Buckets each 1.35 times as wide as the one before, as in the public code.
             bucket = (seconds.clamp(min=1).float().log() / 0.301).floor().long().clamp(max=self.buckets)

@@ -330,7 +330,6 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         favorite_items: torch.LongTensor | None = None,
         timestamps: torch.LongTensor | None = None,
         next_timestamps: torch.LongTensor | None = None,
-        request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         long_timestamps: torch.LongTensor | None = None,
@@ -371,7 +370,6 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 for a backbone that reads times (`hstu` with `num_time_buckets`), in seconds; -1 where not known.
             next_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
                 of the token after it in its history, and the last one's own.
-            request_timestamps: Of `generate`, which makes `next_timestamps` of it; not for a forward.
             long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): With labels and
                 `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
                 there on, or the answer leaks. Item indices, oldest first, -1 where there is none; indices into
@@ -388,9 +386,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 mask, position_ids or a cache, negative_items for rows of several histories, or long histories or candidates
                 do not fit.
         """
-        targets = kwargs.pop("shift_labels", None)
-        if labels is not None and targets is None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
         inputs |= {
@@ -511,8 +507,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
-            `config.ranking_targets`. `sigmoid` gives the probability that the item, of all items, comes next (`"next"`), or
-            that the behaviour follows if it is shown.
+            `config.ranking_targets`. `sigmoid` gives the probability that the item, of all items (of the beams, after a stage II
+            on these), comes next (`"next"`), or that the behaviour follows if it is shown.
 
         Raises:
             ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, the cache is not
@@ -535,14 +531,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         if past_key_values is None:
             past_key_values = DynamicCache()
-            history_states = self._read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
+            history_states = self.read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
         check_cache(past_key_values)
         if past_key_values.get_seq_length() != length:
             raise ValueError(
                 f"Expected a cache of the {length} tokens of input_ids, found one of {past_key_values.get_seq_length()}."
             )
         if history_states is None and self.ranking_head.history_query is not None:
-            history_states = self._read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
+            history_states = self.read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():

@@ -4,20 +4,18 @@
 What is drawn and what each loss is stands in `training_unigrf.py` and `candidates_unigrf.py`; here they meet.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from .candidates_unigrf import second_stage_loss
 from .configuration_unigrf import NEXT_TARGET
 from .continuations_unigrf import attention_mask_4d
-from .subhistory_unigrf import LongHistory
 from .training_unigrf import (
     GivenItems,
     Negatives,
     SupervisedItems,
+    Supervision,
     candidate_loss,
     draw_negatives,
     generation_loss,
@@ -26,36 +24,6 @@ from .training_unigrf import (
     sampled_softmax_loss,
     supervised_items,
 )
-
-
-@dataclass
-class Supervision:
-    """
-    What the losses need beside the backbone's output.
-
-    Args:
-        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
-        items (`SupervisedItems`)
-        number, seen (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Which history of its row a token belongs to, and
-            the attention mask; None with a mask, positions or cache of the caller's own.
-        given, negatives (*optional*): What the caller knows of the users, and what is packed behind the histories.
-        cache (`Cache`, *optional*): Of the histories, for a second stage.
-        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*), long_history (*optional*), blocked_items
-            (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Of a second stage.
-        next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
-    """
-
-    targets: torch.LongTensor
-    items: SupervisedItems
-    number: torch.LongTensor | None = None
-    seen: torch.LongTensor | None = None
-    given: GivenItems | None = None
-    negatives: Negatives | None = None
-    cache: Cache | None = None
-    candidates: torch.LongTensor | None = None
-    long_history: LongHistory | None = None
-    blocked_items: torch.LongTensor | None = None
-    next_timestamps: torch.LongTensor | None = None
 
 
 class UniGRFSupervisionMixin:
@@ -184,8 +152,7 @@ class UniGRFSupervisionMixin:
             states = self.layout.ranking_states(hidden_states[:, -appended:])
             ends = hidden_states[usable.nonzero()[:, 0], negatives.history_ends[usable]]
             negative_logits = self.ranking_head(states[usable], ends, self.item_vectors(negatives.items[usable]))
-        behavior_ids = dict(zip(self.config.behaviors, self.config.behavior_token_ids, strict=True))
-        return ranking_loss(self.config.ranking_targets, behavior_ids, logits, supervised.behaviors, negative_logits)
+        return ranking_loss(self.config, logits, supervised.behaviors, negative_logits)
 
     def _item_loss(self, hidden_states: torch.Tensor, supervised: SupervisedItems) -> torch.Tensor:
         """Hidden states `[B, T, hidden_size]` -> cross-entropy of each supervised item among the items."""
@@ -213,18 +180,7 @@ class UniGRFSupervisionMixin:
         if config.generation_loss_weight:
             losses["generation_loss"] = generation_loss(self, of_histories, targets, supervision.given)
         if supervision.cache is not None:
-            losses["ranking_loss"] = second_stage_loss(
-                self,
-                supervision.number,
-                supervision.seen,
-                supervision.items,
-                of_histories,
-                supervision.cache,
-                supervision.candidates,
-                supervision.long_history,
-                supervision.blocked_items,
-                supervision.next_timestamps,
-            )
+            losses["ranking_loss"] = second_stage_loss(self, supervision, of_histories)
         elif config.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision.items, supervision.negatives)
         if config.item_loss_weight:

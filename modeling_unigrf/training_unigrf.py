@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from .configuration_unigrf import NEXT_TARGET
 from .layout_unigrf import ItemLayout
+from .subhistory_unigrf import LongHistory
 from .trie_unigrf import CatalogueTrie
 
 
@@ -83,6 +85,23 @@ class GivenItems:
     targets: torch.LongTensor
 
 
+def last_items(
+    supervised: SupervisedItems, batch_size: int
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    The last supervised item of each row, -1 in a row without one, the end of the history before it, and the behaviour that
+    follows, each `[batch_size]`.
+    """
+    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
+    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
+    rows = supervised.rows[is_last]
+    items = supervised.rows.new_full((batch_size,), -1)
+    ends, behaviors = torch.zeros_like(items), torch.zeros_like(items)
+    items[rows], ends[rows] = supervised.items[is_last], supervised.history_ends[is_last]
+    behaviors[rows] = supervised.behaviors[is_last]
+    return items, ends, behaviors
+
+
 def given_items(
     negative_items: torch.LongTensor | None,
     favorite_items: torch.LongTensor | None,
@@ -115,11 +134,8 @@ def given_items(
             f"negative_items and favorite_items belong to one user, but a row holds {int(number.max())} histories. Put "
             "each history into a row of its own."
         )
-    last_ends, targets = torch.full_like(number[:, 0], -1), torch.full_like(number[:, 0], -1)
-    last_ends.scatter_reduce_(0, supervised.rows, supervised.history_ends, "amax")
-    is_last = last_ends[supervised.rows] == supervised.history_ends
-    targets[supervised.rows[is_last]] = supervised.items[is_last]
-    return GivenItems(negative_items, favorite_items, last_ends, targets)
+    targets, ends, _ = last_items(supervised, len(number))
+    return GivenItems(negative_items, favorite_items, ends.masked_fill(targets < 0, -1), targets)
 
 
 @dataclass
@@ -202,6 +218,36 @@ def draw_negatives(
         position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1, items.shape[1]),
         attention_mask=layout.candidate_mask(seen, items.shape[1]),
     )
+
+
+@dataclass
+class Supervision:
+    """
+    What the losses need beside the backbone's output.
+
+    Args:
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
+        items (`SupervisedItems`)
+        number, seen (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Which history of its row a token belongs to, and
+            the attention mask; None with a mask, positions or cache of the caller's own.
+        given, negatives (*optional*): What the caller knows of the users, and what is packed behind the histories.
+        cache (`Cache`, *optional*): Of the histories, for a second stage.
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*), long_history (*optional*), blocked_items
+            (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Of a second stage.
+        next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
+    """
+
+    targets: torch.LongTensor
+    items: SupervisedItems
+    number: torch.LongTensor | None = None
+    seen: torch.LongTensor | None = None
+    given: GivenItems | None = None
+    negatives: Negatives | None = None
+    cache: Cache | None = None
+    candidates: torch.LongTensor | None = None
+    long_history: LongHistory | None = None
+    blocked_items: torch.LongTensor | None = None
+    next_timestamps: torch.LongTensor | None = None
 
 
 def generation_loss(
@@ -300,6 +346,22 @@ def _sampled_softmax(
     return -torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0].sum()
 
 
+def item_log_probs(
+    model, items: torch.LongTensor, history_states: torch.FloatTensor, states: torch.FloatTensor
+) -> torch.FloatTensor:
+    """
+    `log P(item | history)` `[B, N]`, from states at the ends of the histories `[B, hidden_size]` and at the items' codes
+    `[B, N, >= L - 1, hidden_size]`.
+    """
+    codes = model.catalogue.item_codes[items].long()
+    total = history_states.new_zeros(items.shape, dtype=torch.float32)
+    for level in range(model.layout.num_levels):
+        before = history_states[:, None] if level == 0 else states[:, :, level - 1]
+        log_probs = model.code_logits(before, model.layout.level_slice(level)).float().log_softmax(dim=-1)
+        total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
+    return total
+
+
 def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negatives: Negatives) -> torch.Tensor:
     """
     Mean over the rows of the cross-entropy of the last supervised item among itself and the row's given negatives, by their
@@ -308,21 +370,19 @@ def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negati
     Args:
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T + M * L, hidden_size)`): Of histories and packed items.
     """
-    layout, codes = model.layout, model.catalogue.item_codes
+    layout = model.layout
     has_last, count = given.last_ends >= 0, given.negatives.shape[1]
     ends, targets = given.last_ends.clamp(min=0), given.targets.clamp(min=0)
-    steps = torch.arange(layout.num_levels, device=ends.device)
-    rows = torch.arange(len(ends), device=ends.device)[:, None]
-    of_target = hidden_states[rows, ends[:, None] + steps][:, None]
+    rows, steps = (
+        torch.arange(len(ends), device=ends.device)[:, None],
+        torch.arange(layout.num_levels, device=ends.device),
+    )
+    of_target = hidden_states[rows, ends[:, None] + steps]
     packed = hidden_states[:, -negatives.tokens.shape[1] :].unflatten(1, (-1, layout.num_levels))[:, -count:]
-    of_negatives = torch.cat([of_target[:, :, :1].expand(-1, count, -1, -1), packed[:, :, :-1]], dim=2)
-    states = torch.cat([of_target, of_negatives], dim=1)
-    spelt = codes[torch.cat([targets[:, None], negatives.items[:, -count:]], dim=1)].long()
-    scores = 0.0
-    for level in range(layout.num_levels):
-        log_probs = model.code_logits(states[:, :, level], layout.level_slice(level)).float().log_softmax(dim=-1)
-        scores = scores + log_probs.gather(2, spelt[:, :, level : level + 1])[..., 0]
-    scores = torch.cat([scores[:, :1], scores[:, 1:].masked_fill(~negatives.given[:, -count:], -torch.inf)], dim=1)
+    states = torch.cat([of_target[:, None, 1:], packed[:, :, :-1]], dim=1)
+    items = torch.cat([targets[:, None], negatives.items[:, -count:]], dim=1)
+    is_none = nn.functional.pad(~negatives.given[:, -count:], (1, 0))
+    scores = item_log_probs(model, items, of_target[:, 0], states).masked_fill(is_none, -torch.inf)
     losses = -scores.log_softmax(dim=1)[:, 0]
     return losses.masked_fill(~has_last, 0.0).sum() / has_last.sum().clamp(min=1)
 
@@ -380,8 +440,7 @@ def sampled_softmax_loss(
 
 
 def ranking_loss(
-    ranking_targets: list[str],
-    behavior_ids: dict[str, int],
+    config,
     logits: torch.Tensor,
     behaviors: torch.LongTensor,
     negative_logits: torch.Tensor | None,
@@ -391,13 +450,15 @@ def ranking_loss(
     only target: beside others it counts as one of them).
 
     Args:
+        config (`UniGRFConfig`): Its ranking targets and behaviours.
         logits (`torch.FloatTensor` of shape `(n, num_targets)`): Of the items that did come next.
         behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviours on them.
         negative_logits (`torch.FloatTensor` of shape `(m, num_targets)`, *optional*): Of items that did not; they count
             for `"next"` only, since nobody knows how the user would have behaved.
     """
+    behavior_ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
     total = logits.new_zeros((), dtype=torch.float32)
-    for index, target in enumerate(ranking_targets):
+    for index, target in enumerate(config.ranking_targets):
         scores = logits[:, index].float()
         if target == NEXT_TARGET:
             labels = torch.ones_like(scores)
@@ -408,4 +469,4 @@ def ranking_loss(
             labels = (behaviors == behavior_ids[target]).float()
         loss = nn.functional.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
         total = total + loss / max(1, len(scores))
-    return total / len(ranking_targets)
+    return total / len(config.ranking_targets)

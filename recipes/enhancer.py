@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
 from recipes.callbacks import SavedTensors
-from recipes.histories import encode, of_a_forward
+from recipes.histories import encode
 
 
 class RankingDrivenEnhancer(SavedTensors):
@@ -210,9 +210,7 @@ class RankingDrivenEnhancer(SavedTensors):
         usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
-        vectors = model.history_item_vectors(batch["input_ids"])
-        read = model.model(**of_a_forward(batch), past_key_values=cache, use_cache=True, item_vectors=vectors)
-        states = read.last_hidden_state[:, -1]
+        states = model.read_history(**batch, past_key_values=cache)
         log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
         retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
         ranking = model.rank(**batch, candidates=pool, past_key_values=cache, history_states=states)

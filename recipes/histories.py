@@ -14,7 +14,7 @@ where not known; without the column, when the last item was).
 The `dataset/` of recipes.prepare is none: it holds catalogue indices, and ends before the held-out interactions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,15 +83,6 @@ def encode(
     batch = tokenizer.pad(columns, return_tensors="pt", padding_side="left")
     if request_timestamps is not None:
         batch["request_timestamps"] = torch.as_tensor(request_timestamps, dtype=torch.long)
-    return batch
-
-
-def of_a_forward(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `forward` takes of what `recommend` takes: the time that each output is asked for, in place of the last one's."""
-    batch = dict(batch)
-    if "request_timestamps" in batch:
-        after = [batch["timestamps"][:, 1:], batch.pop("request_timestamps")[:, None]]
-        batch["next_timestamps"] = torch.cat(after, dim=1)
     return batch
 
 

@@ -31,7 +31,6 @@ from recipes.callbacks import AdaptiveWeighter, LossParts
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.evaluate import METRICS
-from recipes.histories import of_a_forward
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
 from recipes.results import made_by
@@ -149,9 +148,7 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
         padded = padded.to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
         cache, own = DynamicCache(), split[batch]["items"]
-        vectors = model.history_item_vectors(padded["input_ids"])
-        read = model.model(**of_a_forward(padded), past_key_values=cache, use_cache=True, item_vectors=vectors)
-        states = read.last_hidden_state[:, -1]
+        states = model.read_history(**padded, past_key_values=cache)
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])

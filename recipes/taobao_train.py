@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import LossParts
 from recipes.hardware import PeakMemory
 from recipes.taobao_clicks import RECENT, last_distinct
@@ -47,6 +47,8 @@ from recipes.taobao_tables import (
     table_shards,
     user_histories,
 )
+from recipes.train import CONFIG_FIELDS, named
+from tokenization import SemanticIdTokenizer
 from tokenization.vocabulary_layout import PAD, VocabularyLayout
 
 LLAMA = {
@@ -77,6 +79,10 @@ class TaobaoTrainArguments:
     )
     negatives_per_item: float = field(
         default=1.0, metadata={"help": "Random candidates an item, for `next`; none in stage II."}
+    )
+    item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over (a sample of) items."})
+    config_fields: str = field(
+        default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON: inject_target, ..."}
     )
     max_items: int = field(default=6, metadata={"help": "Items of the history that a row spells."})
     max_long_items: int = field(default=1000, metadata={"help": "Items that sub-histories come from."})
@@ -114,7 +120,11 @@ def build_model(
         "num_retrieved_items": args.num_retrieved_items,
         "num_train_beams": args.num_train_beams,
         "max_items": args.max_items,
+        "max_long_items": args.long_items or None,
+        "exclude_history": False,  # users come back to items
         "negatives_per_item": 0.0 if second_stage else args.negatives_per_item,
+        "item_loss_weight": args.item_loss_weight,
+        **named(args.config_fields, CONFIG_FIELDS, "config_fields"),
     }
     codes, embeddings = torch.from_numpy(np.array(codes)), torch.from_numpy(embeddings)
     if args.init_from is not None:
@@ -227,7 +237,14 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     cpu_seconds = {"training": time.process_time() - start}
     evaluation = evaluate(model.eval(), args)
     cpu_seconds["evaluation"] = time.process_time() - start - cpu_seconds["training"]
-    trainer.save_model(str(out / "checkpoint"))
+    if (data_dir / "tokenizer").is_dir():
+        tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
+        RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(out / "checkpoint")
+    else:
+        print(
+            "the checkpoint has no item map: `recipes.taobao --tokenizer` makes one, to be saved into the same folder"
+        )
+        trainer.save_model(str(out / "checkpoint"))
     cpu_seconds = {name: round(seconds, 1) for name, seconds in cpu_seconds.items()}
     log = {"metrics": result.metrics, "memory": memory, "cpu_seconds": cpu_seconds, "evaluation": evaluation}
     log["log_history"] = trainer.state.log_history

@@ -47,6 +47,7 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
+CONFIG_FIELDS = [one.name for one in dataclass_fields(UniGRFConfig)]
 # Of RankingDrivenEnhancer, beside those that have an argument of their own.
 ENHANCER_OPTIONS = {
     "pool_size",
@@ -163,7 +164,6 @@ def build_model(
     A model for the tokenizer's items, fresh or from `args.init_from`. `embeddings`: `[num_items, D]`. `ValueError` if the
     checkpoint is of other items, or of other parts than are asked for.
     """
-    known = [one.name for one in dataclass_fields(UniGRFConfig)]
     fields = {
         "max_items": max_items,
         "max_long_items": max_long_items,
@@ -179,7 +179,7 @@ def build_model(
         "embedding_dropout": args.embedding_dropout,
     }
     if args.init_from is not None:
-        fields |= named(args.config_fields, known, "config_fields")
+        fields |= named(args.config_fields, CONFIG_FIELDS, "config_fields")
         model = UniGRFForCausalLM.from_pretrained(args.init_from, dtype=torch.float32, **fields)
         ids = SemanticIdTokenizer.from_pretrained(args.init_from).item_ids
         if ids != tokenizer.item_ids or not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
@@ -208,7 +208,7 @@ def build_model(
         read_item_embeddings=args.rank_by_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         history_item_vectors=args.history_item_vectors,
-        **{**fields, **named(args.config_fields, known, "config_fields")},
+        **{**fields, **named(args.config_fields, CONFIG_FIELDS, "config_fields")},
     )
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)

@@ -119,6 +119,8 @@ def draw(data: dict, file: Path) -> None:
             continue
         kind = arguments["backbone"].split("-")[0]
         panels.setdefault(f"{kind}, {arguments['ids']} ids, behaviours: {arguments['behaviors']}", []).append(row)
+    if not panels:
+        return
     figure, axes = plt.subplots(len(panels), 3, figsize=(13, 2.9 * len(panels)), layout="constrained", squeeze=False)
     for of_kind, (title, rows) in zip(axes, panels.items(), strict=True):
         for row in rows:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import taobao_scaling, taobao_train
@@ -253,7 +254,15 @@ def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_
     run_training(arguments, tmp_path / "one", "--eval_rows=8")
     second = (f"--init_from={tmp_path / 'one/checkpoint'}", "--num_train_beams=4", "--num_retrieved_items=3")
     second += ("--max_long_items=20", "--eval_rows=40")
+    second += ('--config_fields={"inject_target": false}',)
     log = run_training(arguments, tmp_path / "two", *second)
+    recommender = pipeline("recommendation", model=str(tmp_path / "two/checkpoint"), trust_remote_code=True)
+    assert recommender.model.config.inject_target is False and not recommender.model.config.exclude_history
+    ids = recommender.tokenizer.item_ids[:3]
+    assert {one["item_id"] for one in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
+        "own items, too"
+    )
+    assert all("item_loss" in entry for entry in log["log_history"] if "loss" in entry)
     losses = [entry["ranking_loss"] for entry in log["log_history"] if "ranking_loss" in entry]
     assert len(losses) == 8 and losses[-1] < losses[0]
     assert log["evaluation"]["rows"] == 40 and log["cpu_seconds"]["evaluation"] > 0
