@@ -108,8 +108,9 @@ class UniGRFConfig(PreTrainedConfig):
         item_loss_weight (`float`, defaults to 0.0):
             Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
             item vectors. Needs `item_embedding_dim` or `item_table_size`.
-        candidate_loss_weight (`float`, defaults to 1.0):
-            Weight of the softmax of a row's last item, of several codes, among the `negative_items` that `forward` is given.
+        candidate_loss_weight (`float`, defaults to 10.0):
+            Weight of the softmax of a row's last item, of several codes, among the `negative_items` that `forward` is given: as
+            many codes as it counts for.
         exclude_history (`bool`, defaults to `True`):
             Default of `recommend` and the pipeline: no item of the history is recommended.
         max_long_items (`int`, *optional*):
@@ -185,7 +186,7 @@ class UniGRFConfig(PreTrainedConfig):
     generation_loss_weight: float = 1.0
     ranking_loss_weight: float = 1.0
     item_loss_weight: float = 0.0
-    candidate_loss_weight: float = 1.0
+    candidate_loss_weight: float = 10.0
     exclude_history: bool = True
     max_long_items: int | None = None
     ranking_target: str | None = None

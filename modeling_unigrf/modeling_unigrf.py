@@ -44,7 +44,7 @@ class UniGRFCausalLMOutput(ModelOutput):
             `config.ranking_loss_weight`.
         item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
             `config.item_loss_weight`.
-        candidate_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of each row's last supervised item among
+        candidate_loss (`torch.FloatTensor` of shape `()`): Cross-entropy of each row's last supervised item among
             itself and the row's `negative_items`, by their log-probabilities as sequences.
         gradient_norms (`torch.FloatTensor` of shape `(2,)`): Of generation and ranking loss, towards the backbone's output; in
             training with `model.measures_gradients`.

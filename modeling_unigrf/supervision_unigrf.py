@@ -186,7 +186,9 @@ class UniGRFSupervisionMixin:
         if config.item_loss_weight:
             losses["item_loss"] = self._item_loss(hidden_states, supervision.items)
         if self._appends(supervision.given):
-            losses["candidate_loss"] = candidate_loss(self, hidden_states, supervision.given, supervision.negatives)
+            losses["candidate_loss"] = candidate_loss(
+                self, hidden_states, targets, supervision.given, supervision.negatives
+            )
         if not losses:
             raise ValueError(
                 "Expected a positive weight of some loss, found 0 for all: there is nothing to learn from labels."

@@ -362,17 +362,21 @@ def item_log_probs(
     return total
 
 
-def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negatives: Negatives) -> torch.Tensor:
+def candidate_loss(
+    model, hidden_states: torch.Tensor, targets: torch.LongTensor, given: GivenItems, negatives: Negatives
+) -> torch.Tensor:
     """
-    Mean over the rows of the cross-entropy of the last supervised item among itself and the row's given negatives, by their
-    log-probabilities as sequences: a sampled softmax over items for codes, whose own cross-entropy sees no other item whole.
+    Cross-entropy of the last supervised item of each row among itself and the row's given negatives, by their log-probabilities
+    as sequences: a sampled softmax over items for codes, whose own cross-entropy sees no other item whole. Summed over the rows
+    and divided, as the cross-entropy of the codes, by their number: with a weight of 1 it counts as one more code. (As a mean over
+    rows it would outweigh all codes of the one item that it is about a hundred times, and undo what they learn.)
 
     Args:
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T + M * L, hidden_size)`): Of histories and packed items.
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens of the histories.
     """
     layout = model.layout
-    has_last, count = given.last_ends >= 0, given.negatives.shape[1]
-    ends, targets = given.last_ends.clamp(min=0), given.targets.clamp(min=0)
+    has_last, count, ends = given.last_ends >= 0, given.negatives.shape[1], given.last_ends.clamp(min=0)
     rows, steps = (
         torch.arange(len(ends), device=ends.device)[:, None],
         torch.arange(layout.num_levels, device=ends.device),
@@ -380,11 +384,11 @@ def candidate_loss(model, hidden_states: torch.Tensor, given: GivenItems, negati
     of_target = hidden_states[rows, ends[:, None] + steps]
     packed = hidden_states[:, -negatives.tokens.shape[1] :].unflatten(1, (-1, layout.num_levels))[:, -count:]
     states = torch.cat([of_target[:, None, 1:], packed[:, :, :-1]], dim=1)
-    items = torch.cat([targets[:, None], negatives.items[:, -count:]], dim=1)
+    items = torch.cat([given.targets.clamp(min=0)[:, None], negatives.items[:, -count:]], dim=1)
     is_none = nn.functional.pad(~negatives.given[:, -count:], (1, 0))
     scores = item_log_probs(model, items, of_target[:, 0], states).masked_fill(is_none, -torch.inf)
     losses = -scores.log_softmax(dim=1)[:, 0]
-    return losses.masked_fill(~has_last, 0.0).sum() / has_last.sum().clamp(min=1)
+    return losses.masked_fill(~has_last, 0.0).sum() / (layout.token_levels(targets) >= 0).sum().clamp(min=1)
 
 
 def softmax_over_items(

@@ -114,11 +114,13 @@ def draw(data: dict, file: Path) -> None:
     panels: dict[str, list[dict]] = {}
     for row in rows_of(data):
         arguments = row["arguments"]
-        # The loss of a sampled softmax is another one in every step, and of too few rows to be worth panels.
-        if arguments["row"] in ("retrieval", "ranking") or arguments["code_negatives"]:
+        if arguments["row"] in ("retrieval", "ranking"):
             continue
         kind = arguments["backbone"].split("-")[0]
-        panels.setdefault(f"{kind}, {arguments['ids']} ids, behaviours: {arguments['behaviors']}", []).append(row)
+        title = f"{kind}, {arguments['ids']} ids, behaviours: {arguments['behaviors']}"
+        if arguments["code_negatives"]:  # another loss, which is not to be compared
+            title += f",\n{arguments['code_negatives']} negatives"
+        panels.setdefault(title, []).append(row)
     if not panels:
         return
     figure, axes = plt.subplots(len(panels), 3, figsize=(13, 2.9 * len(panels)), layout="constrained", squeeze=False)
