@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -12,11 +13,21 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, Features, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
-from recipes import push_to_hub, recochain_report, reproduce_recochain, runs, sasrec, show, train, training_rows
+from recipes import (
+    push_to_hub,
+    recochain_report,
+    reproduce_recochain,
+    reproduce_unigrf,
+    runs,
+    sasrec,
+    show,
+    train,
+    training_rows,
+)
 from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
@@ -506,6 +517,20 @@ def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_co
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
         assert (file.parent / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("unigrf_ml1m", reproduce_unigrf), ("recochain", reproduce_recochain), ("recochain_beauty", reproduce_recochain)],
+)
+def test_the_command_of_every_committed_run_asks_for_what_was_run(name, recipe):
+    for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:
+        _, _, module, *words = shlex.split(run["made by"]["command"])
+        assert module == recipe.__name__
+        asked = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
+        # Beams and what is beside them are several in a command, and one in a run.
+        found = {one: value for one, value in run["arguments"].items() if one not in ("beams", "union", "ranked")}
+        assert {one: asked[one] for one in found} == found, run["made by"]["command"]
 
 
 def test_the_readme_snippets_run(tmp_path, monkeypatch):
