@@ -11,7 +11,9 @@
 
 In training a row may hold several histories, each beginning with its `<bos>`: they do not see each other.
 
-Everything else (heads, search, ranking) asks this file. Another layout replaces this file only.
+Heads, search and losses ask this file for levels, positions and masks. That the codes of an item are neighbours and its
+behaviour stands right behind them is also known to `UniGRFForCausalLM.history_item_vectors`, to `candidate_loss` and to the
+recipes that cut rows: another order of the same tokens changes these, too.
 """
 
 import torch

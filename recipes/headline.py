@@ -12,6 +12,10 @@ def one(rows: list[dict], **cell) -> dict:
     return next(row for row in rows if cell.items() <= row.items())
 
 
+def seeds(row: dict) -> str:
+    return f"{len(row['runs'])} seed" + ("s" if len(row["runs"]) > 1 else "")
+
+
 def figures(row: dict, *columns: str) -> str:
     """`a / b / c` of the test, each with its deviation over seeds, if there are several."""
     spread = row["std"] or {}
@@ -29,25 +33,24 @@ def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
     best = max(joint, key=lambda row: row["runs"][0]["validation"]["ndcg@10"])
     paper, large = (unigrf_report.PUBLISHED[name] for name in ("UniGRF-Llama, paper", "HSTU-large, HSTU's code base"))
     beside = f"UniGRF's paper {paper[0]} / {paper[1]} / {paper[5]}, HSTU-large {large[0]} / {large[1]} / -"
-    what = f"MovieLens-1M, one model for both tasks ({len(best['runs'])} seed): HR@10 / NDCG@10 / AUC"
+    what = f"MovieLens-1M, one model for both tasks ({seeds(best)}): HR@10 / NDCG@10 / AUC"
     return [(what, figures(best, "hr@10", "ndcg@10", "auc"), beside)]
 
 
 def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
     row = one(recochain_report.rows_of(data), row="default", beams=20, union=0, ranked=0)
     gain, deviation = recochain_report.gain_of(row, "recall@5")
-    seeds = f"{len(row['runs'])} seeds"
     kept = {"recall@10": row["test"]["ranked"]["recall@10"]}
     of_lists = {"test": kept, "std": {name: row["std"]["ranked"][name] for name in kept}}
     knn = data["baselines"]["item_knn"]["recall@10"]
     return [
         (
-            f"MovieLens-1M, window of 7 items, ranking of 20 beams over generation ({seeds}): Recall@5",
+            f"MovieLens-1M, window of 7 items, ranking of 20 beams over generation ({seeds(row)}): Recall@5",
             f"+{gain:.1f} ± {deviation:.1f} %",
             "RecoChain's paper, on TAOBAO-MM, +3.1 %",
         ),
         (
-            f"the same, the ranked list ({seeds}): Recall@10",
+            f"the same, the ranked list ({seeds(row)}): Recall@10",
             figures(of_lists, "recall@10"),
             f"item-kNN, tuned, {knn:.4f}",
         ),
@@ -59,7 +62,7 @@ def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
     published = recochain_report.PUBLISHED["recochain_beauty"]
     beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
     ranked = row["test"]["ranked"]["recall@10"]
-    return [(f"Amazon-2014 Beauty, ranked ({len(row['runs'])} seed): Recall@10", f"{ranked:.4f}", beside)]
+    return [(f"Amazon-2014 Beauty, ranked ({seeds(row)}): Recall@10", f"{ranked:.4f}", beside)]
 
 
 def movielens_100k_rows(data: dict) -> list[tuple[str, str, str]]:

@@ -44,7 +44,7 @@ def write_report(
         metrics: what metrics.json holds: `protocol` (dict), `baselines` ({name: {recall@5, recall@10, ndcg@5, ndcg@10,
             mrr}}), `generation` and `ranked` (such values), `ranking` ({auc, ...}), `invalid_items` (number),
             `seconds` ({stage: s}) and `selection` (dict).
-        log_history: the Trainer's: dicts with `step` and `loss`, `generation_loss`, `ranking_loss` or `eval_*`.
+        log_history: the Trainer's: dicts with `step` and `loss`, `generation_loss`, `ranking_loss` or `eval_loss`.
         code_counts: of every level, how many items have each code.
         ranks: {name: the rank of every test target, 1 = first, None where it is not in the list}.
 
@@ -118,26 +118,9 @@ def _pairs(values: Mapping[str, Any]) -> str:
 def _learning_curves(path: Path, log_history: Sequence[Mapping[str, float]]) -> None:
     losses = {label: _series(log_history, key) for key, label in TRAIN_LOSSES.items()}
     losses["validation"] = _series(log_history, "eval_loss")
-    timing = (
-        "eval_loss",
-        "eval_runtime",
-        "eval_samples_per_second",
-        "eval_steps_per_second",
-        "eval_model_preparation_time",
-    )
-    names = dict.fromkeys(
-        key for entry in log_history for key in entry if key.startswith("eval_") and key not in timing
-    )
-    validation = {name.removeprefix("eval_"): _series(log_history, name) for name in names}
-    panels = {}
-    for title, lines in (("Loss", losses), ("Validation metrics", validation)):
-        panels[title] = {label: points for label, points in lines.items() if len(points[0])}
-    if not panels["Validation metrics"]:  # a run that evaluates its loss alone
-        del panels["Validation metrics"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
-    for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        _lines(ax, lines)
-        ax.set(title=title, xlabel="training step")
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    _lines(ax, {label: points for label, points in losses.items() if points[0]})
+    ax.set(title="Loss", xlabel="training step")
     _save(figure, path)
 
 
@@ -186,31 +169,12 @@ def _series(log_history: Sequence[Mapping[str, float]], key: str) -> tuple[list[
 
 
 def _lines(ax: Axes, lines: Mapping[str, tuple[Any, Any]]) -> None:
-    """Draw the lines (x and y of each) and write every one's name beside its end, at least a text's height apart."""
-    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(lines)}
-    for name, (x, y) in lines.items():
-        ax.plot(x, y, color=colors[name], linewidth=1.8, marker="o" if len(x) == 1 else None)
+    """Draw the lines (x and y of each), named with where they end."""
+    for number, (name, (x, y)) in enumerate(lines.items()):
+        marker = "o" if len(x) == 1 else None
+        ax.plot(x, y, color=COLORS[number % len(COLORS)], linewidth=1.8, marker=marker, label=f"{name} {y[-1]:.3g}")
     ax.set_ylim(bottom=0)
-    height = 0.06 * ax.get_ylim()[1]
-    order = sorted(lines, key=lambda name: lines[name][1][-1])
-    at = np.array([lines[name][1][-1] for name in order], dtype=float)
-    for _ in range(100):  # push overlapping neighbours apart, each by half of what is missing
-        push = np.maximum(height - np.diff(at), 0) / 2
-        at[:-1] -= push
-        at[1:] += push
-    for name, y in zip(order, at, strict=True):
-        # Outside the axes' right edge, where no line passes.
-        ax.annotate(
-            f"{name} {lines[name][1][-1]:.3g}",
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colors[name],
-            fontsize=9,
-            annotation_clip=False,
-        )
+    ax.legend(frameon=False, fontsize=9)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -92,7 +92,7 @@ def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, floa
 
 
 def run(args: SasrecArguments) -> dict:
-    """Trains, chooses and reports; returns what `sasrec.json` says."""
+    """Trains, chooses and reports; returns what `sasrec.json` says, unrounded."""
     tokenizer = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     if tokenizer.num_levels != 1:
         raise ValueError(

@@ -143,7 +143,7 @@ def test_a_report_shows_every_method_and_its_pictures_and_misses_no_part(tmp_pat
         "seconds": {"train": 12.5},
         "selection": {"epoch": 3},
     }
-    log_history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.9, "eval_recall@10": 0.1, "eval_runtime": 2.0}]
+    log_history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.9, "eval_runtime": 2.0}]
     path = write_report(tmp_path, metrics, log_history, [[3, 0, 1], [2, 2, 0]], {"generation": [1, None, 7]})
     text = path.read_text()
     for name in ("popularity", "item_knn", "generation", "generation + ranking"):
