@@ -69,6 +69,8 @@ def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -
             f"expected embeddings of shape [{len(items)}, D], one row for each row of {args.items}, found "
             f"{list(embeddings.shape)}: write the rows in the order of the items table"
         )
+    if args.embeddings is not None:
+        embeddings = embeddings[items.index]  # the table may have been put into another order
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
     check_rows(finite, items["item_id"], "finite embeddings", "NaN or infinity", args.items)

@@ -22,7 +22,9 @@ is training; popularity is counted on training only. Output:
     prepare.json                  arguments, hashes of the inputs, counts, behaviours, codebook health
 
 Items are catalogue indices (int32), behaviours indices into tokenizer.behaviors (int8). A second run with equal
-arguments and input files does nothing; one with other codebooks encodes no text again.
+arguments and input files does nothing; one with other codebooks encodes no text again. With `--tokenizer training/checkpoint`
+the codes of another folder stay and new items are added behind its own, so that `recipes.train --init_from training/checkpoint`
+goes on with newer data.
 """
 
 import json
@@ -42,7 +44,13 @@ from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
 # Columns of a history, and of what comes after it in a held-out split.
 TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
-PATHS = ("interactions", "items", "embeddings", "output_dir")  # arguments whose content matters, not their name
+PATHS = (
+    "interactions",
+    "items",
+    "embeddings",
+    "output_dir",
+    "tokenizer",
+)  # arguments whose content matters, not their name
 
 
 @dataclass
@@ -70,6 +78,12 @@ class PrepareArguments:
     normalize: bool = field(default=False, metadata={"help": "Quantise L2-normalised embeddings."})
     pca_dim: int | None = field(default=None, metadata={"help": "Quantise this many principal components."})
     atomic: bool = field(default=False, metadata={"help": "One code an item, its own: no codebooks (SASRec's ids)."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder whose codes and codebooks stay; its items come first, new ones are added. No new codebooks."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the codebooks."})
 
 
@@ -94,6 +108,19 @@ def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None
         )
 
 
+def with_known_first(items: pd.DataFrame, known: SemanticIdTokenizer, path: str) -> pd.DataFrame:
+    """The items table in the order of a tokenizer's items, which it must have all, and new ones behind them."""
+    places = pd.Index(items["item_id"]).get_indexer(known.item_ids)
+    missing = [known.item_ids[row] for row in np.flatnonzero(places < 0)]
+    if missing:
+        raise ValueError(
+            f"expected all {known.num_items} items of the tokenizer in {path}, found {len(missing)} missing, for instance "
+            f"{missing[:5]}: its codes stay, so its items do, too"
+        )
+    new = np.setdiff1d(np.arange(len(items)), places)
+    return items.iloc[np.concatenate([places, new])]
+
+
 def prepare(args: PrepareArguments) -> Path:
     """Write the prepared folder (see the module's docstring) and return its path.
 
@@ -110,6 +137,9 @@ def prepare(args: PrepareArguments) -> Path:
     }
     if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
         record["inputs"]["encoder"] = weights
+    earlier = None if args.tokenizer is None else SemanticIdTokenizer.from_pretrained(args.tokenizer)
+    if earlier is not None:
+        record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
     if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):
         print(f"{output_dir} is already prepared with these arguments and inputs")
         return output_dir
@@ -133,6 +163,16 @@ def prepare(args: PrepareArguments) -> Path:
             f"{args.interactions}: lower --min_interactions or bring longer histories"
         )
     behaviors = sorted(kept["behavior"].unique())
+    if earlier is not None:
+        items = with_known_first(items, earlier, args.items)
+        check_rows(
+            kept["behavior"].isin(earlier.behaviors),
+            kept["behavior"],
+            f"behaviors among {earlier.behaviors}",
+            "another",
+            args.interactions,
+        )
+        behaviors = list(earlier.behaviors)
     item_index = pd.Index(items["item_id"])
     splits = leave_one_out(
         users=kept["user_id"].to_numpy(),
@@ -147,7 +187,11 @@ def prepare(args: PrepareArguments) -> Path:
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
     ids, provenance = items["item_id"].tolist(), {**source, "inputs": record["inputs"]}  # more is added there
     titles = items["title"].fillna("").astype(str).tolist() if "title" in items else None
-    if args.atomic:
+    if earlier is not None:
+        tokenizer, count = earlier, earlier.num_items
+        if len(ids) > count:
+            tokenizer.add_items(ids[count:], embeddings[count:], titles and titles[count:])
+    elif args.atomic:
         codes = np.arange(len(ids))[:, None]
         tokenizer = SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles, provenance=provenance)
     else:

@@ -205,7 +205,8 @@ def run(args: ReproduceArguments) -> None:
         print(f"{folder} is finished")
         return
     begun = folder / "arguments.json"
-    if begun.exists() and json.loads(begun.read_text()) != work:
+    is_begun = begun.exists() and (file.exists() or get_last_checkpoint(str(folder)))
+    if is_begun and json.loads(begun.read_text()) != work:
         raise ValueError(
             f"Expected a run of the same arguments in {folder}, found another's: {begun.read_text()}. Give this one a name "
             "with --variant, or another --output_dir."

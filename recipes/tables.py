@@ -24,7 +24,7 @@ def read_table(path: Path, ids: list[str]) -> pd.DataFrame:
         raise ValueError(f"expected rows in {path}, found none below the header: check how the file was written")
     for name in ids:
         check_rows(table[name].notna(), table[name], f"a {name} in every row", "an empty value", path)
-    return table.astype({name: "str" for name in ids if name.endswith("_id")})
+    return table.reset_index(drop=True).astype({name: "str" for name in ids if name.endswith("_id")})
 
 
 def read_interactions(path: Path) -> pd.DataFrame:
@@ -72,11 +72,11 @@ def read_interactions(path: Path) -> pd.DataFrame:
 
 
 def check_rows(valid: pd.Series, shown: pd.Series, expected: str, found: str, path: str | Path) -> None:
-    """`ValueError` that counts the rows that are not `valid` and shows the first three of them."""
+    """`ValueError` that counts the rows that are not `valid` and shows the first three of them, by their row in the file."""
     if valid.all():
         return
     rows = np.flatnonzero(~valid.to_numpy())
-    first = ", ".join(f"row {row} ({shown.iloc[row]!r})" for row in rows[:3])
+    first = ", ".join(f"row {valid.index[row]} ({shown.iloc[row]!r})" for row in rows[:3])
     raise ValueError(
         f"expected {expected} in {path}, found {found} in {len(rows):,} of {len(valid):,} rows, first {first} "
         "(rows counted from 0, without the header): correct or drop these rows"

@@ -199,7 +199,8 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         )
     work = json.loads(json.dumps([asdict(args), training_args.to_dict(), json.loads(stages.read_text())], default=str))
     begun, finished = out / "arguments.json", out / "training_log.json"
-    if begun.exists() and json.loads(begun.read_text()) != work:
+    is_begun = begun.exists() and (finished.exists() or get_last_checkpoint(out))
+    if is_begun and json.loads(begun.read_text()) != work:
         raise ValueError(
             f"expected a new output_dir, or the arguments and data of the training in {out}, found others: name another "
             "output_dir, or remove this one"

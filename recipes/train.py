@@ -66,7 +66,9 @@ class ModelArguments:
 
     init_from: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint to start from, of the same items; it brings its own backbone and item vectors."},
+        metadata={
+            "help": "Checkpoint to start from, of these items or the first of them; it brings its own backbone."
+        },
     )
     num_retrieved_items: int = field(
         default=0, metadata={"help": "Items of the long history that a candidate is ranked with."}
@@ -182,10 +184,12 @@ def build_model(
         fields |= named(args.config_fields, CONFIG_FIELDS, "config_fields")
         model = UniGRFForCausalLM.from_pretrained(args.init_from, dtype=torch.float32, **fields)
         ids = SemanticIdTokenizer.from_pretrained(args.init_from).item_ids
-        if ids != tokenizer.item_ids or not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes):
+        same = tokenizer.item_ids[: len(ids)] == ids
+        if not same or not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes[: len(ids)]):
             raise ValueError(
-                f"Expected a checkpoint of the {tokenizer.num_items} items in data_dir, found {model.config.num_items} items, or "
-                f"other ids or codes, in {args.init_from}. Start from a model that was trained on this data."
+                f"Expected a checkpoint of the first of the {tokenizer.num_items} items in data_dir, found {len(ids)} items, or other "
+                f"ids or codes, in {args.init_from}. Start from a model that was trained on this data, or prepare the data with "
+                f"--tokenizer {args.init_from}."
             )
         asked = {
             "read_item_embeddings": args.rank_by_item_embeddings,
@@ -200,6 +204,10 @@ def build_model(
                 f"{ ({name: getattr(model.config, name) for name in changed}) } in {args.init_from}, whose weights are made for "
                 "these. Ask for the same (rank_by_item_embeddings, history_item_vectors, item_table_size)."
             )
+        if tokenizer.num_items > len(ids):
+            new = slice(len(ids), None)
+            more = embeddings[new] if model.config.item_embedding_dim else None
+            model.add_items(torch.from_numpy(tokenizer.item_codes[new].copy()), more)
         return model
     config = UniGRFConfig(
         **tokenizer.config_fields(),

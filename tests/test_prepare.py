@@ -189,6 +189,39 @@ def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(argu
         prepare(args)  # an encoder of the same name and other weights
 
 
+def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(arguments, embeddings, tmp_path):
+    old_rows = [row for row in range(12) if row not in (2, 7)]
+    old_items = items_table().iloc[old_rows]
+    interactions = interactions_table()
+    interactions = interactions[interactions["item_id"].isin(old_items["item_id"])]
+    first = prepare(
+        replace(
+            arguments(interactions, old_items, embeddings=embeddings[old_rows], min_interactions=3),
+            output_dir=str(tmp_path / "first"),
+        )
+    )
+    before = SemanticIdTokenizer.from_pretrained(first / "tokenizer")
+    order = np.random.default_rng(0).permutation(12)
+    args = arguments(None, items_table().iloc[order], embeddings=embeddings[order], tokenizer=str(first / "tokenizer"))
+    folder = prepare(args)
+    after = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
+    assert after.item_ids[:10] == before.item_ids and set(after.item_ids[10:]) == {"002", "007"}
+    np.testing.assert_array_equal(after.item_codes[:10], before.item_codes)
+    assert after.titles == [f"Film {int(item)}" for item in after.item_ids]
+    kept = load_file(folder / "item_embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(kept, embeddings[[int(item) for item in after.item_ids]].astype(np.float32))
+    user = load_from_disk(str(folder / "dataset"))["train"][0]
+    expected = [row[1] for row in sorted(INTERACTIONS, key=lambda row: row[2]) if row[0] == user["user_id"]][:-2]
+    assert [after.item_ids[item] for item in user["items"]] == expected
+    with pytest.raises(ValueError, match=r"found 1 missing, for instance \['003'\]"):
+        some = items_table().drop(index=3)
+        prepare(arguments(interactions_table().query("item_id != '003'"), some, tokenizer=str(first / "tokenizer")))
+    with pytest.raises(ValueError, match=r"behaviors among .*row 1 \('bought'\)"):
+        prepare(
+            replace(args, interactions=arguments(changed(interactions_table(), 1, "behavior", "bought")).interactions)
+        )
+
+
 def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_changes(encoder):
     texts = ["Film 1 drama", "drama", "Film Film Film 3 4 5", "2"]
     together = encode_texts(texts, encoder, dtype="float32")

@@ -282,6 +282,34 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
 
 
+def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepared, tmp_path):
+    arguments = [
+        f"--text_config={json.dumps(TINY)}",
+        "--max_items=4",
+        "--use_cpu",
+        "--max_steps=1",
+        "--save_strategy=no",
+    ]
+    arguments += ["--disable_tqdm=True"]
+    first = train.train(*train.parse([*arguments, f"--data_dir={prepared}", f"--output_dir={tmp_path / 'one'}"]))
+    items = pd.read_parquet(prepared.parent / "items.parquet")
+    new = items.iloc[:3].assign(item_id=["n0", "n1", "n2"])
+    pd.concat([new, items]).to_parquet(tmp_path / "items.parquet")
+    interactions = pd.read_parquet(prepared.parent / "interactions.parquet")
+    later = interactions.iloc[:3].assign(user_id="u0", item_id=["n0", "n1", "n2"], timestamp=[100, 101, 102])
+    pd.concat([interactions, later]).to_parquet(tmp_path / "interactions.parquet")
+    tables = {name: str(tmp_path / f"{name}.parquet") for name in ("interactions", "items")}
+    newer = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "newer"), tokenizer=str(first)))
+    go_on = [*arguments, f"--data_dir={newer}", f"--init_from={first}"]
+    second = train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'two'}"]))
+    model, tokenizer = UniGRFForCausalLM.from_pretrained(second), SemanticIdTokenizer.from_pretrained(second)
+    assert tokenizer.item_ids[30:] == ["n0", "n1", "n2"] and model.catalogue.num_items == 33
+    np.testing.assert_array_equal(model.catalogue.item_codes, tokenizer.item_codes)
+    before = UniGRFForCausalLM.from_pretrained(first)
+    np.testing.assert_array_equal(before.catalogue.item_codes, tokenizer.item_codes[:30])
+    torch.testing.assert_close(model.catalogue.item_embeddings[30:], before.catalogue.item_embeddings[:3])
+
+
 def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
