@@ -97,8 +97,8 @@ class UniGRFConfig(PreTrainedConfig):
             (RecoChain, stage II), the true one among them. Takes the place of `negatives_per_item`.
         inject_target (`bool`, defaults to `True`):
             Let the true item take the place of a random one of these where the search missed it. Without it the ranking is
-            trained on what it will be asked for, and on fewer positives: where most true items are missed, one that no search
-            would have proposed is known by that.
+            trained on what it will be asked for, and on fewer positives (of behaviours, too: only rows whose true item was found
+            say which one followed): where most true items are missed, one that no search would have proposed is known by that.
         detach_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):

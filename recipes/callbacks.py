@@ -229,7 +229,8 @@ class KeptBeams(SavedTensors):
         beams = KeptBeams(model, rows, num_beams=20, every_epochs=2)
         Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
 
-    They are saved with the Trainer's checkpoints, and are the same on all processes.
+    A row comes once an epoch, so that between a search in every step and one in an epoch there is nothing to choose. They are
+    saved with the Trainer's checkpoints, and are the same on all processes.
 
     Args:
         model (`UniGRFForCausalLM`)
