@@ -13,10 +13,11 @@ import torch
 from conftest import BACKBONES, build_model, random_codes, random_histories, watch_negatives
 from datasets import Dataset
 from safetensors.torch import load_file
+from test_second_stage import second_stage_rows
 from transformers import AutoConfig, Trainer, TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, training_unigrf
-from recipes.callbacks import AdaptiveWeighter, LossParts
+from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,8 +98,12 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from conftest import build_model
-from test_training import AdaptiveWeighter, histories_dataset, run_trainer
+from test_enhancer import ATOMIC, build_enhancer, rows_of
+from test_second_stage import second_stage_rows
+from test_training import AdaptiveWeighter, collate, histories_dataset, run_trainer
+from recipes.callbacks import KeptBeams
 from safetensors.torch import save_file
+from transformers import TrainingArguments
 model = build_model()
 losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
 rank = os.environ["RANK"]
@@ -108,6 +113,15 @@ if rank == "0":
 model = build_model()
 run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=4, callbacks=[AdaptiveWeighter(1)])
 open({out!r} + f"/task-weights-{{rank}}.json", "w").write(str(list(model.task_weights)))
+model = build_model(**ATOMIC)
+enhancer = build_enhancer(model, warm_up_epochs=0)
+options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
+run_trainer({out!r}, model, rows_of(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
+model = build_model(num_retrieved_items=3)
+kept = KeptBeams(model, second_stage_rows(model), num_beams=5, batch_size=3)
+kept._propose(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), 0)
+pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "kept": kept.items}}
+save_file({{name: pool.clone() for name, pool in pools.items()}}, {out!r} + f"/pools-{{rank}}.safetensors")
 torch.distributed.barrier()  # a process that ends while another still talks to it would abort that one
 torch.distributed.destroy_process_group()
 """
@@ -130,6 +144,13 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     assert_same_weights(first.items(), single.named_parameters(), 2e-3)
     task_weights = [json.loads((tmp_path / f"task-weights-{rank}.json").read_text()) for rank in (0, 1)]
     assert task_weights[0] == task_weights[1] != [1.0, 1.0]
+    first, second = (load_file(tmp_path / f"pools-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(pool, second[name]) for name, pool in first.items())
+    assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
+    model = build_model(num_retrieved_items=3)
+    kept = KeptBeams(model, second_stage_rows(model), num_beams=5, batch_size=3)
+    kept._propose(TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True), 0)
+    assert torch.equal(first["kept"], kept.items), "as one process finds them"
 
 
 def test_the_slower_loss_gets_the_greater_weight():
