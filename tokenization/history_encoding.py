@@ -42,7 +42,10 @@ def history_batch(
         raise ValueError(f"expected max_items >= 1 or None, found {max_items}")
     items = _as_list(items)
     if len(items) == 0:
-        raise ValueError("expected at least one item in a history, found an empty one")
+        raise ValueError(
+            "expected at least one item in a history, found an empty one: for a new user ask `model.recommend` with <bos> alone "
+            "(`encode_indices` of no items)"
+        )
     batched = (
         isinstance(items[0], list | tuple) or getattr(items[0], "ndim", 0) > 0
     )  # an array or tensor, but no number
