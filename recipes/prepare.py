@@ -44,13 +44,8 @@ from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
 # Columns of a history, and of what comes after it in a held-out split.
 TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
-PATHS = (
-    "interactions",
-    "items",
-    "embeddings",
-    "output_dir",
-    "tokenizer",
-)  # arguments whose content matters, not their name
+# Arguments whose content matters, not their name.
+PATHS = ("interactions", "items", "embeddings", "output_dir", "tokenizer")
 
 
 @dataclass

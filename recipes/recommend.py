@@ -40,12 +40,8 @@ from modeling_unigrf import UniGRFForCausalLM
 from recipes.histories import Histories, check_columns, check_rows, encode, load_histories, padded, read_histories
 from tokenization import SemanticIdTokenizer
 
-SCORES = (
-    "scores",
-    "generation_scores",
-    "ranking_scores",
-    "item_scores",
-)  # the last one, if the model has such a score
+# The last one, if the model has such a score.
+SCORES = ("scores", "generation_scores", "ranking_scores", "item_scores")
 
 
 @dataclass
