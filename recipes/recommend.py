@@ -9,7 +9,7 @@ known item gets empty lists. So does, with `--exclude_history`, a history of all
 are counted and reported. The output folder, which `datasets.load_dataset("parquet", data_dir=...)` and pandas read, has a
 file for every `--shard_size` rows; rows keep their order:
 
-    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores: list<float>;
+    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores[, item_scores]: list<float>;
                                   best first, shorter where there are fewer items than asked for
     .recommend.json               what was asked of what; hidden, since readers of a folder read all that they see
 
