@@ -99,11 +99,15 @@ def table(data: dict) -> str:
     for name, values in PUBLISHED.items():
         lines.append(f"| *{name}* | | " + " | ".join(values) + " | | |")
     sizes = {row["arguments"]["backbone"]: row["runs"][0]["parameters"] for row in rows}
+    tokens = {run["arguments"]["ids"]: run["tokens a user"] for run in data["runs"]}
     made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])
     lines += [
         "",
-        "Parameters: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()) + ". Tokens a user: "
-        f"{data['runs'][0]['tokens a user']:.0f}, half of which are behaviours. Protocol: {data['protocol']}.",
+        "Parameters: "
+        + ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+        + ". Tokens a user: "
+        + ", ".join(f"{tokens:.0f} ({ids} ids)" for ids, tokens in tokens.items())
+        + f", one an item of which is its behaviour. Protocol: {data['protocol']}.",
         f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, the last on {made['date']}.",
     ]
     return "\n".join(lines)
