@@ -386,7 +386,9 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 mask, position_ids or a cache, negative_items for rows of several histories, or long histories or candidates
                 do not fit.
         """
-        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = kwargs.pop("shift_labels", None)  # given where the sequence is spread over devices
+        if labels is not None and targets is None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
         inputs |= {
