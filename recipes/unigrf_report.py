@@ -98,13 +98,13 @@ def table(data: dict) -> str:
         lines.append(f"| {row['name']} | {len(runs)} | " + " | ".join(cells) + f" | {epochs} | {minutes} |")
     for name, values in PUBLISHED.items():
         lines.append(f"| *{name}* | | " + " | ".join(values) + " | | |")
-    sizes = {row["arguments"]["backbone"]: row["runs"][0]["parameters"] for row in rows}
+    sizes = {"{backbone}, {ids}".format(**row["arguments"]): row["runs"][0]["parameters"] for row in rows}
     tokens = {run["arguments"]["ids"]: run["tokens a user"] for run in data["runs"]}
     made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])
     lines += [
         "",
         "Parameters: "
-        + ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+        + "; ".join(f"{name}: {count:,}" for name, count in sizes.items())
         + ". Tokens a user: "
         + ", ".join(f"{tokens:.0f} ({ids} ids)" for ids, tokens in tokens.items())
         + f", one an item of which is its behaviour. Protocol: {data['protocol']}.",
