@@ -213,7 +213,9 @@ def prepare(args: PrepareArguments) -> Path:
         "interactions_of_tied_time": int(kept.duplicated(["user_id", "position"], keep=False).sum()),
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
-    health = tokenizer.provenance.get("health")
+    health = (
+        None if earlier is not None else tokenizer.provenance.get("health")
+    )  # that of a tokenizer is of its first items
     record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health}
     record_file.write_text(json.dumps(record, indent=1))
     print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
