@@ -40,6 +40,7 @@ from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 MAX_ITEMS = 200
+EMBEDDINGS = "movies.npy"  # of the movies' texts, in the output folder
 BEAMS = 100  # of semantic ids, in evaluation
 SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 1024}
 WIDE = {**SMALL, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 384}
@@ -53,6 +54,8 @@ BACKBONES = {
 }
 # What follows a movie in a history, from the least to the best, and how many of the best are likes.
 BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "5"], 2)}
+# One code an item; four; four and, in histories and ranking, the item's own vector of its text and a learned row.
+IDS = ("atomic", "semantic", "semantic-vectors")
 # What a row trains, beside naive joint training.
 ROWS: dict[str, dict] = {
     "retrieval": {"ranking_loss_weight": 0.0},
@@ -74,7 +77,7 @@ class ReproduceArguments:
     )
     row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
     backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
-    ids: str = field(default="atomic", metadata={"help": "Codes of an item.", "choices": ["atomic", "semantic"]})
+    ids: str = field(default="atomic", metadata={"help": "What stands for an item.", "choices": list(IDS)})
     seed: int = field(default=0, metadata={"help": "Of weights, batches and negatives."})
     epochs: int = field(default=10, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate."})
@@ -116,7 +119,7 @@ def load_data(
         codes = np.arange(len(ids))[:, None]
         tokenizer = SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles=titles)
     else:
-        file = cache_dir / "movies.npy"
+        file = cache_dir / EMBEDDINGS
         if not file.exists():
             np.save(file, encode_texts(items["text"].tolist(), str(minilm_folder())))
         quantizer = ResidualKMeans((64, 64, 64), pca_dim=32).fit(np.load(file))
@@ -221,6 +224,11 @@ def run(args: ReproduceArguments) -> None:
     if args.ids == "atomic":
         options |= {"code_similarity": args.code_similarity, "code_temperature": args.code_temperature}
         options["tie_word_embeddings"] = True
+    embeddings = None
+    if args.ids == "semantic-vectors":
+        embeddings = torch.from_numpy(np.load(Path(args.output_dir) / EMBEDDINGS))
+        options |= {"item_embedding_dim": embeddings.shape[1], "item_table_size": tokenizer.num_items}
+        options["history_item_vectors"] = True
     is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
     config = UniGRFConfig(
         **tokenizer.config_fields(),
@@ -239,7 +247,7 @@ def run(args: ReproduceArguments) -> None:
     train_rows = history_rows(histories, tokenizer, MAX_ITEMS, passes=1, **times)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = UniGRFForCausalLM(config)
-    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
+    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
     collate = DataCollatorForSeq2Seq(tokenizer)
     callbacks = [LossParts(model)]
     if weighter:

@@ -99,7 +99,7 @@ def table(data: dict) -> str:
     for name, values in PUBLISHED.items():
         lines.append(f"| *{name}* | | " + " | ".join(values) + " | | |")
     sizes = {"{backbone}, {ids}".format(**row["arguments"]): row["runs"][0]["parameters"] for row in rows}
-    tokens = {run["arguments"]["ids"]: run["tokens a user"] for run in data["runs"]}
+    tokens = {run["arguments"]["ids"].split("-")[0]: run["tokens a user"] for run in data["runs"]}
     made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])
     lines += [
         "",
@@ -120,8 +120,8 @@ def draw(data: dict, file: Path) -> None:
         arguments = row["arguments"]
         if arguments["row"] in ("retrieval", "ranking"):
             continue
-        kind = arguments["backbone"].split("-")[0]
-        title = f"{kind}, {arguments['ids']} ids, behaviours: {arguments['behaviors']}"
+        kind, ids = arguments["backbone"].split("-")[0], arguments["ids"].split("-")[0]
+        title = f"{kind}, {ids} ids, behaviours: {arguments['behaviors']}"
         if arguments["code_negatives"]:  # another loss, which is not to be compared
             title += f",\n{arguments['code_negatives']} negatives"
         panels.setdefault(title, []).append(row)
@@ -131,7 +131,7 @@ def draw(data: dict, file: Path) -> None:
     for of_kind, (title, rows) in zip(axes, panels.items(), strict=True):
         for row in rows:
             curves, epochs = row["runs"][0]["curves"], range(1, row["arguments"]["epochs"] + 1)
-            label = row["name"].replace(f", {row['arguments']['ids']}", "")
+            label = row["name"].replace(", atomic", "").replace(", semantic", "")
             (line,) = of_kind[0].plot(epochs, curves["generation_loss"], label=label)
             of_kind[1].plot(epochs, curves["ranking_loss"])
             for part, style, constant in (

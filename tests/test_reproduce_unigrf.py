@@ -38,6 +38,7 @@ def movielens(tmp_path):
     [
         ("llama", "atomic", "like"),
         ("llama", "semantic", "like"),
+        ("llama", "semantic-vectors", "like"),
         ("llama", "atomic", "rating"),
         ("hstu-time", "atomic", "like"),
         ("hstu-time", "semantic", "like"),
