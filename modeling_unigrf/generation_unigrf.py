@@ -365,23 +365,23 @@ class UniGRFGenerationMixin(GenerationMixin):
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
     ):
         """Stock beam search, from one prefill a request and without copies of its cache (`_search_items`)."""
-        asked_for = [
+        unsupported = [
             name
             for name in ("do_sample", "output_attentions", "output_hidden_states", "output_logits")
             if getattr(generation_config, name)
         ]
         cache = model_kwargs.get("past_key_values")
         if synced_gpus:
-            asked_for.append("synced_gpus")
+            unsupported.append("synced_gpus")
         known = (ItemComplete, MaxLengthCriteria, EosTokenCriteria)  # an item has no eos
-        asked_for += [type(one).__name__ for one in stopping_criteria if not isinstance(one, known)]
+        unsupported += [type(one).__name__ for one in stopping_criteria if not isinstance(one, known)]
         try:
             cache = DynamicCache() if cache is None else cache
             check_cache(cache)
         except ValueError:
-            asked_for.append(type(cache).__name__)
-        if asked_for:
-            logger.warning_once(f"{', '.join(asked_for)}: stock beam search is used, which is many times slower.")
+            unsupported.append(type(cache).__name__)
+        if unsupported:
+            logger.warning_once(f"{', '.join(unsupported)}: stock beam search is used, which is many times slower.")
             return super()._beam_search(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
             )

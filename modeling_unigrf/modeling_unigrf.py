@@ -217,7 +217,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         return ["ranking_head", "lm_head", name.rpartition(".")[2], *items, *block]
 
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """Item indices of any shape -> what the model reads of them beyond their codes, `[..., hidden_size]`; None without any part."""
+        """Item indices `[...]` -> what the model reads of them beyond their codes, `[..., hidden_size]`; None: nothing."""
         return self.item_encoder(items, self.catalogue.embeddings_of(items))
 
     def history_item_vectors(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:

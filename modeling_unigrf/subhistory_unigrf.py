@@ -2,8 +2,8 @@
 """Sub-histories: of a user's long history, the items most like a candidate, and how ranking reads them (RecoChain, section 1).
 
 A long history goes beyond what the backbone reads: thousands of items, `long_items [B, H]`, `long_behaviors [B, H]` and, for
-a backbone that reads times, `long_timestamps [B, H]`, oldest first. An index of -1 is no item (padding on either side, an item that the catalogue lacks) and is passed over
-wherever it stands. Behind a candidate's codes stands its block:
+a backbone that reads times, `long_timestamps [B, H]`, oldest first. An index of -1 is no item (padding on either side, an
+item that the catalogue lacks) and is passed over wherever it stands. Behind a candidate's codes stands its block:
 
     s_1 .. s_L  ITEM(c)  R_1 .. R_k  CAND(c)
 
@@ -56,8 +56,8 @@ def check_long_history(
     if not config.num_retrieved_items:
         if long_items is not None or long_timestamps is not None:
             raise ValueError(
-                "Expected no long_items and long_timestamps, which a model with num_retrieved_items=0 does not read, found some. Leave them out, "
-                "or load the model with num_retrieved_items=10."
+                "Expected no long_items and long_timestamps, which a model with num_retrieved_items=0 does not read, found "
+                "some. Leave them out, or load the model with num_retrieved_items=10."
             )
         return None
     shape = None if long_items is None else tuple(long_items.shape)

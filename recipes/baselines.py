@@ -29,7 +29,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "shrink": (0.0, 10.0, 50.0),
     "window": (3, 5, 10, 20, None),
 }
-METRIC = str(Path(__file__).parent / "metrics" / "next_item")
+METRICS = Path(__file__).parent / "metrics"
 BLOCK = 1024  # rows that are dense at a time: bounds memory at BLOCK x num_items floats
 
 
@@ -40,6 +40,11 @@ class BaselineArguments:
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the results; printed either way."})
     k: int = field(default=50, metadata={"help": "Length of the ranked lists, in items."})
+
+
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """A metric of ours, which keeps no file, so that two runs at a time do not wait for each other's lock."""
+    return evaluate.load(str(METRICS / name), keep_in_memory=True)
 
 
 class Ranker:
@@ -157,10 +162,11 @@ def baseline_results(
         exclude_history: leave a history's own items out of its list; else recency is a third baseline.
 
     Returns:
-        `{"popularity": ..., "item_knn": ...}`, and `recency` where it may list something, each with `settings`, `validation` and `test` (the values of the metric
-        next_item) and `ranks` (of every test target, 1 = first; None where it is not among the `k`).
+        `{"popularity": ..., "item_knn": ...}`, and `recency` where it may list something, each with `settings`,
+        `validation` and `test` (the values of the metric next_item) and `ranks` (of every test target, 1 = first; None
+        where it is not among the `k`).
     """
-    metric = evaluate.load(METRIC, keep_in_memory=True)  # no file, no lock between two runs at a time
+    metric = load_metric("next_item")
     train = dataset["train"]["items"][:]
     splits = {
         name: (dataset[name]["items"][:], np.array(dataset[name]["target"][:])) for name in ("validation", "test")

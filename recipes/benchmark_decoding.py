@@ -38,7 +38,7 @@ from recipes import ranking_cost
 from recipes.decoding_report import BY_DICT, BY_PROCESSOR, MATMULS, OURS, REPEATED, WHOLE, draw, ratios
 from recipes.hardware import PeakMemory, bf16_speed_up
 from recipes.peers import DictTrie, StaticTrie, random_catalogue
-from recipes.results import made_by
+from recipes.runs import made_by
 
 LLAMA = {
     "model_type": "llama",

@@ -4,7 +4,7 @@ stage II that are kept for some epochs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from recipes.histories import padded
 
 
 class LossParts(TrainerCallback):
@@ -217,6 +219,15 @@ class SavedTensors(TrainerCallback):
             saved = {name: tensor.clone() for name, tensor in self.tensors.items()}
             save_file({**saved, "made_at": torch.tensor(self.made_at)}, self._path(args, state))
 
+    @staticmethod
+    def my_batches(lengths: np.ndarray, batch_size: int, args, desc: str) -> Iterator[np.ndarray]:
+        """This process's part of rows of such lengths, in batches of similar ones, so that little is padded."""
+        mine = np.array_split(np.arange(len(lengths)), args.world_size)[args.process_index]
+        mine = mine[np.argsort(lengths[mine], kind="stable")]
+        starts = range(0, len(mine), batch_size)
+        for start in tqdm(starts, desc=desc, unit="batch", disable=args.disable_tqdm or args.process_index > 0):
+            yield mine[start : start + batch_size]
+
     def _path(self, args, state) -> Path:
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.file
 
@@ -274,37 +285,29 @@ class KeptBeams(SavedTensors):
         """What `generate` reads of some rows: all but the last item, padded on the left, and when that item came."""
         some, end = [self.rows[int(row)] for row in rows], -self.model.layout.num_levels - 1
 
-        def padded(name: str, padding: int) -> torch.LongTensor:
-            columns = [torch.tensor(row[name])[:end] for row in some]
-            padded = torch.nn.utils.rnn.pad_sequence(columns, True, padding, padding_side="left")
-            return padded.to(self.model.device)
+        def histories(name: str, padding: int) -> torch.LongTensor:
+            return padded([row[name][:end] for row in some], padding, "left").to(self.model.device)
 
-        inputs = {"input_ids": padded("input_ids", self.model.config.pad_token_id)}
+        inputs = {"input_ids": histories("input_ids", self.model.config.pad_token_id)}
         if "timestamps" in self.rows.column_names:
             asked_for = torch.tensor([row["timestamps"][end] for row in some]).to(self.model.device)
-            inputs |= {"timestamps": padded("timestamps", -1), "request_timestamps": asked_for}
+            inputs |= {"timestamps": histories("timestamps", -1), "request_timestamps": asked_for}
         return inputs
 
     @torch.no_grad()
     def _propose(self, args, epoch: int) -> None:
         """Searches for all rows, each process its part of them."""
-        model, layout, (count, num_beams) = self.model, self.model.layout, self.items.shape
+        model, layout, num_beams, parts = self.model, self.model.layout, self.items.shape[1], []
         was_training = model.training
         model.eval()
         lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
-        mine = np.array_split(np.arange(count), args.world_size)[args.process_index]
-        mine, parts = mine[np.argsort(lengths[mine], kind="stable")], []  # little padding
-        starts = range(0, len(mine), self.batch_size)
-        for start in tqdm(
-            starts, desc="candidates", unit="batch", disable=args.disable_tqdm or args.process_index > 0
-        ):
-            rows = mine[start : start + self.batch_size]
+        for rows in self.my_batches(lengths, self.batch_size, args, "candidates"):
             found = model.generate(**self._histories(rows), num_beams=num_beams, num_return_sequences=num_beams)
             codes = found[:, -layout.num_levels :] - found.new_tensor(layout.code_offsets)
             items = model.catalogue.trie.lookup(codes).view(len(rows), -1).cpu()
             parts.append((rows, torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)))
-        for one in gather_object([parts]) if args.world_size > 1 else [parts]:
-            for rows, items in one:
+        for of_process in gather_object([parts]):
+            for rows, items in of_process:
                 self.items[rows] = items
         self.made_at = epoch
         model.train(was_training)

@@ -11,8 +11,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,8 +23,8 @@ from recipes.baselines import baseline_results
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.hardware import bf16_speed_up
 from recipes.prepare import PrepareArguments, prepare
-from recipes.report import write_report
-from recipes.results import made_by
+from recipes.report import COLUMNS, write_report
+from recipes.runs import Stages, made_by
 from tokenization import SemanticIdTokenizer
 
 # For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
@@ -55,31 +53,6 @@ class DemoArguments:
         default=None, metadata={"help": "Folder with GroupLens's ml-100k; default: the RecBole wheel's copy."}
     )
     seed: int = field(default=0, metadata={"help": "Of codebooks, windows, weights and batches."})
-
-
-class Stages:
-    """Runs each stage once: what was done, with which arguments and in how many seconds, is kept in `stages.json`."""
-
-    def __init__(self, output_dir: Path):
-        self.file = output_dir / "stages.json"
-        self.before = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.done: dict[str, dict] = {}
-
-    def __call__(self, name: str, arguments: dict, run: Callable[[], object]) -> None:
-        """Runs `run()` unless it was done with the same `arguments` and every stage before it stands."""
-        if self.before.get(name, {}).get("arguments") == arguments:
-            print(f"== {name}: done before, reused", flush=True)
-            self.done[name] = self.before[name]
-            return
-        self.before = {}  # what follows was made from what is made again now
-        self.file.write_text(json.dumps(self.done, indent=1))
-        print(f"== {name}", flush=True)
-        start = time.perf_counter()
-        run()
-        seconds = round(time.perf_counter() - start, 1)
-        self.done[name] = {"arguments": arguments, "seconds": seconds}
-        self.file.write_text(json.dumps(self.done, indent=1))
-        print(f"== {name}: {seconds} s", flush=True)
 
 
 def main(args: DemoArguments) -> None:
@@ -146,14 +119,13 @@ def main(args: DemoArguments) -> None:
     )
     command = [sys.executable, "-m", "recipes.show", f"--checkpoint={checkpoint}", f"--data_dir={data}"]
     subprocess.run(command, check=True)
-    columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
-    print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in columns))
+    print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in COLUMNS))
     for name, values in {
         **metrics["baselines"],
         "generation": metrics["generation"],
         "ranked": metrics["ranked"],
     }.items():
-        print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in columns))
+        print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in COLUMNS))
     print(
         f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {root / 'report.md'}"
     )

@@ -15,12 +15,10 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
-from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache
 
 from recipes.callbacks import SavedTensors
-from recipes.histories import encode
+from recipes.histories import encode, padded
 
 
 class RankingDrivenEnhancer(SavedTensors):
@@ -50,8 +48,8 @@ class RankingDrivenEnhancer(SavedTensors):
         max_items (`int`): Items of a history that the model reads.
 
     Raises:
-        ValueError: on arguments out of range, a pool smaller than `num_negatives`, a uniform pool for several codes, and a training
-            that ends with the warm-up.
+        ValueError: on arguments out of range, a pool smaller than `num_negatives`, a uniform pool for several codes, and a
+            training that ends with the warm-up.
     """
 
     def __init__(
@@ -153,26 +151,22 @@ class RankingDrivenEnhancer(SavedTensors):
     @torch.no_grad()
     def _refresh(self, args, epoch: int) -> None:
         """Scores every user's pool, each process its part of the users."""
-        users = np.array_split(np.arange(len(self.items)), args.world_size)[args.process_index]
-        order = users[np.argsort([len(self.items[user]) for user in users], kind="stable")]  # little padding
-        parts, examples = [], []
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc="enhancer", unit="batch", disable=args.disable_tqdm or args.process_index > 0):
-            batch = order[start : start + self.batch_size]
+        lengths, parts = np.array([len(items) for items in self.items]), []
+        for batch in self.my_batches(lengths, self.batch_size, args, "enhancer"):
             generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(batch[0]))) % 2**63)
             pool, retrieval, ranking, usable = self._score(batch, generator)
             parts.append((batch, *self._choose(batch, pool, retrieval, ranking, usable)))
-            if start == starts[len(starts) // 2]:
-                examples = [self._example(int(user), row, parts[-1]) for row, user in enumerate(batch[:3])]
         numbers = torch.zeros(3)
-        for one in gather_object([parts]) if args.world_size > 1 else [parts]:
-            for batch, negatives, favorites, seen in one:
+        for of_process in gather_object([parts]):
+            for batch, negatives, favorites, seen in of_process:
                 self.negatives[batch], self.favorites[batch] = negatives, favorites
                 numbers += seen
         self.made_at = epoch
         names = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability")
         self.found = dict(zip(names, (numbers / len(self.items)).tolist(), strict=True))
         if args.process_index == 0:
+            middle = parts[len(parts) // 2]
+            examples = [self._example(int(user), row, middle) for row, user in enumerate(middle[0][:3])]
             with (Path(args.output_dir) / "enhancer.jsonl").open("a") as file:
                 file.write(json.dumps({"epoch": epoch, **self.found, "examples": examples}) + "\n")
 
@@ -203,7 +197,7 @@ class RankingDrivenEnhancer(SavedTensors):
             model.catalogue.num_items, (len(users), self.pool_size - self.num_negatives), generator=generator
         )
         pool = torch.cat([self.negatives[users], fresh], dim=1)
-        owned = nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
+        owned = padded(own)
         ordered, order = pool.sort(dim=1, stable=True)
         repeated = torch.zeros_like(pool, dtype=torch.bool)
         repeated.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
@@ -24,13 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
 from modeling_unigrf import UniGRFConfig
-from recipes.baselines import baseline_results
+from recipes.baselines import baseline_results, load_metric
 from recipes.histories import encode, padded
 from recipes.prepare import check_same_items, prepared
 from recipes.recommend import weights_hash
 from recipes.training_rows import columns_read
 
-METRICS = Path(__file__).parent / "metrics"
 SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "union_items", "num_ranked_beams")
 
 
@@ -169,7 +167,7 @@ def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | No
 
 def like_auc(model, tokenizer, split: Dataset, like: str, args: EvaluateArguments) -> dict[str, float]:
     """AUC over users of the score of target `like`, for the held-out interaction."""
-    index, like = model.config.ranking_targets.index(like), tokenizer.behaviors.index(like)
+    index, behavior = model.config.ranking_targets.index(like), tokenizer.behaviors.index(like)
     scores = np.zeros(len(split))
     targets = torch.tensor(split["target"][:]).long()
     for rows, inputs in batches(model, tokenizer, split, args, "AUC"):
@@ -179,9 +177,8 @@ def like_auc(model, tokenizer, split: Dataset, like: str, args: EvaluateArgument
             **long_histories(model, split, rows, args),
         )
         scores[rows] = logits[:, 0, index].cpu()
-    labels = [int(behavior == like) for behavior in split["target_behavior"][:]]
-    metric = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
-    auc = metric.compute(prediction_scores=scores.tolist(), references=labels)["auc"]
+    labels = [int(one == behavior) for one in split["target_behavior"][:]]
+    auc = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=labels)["auc"]
     return {"auc": auc, "share_of_likes": float(np.mean(labels)), "interactions": len(labels)}
 
 
@@ -233,7 +230,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
     dataset = load_from_disk(str(data_dir / "dataset"))
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
-    metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
+    metric = load_metric("next_item")
 
     def measure(found, weight, targets, item_weight=0.0):
         # Generation alone lists all that it found.

@@ -5,6 +5,7 @@ Everything else that was measured, with seeds, settings and what did not work, i
 
 from recipes import recochain_report, unigrf_report
 from recipes.decoding_report import CANDIDATES, OURS, REPEATED, cost
+from recipes.runs import plus_minus
 
 
 def one(rows: list[dict], **cell) -> dict:
@@ -18,9 +19,7 @@ def seeds(row: dict) -> str:
 
 def figures(row: dict, *columns: str) -> str:
     """`a / b / c` of the test, each with its deviation over seeds, if there are several."""
-    spread = row["std"] or {}
-    deviations = ("" if spread.get(name) is None else f" ± {spread[name]:.4f}" for name in columns)
-    return " / ".join(f"{row['test'][name]:.4f}{more}" for name, more in zip(columns, deviations, strict=True))
+    return " / ".join(plus_minus(row["test"][name], row["std"][name]) for name in columns)
 
 
 def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
@@ -40,8 +39,7 @@ def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
 def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
     row = one(recochain_report.rows_of(data), row="default", beams=20, union=0, ranked=0)
     gain, deviation = recochain_report.gain_of(row, "recall@5")
-    kept = {"recall@10": row["test"]["ranked"]["recall@10"]}
-    of_lists = {"test": kept, "std": {name: row["std"]["ranked"][name] for name in kept}}
+    ranked = {"test": row["test"]["ranked"], "std": row["std"]["ranked"]}
     knn = data["baselines"]["item_knn"]["recall@10"]
     return [
         (
@@ -51,7 +49,7 @@ def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
         ),
         (
             f"the same, the ranked list ({seeds(row)}): Recall@10",
-            figures(of_lists, "recall@10"),
+            figures(ranked, "recall@10"),
             f"item-kNN, tuned, {knn:.4f}",
         ),
     ]
@@ -68,7 +66,7 @@ def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
 def movielens_100k_rows(data: dict) -> list[tuple[str, str, str]]:
     ranked, knn = (data["rows"][name]["recall@10"] for name in ("generation + ranking", "item_knn"))
     what = f"MovieLens-100K, `make demo` ({len(data['seeds'])} seeds): Recall@10"
-    return [(what, f"{ranked['mean']:.4f} ± {ranked['std']:.4f}", f"item-kNN, tuned, {knn['mean']:.4f}")]
+    return [(what, plus_minus(ranked["mean"], ranked["std"]), f"item-kNN, tuned, {knn['mean']:.4f}")]
 
 
 def decoding_rows(data: dict) -> list[tuple[str, str, str]]:

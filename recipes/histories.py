@@ -60,10 +60,10 @@ class Histories:
     problems: dict[str, np.ndarray]
 
 
-def padded(rows: list) -> torch.LongTensor:
-    """Rows of integers, of any lengths -> `[B, longest]`, filled up by -1, as `long_items` and `long_behaviors` are."""
+def padded(rows: list, value: int = -1, side: str = "right") -> torch.LongTensor:
+    """Rows of integers, of any lengths -> `[B, longest]`, filled up by a value: -1 is no item, no behaviour and no time."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def encode(

@@ -5,13 +5,13 @@ import math
 import torch
 
 
-def random_catalogue(num_items: int, seed: int = 0, num_codes: int = 256) -> torch.IntTensor:
+def random_catalogue(num_items: int) -> torch.IntTensor:
     """
     Spellings as a residual k-means makes them, `[n, 4]`: codes of unequal popularity that depend on the codes before them,
     so that about 14 % of 100 thousand items and 40 % of a million share their first three codes with another; the last code
-    tells these apart. n is a little below `num_items` where more than `num_codes` items share them.
+    tells these apart. n is a little below `num_items` where more than 256 items share them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    num_codes, generator = 256, torch.Generator().manual_seed(0)
     popularity = torch.softmax(1.05 * torch.randn(num_codes, generator=generator), dim=0).cumsum(0)
     columns, shift = [], torch.zeros(num_items, dtype=torch.long)
     for level in range(3):

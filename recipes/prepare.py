@@ -44,8 +44,8 @@ from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
 # Columns of a history, and of what comes after it in a held-out split.
 TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
-# Arguments whose content matters, not their name.
-PATHS = ("interactions", "items", "embeddings", "output_dir", "tokenizer")
+TABLES = ("interactions", "items", "embeddings")
+PATHS = (*TABLES, "tokenizer", "output_dir")  # of which the content matters, or nothing, but not the name
 
 
 @dataclass
@@ -128,7 +128,7 @@ def prepare(args: PrepareArguments) -> Path:
     record_file = output_dir / "prepare.json"
     record: dict[str, Any] = {
         "arguments": asdict(args),
-        "inputs": {name: sha256(Path(path)) for name in PATHS[:3] if (path := getattr(args, name))},
+        "inputs": {name: sha256(Path(path)) for name in TABLES if (path := getattr(args, name))},
     }
     if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
         record["inputs"]["encoder"] = weights
@@ -213,9 +213,8 @@ def prepare(args: PrepareArguments) -> Path:
         "interactions_of_tied_time": int(kept.duplicated(["user_id", "position"], keep=False).sum()),
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
-    health = (
-        None if earlier is not None else tokenizer.provenance.get("health")
-    )  # that of a tokenizer is of its first items
+    # What an earlier tokenizer says of its health is of its first items.
+    health = None if earlier is not None else tokenizer.provenance.get("health")
     record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health}
     record_file.write_text(json.dumps(record, indent=1))
     print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))

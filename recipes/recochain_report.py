@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from recipes.baselines import baseline_results
 from recipes.prepare import prepared
-from recipes.runs import by_row, kept, merged, rounded, spread, write
+from recipes.runs import by_row, kept, merged, plus_minus, rounded, spread, write
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -45,7 +45,7 @@ def row_of(run: dict) -> tuple:
     return bool(suffix), arguments["row"] + suffix, *(arguments[name] for name in ("beams", "union", "ranked"))
 
 
-def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None:
+def collect(output_dir: Path, data_dir: Path, name: str) -> None:
     """Adds all `beams-*.json` below `output_dir` to `results/NAME.json`, with the baselines of the data, and draws NAME.png."""
     results = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/beams-*.json"))]
     if not results:
@@ -54,6 +54,7 @@ def collect(output_dir: Path, data_dir: Path, num_items: int, name: str) -> None
     old = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
     excluded = results[0]["arguments"]["exclude_history"]
     record = prepared(data_dir)
+    num_items = record["counts"]["catalogue"]
     baselines = old["baselines"]
     if not baselines:  # minutes: the settings of item-kNN are chosen on validation
         found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
@@ -138,8 +139,7 @@ def table(data: dict) -> str:
     for row in rows_of(data):
 
         def cell(one: str, column: str, row=row) -> str:
-            deviation = row["std"][one][column]
-            return f"{row['test'][one][column]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+            return plus_minus(row["test"][one][column], row["std"][one][column])
 
         beams = f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")
         beams += f", {row['ranked']} of them ranked" if row["ranked"] else ""
@@ -159,8 +159,8 @@ def table(data: dict) -> str:
     tests = {label: [found] for label, found in data["baselines"].items()}
     tests |= {label: found["tests"] for label, found in data["beside"].items()}
     for label, found in tests.items():
-        spreads = [spread([test[column] for test in found]) for column in ("recall@5", "recall@10", "ndcg@10")]
-        figures = [f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}") for mean, std in spreads]
+        columns = ("recall@5", "recall@10", "ndcg@10")
+        figures = [plus_minus(*spread([test[column] for test in found])) for column in columns]
         lines.append(f"| {label.replace('_', '-')} | {' | '.join(figures)} |")
     for label, (recall, ndcg) in PUBLISHED.get(data["name"], {}).items():
         lines.append(f"| *{label}, published* | | {recall} | {ndcg} |")

@@ -26,8 +26,7 @@ from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
 from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
-from recipes.results import made_by
-from recipes.runs import command
+from recipes.runs import command, made_by
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -349,7 +348,6 @@ def run(args: ReproduceArguments) -> None:
 if __name__ == "__main__":
     arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
     if arguments.collect:
-        num_items = SemanticIdTokenizer.from_pretrained(Path(arguments.data_dir) / "tokenizer").num_items
-        collect(Path(arguments.output_dir), Path(arguments.data_dir), num_items, arguments.collect)
+        collect(Path(arguments.output_dir), Path(arguments.data_dir), arguments.collect)
     else:
         run(arguments)

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
@@ -27,14 +26,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes.baselines import load_metric
 from recipes.callbacks import AdaptiveWeighter, LossParts
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
-from recipes.evaluate import METRICS
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
-from recipes.results import made_by
-from recipes.runs import command
+from recipes.runs import begin, command, made_by
 from recipes.training_rows import columns_read, held_out_rows, history_rows
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
@@ -93,7 +91,9 @@ class ReproduceArguments:
     )
     refit: bool = field(default=False, metadata={"help": "Train on the validation targets too, and choose nothing."})
     relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
-    variant: str = field(default="", metadata={"help": "A name for runs with other values of the arguments above."})
+    variant: str = field(
+        default="", metadata={"help": "A name, and so a folder, for runs with other values of the arguments above."}
+    )
     output_dir: str = field(default="runs/unigrf", metadata={"help": "One folder a run."})
     collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
 
@@ -175,8 +175,7 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
         found[f"hr@{k}"] = float(np.mean(ranks <= k))
         found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
     likes = np.isin(split["target_behavior"][:], [tokenizer.behaviors.index(name) for name in liked]).astype(int)
-    auc = evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
-    area = auc.compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
+    area = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
     return {**found, "mrr": float(np.mean(1 / ranks)), "auc": area}
 
 
@@ -207,15 +206,7 @@ def run(args: ReproduceArguments) -> None:
     if file.exists() and json.loads(file.read_text())["arguments"] == work:
         print(f"{folder} is finished")
         return
-    begun = folder / "arguments.json"
-    is_begun = begun.exists() and (file.exists() or get_last_checkpoint(str(folder)))
-    if is_begun and json.loads(begun.read_text()) != work:
-        raise ValueError(
-            f"Expected a run of the same arguments in {folder}, found another's: {begun.read_text()}. Give this one a name "
-            "with --variant, or another --output_dir."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(work))
+    begin(folder, work, file)
     set_seed(args.seed)
     splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
     liked = list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])

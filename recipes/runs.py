@@ -1,15 +1,94 @@
-"""Finished runs as the JSONs of `recipes/results` keep them: one line a run, with what it asked for and how it was made.
+"""Runs: what one was asked for and which of its stages are done, in its folder; how and where it was made; and finished runs
+as the JSONs of `recipes/results` keep them.
 
-A table is made from the lines. Collecting adds those of the runs that are there and leaves the others, whose folders may
-long be gone, as they are.
+There each is a line, and a table is made from the lines. Collecting adds those of the runs that are there and leaves the
+others, whose folders may long be gone, as they are.
 """
 
+import datetime
+import importlib.metadata
 import json
+import platform
 import shlex
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def flat(nested: dict, prefix: str = "") -> dict:
+    """A nested dict with its names joined by dots."""
+    parts = [
+        flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        for name, value in nested.items()
+    ]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dict:
+    """
+    Keeps what a training is asked for as `arguments.json` in its folder (one of several processes `writes`), and returns it as
+    JSON has it.
+
+    Raises:
+        ValueError: if the folder holds checkpoints or the `finished` file of another, which resuming would mix with this one.
+    """
+    asked, file = json.loads(json.dumps(asked, default=str)), folder / "arguments.json"
+    is_begun = file.exists() and (finished.exists() or get_last_checkpoint(str(folder)) is not None)
+    if is_begun and (found := json.loads(file.read_text())) != asked:
+        now, then = flat(asked), flat(found)
+        changed = sorted(
+            name for name in {*now, *then} if name not in now or name not in then or now[name] != then[name]
+        )
+        raise ValueError(
+            f"Expected a new output_dir, or the arguments and data of the training in {folder}; found other values of {changed}. "
+            "Name another output_dir, or remove this one."
+        )
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asked, indent=1))
+    return asked
+
+
+class Stages:
+    """Runs each stage once: what was done, with which arguments and in how many seconds, is kept in `stages.json`."""
+
+    def __init__(self, output_dir: Path):
+        self.file = output_dir / "stages.json"
+        self.before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.done: dict[str, dict] = {}
+
+    def __call__(self, name: str, arguments: dict, run: Callable[[], object]) -> None:
+        """Runs `run()` unless it was done with the same `arguments` and every stage before it stands."""
+        if self.before.get(name, {}).get("arguments") == arguments:
+            print(f"== {name}: done before, reused", flush=True)
+            self.done[name] = self.before[name]
+            return
+        self.before = {}  # what follows was made from what is made again now
+        self.file.write_text(json.dumps(self.done, indent=1))
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        run()
+        seconds = round(time.perf_counter() - start, 1)
+        self.done[name] = {"arguments": arguments, "seconds": seconds}
+        self.file.write_text(json.dumps(self.done, indent=1))
+        print(f"== {name}: {seconds} s", flush=True)
+
+
+def made_by(command: str) -> dict[str, str]:
+    """How and where a figure was made: command, machine, versions, date."""
+    threads, packages = torch.get_num_threads(), ("torch", "transformers", "datasets", "accelerate", "faiss-cpu")
+    return {
+        "command": command,
+        "machine": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def command(module: str, asked: dict, defaults: dict) -> str:
@@ -37,8 +116,8 @@ def kept(run: dict) -> dict:
 
 def merged(file: Path, found: list[dict], key: Callable[[dict], tuple]) -> list[dict]:
     """The runs that `file` holds already, each replaced by the one of `found` with the same key, and the others of `found`."""
-    kept = json.loads(file.read_text())["runs"] if file.exists() else []
-    runs = {key(run): run for run in [*kept, *found]}
+    old = json.loads(file.read_text())["runs"] if file.exists() else []
+    runs = {key(run): run for run in [*old, *found]}
     return [runs[one] for one in sorted(runs)]
 
 
@@ -66,6 +145,11 @@ def by_row(runs: list[dict], row: Callable[[dict], tuple]) -> dict[tuple, list[d
 def spread(values: list[float]) -> tuple[float, float | None]:
     """Mean and standard deviation; of one value there is none."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def plus_minus(mean: float, deviation: float | None) -> str:
+    """As tables tell what `spread` returns."""
+    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 def write(file: Path, data: dict) -> None:

@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-import evaluate
 import torch
 from datasets import load_from_disk
 from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
-from recipes.evaluate import METRICS, EvaluateArguments, candidates
+from recipes.baselines import load_metric
+from recipes.evaluate import EvaluateArguments, candidates
 from recipes.reproduce_recochain import SMALL
-from recipes.results import made_by
-from recipes.runs import command, rounded
+from recipes.runs import command, made_by, rounded
 from tokenization import SemanticIdTokenizer
 
 FIELDS = {"tie_word_embeddings": True}
@@ -83,7 +82,7 @@ def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, floa
         max_items=args.max_items,
         exclude_history=args.exclude_history,
     )
-    metric = evaluate.load(str(METRICS / "next_item"), keep_in_memory=True)
+    metric = load_metric("next_item")
     found = {}
     for name in ("validation", "test"):
         lists = candidates(model, tokenizer, dataset[name], 10, asked)["item_indices"]  # with one code: the best ten

@@ -36,8 +36,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from recipes.demo import Stages
 from recipes.hardware import PeakMemory
+from recipes.runs import Stages
 from recipes.taobao_clicks import check_rows, check_users, write_clicks
 from recipes.taobao_items import encode, fit, make_unique, write_items, write_tokenizer
 from recipes.taobao_tables import EMBEDDINGS, SAMPLES, USERS
@@ -58,7 +58,6 @@ class TaobaoArguments:
     unknown_users: str = field(
         default="error", metadata={"help": "Clicks without a row of the user table.", "choices": ["error", "skip"]}
     )
-    check_users: int | None = field(default=None, metadata={"help": "Users of a split that are read through; all."})
     tokenizer: bool = field(default=False, metadata={"help": "Write a SemanticIdTokenizer as well; takes memory."})
     seed: int = field(default=0, metadata={"help": "Of the sample and the codebooks."})
 
@@ -105,8 +104,7 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
         unknown = args.unknown_users
         stage(f"{split} users", partial(check_users, tables, out, split, unknown), [], unknown_users=unknown)
     for split in ("train", "test"):
-        most = args.check_users
-        stage(f"{split} rows", partial(check_rows, tables, out, split, most), [], check_users=most)
+        stage(f"{split} rows", partial(check_rows, tables, out, split), [])
     if args.tokenizer:
         stage("tokenizer", partial(write_tokenizer, out), ["tokenizer"])
     return measured

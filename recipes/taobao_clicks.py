@@ -3,7 +3,6 @@
 Stages of recipes.taobao, after the items; each returns what it counted.
 """
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +80,12 @@ def check_users(tables: Path, out: Path, split: str, unknown_users: str) -> dict
     return {"users": rows, "clicks_of_unknown_users": len(lost)}
 
 
-def check_rows(tables: Path, out: Path, split: str, max_users: int | None) -> dict:
+def check_rows(tables: Path, out: Path, split: str) -> dict:
     """Reads the user table through, as training will: what is dropped, and what the last items of a history reach."""
     shards, _ = table_shards(tables, USERS.format(split), [USER, HISTORY])
     counts = dict.fromkeys(("users", "rows", "history_items", "unknown_items", "rows_without_history"), 0)
     repeats = recent = 0
-    histories = islice(user_histories(shards, out, split), max_users)
-    for _, history, clicks, unknown in tqdm(histories, desc=f"{split} rows", unit="user"):
+    for _, history, clicks, unknown in tqdm(user_histories(shards, out, split), desc=f"{split} rows", unit="user"):
         counts["users"] += 1
         counts["history_items"] += len(history) + unknown
         counts["unknown_items"] += unknown

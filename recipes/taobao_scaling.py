@@ -18,7 +18,8 @@ its stage is scaled to the defaults of `--points_per_code` and `--num_iterations
 the larger run's time a row. Some things are measured at full size
 instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
 ids, whose difference to one among the larger run's is added for each history item; the memory of sorting the ids and of
-the suffixes, which in small runs hides behind buffers; and a model with all codes and their trie. Disk and network are not told by tables that lie in the page cache.
+the suffixes, which in small runs hides behind buffers; and a model with all codes and their trie. Disk and network are not
+told by tables that lie in the page cache.
 """
 
 import json
@@ -30,7 +31,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from recipes.hardware import PeakMemory
-from recipes.results import made_by
+from recipes.runs import made_by
 from recipes.taobao import TaobaoArguments
 from recipes.taobao_items import DIM, sort_ids
 from recipes.taobao_report import table
@@ -148,7 +149,7 @@ def full_model(codes: np.ndarray) -> dict[str, float]:
 def training(run: Path, stage: str, folder: str, stages: dict[str, dict]) -> dict:
     """What a training of `recipes.taobao_train` took, and reached."""
     log = json.loads((run / folder / "training_log.json").read_text())
-    asked = json.loads((run / folder / "arguments.json").read_text())[1]
+    asked = json.loads((run / folder / "arguments.json").read_text())["training"]
     rows = log["metrics"]["train_samples_per_second"] * log["metrics"]["train_runtime"]
     return {
         "what": f"{stage}, {stages['items']['items']:,} items",

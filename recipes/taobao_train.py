@@ -35,6 +35,8 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import LossParts
 from recipes.hardware import PeakMemory
+from recipes.histories import padded
+from recipes.runs import begin
 from recipes.taobao_clicks import RECENT, last_distinct
 from recipes.taobao_tables import (
     BATCH_USERS,
@@ -99,13 +101,7 @@ class TaobaoTrainArguments:
 def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Rows of `training_rows` as tensors int64 `[B, T]`, padded on the left."""
     padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "long_items": -1}
-    batch = {}
-    for name in rows[0]:
-        columns = [torch.as_tensor(row[name], dtype=torch.long) for row in rows]
-        batch[name] = torch.nn.utils.rnn.pad_sequence(
-            columns, batch_first=True, padding_value=padding[name], padding_side="left"
-        )
-    return batch
+    return {name: padded([row[name] for row in rows], padding[name], "left") for name in rows[0]}
 
 
 def build_model(
@@ -197,19 +193,12 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         raise ValueError(
             f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
         )
-    work = json.loads(json.dumps([asdict(args), training_args.to_dict(), json.loads(stages.read_text())], default=str))
-    begun, finished = out / "arguments.json", out / "training_log.json"
-    is_begun = begun.exists() and (finished.exists() or get_last_checkpoint(out))
-    if is_begun and json.loads(begun.read_text()) != work:
-        raise ValueError(
-            f"expected a new output_dir, or the arguments and data of the training in {out}, found others: name another "
-            "output_dir, or remove this one"
-        )
+    asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": json.loads(stages.read_text())}
+    finished = out / "training_log.json"
+    begin(out, asked, finished)
     if finished.exists():
         print(f"{out} was trained with these arguments and data, reused")
         return json.loads(finished.read_text())
-    out.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(work, indent=1))
     sizes = json.loads((data_dir / "measured.json").read_text())["suffixes"]["codebook_sizes"]
     set_seed(training_args.seed)
     with PeakMemory() as peak:

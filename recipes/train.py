@@ -7,9 +7,10 @@
         --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
-packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a user's). The validation target of each user is held out of training
-and its loss is the evaluation loss. A second run of the same command resumes from the last checkpoint in `--output_dir`, or
-does nothing if that was finished; one with other arguments or data is refused there.
+packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a user's). The
+validation target of each user is held out of training and its loss is the evaluation loss. A second run of the same command
+resumes from the last checkpoint in `--output_dir`, or does nothing if that was finished; one with other arguments or data is
+refused there.
 In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
 ranks its own beams; the places where histories are cut are those of its last items
 (with `--stride`, every so many items), and `--exclude_history` keeps a user's own items out of the beams.
@@ -36,6 +37,7 @@ from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausa
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.prepare import prepared
+from recipes.runs import begin
 from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
 
@@ -191,13 +193,12 @@ def build_model(
                 f"ids or codes, in {args.init_from}. Start from a model that was trained on this data, or prepare the data with "
                 f"--tokenizer {args.init_from}."
             )
+        rows = model.config.item_table_size if args.item_table_size is None else args.item_table_size
         asked = {
             "read_item_embeddings": args.rank_by_item_embeddings,
             "history_item_vectors": args.history_item_vectors,
+            "item_table_size": rows,
         }
-        asked["item_table_size"] = (
-            model.config.item_table_size if args.item_table_size is None else args.item_table_size
-        )
         if changed := [name for name, value in asked.items() if getattr(model.config, name) != value]:
             raise ValueError(
                 f"Expected a checkpoint with { ({name: asked[name] for name in changed}) }, found "
@@ -223,44 +224,17 @@ def build_model(
     return model
 
 
-def finished(data_args: DataArguments, training_args: TrainingArguments) -> Path:
-    """The log that a training leaves beside its finished model."""
-    return Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint") / "training_log.json"
-
-
-def check_same_work(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> str:
-    """
-    A hash of arguments and data; `ValueError` if `output_dir` holds checkpoints, or the finished model, of another training,
-    which resuming would mix with this one.
-    """
-    record = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
-    record["prepared"] = prepared(data_args.data_dir)
-    for name in ("logging_dir", "local_rank"):  # of a run, not of the work
-        record["training"].pop(name, None)
-    record = json.loads(json.dumps(record, default=str))
-    folder = Path(training_args.output_dir)
-    file = folder / "arguments.json"
-    begun = folder.is_dir() and (get_last_checkpoint(folder) or finished(data_args, training_args).exists())
-    if begun and file.exists() and (found := json.loads(file.read_text())) != record:
-        changed = [
-            f"{part}.{name}" for part in record for name in record[part] if record[part][name] != found[part].get(name)
-        ]
-        raise ValueError(
-            f"Expected a new output_dir, or the arguments and data of the training in {file.parent}; found other values of "
-            f"{changed}. Name another output_dir, or remove this one."
-        )
-    if training_args.process_index == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1))
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
+    folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
+    log_file = folder / "training_log.json"  # beside a finished model
+    asked = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
+    asked["prepared"] = prepared(data_args.data_dir)
+    asked["training"].pop("local_rank", None)  # of a process, not of the work
     with training_args.main_process_first(desc="arguments"):  # which writes what the others compare
-        work = check_same_work(model_args, data_args, training_args)
-    log_file = finished(data_args, training_args)
-    folder = log_file.parent
+        is_first = training_args.process_index == 0
+        asked = begin(Path(training_args.output_dir), asked, log_file, writes=is_first)
+    work = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if log_file.exists() and json.loads(log_file.read_text()).get("work") == work:
         print(f"{folder} was trained with these arguments and data, reused")  # resuming it would train on
         return folder

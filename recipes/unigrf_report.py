@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from recipes.runs import by_row, kept, merged, spread, write
+from recipes.runs import by_row, kept, merged, plus_minus, spread, write
 
-RESULTS = Path(__file__).parent / "results" / "unigrf_ml1m.json"
+FILE = Path(__file__).parent / "results" / "unigrf_ml1m.json"
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr", "auc")
 # As published; "<=": the other backbone's is the best that the paper gives.
 PUBLISHED = {
@@ -33,7 +33,7 @@ def row_of(run: dict) -> tuple:
 
 
 def collect(output_dir: Path) -> None:
-    """Adds all `result.json` below `output_dir` to `RESULTS`, and draws the picture beside it."""
+    """Adds all `result.json` below `output_dir` to `FILE`, and draws the picture beside it."""
     results = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/result.json"))]
     if not results:
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
@@ -54,10 +54,10 @@ def collect(output_dir: Path) -> None:
         "protocol": "leave-one-out: last interaction = test, the one before = validation; 6,040 users, 3,706 rated movies; "
         "items are scored over the whole catalogue without the user's own; the last 200 items of a history; AUC pooled over "
         "the held-out interactions, like = rating of 4 or 5; order of ties within a second as in the file",
-        "runs": merged(RESULTS, [kept(run) for run in found], lambda run: (*row_of(run), run["arguments"]["seed"])),
+        "runs": merged(FILE, [kept(run) for run in found], lambda run: (*row_of(run), run["arguments"]["seed"])),
     }
-    draw(data, RESULTS.with_suffix(".png"))  # first: it refuses seeds that do not belong together
-    write(RESULTS, data)
+    draw(data, FILE.with_suffix(".png"))  # first: it refuses seeds that do not belong together
+    write(FILE, data)
 
 
 def rows_of(data: dict) -> list[dict]:
@@ -90,8 +90,7 @@ def table(data: dict) -> str:
             # A row that does not train a task cannot be asked for it.
             trained = row["arguments"]["row"]
             untrained = (trained == "ranking" and name != "auc") or (trained == "retrieval" and name == "auc")
-            spread = "" if row["std"][name] is None else f" ± {row['std'][name]:.4f}"
-            cells.append("-" if untrained else f"{row['test'][name]:.4f}{spread}")
+            cells.append("-" if untrained else plus_minus(row["test"][name], row["std"][name]))
         runs = row["runs"]
         epochs = f"{statistics.mean(run['epoch'] for run in runs):.0f} of {row['arguments']['epochs']}"
         minutes = f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}"
@@ -106,9 +105,10 @@ def table(data: dict) -> str:
         "Parameters: "
         + "; ".join(f"{name}: {count:,}" for name, count in sizes.items())
         + ". Tokens a user: "
-        + ", ".join(f"{tokens:.0f} ({ids} ids)" for ids, tokens in tokens.items())
+        + ", ".join(f"{count:.0f} ({ids} ids)" for ids, count in tokens.items())
         + f", one an item of which is its behaviour. Protocol: {data['protocol']}.",
-        f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, the last on {made['date']}.",
+        f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, "
+        f"{made['versions']}, the last on {made['date']}.",
     ]
     return "\n".join(lines)
 

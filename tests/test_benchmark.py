@@ -80,7 +80,6 @@ def test_the_peers_tries_take_the_same_steps(level):
     codes = random_catalogue(3000)
     static, nested = StaticTrie(codes, 256), DictTrie(codes)
     prefixes = codes[:, :level].unique(dim=0)[torch.randperm(40, generator=torch.Generator().manual_seed(0))].long()
-    states = torch.zeros(40, dtype=torch.long)
     keys = [codes[:, : depth + 1].unique(dim=0).tolist() for depth in range(level)]
     states = torch.tensor([keys[-1].index(prefix) for prefix in prefixes.tolist()])
     scores, log_probs = torch.randn(1, 40), torch.randn(1, 40, 256)

@@ -10,8 +10,6 @@ from datasets import Dataset
 from test_training import collate, run_trainer
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
-from modeling_unigrf import training_unigrf
-from recipes.callbacks import LossParts
 from recipes.enhancer import RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
@@ -273,40 +271,3 @@ def test_what_the_enhancer_cannot_do_is_said(tmp_path):
         enhancer.model.ranking_head.out_proj.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="The training diverged"):
         enhancer._refresh(Arguments(tmp_path), 1)
-
-
-def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
-    model = build_model(**ATOMIC)
-    with torch.no_grad():
-        model.ranking_head.out_proj.bias.fill_(float("nan"))
-    enhancer = build_enhancer(model)
-    with pytest.raises(ValueError, match="Expected finite losses"):
-        run_trainer(tmp_path, model, rows_of(enhancer).remove_columns(["user", "last"]), callbacks=[LossParts(model)])
-
-
-def test_the_gradient_norm_form_balances_the_gradients():
-    from recipes.callbacks import AdaptiveWeighter
-
-    weighter, model = AdaptiveWeighter(form="gradient_norm"), build_model()
-    weighter.on_train_begin(Arguments(""), TrainerState(num_train_epochs=3), None, model=model)
-    batch, _ = labelled(model, [4, 2])
-    states = []
-    hook = model.model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
-    out = model.train()(**batch)
-    hook.remove()
-    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    generation = training_unigrf.generation_loss(model, states[0], targets)
-    expected = torch.autograd.grad(generation, states[0])[0].norm()
-    torch.testing.assert_close(out.gradient_norms[0], expected, atol=1e-5, rtol=1e-4)
-    weighter.sums, weighter.count = [4.0, 1.0, 6.0, 2.0], 1
-    weighter._close_window(torch.device("cpu"))
-    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 2.0], 1  # ratios .9 and 1
-    weighter._close_window(torch.device("cpu"))
-    assert model.task_weights == pytest.approx((2 * 0.15 / 0.65, 2 * 0.5 / 0.65), abs=1e-5)
-    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 0.0], 1  # as of stage II with a detached history
-    with pytest.raises(ValueError, match="one of them does not reach the histories' states"):
-        weighter._close_window(torch.device("cpu"))
-    weighter.on_train_end(None, None, None)
-    assert model(**batch).gradient_norms is None
-    with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
-        AdaptiveWeighter(form="other")

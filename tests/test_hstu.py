@@ -1,15 +1,10 @@
 """HSTU: it computes what its formula says, with and without times, and its cache holds all that later queries ask for."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import build_model, random_histories, watch_negatives
-from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
@@ -290,29 +285,3 @@ def test_times_that_nothing_reads_or_that_fit_no_row_are_refused():
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), request_timestamps=requests)
     with pytest.raises(ValueError, match="one a row"):
         model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, request_timestamps=requests[:1])
-
-
-ELSEWHERE = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
-best = model.recommend(torch.tensor(json.loads(sys.argv[1])), num_beams=12)
-print(json.dumps([type(model.model.language_model).__module__.split(".")[0], best.item_indices.tolist()]))
-"""
-
-
-def test_the_folder_brings_the_code_of_its_backbone(tmp_path):
-    model = build_model("hstu")
-    input_ids, mask, _ = random_histories(model, [3, 1])
-    model.save_pretrained(tmp_path / "saved")
-    done = subprocess.run(
-        [sys.executable, "-c", NO_PROJECT + ELSEWHERE, json.dumps(input_ids.tolist())],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    module, items = json.loads(done.stdout.splitlines()[-1])
-    assert module == "transformers_modules"
-    assert items == model.recommend(input_ids, mask, num_beams=12).item_indices.tolist()

@@ -225,9 +225,6 @@ def catalogue(recommender):
     return recommender.tokenizer.item_ids, recommender.tokenizer.titles
 
 
-# The pipeline
-
-
 def test_a_history_is_a_dict_or_a_plain_list_and_gives_the_users_own_ids_and_titles(recommender):
     found = recommender(HISTORY)
     assert len(found) == 10 and found == recommender(dict(HISTORY)) == recommender([HISTORY])[0]
@@ -419,9 +416,6 @@ def test_a_misspelt_parameter_of_the_constructor_is_refused_and_a_right_one_is_t
         RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, exclude=True)
     three = RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, num_return_sequences=3)
     assert three(HISTORY) == recommender(HISTORY)[:3] and len(three(HISTORY, num_return_sequences=4)) == 4
-
-
-# The repository
 
 
 def test_the_repository_holds_model_tokenizer_codebooks_code_card_and_metrics_and_no_pickle(repository, run, hub):

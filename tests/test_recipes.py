@@ -28,10 +28,10 @@ from recipes import (
     train,
     training_rows,
 )
-from recipes.demo import Stages
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
 from recipes.results import WRITTEN, with_tables
+from recipes.runs import Stages
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -369,11 +369,11 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     assert (max(choices)[0], name, kept) in choices, "the checkpoint's defaults are what validation chose"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
-    recochain_report.collect(tmp_path, prepared, 30, "recochain_beauty")
+    recochain_report.collect(tmp_path, prepared, "recochain_beauty")
     whole = (tmp_path / "recochain_beauty.json").read_text()
     shutil.rmtree(tmp_path / "k0-0")
     monkeypatch.delattr(recochain_report, "baseline_results")  # told once
-    recochain_report.collect(tmp_path, prepared, 30, "recochain_beauty")
+    recochain_report.collect(tmp_path, prepared, "recochain_beauty")
     assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run whose folder is gone stays told"
     data = json.loads(whole)
     table_rows = recochain_report.rows_of(data)

@@ -320,9 +320,6 @@ def test_a_history_leaves_room_for_the_candidate_and_its_block():
         model(input_ids, mask, labels=input_ids, **longer)
 
 
-# Item-level scores
-
-
 @pytest.mark.parametrize("retrieved", [0, 3])
 def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone, retrieved):
     """A beam of one and a union of everything is exact scoring of everything, in all three scores."""
@@ -434,13 +431,14 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=True)
 inputs = {name: torch.tensor(value) for name, value in json.loads(sys.argv[1]).items()}
-print(json.dumps(model.recommend(**inputs).scores.tolist()))
+module = type(model.model.language_model).__module__.split(".")[0]
+print(json.dumps([module, model.recommend(**inputs).scores.tolist()]))
 """
 )
 
 
-def test_a_folder_with_sub_histories_loads_elsewhere_by_its_own_code(tmp_path):
-    model = build_model(num_retrieved_items=3, num_train_beams=4, exclude_candidate=True)
+def test_a_folder_of_all_parts_loads_elsewhere_by_its_own_code(tmp_path):
+    model = build_model("hstu", num_retrieved_items=3, num_train_beams=4, exclude_candidate=True)
     model.save_pretrained(tmp_path / "folder")
     input_ids, mask, _ = random_histories(model, [4, 2])
     longer = long_histories(model, [12, 2])
@@ -449,4 +447,6 @@ def test_a_folder_with_sub_histories_loads_elsewhere_by_its_own_code(tmp_path):
     command = [sys.executable, "-c", ELSEWHERE, json.dumps({name: value.tolist() for name, value in inputs.items()})]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
-    torch.testing.assert_close(torch.tensor(json.loads(found.stdout.splitlines()[-1])), expected)
+    module, scores = json.loads(found.stdout.splitlines()[-1])
+    assert module == "transformers_modules"
+    torch.testing.assert_close(torch.tensor(scores), expected)

@@ -182,14 +182,41 @@ def test_the_slower_loss_gets_the_greater_weight():
         AdaptiveWeighter(temperature=0.0)
 
 
-def test_a_loss_that_is_no_number_is_told_also_after_the_last_log(tmp_path):
+@pytest.mark.parametrize("logging_steps", [1, 500])
+def test_a_loss_that_is_no_number_is_told_also_after_the_last_log(tmp_path, logging_steps):
     model = build_model()
     with torch.no_grad():
         model.ranking_head.out_proj.bias.fill_(float("nan"))
+    steps = {"max_steps": 1, "logging_steps": logging_steps}
     with pytest.raises(ValueError, match="Expected finite losses"):
-        run_trainer(
-            tmp_path, model, histories_dataset(model, 4), max_steps=1, logging_steps=500, callbacks=[LossParts(model)]
-        )
+        run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[LossParts(model)], **steps)
+
+
+def test_the_gradient_norm_form_balances_the_gradients():
+    weighter, model = AdaptiveWeighter(form="gradient_norm"), build_model()
+    weighter.on_train_begin(None, TrainerState(num_train_epochs=3), None, model=model)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    states = []
+    hook = model.model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
+    out = model.train()(**batch)
+    hook.remove()
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    generation = training_unigrf.generation_loss(model, states[0], targets)
+    expected = torch.autograd.grad(generation, states[0])[0].norm()
+    torch.testing.assert_close(out.gradient_norms[0], expected, atol=1e-5, rtol=1e-4)
+    weighter.sums, weighter.count = [4.0, 1.0, 6.0, 2.0], 1
+    weighter._close_window(torch.device("cpu"))
+    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 2.0], 1  # ratios .9 and 1
+    weighter._close_window(torch.device("cpu"))
+    assert model.task_weights == pytest.approx((2 * 0.15 / 0.65, 2 * 0.5 / 0.65), abs=1e-5)
+    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 0.0], 1  # as of stage II with a detached history
+    with pytest.raises(ValueError, match="one of them does not reach the histories' states"):
+        weighter._close_window(torch.device("cpu"))
+    weighter.on_train_end(None, None, None)
+    assert model(**batch).gradient_norms is None
+    with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
+        AdaptiveWeighter(form="other")
 
 
 def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
