@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from .configuration_unigrf import NEXT_TARGET
 from .continuations_unigrf import kept_as_found, read_continuations
 from .subhistory_unigrf import LongHistory, retrieve
 from .training_unigrf import Supervision, last_items, ranking_loss
@@ -199,6 +200,11 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])
     times = None if asked_for is None else asked_for.expand(-1, 2)
     history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
+    if candidates is None and not config.num_train_beams and NEXT_TARGET in config.ranking_targets:
+        raise ValueError(
+            f"Expected candidates beside the true items, to learn the ranking target {NEXT_TARGET!r} from, found neither "
+            "`candidates` nor config.num_train_beams. Set num_train_beams, e.g. to 20, for the model's own beams."
+        )
     if candidates is None and config.num_train_beams:
         when = None if asked_for is None else asked_for[:, 0]
         candidates = beam_candidates(model, history_states, history_mask, cache, supervision.blocked_items, when)

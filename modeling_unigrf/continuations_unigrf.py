@@ -129,6 +129,8 @@ AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """The window beyond which some layer of a backbone does not see, if there is one."""
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        return None
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 

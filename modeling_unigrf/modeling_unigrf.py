@@ -457,7 +457,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         if self.config.num_levels > 1 or type(self.lm_head) is not nn.Linear:
             logits = self.code_logits(states, codes).float()
             return nn.functional.cross_entropy(logits, targets, reduction=reduction)
-        states, vectors = self._comparable(states, self.code_vectors[codes], dim=-1)
+        states, vectors = self._comparable(states.float(), self.code_vectors[codes].float(), dim=-1)
         return softmax_over_items(states, vectors, targets, reduction, retain_graph=self.measures_gradients)
 
     def _comparable(self, states: torch.Tensor, vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -147,8 +147,11 @@ def retrieve(
         history = directions(items).transpose(1, 2)
         for part in range(0, count, at_once):
             some = candidates[rows, part : part + at_once]
+            # In float32 also within a training in bfloat16: what is chosen is what will be chosen when it is asked.
+            with torch.autocast(items.device.type, enabled=False):
+                cosines = directions(some) @ history
             # A repeated item has one cosine: which column of a product it stands in may change the last bit.
-            cosines = (directions(some) @ history).gather(2, first[:, None].expand(-1, some.shape[1], -1))
+            cosines = cosines.gather(2, first[:, None].expand(-1, some.shape[1], -1))
             hidden = (items < 0)[:, None]
             if exclude_candidate:
                 hidden = hidden | (some[:, :, None] == items[:, None])

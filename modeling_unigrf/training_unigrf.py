@@ -283,12 +283,18 @@ def generation_loss(
     return total / (levels >= 0).sum().clamp(min=1)
 
 
+def _similarity(model, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """`code_similarity` in float32, as `softmax_over_items` has its logits, also where a training runs in bfloat16."""
+    with torch.autocast(states.device.type, enabled=False):
+        return model.code_similarity(states.float(), vectors.float())
+
+
 def _given_logits(
     model, states: torch.Tensor, here: torch.BoolTensor, true: torch.LongTensor, codes: slice, given: torch.LongTensor
 ) -> torch.Tensor:
     """Codes `[batch_size, m]` that are given for the rows, -1 for none -> their logits `[n, m]` at the n positions `here`."""
     vectors = model.code_vectors[codes][given.clamp(min=0)]
-    logits = model.code_similarity(states, vectors.transpose(1, 2))[here].float()
+    logits = _similarity(model, states, vectors.transpose(1, 2))[here]
     of_rows = given[here.nonzero()[:, 0]]
     return logits.masked_fill((of_rows < 0) | (of_rows == true[:, None]), -torch.inf)
 
@@ -307,7 +313,7 @@ def _whole_softmax(
         return model.code_cross_entropy(queries, true, codes, reduction="sum")
     losses = model.code_cross_entropy(queries, true, codes, reduction="none")
     # The softmax's denominator with the given negatives counted `weight` times and without the favorites.
-    own = model.code_similarity(queries[:, None], model.code_vectors[codes][true][:, :, None])[:, 0, 0].float()
+    own = _similarity(model, queries[:, None], model.code_vectors[codes][true][:, :, None])[:, 0, 0]
     changes = 0.0
     for given, weight in zip(of_given, (model.config.given_negative_weight, 0.0), strict=True):
         logits = _given_logits(model, states, here, true, codes, given)

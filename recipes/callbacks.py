@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, reduce
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -112,12 +113,13 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         if form not in ("loss_ratio", "gradient_norm"):
             raise ValueError(f"Expected the form loss_ratio or gradient_norm, found {form!r}.")
         self.window_steps, self.temperature, self.form = window_steps, temperature, form
-        # Of the two losses and, for gradient_norm, of the two norms.
-        self.sums, self.count, self.previous, self.weights = [0.0] * 4, 0, None, [1.0, 1.0]
+        # Of the two losses, for gradient_norm of the two norms, and of batches: in the window, by all processes; and in the
+        # step that is not over, by this one.
+        self.sums, self.step, self.previous, self.weights = [0.0] * 5, [0.0] * 5, None, [1.0, 1.0]
         self.model = self.hook = None
 
     def state(self) -> dict:
-        attributes = {name: getattr(self, name) for name in ("sums", "count", "previous", "weights")}
+        attributes = {name: getattr(self, name) for name in ("previous", "weights")}
         attributes["sums"] = [float(one) for one in self.sums]
         arguments = {name: getattr(self, name) for name in ("window_steps", "temperature", "form")}
         return {"args": arguments, "attributes": attributes}
@@ -135,7 +137,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
                 f"Expected more than two windows of training, found {windows:g} (window_steps={self.window_steps}; None: an epoch): "
                 "the first two have weights of 1, so that nothing would be weighed. Set window_steps lower, or train for longer."
             )
-        self.model = model
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model.task_weights = tuple(self.weights)
         self.model.measures_gradients = self.form == "gradient_norm"
         self.hook = model.register_forward_hook(self._collect)
@@ -147,21 +149,23 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
     def _collect(self, model, inputs, outputs):
         if model.training and outputs.loss is not None:
             norms = [0.0, 0.0] if outputs.gradient_norms is None else outputs.gradient_norms.double().unbind()
-            new = [*(outputs[name].double() for name in self.names), *norms]
-            self.sums = [total + one for total, one in zip(self.sums, new, strict=True)]
-            self.count += 1
+            new = [*(outputs[name].double() for name in self.names), *norms, 1.0]
+            self.step = [total + one for total, one in zip(self.step, new, strict=True)]
 
     def on_step_end(self, args, state, control, **kwargs):
+        new = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=args.device) for one in self.step])
+        # At every step, so that what a checkpoint holds is of all processes.
+        self.sums = torch.as_tensor(self.sums, dtype=torch.float64, device=args.device) + reduce(new, reduction="sum")
+        self.step = [0.0] * 5
         if self.window_steps is not None and state.global_step % self.window_steps == 0:
-            self._close_window(args.device)
+            self._close_window()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.window_steps is None and self.count:
-            self._close_window(args.device)
+        if self.window_steps is None and self.sums[-1]:
+            self._close_window()
 
-    def _close_window(self, device: torch.device) -> None:
-        sums = torch.tensor([*(float(one) for one in self.sums), self.count], dtype=torch.float64, device=device)
-        *totals, count = reduce(sums, reduction="sum").tolist()
+    def _close_window(self) -> None:
+        *totals, count = map(float, self.sums)
         *means, generation_norm, ranking_norm = [total / count for total in totals]
         check_finite(dict(zip(self.names, means, strict=True)), f"in a window of {count:.0f} batches")
         if self.previous is not None:
@@ -182,7 +186,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
                 shares = torch.tensor(ratios) / norms
                 shares = shares / shares.sum()
             self.weights = (2 * shares).tolist()
-        self.previous, self.sums, self.count = means, [0.0] * 4, 0
+        self.previous, self.sums = means, [0.0] * 5
         self.model.task_weights = tuple(self.weights)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -199,12 +203,20 @@ class SavedTensors(TrainerCallback):
     Args:
         file (`str`): Name of the file.
         tensors (`dict`): They are written into in place, and are put into shared memory: workers of a data loader see later
-            what is written.
+            what is written, and so they see `made_at`, the epoch when it was (-1: not yet).
     """
 
     def __init__(self, file: str, tensors: dict[str, torch.Tensor]):
+        tensors = {**tensors, "made_at": torch.tensor(-1)}
         self.file, self.tensors = file, {name: tensor.share_memory_() for name, tensor in tensors.items()}
-        self.made_at = -1  # epoch
+
+    @property
+    def made_at(self) -> int:
+        return int(self.tensors["made_at"])
+
+    @made_at.setter
+    def made_at(self, epoch: int):
+        self.tensors["made_at"].fill_(epoch)
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = self._path(args, state)
@@ -212,12 +224,10 @@ class SavedTensors(TrainerCallback):
             saved = load_file(file)
             for name, tensor in self.tensors.items():
                 tensor.copy_(saved[name])
-            self.made_at = int(saved["made_at"])
 
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:
-            saved = {name: tensor.clone() for name, tensor in self.tensors.items()}
-            save_file({**saved, "made_at": torch.tensor(self.made_at)}, self._path(args, state))
+            save_file({name: tensor.clone() for name, tensor in self.tensors.items()}, self._path(args, state))
 
     @staticmethod
     def my_batches(lengths: np.ndarray, batch_size: int, args, desc: str) -> Iterator[np.ndarray]:

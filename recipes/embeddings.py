@@ -79,7 +79,7 @@ def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -
 
 
 def weights_of(encoder: str | Path) -> list[str]:
-    """Hashes of a local encoder's weights; none of one on the Hub."""
+    """Hashes of the weights in a local folder; none of a model on the Hub."""
     files = (path for kind in ("*.safetensors", "*.bin") for path in Path(encoder).glob(kind))
     return [sha256(path) for path in sorted(files)]
 

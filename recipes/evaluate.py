@@ -201,7 +201,11 @@ def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float | str | 
     Writes what was chosen into the checkpoint's own config, of which `chosen` are fields: the defaults of `recommend` and of
     the pipeline.
     """
-    UniGRFConfig.from_pretrained(checkpoint, **chosen).save_pretrained(checkpoint)
+    UniGRFConfig.from_pretrained(checkpoint, **chosen).check_training()
+    file = (
+        Path(checkpoint) / "config.json"
+    )  # alone: `save_pretrained` would put this code's config beside the folder's model
+    file.write_text(json.dumps(json.loads(file.read_text()) | chosen, indent=2, sort_keys=True) + "\n")
     GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
 
 
@@ -212,6 +216,11 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         raise ValueError(
             f"Expected num_ranked_beams or union_items, found {args.num_ranked_beams} and {args.union_items}: which of the "
             "candidates are beams is not told. Measure one at a time."
+        )
+    if not (Path(args.checkpoint) / "config.json").is_file():
+        raise ValueError(
+            f"Expected a local checkpoint, into which what validation chooses is written, found {args.checkpoint!r}. Download it "
+            "first: `hf download`."
         )
     record = prepared(data_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
@@ -226,6 +235,11 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         ranking_target=args.ranking_target or config.ranking_target or config.ranking_targets[0],
         ranking_weights=[weight for weight in args.ranking_weights if weight] if is_ranker else [],
     )
+    if args.max_items and config.max_history_items and args.max_items > config.max_history_items:
+        raise ValueError(
+            f"Expected max_items of at most the {config.max_history_items} that the backbone has positions for, found "
+            f"{args.max_items}. Take fewer."
+        )
     if is_ranker and not args.ranking_weights:
         raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
     dataset = load_from_disk(str(data_dir / "dataset"))
@@ -254,7 +268,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             print(f"validation chose {name}={best[name]}, the largest that was tried: a larger one may be better")
 
     found = candidates(model, tokenizer, dataset["test"], num_beams, args)
-    generation, generation_ranks = measure(found, 0.0, targets["test"])
+    beams = found
+    if args.union_items:  # these are no beams
+        beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(args, union_items=0))
+    generation, generation_ranks = measure(beams, 0.0, targets["test"])
     ranked, ranked_ranks = measure(found, weight, targets["test"], item_weight)
     if baselines is None:
         baselines = baseline_results(
@@ -293,7 +310,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "baselines": {name: result["test"] for name, result in baselines.items()},
         "generation": generation,
         "ranked": ranked,
-        "beam holds the target": float((found["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()),
+        "beam holds the target": float((beams["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()),
         "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, args),
         "invalid_items": checked["invalid"],
         "generated_items_checked": checked["checked"],

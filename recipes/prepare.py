@@ -44,6 +44,7 @@ from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 
 # Columns of a history, and of what comes after it in a held-out split.
 TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
+QUANTIZING = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
 TABLES = ("interactions", "items", "embeddings")
 PATHS = (*TABLES, "tokenizer", "output_dir")  # of which the content matters, or nothing, but not the name
 
@@ -93,13 +94,24 @@ def prepared(folder: str | Path) -> dict[str, Any]:
 
 
 def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None:
-    """`ValueError` unless a model's tokenizer knows the items of a prepared folder by the same rows and codes."""
+    """`ValueError` unless a model's tokenizer spells the items and behaviours of a prepared folder by the same rows."""
     ours = SemanticIdTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    check_same_spelling(tokenizer, ours, folder)
     same = tokenizer.item_ids[: ours.num_items] == ours.item_ids  # what was added to the model comes behind them
     if not same or not np.array_equal(tokenizer.item_codes[: ours.num_items], ours.item_codes):
         raise ValueError(
             f"expected a model of the {ours.num_items} items of {folder}, found one of {tokenizer.num_items} items with other "
             "ids or codes: its rows are not the rows of that folder, take the folder that it was trained on"
+        )
+
+
+def check_same_spelling(tokenizer: SemanticIdTokenizer, other: SemanticIdTokenizer, folder: str | Path) -> None:
+    """`ValueError` unless both have the same behaviours, levels and token ids; `other` is that of the folder."""
+    fields, others = tokenizer.config_fields(), other.config_fields()
+    if changed := [name for name in fields if name != "num_items" and fields[name] != others[name]]:
+        raise ValueError(
+            f"expected a model that spells histories as {folder} does, found { ({name: fields[name] for name in changed}) } in the "
+            f"model and { ({name: others[name] for name in changed}) } there: take the folder that it was trained on"
         )
 
 
@@ -133,6 +145,12 @@ def prepare(args: PrepareArguments) -> Path:
     if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
         record["inputs"]["encoder"] = weights
     earlier = None if args.tokenizer is None else SemanticIdTokenizer.from_pretrained(args.tokenizer)
+    defaults = PrepareArguments("", "", "")
+    without_use = [name for name in QUANTIZING if getattr(args, name) != getattr(defaults, name)]
+    if earlier is not None and without_use:
+        raise ValueError(
+            f"expected none of {without_use} beside --tokenizer, whose codebooks stay, found values of them: leave them out"
+        )
     if earlier is not None:
         record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
     if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):

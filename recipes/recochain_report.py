@@ -9,6 +9,7 @@ from datasets import load_from_disk
 from recipes.baselines import baseline_results
 from recipes.prepare import prepared
 from recipes.runs import by_row, kept, merged, plus_minus, rounded, spread, write
+from tokenization import SemanticIdTokenizer
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -68,7 +69,7 @@ def collect(output_dir: Path, data_dir: Path, name: str) -> None:
         f"{record['counts']['users']:,} users, {num_items:,} items, all of them scored"
         + (" but the user's own" if excluded else "")
         + "; order of equal times as in the file",
-        "codebook sizes": record["arguments"]["codebook_sizes"],
+        "codebook sizes": list(SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer").codebook_sizes[:-1]),
         "baselines": rounded(baselines),
         "beside": beside,
         "runs": merged(
@@ -168,6 +169,7 @@ def table(data: dict) -> str:
     lines += [
         "",
         f"Test. Ranked: by two scores, their weight chosen on validation; three scores: with the item-level score as a third. "
+        f"Where items stand beside the beams, generation orders these, too. "
         f"Gain: of ranked over generation, ± standard deviation over seeds or, of one seed, standard error over users. "
         f"Protocol: {data['protocol']}. Codebooks: {data['codebook sizes']} and a last code. Made by "
         f"`python -m recipes.reproduce_recochain`, one command a run (in the JSON), on {made['machine']}, {made['versions']}, the "

@@ -147,7 +147,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         "--negatives_per_item=0",
         f"--num_train_epochs={args.epochs * row['first_times']}",
         f"--passes={min(args.passes, row['window'])}",
-        f"--per_device_train_batch_size={int(args.batch_size * row['batch_share'])}",
+        f"--per_device_train_batch_size={max(1, int(args.batch_size * row['batch_share']))}",
         f"--learning_rate={args.learning_rate}",
     ]
     return train.train(*train.parse(one))

@@ -38,9 +38,10 @@ def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dic
         ValueError: if the folder holds checkpoints or the `finished` file of another, which resuming would mix with this one.
     """
     asked, file = json.loads(json.dumps(asked, default=str)), folder / "arguments.json"
-    is_begun = file.exists() and (finished.exists() or get_last_checkpoint(str(folder)) is not None)
-    if is_begun and (found := json.loads(file.read_text())) != asked:
-        now, then = flat(asked), flat(found)
+    has_checkpoints = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
+    is_begun = has_checkpoints or (file.exists() and finished.exists())
+    if is_begun and (found := json.loads(file.read_text()) if file.exists() else {}) != asked:
+        now, then = flat(asked), flat(found) if isinstance(found, dict) else {}
         changed = sorted(
             name for name in {*now, *then} if name not in now or name not in then or now[name] != then[name]
         )

@@ -34,6 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import LossParts
+from recipes.embeddings import weights_of
 from recipes.hardware import PeakMemory
 from recipes.histories import padded
 from recipes.runs import begin
@@ -194,6 +195,8 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
             f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
         )
     asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": json.loads(stages.read_text())}
+    if args.init_from is not None:  # a path does not tell that what is there was trained again
+        asked["init_from"] = weights_of(args.init_from)
     finished = out / "training_log.json"
     begin(out, asked, finished)
     if finished.exists():
@@ -247,7 +250,12 @@ def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, Tra
     """Command-line arguments, with defaults that suit this model unless given."""
     parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
     parser.set_defaults(
-        max_steps=300, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), adam_beta2=0.98
+        max_steps=300,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        adam_beta2=0.98,
+        ddp_broadcast_buffers=False,  # the catalogue, in every step
     )
     return parser.parse_args_into_dataclasses(arguments)
 

@@ -35,8 +35,9 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
+from recipes.embeddings import weights_of
 from recipes.enhancer import RankingDrivenEnhancer
-from recipes.prepare import prepared
+from recipes.prepare import check_same_spelling, prepared
 from recipes.runs import begin
 from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
@@ -183,9 +184,14 @@ def build_model(
         "embedding_dropout": args.embedding_dropout,
     }
     if args.init_from is not None:
+        # A weight that validation chose is kept, but for the 0 of a model that did not rank yet.
+        chosen = UniGRFConfig.from_pretrained(args.init_from).ranking_weight or 1.0
+        fields["ranking_weight"] = chosen if args.ranking_loss_weight else 0.0
         fields |= named(args.config_fields, CONFIG_FIELDS, "config_fields")
         model = UniGRFForCausalLM.from_pretrained(args.init_from, dtype=torch.float32, **fields)
-        ids = SemanticIdTokenizer.from_pretrained(args.init_from).item_ids
+        earlier = SemanticIdTokenizer.from_pretrained(args.init_from)
+        check_same_spelling(earlier, tokenizer, "data_dir")
+        ids = earlier.item_ids
         same = tokenizer.item_ids[: len(ids)] == ids
         if not same or not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes[: len(ids)]):
             raise ValueError(
@@ -210,6 +216,7 @@ def build_model(
             more = embeddings[new] if model.config.item_embedding_dim else None
             model.add_items(torch.from_numpy(tokenizer.item_codes[new].copy()), more)
         return model
+    fields["ranking_weight"] = 1.0 if args.ranking_loss_weight else 0.0
     config = UniGRFConfig(
         **tokenizer.config_fields(),
         text_config=json.loads(args.text_config),
@@ -224,12 +231,36 @@ def build_model(
     return model
 
 
+def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Refuses arguments that exclude each other, or that would do nothing; raises `ValueError`."""
+    if model_args.enhancer and model_args.second_stage:
+        raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
+    if data_args.exclude_history and model_args.beams_kept_epochs:
+        raise ValueError(
+            "Expected beams_kept_epochs=0 with exclude_history, found both: beams that are kept are searched for among all "
+            "items. Leave one of them out."
+        )
+    for name, is_asked, needed, is_there in (
+        ("beams_kept_epochs", model_args.beams_kept_epochs > 0, "num_train_beams", model_args.num_train_beams > 0),
+        ("exclude_history", data_args.exclude_history, "num_train_beams", model_args.num_train_beams > 0),
+        ("relabel", model_args.relabel, "enhancer", model_args.enhancer),
+        ("enhancer_options", json.loads(model_args.enhancer_options) != {}, "enhancer", model_args.enhancer),
+        ("enhancer", model_args.enhancer, "ranking_loss_weight", model_args.ranking_loss_weight > 0),
+    ):
+        if is_asked and not is_there:
+            raise ValueError(
+                f"Expected {needed} with {name}, which does nothing in training without it. Add it, or leave {name} out."
+            )
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
     folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
     log_file = folder / "training_log.json"  # beside a finished model
     asked = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
     asked["prepared"] = prepared(data_args.data_dir)
+    if model_args.init_from is not None:  # a path does not tell that what is there was trained again
+        asked["init_from"] = weights_of(model_args.init_from)
     asked["training"].pop("local_rank", None)  # of a process, not of the work
     with training_args.main_process_first(desc="arguments"):  # which writes what the others compare
         is_first = training_args.process_index == 0
@@ -238,13 +269,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if log_file.exists() and json.loads(log_file.read_text()).get("work") == work:
         print(f"{folder} was trained with these arguments and data, reused")  # resuming it would train on
         return folder
-    if model_args.enhancer and model_args.second_stage:
-        raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
-    if data_args.exclude_history and model_args.beams_kept_epochs:
-        raise ValueError(
-            "Expected beams_kept_epochs=0 with exclude_history, found both: beams that are kept are searched for among all "
-            "items. Leave one of them out."
-        )
+    check_together(model_args, data_args)
     set_seed(training_args.seed)
     data_dir = Path(data_args.data_dir)
     tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
@@ -327,6 +352,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArgum
         prediction_loss_only=True,
         report_to="none",
         restore_callback_states_from_checkpoint=True,  # the adaptive weights go on where they were
+        ddp_broadcast_buffers=False,  # the catalogue, in every step
         use_cpu=not torch.cuda.is_available(),  # the Trainer asks for it, where bf16 runs on a CPU
     )
     return parser.parse_args_into_dataclasses(arguments)

@@ -5,8 +5,8 @@ import torch
 from conftest import BACKBONES, build_model, random_histories
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import continuations_unigrf
-from modeling_unigrf.continuations_unigrf import read_continuations, shares_prefix
+from modeling_unigrf import UniGRFConfig, continuations_unigrf
+from modeling_unigrf.continuations_unigrf import read_continuations, shares_prefix, sliding_window
 
 
 def one_by_one(model, input_ids, mask, continuations):
@@ -73,3 +73,9 @@ def test_training_after_inference_is_training_as_before():
     model.recommend(input_ids, mask, num_beams=12)
     assert shares_prefix(model.model)
     torch.testing.assert_close(model(input_ids, mask, labels=labels).loss, before)
+
+
+def test_a_window_that_no_layer_has_is_none():
+    fields = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 2}
+    assert sliding_window(UniGRFConfig(text_config={**fields, "max_window_layers": 1}).text_config) == 4
+    assert sliding_window(UniGRFConfig(text_config={**fields, "max_window_layers": 28}).text_config) is None

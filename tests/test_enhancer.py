@@ -8,8 +8,10 @@ import torch
 from conftest import build_model, random_histories, watch_negatives
 from datasets import Dataset
 from test_training import collate, run_trainer
+from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
+from modeling_unigrf import training_unigrf
 from recipes.enhancer import RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
@@ -195,6 +197,33 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
     assert [line["epoch"] for line in lines] == [1, 2]
     assert all(title.startswith("Film ") for title in lines[0]["examples"][0]["disliked"])
     assert enhancer.found["enhancer_negatives"] == pytest.approx((enhancer.negatives >= 0).sum() / 6)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_given_negatives_count_in_float32_in_a_training_in_bfloat16(similarity):
+    model = build_model(**{**ATOMIC, "code_negatives": 0, "code_similarity": similarity}).train()
+    states = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    batch, items = labelled(model, [2, 2])
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    given = torch.tensor([[7, 8, 9], [1, 2, 3]])
+    ends, last = torch.tensor([1, 1]), torch.tensor([row[-1] for row in items])
+    known = training_unigrf.GivenItems(given, given + 10, ends, last)
+    states = states[:, : targets.shape[1]]
+    expected = training_unigrf.generation_loss(model, states, targets, known)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = training_unigrf.generation_loss(model, states, targets, known)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_workers_that_persist_see_later_pools(tmp_path):
+    enhancer = build_enhancer(build_model(**ATOMIC))
+    rows = rows_of(enhancer).to_list()
+    collate = enhancer.collator(DataCollatorForSeq2Seq(enhancer.tokenizer))
+    loader = DataLoader(rows, batch_size=4, collate_fn=collate, num_workers=1, persistent_workers=True)
+    assert all("negative_items" not in batch for batch in loader)
+    enhancer._refresh(Arguments(tmp_path), 1)
+    found = torch.cat([batch["negative_items"] for batch in loader])
+    assert torch.equal(found, enhancer.negatives)
 
 
 def rows_of(enhancer):

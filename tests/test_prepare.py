@@ -63,7 +63,7 @@ def arguments(tmp_path):
         if embeddings is not None:
             np.save(tmp_path / "rows.npy", embeddings)
             paths["embeddings"] = str(tmp_path / "rows.npy")
-        return PrepareArguments(**paths, output_dir=str(tmp_path / "data"), codebook_sizes=[4, 4], **options)
+        return PrepareArguments(**paths, output_dir=str(tmp_path / "data"), **{"codebook_sizes": [4, 4], **options})
 
     return build
 
@@ -200,9 +200,10 @@ def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(argum
             output_dir=str(tmp_path / "first"),
         )
     )
+    of_first = {"tokenizer": str(first / "tokenizer"), "codebook_sizes": [256, 256, 256]}
     before = SemanticIdTokenizer.from_pretrained(first / "tokenizer")
     order = np.random.default_rng(0).permutation(12)
-    args = arguments(None, items_table().iloc[order], embeddings=embeddings[order], tokenizer=str(first / "tokenizer"))
+    args = arguments(None, items_table().iloc[order], embeddings=embeddings[order], **of_first)
     folder = prepare(args)
     after = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
     assert after.item_ids[:10] == before.item_ids and set(after.item_ids[10:]) == {"002", "007"}
@@ -215,7 +216,9 @@ def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(argum
     assert [after.item_ids[item] for item in user["items"]] == expected
     with pytest.raises(ValueError, match=r"found 1 missing, for instance \['003'\]"):
         some = items_table().drop(index=3)
-        prepare(arguments(interactions_table().query("item_id != '003'"), some, tokenizer=str(first / "tokenizer")))
+        prepare(arguments(interactions_table().query("item_id != '003'"), some, **of_first))
+    with pytest.raises(ValueError, match=r"none of \['codebook_sizes', 'atomic'\] beside --tokenizer"):
+        prepare(replace(args, atomic=True, codebook_sizes=[4, 4]))
     with pytest.raises(ValueError, match=r"behaviors among .*row 1 \('bought'\)"):
         prepare(
             replace(args, interactions=arguments(changed(interactions_table(), 1, "behavior", "bought")).interactions)

@@ -28,6 +28,7 @@ from recipes import (
     train,
     training_rows,
 )
+from recipes.embeddings import weights_of
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, prepare
 from recipes.results import WRITTEN, with_tables
@@ -185,6 +186,37 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         train.train(*train.parse([*arguments, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--beams_kept_epochs=2"], "num_train_beams with beams_kept_epochs"),
+        (["--exclude_history=True"], "num_train_beams with exclude_history"),
+        (["--relabel"], "enhancer with relabel"),
+        (['--enhancer_options={"num_negatives": 3}'], "enhancer with enhancer_options"),
+        (["--enhancer", "--ranking_loss_weight=0"], "ranking_loss_weight with enhancer"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(prepared, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(*train.parse([f"--data_dir={prepared}", f"--output_dir={tmp_path}", *options]))
+
+
+def test_another_trainings_folder_is_not_gone_on_with(tmp_path):
+    asked, finished = {"model": {"seed": 0}, "path": tmp_path}, tmp_path / "finished.json"
+    assert runs.begin(tmp_path, asked, finished) == runs.begin(tmp_path, asked, finished)
+    assert runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished), "nothing was trained yet"
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"found other values of \['model.seed'\]"):
+        runs.begin(tmp_path, asked, finished)
+    for text in ("[1, 2]", None):  # of an older version, and of somebody else's Trainer
+        (tmp_path / "arguments.json").unlink()
+        if text is not None:
+            (tmp_path / "arguments.json").write_text(text)
+        with pytest.raises(ValueError, match=r"found other values of \['model.seed', 'path'\]"):
+            runs.begin(tmp_path, asked, finished)
+        (tmp_path / "arguments.json").touch()
+
+
 def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     shared = [
@@ -195,7 +227,9 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         "--use_cpu",
     ]
     shared += ["--per_device_train_batch_size=16", "--learning_rate=5e-3", "--save_strategy=no", "--disable_tqdm=True"]
-    first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", "--max_steps=10"]))
+    alone = ["--ranking_loss_weight=0", "--negatives_per_item=0", "--max_steps=10"]
+    first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", *alone]))
+    assert UniGRFConfig.from_pretrained(first).ranking_weight == 0, "no ranking was trained"
     second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
     second += ["--beams_kept_epochs=1"]
     second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
@@ -205,7 +239,9 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert sum("eval_loss" in entry for entry in log) == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert (model.config.negatives_per_item, model.config.log_odds_of_next) == (0.0, 0.0)
-    assert model.config.num_retrieved_items == 3
+    assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
+    told = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
+    assert told == weights_of(first) != weights_of(checkpoint)
     measured = EvaluateArguments(
         checkpoint=str(checkpoint),
         data_dir=str(prepared),
@@ -235,6 +271,10 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         exec(snippet.replace("someone/films", str(hub)), {})
     with pytest.raises(ValueError, match="num_ranked_beams or union_items"):
         evaluate_checkpoint(replace(measured, num_ranked_beams=3))
+    with pytest.raises(ValueError, match="max_items of at most the"):
+        evaluate_checkpoint(replace(measured, max_items=500))
+    with pytest.raises(ValueError, match="a local checkpoint"):
+        evaluate_checkpoint(replace(measured, checkpoint="someone/films"))
     cut = evaluate_checkpoint(replace(measured, num_ranked_beams=3, union_items=0, list_length=5))
     assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["num_ranked_beams"] == 3
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
@@ -262,6 +302,9 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
         train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4), 4)
+    fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
+    with pytest.raises(ValueError, match="spells histories as"):
+        train.build_model(train.ModelArguments(init_from=str(first)), fewer, torch.zeros(30, 4), 4)
     with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_vectors': False}, found"):
         train.build_model(
             train.ModelArguments(init_from=str(first), history_item_vectors=False), tokenizer, torch.zeros(30, 4), 4

@@ -112,6 +112,14 @@ def test_of_equal_cosines_the_latest_are_taken_also_of_embeddings_of_zeros():
     assert retrieve(distinct, items, torch.tensor([[3]]), 3, exclude_candidate=True).tolist() == [[[1, 2, 5]]]
 
 
+def test_what_is_chosen_does_not_depend_on_the_precision_of_the_training():
+    embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    items, candidates = torch.arange(200)[None], torch.arange(50)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = retrieve(embeddings, items, candidates, 10)
+    assert torch.equal(found, retrieve(embeddings, items, candidates, 10))
+
+
 def test_embeddings_of_int8_choose_and_rank_as_the_floats_that_they_stand_for(tmp_path):
     model = build_model(num_retrieved_items=3)
     whole = torch.randint(-127, 128, (30, 6), generator=torch.Generator().manual_seed(1)).to(torch.int8)

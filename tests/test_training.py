@@ -110,9 +110,12 @@ rank = os.environ["RANK"]
 save_file({{name: p.detach().clone() for name, p in model.named_parameters()}}, {out!r} + f"/weights-{{rank}}.safetensors")
 if rank == "0":
     open({out!r} + "/losses.json", "w").write(str(losses))
-model = build_model()
-run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=4, callbacks=[AdaptiveWeighter(1)])
-open({out!r} + f"/task-weights-{{rank}}.json", "w").write(str(list(model.task_weights)))
+saving = dict(max_steps=6, save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=True)
+for name, resume in (("whole", None), ("resumed", {out!r} + "/checkpoint-3")):
+    model = build_model()
+    dataset = histories_dataset(model, 24)
+    run_trainer({out!r}, model, dataset, resume, [AdaptiveWeighter(2)], per_device_train_batch_size=2, **saving)
+    open({out!r} + f"/task-weights-{{name}}-{{rank}}.json", "w").write(str(list(model.task_weights)))
 model = build_model(**ATOMIC)
 enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
@@ -142,8 +145,12 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     assert_same_weights(first.items(), second.items())
     np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), losses, rtol=1e-4)
     assert_same_weights(first.items(), single.named_parameters(), 2e-3)
-    task_weights = [json.loads((tmp_path / f"task-weights-{rank}.json").read_text()) for rank in (0, 1)]
-    assert task_weights[0] == task_weights[1] != [1.0, 1.0]
+    whole, *others = [
+        json.loads((tmp_path / f"task-weights-{name}-{rank}.json").read_text())
+        for name in ("whole", "resumed")
+        for rank in (0, 1)
+    ]
+    assert all(other == whole for other in others) and whole != [1.0, 1.0], "also from the middle of a window"
     first, second = (load_file(tmp_path / f"pools-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(pool, second[name]) for name, pool in first.items())
     assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
@@ -161,6 +168,7 @@ def test_the_slower_loss_gets_the_greater_weight():
         for _ in range(3):
             losses = {"generation_loss": torch.tensor(generation), "ranking_loss": torch.tensor(ranking)}
             weighter._collect(model.train(), None, UniGRFCausalLMOutput(loss=torch.tensor(1.0), **losses))
+            weighter.on_step_end(args, TrainerState(), None)
         weighter.on_epoch_end(args, None, None)
         return model.task_weights
 
@@ -174,7 +182,7 @@ def test_the_slower_loss_gets_the_greater_weight():
     torch.testing.assert_close(
         weighted.loss, slower[0] * weighted.generation_loss + slower[1] * weighted.ranking_loss, atol=1e-5, rtol=1e-5
     )
-    weighter.sums, weighter.count = [0.0] * 4, 0  # what that forward added
+    weighter.step = [0.0] * 5  # what that forward added
     assert window(3.8, 0.1) == pytest.approx((2 / (1 + math.exp(-5)), 2 / (1 + math.exp(5))), abs=1e-5), "clamped"
     with pytest.raises(ValueError, match="finite losses"):
         window(float("nan"), 1.0)
@@ -205,14 +213,14 @@ def test_the_gradient_norm_form_balances_the_gradients():
     generation = training_unigrf.generation_loss(model, states[0], targets)
     expected = torch.autograd.grad(generation, states[0])[0].norm()
     torch.testing.assert_close(out.gradient_norms[0], expected, atol=1e-5, rtol=1e-4)
-    weighter.sums, weighter.count = [4.0, 1.0, 6.0, 2.0], 1
-    weighter._close_window(torch.device("cpu"))
-    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 2.0], 1  # ratios .9 and 1
-    weighter._close_window(torch.device("cpu"))
+    weighter.sums = [4.0, 1.0, 6.0, 2.0, 1.0]
+    weighter._close_window()
+    weighter.sums = [3.6, 1.0, 6.0, 2.0, 1.0]  # ratios .9 and 1
+    weighter._close_window()
     assert model.task_weights == pytest.approx((2 * 0.15 / 0.65, 2 * 0.5 / 0.65), abs=1e-5)
-    weighter.sums, weighter.count = [3.6, 1.0, 6.0, 0.0], 1  # as of stage II with a detached history
+    weighter.sums = [3.6, 1.0, 6.0, 0.0, 1.0]  # as of stage II with a detached history
     with pytest.raises(ValueError, match="one of them does not reach the histories' states"):
-        weighter._close_window(torch.device("cpu"))
+        weighter._close_window()
     weighter.on_train_end(None, None, None)
     assert model(**batch).gradient_norms is None
     with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
@@ -370,6 +378,21 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
     reloaded = PeftModel.from_pretrained(build_model(), tmp_path).eval()
     torch.testing.assert_close(reloaded.base_model.model.recommend(input_ids, mask).scores, expected.scores)
     assert torch.equal(reloaded.generate(input_ids=input_ids, attention_mask=mask, num_beams=4), generated)
+
+
+def test_the_adaptive_weights_reach_a_model_with_an_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    model, args = build_model(), TrainingArguments(use_cpu=True)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
+    weighter = AdaptiveWeighter()
+    weighter.on_train_begin(args, TrainerState(num_train_epochs=3), None, model=adapted)
+    weighter.weights = [0.5, 1.5]
+    weighter.sums = [4.0, 1.0, 0.0, 0.0, 1.0]
+    weighter._close_window()
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    out = adapted.train()(input_ids=input_ids, attention_mask=mask, labels=input_ids.masked_fill(mask == 0, -100))
+    torch.testing.assert_close(out.loss, 0.5 * out.generation_loss + 1.5 * out.ranking_loss)
 
 
 def test_what_an_adapter_would_hide_or_break_is_refused():
