@@ -12,8 +12,9 @@
 In training a row may hold several histories, each beginning with its `<bos>`: they do not see each other.
 
 Heads, search and losses ask this file for levels, positions and masks. That the codes of an item are neighbours and its
-behaviour stands right behind them is also known to `UniGRFForCausalLM.history_item_vectors`, to `candidate_loss` and to the
-recipes that cut rows: another order of the same tokens changes these, too.
+behaviour stands right behind them is also known to `UniGRFForCausalLM.history_item_vectors`, to `candidate_loss`, to the
+pipeline's long histories, to the tokenizer, which spells it, and to the recipes that cut rows: another order of the same tokens
+changes these, too.
 """
 
 import torch
