@@ -586,8 +586,10 @@ def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_co
     assert with_tables(text) == text
     for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+    headings = [re.sub(r"[^\w -]", "", line).strip().lower() for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    anchors = {"#" + heading.replace(" ", "-") for heading in headings}
     for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
-        assert (file.parent / name).exists(), name
+        assert name in anchors or (file.parent / name).exists(), name
 
 
 @pytest.mark.parametrize(
