@@ -49,20 +49,21 @@ def row_of(run: dict) -> tuple:
 def collect(output_dir: Path, data_dir: Path, name: str) -> None:
     """Adds all `beams-*.json` below `output_dir` to `results/NAME.json`, with the baselines of the data, and draws NAME.png."""
     results = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/beams-*.json"))]
-    if not results:
+    file, trained = RESULTS / f"{name}.json", output_dir / "sasrec" / "sasrec.json"
+    runs = merged(
+        file, [kept(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
+    )
+    if not runs or not (results or trained.exists()):
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
-    file = RESULTS / f"{name}.json"
     old = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
-    excluded = results[0]["arguments"]["exclude_history"]
+    excluded = runs[0]["arguments"]["exclude_history"]
     record = prepared(data_dir)
     num_items = record["counts"]["catalogue"]
     baselines = old["baselines"]
     if not baselines:  # minutes: the settings of item-kNN are chosen on validation
         found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
         baselines = {one: {**_columns(of["test"]), "settings": of["settings"]} for one, of in found.items()}
-    beside = old["beside"]
-    if (trained := output_dir / "sasrec" / "sasrec.json").exists():
-        beside = {**beside, SASREC: json.loads(trained.read_text())}
+    beside = {**old["beside"], **({SASREC: json.loads(trained.read_text())} if trained.exists() else {})}
     data = {
         "name": name,
         "protocol": "leave-one-out: last interaction = test, the one before = validation; "
@@ -72,9 +73,7 @@ def collect(output_dir: Path, data_dir: Path, name: str) -> None:
         "codebook sizes": list(SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer").codebook_sizes[:-1]),
         "baselines": rounded(baselines),
         "beside": beside,
-        "runs": merged(
-            file, [kept(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
-        ),
+        "runs": runs,
     }
     draw(data, RESULTS / f"{name}.png")  # first: it refuses seeds that do not belong together
     write(file, data)

@@ -418,6 +418,15 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     monkeypatch.delattr(recochain_report, "baseline_results")  # told once
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
     assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run whose folder is gone stays told"
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match="Run some rows first"):
+        recochain_report.collect(elsewhere, prepared, "recochain_beauty")
+    (elsewhere / "sasrec").mkdir(parents=True)
+    test = dict.fromkeys((*recochain_report.COLUMNS, "mrr"), 0.5)
+    (elsewhere / "sasrec" / "sasrec.json").write_text(json.dumps({"tests": [test]}))
+    recochain_report.collect(elsewhere, prepared, "recochain_beauty")
+    beside = json.loads((tmp_path / "recochain_beauty.json").read_text())
+    assert f"| {recochain_report.SASREC} | 0.5000 |" in recochain_report.table(beside), "a baseline that came later"
     data = json.loads(whole)
     table_rows = recochain_report.rows_of(data)
     assert len(table_rows) == 8 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
