@@ -202,9 +202,8 @@ def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float | str | 
     the pipeline.
     """
     UniGRFConfig.from_pretrained(checkpoint, **chosen).check_training()
-    file = (
-        Path(checkpoint) / "config.json"
-    )  # alone: `save_pretrained` would put this code's config beside the folder's model
+    # The JSON alone: `save_pretrained` would put this code's configuration beside the folder's own model.
+    file = Path(checkpoint) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | chosen, indent=2, sort_keys=True) + "\n")
     GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
 
