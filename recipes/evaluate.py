@@ -27,7 +27,7 @@ from recipes.baselines import baseline_results, load_metric
 from recipes.histories import encode, padded
 from recipes.prepare import check_same_items, prepared
 from recipes.recommend import weights_hash
-from recipes.training_rows import columns_read
+from recipes.training_rows import columns_read, unseen_targets
 
 SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "union_items", "num_ranked_beams")
 
@@ -289,6 +289,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "history": f"the last {args.max_items} items" if args.max_items else "all items",
             "targets that are in the user's history": f"{repeats.mean():.1%}"
             + (", and so in no list" if args.exclude_history and repeats.any() else ""),
+            "test targets that never occur in training": unseen_targets(dataset["train"], dataset["test"]),
             "order": f"by time, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "
             f"{record['counts']['interactions']:,} interactions share their user's timestamp with another)",
             "seed": record["arguments"]["seed"],

@@ -6,8 +6,8 @@
     python -m recipes.train --init_from runs/demo/checkpoint --output_dir runs/demo/second_stage \
         --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
 
-Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items`, and windows
-packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a user's). The
+Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items` and the item after
+them, and windows packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a user's). The
 validation target of each user is held out of training and its loss is the evaluation loss. A second run of the same command
 resumes from the last checkpoint in `--output_dir`, or does nothing if that was finished; one with other arguments or data is
 refused there.
@@ -53,6 +53,7 @@ LLAMA = {
 CONFIG_FIELDS = [one.name for one in dataclass_fields(UniGRFConfig)]
 # Of RankingDrivenEnhancer, beside those that have an argument of their own.
 ENHANCER_OPTIONS = {
+    "pool",
     "pool_size",
     "num_negatives",
     "penalty",
@@ -138,7 +139,7 @@ class DataArguments:
 
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
-    max_items: int = field(default=50, metadata={"help": "Items of a training window, and of a history."})
+    max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
     passes: int = field(default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."})
     stride: int | None = field(
         default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
@@ -308,12 +309,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
                 model,
                 tokenizer,
                 *(dataset["train"][name][:] for name in columns_read(dataset["train"], with_times)),
-                pool="uniform" if tokenizer.num_levels == 1 else "beam",
                 target=model_args.enhancer_target,
                 relabel=model_args.relabel,
                 max_items=data_args.max_items,
                 seed=training_args.seed,
-                **named(model_args.enhancer_options, ENHANCER_OPTIONS, "enhancer_options"),
+                **{
+                    "pool": "uniform" if tokenizer.num_levels == 1 else "beam",
+                    **named(model_args.enhancer_options, ENHANCER_OPTIONS, "enhancer_options"),
+                },
             )
         )
         collate = callbacks[-1].collator(collate)

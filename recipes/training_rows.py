@@ -15,9 +15,9 @@ from recipes.prepare import TARGETS
 from tokenization import SemanticIdTokenizer
 
 
-def cut_windows(length: int, max_items: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
+def cut_windows(length: int, window: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
     """
-    Windows `(start, end)` of at most `max_items` of a history of `length` items, `passes` times at different places:
+    Windows `(start, end)` of at most `window` items of a history of `length` items, `passes` times at different places:
     every item is supervised once a pass, each time with another amount of history before it. With a `stride`, windows that
     slide by it instead, from the end to the first that holds the history's beginning (shorter ones would be its beginning
     again, which a causal model reads in it).
@@ -25,12 +25,12 @@ def cut_windows(length: int, max_items: int, passes: int, stride: int | None = N
     if stride is not None:
         if stride < 1:
             raise ValueError(f"Expected a stride of at least one item, found {stride}.")
-        last = min(length, max_items)
+        last = min(length, window)
         ends = [*range(length, last, -stride), last]
-        return [(max(0, end - max_items), end) for end in ends]
+        return [(max(0, end - window), end) for end in ends]
     windows = []
-    for offset in range(0, max_items, -(-max_items // passes)):
-        ends = {length, *range(length - offset, 0, -max_items)}
+    for offset in range(0, window, -(-window // passes)):
+        ends = {length, *range(length - offset, 0, -window)}
         windows += pairwise([0, *sorted(ends)])
     return windows
 
@@ -91,8 +91,9 @@ def packed_rows(
     with_times: bool = False,
 ) -> Dataset:
     """
-    Histories cut into windows, and windows packed into rows of `max_items` items, so that hardly any padding is left. The
-    model reads every `<bos>` as the beginning of another history.
+    Histories cut into windows of `max_items` and the item after them, as long as what is read when the next item is asked for,
+    and windows packed into rows of so many items, so that hardly any padding is left. The model reads every `<bos>` as the
+    beginning of another history.
 
     Returns:
         Dataset with the columns of `spell`.
@@ -100,11 +101,11 @@ def packed_rows(
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
-        for start, end in cut_windows(len(items), max_items, passes, stride)
+        for start, end in cut_windows(len(items), max_items + 1, passes, stride)
     ]
     # Shuffled first, so that what shares a row is not what one user did.
     windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
-    rows = pack(np.array([end - start for _, start, end in windows]), max_items)
+    rows = pack(np.array([end - start for _, start, end in windows]), max_items + 1)
     columns = [histories[name][:] for name in columns_read(histories, with_times)]
 
     def spell_rows(batch):
@@ -132,7 +133,7 @@ def history_rows(
     with_times: bool = False,
 ) -> Dataset:
     """
-    One window a row, for what belongs to a user (`recipes.enhancer`).
+    One window a row, as of `packed_rows`, for what belongs to a user (`recipes.enhancer`).
 
     Returns:
         Dataset with the columns of `spell`, `user` (row of `histories`), `last` (whether the window ends where the history
@@ -141,7 +142,7 @@ def history_rows(
     columns, rows = [histories[name][:] for name in columns_read(histories, with_times)], []
     for user, history in enumerate(zip(*columns, strict=True)):
         count = len(history[0])
-        for start, end in cut_windows(count, max_items, passes, stride):
+        for start, end in cut_windows(count, max_items + 1, passes, stride):
             row = spell(tokenizer, *(column[start:end] for column in history))
             rows.append({"user": user, "last": end == count, **row, "length": len(row["input_ids"])})
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
@@ -222,6 +223,11 @@ def held_out_rows(
         return row
 
     return split.map(append, remove_columns=split.column_names, desc="validation rows")
+
+
+def unseen_targets(train: Dataset, split: Dataset) -> int:
+    """How many targets of a split never occur in training."""
+    return int((~np.isin(split["target"][:], np.concatenate([np.array(row) for row in train["items"][:]]))).sum())
 
 
 class Collator(DataCollatorForSeq2Seq):

@@ -104,7 +104,7 @@ def test_packed_and_padded_rows_are_learnt_as_each_window_alone(world):
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
-        for start, end in training_rows.cut_windows(len(items), 4, 2)
+        for start, end in training_rows.cut_windows(len(items), 4 + 1, 2)
     ]
     expected = [loss for user, *part in windows for loss in code_losses(model, tokenizer, histories[user], *part)]
     packed = training_rows.packed_rows(histories, tokenizer, 4, 2, seed=0, with_times=True)
