@@ -78,7 +78,7 @@ def check_finite(losses: dict[str, float], where: str) -> None:
 class AdaptiveWeighter(TrainerCallback, ExportableState):
     """
     Weighs generation and ranking by how slowly each converges (UniGRF's gradient-guided adaptive weighter, in our reading:
-    dynamic weight averaging). With the mean losses of the last two windows, `r = last / the one before`, clamped to [0.5, 1.5],
+    dynamic weight averaging). With the mean losses of the last two windows, `r = last / the one before`, clamped to `bounds`,
     and `weights = 2 * softmax(r / temperature)` hold for the next window; the first two have weights of 1. With
     `form="gradient_norm"` the weights are proportional to `r / (mean gradient norm)`, and sum to 2, so that the weighted
     gradients of both losses towards the backbone's output are as long as their losses are slow (GradNorm, Chen et al. 2018,
@@ -91,6 +91,8 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         window_steps (`int`, *optional*): Optimiser steps of a window; an epoch by default.
         temperature (`float`): Lower: further apart. At 2, a usual value, losses that fall by 5 % and not at all get weights
             of 0.99 and 1.01; at 0.1, of 0.76 and 1.24. Not used by `gradient_norm`.
+        bounds (`tuple[float, float]`): Of the ratios: a loss that jumps, as when an enhancer is switched on, is not to rule the
+            weights.
         form (`str`): `"loss_ratio"` or `"gradient_norm"`, which takes a second backward through the heads.
 
     Raises:
@@ -105,6 +107,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         window_steps: int | None = None,
         temperature: float = 0.1,
         form: Literal["loss_ratio", "gradient_norm"] = "loss_ratio",
+        bounds: tuple[float, float] = (0.5, 1.5),
     ):
         if temperature <= 0 or (window_steps is not None and window_steps < 1):
             raise ValueError(
@@ -112,16 +115,21 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             )
         if form not in ("loss_ratio", "gradient_norm"):
             raise ValueError(f"Expected the form loss_ratio or gradient_norm, found {form!r}.")
-        self.window_steps, self.temperature, self.form = window_steps, temperature, form
+        if not 0 < bounds[0] <= 1 <= bounds[1]:
+            raise ValueError(
+                f"Expected bounds of a ratio, the lower in (0, 1] and the upper from 1 on, found {bounds}."
+            )
+        self.window_steps, self.temperature, self.form, self.bounds = window_steps, temperature, form, tuple(bounds)
         # Of the two losses, for gradient_norm of the two norms, and of batches: in the window, by all processes; and in the
         # step that is not over, by this one.
         self.sums, self.step, self.previous, self.weights = [0.0] * 5, [0.0] * 5, None, [1.0, 1.0]
+        self.used = self.weights  # of the last step: what is logged with its loss
         self.model = self.hook = None
 
     def state(self) -> dict:
         attributes = {name: getattr(self, name) for name in ("previous", "weights")}
         attributes["sums"] = [float(one) for one in self.sums]
-        arguments = {name: getattr(self, name) for name in ("window_steps", "temperature", "form")}
+        arguments = {name: getattr(self, name) for name in ("window_steps", "temperature", "form", "bounds")}
         return {"args": arguments, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -143,7 +151,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         self.hook = model.register_forward_hook(self._collect)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.model.measures_gradients = False
+        self.model.measures_gradients, self.model.task_weights = False, (1.0, 1.0)
         self.hook.remove()
 
     def _collect(self, model, inputs, outputs):
@@ -156,7 +164,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         new = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=args.device) for one in self.step])
         # At every step, so that what a checkpoint holds is of all processes.
         self.sums = torch.as_tensor(self.sums, dtype=torch.float64, device=args.device) + reduce(new, reduction="sum")
-        self.step = [0.0] * 5
+        self.step, self.used = [0.0] * 5, self.weights
         if self.window_steps is not None and state.global_step % self.window_steps == 0:
             self._close_window()
 
@@ -170,7 +178,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         check_finite(dict(zip(self.names, means, strict=True)), f"in a window of {count:.0f} batches")
         if self.previous is not None:
             ratios = [
-                min(1.5, max(0.5, mean / max(before, 1e-12)))
+                min(self.bounds[1], max(self.bounds[0], mean / max(before, 1e-12)))
                 for mean, before in zip(means, self.previous, strict=True)
             ]
             if self.form == "loss_ratio":
@@ -191,14 +199,15 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            weights = dict(zip(("generation_weight", "ranking_weight"), self.weights, strict=True))
+            weights = dict(zip(("generation_weight", "ranking_weight"), self.used, strict=True))
             logs.update(weights)
             state.log_history[-1].update(weights)
 
 
 class SavedTensors(TrainerCallback):
     """
-    Saves what a callback makes in some epochs with the Trainer's checkpoints, and takes it back when a training is resumed.
+    Saves what a callback makes in some epochs with the Trainer's checkpoints, and takes it back when a training is resumed;
+    `ValueError` if it is not there.
 
     Args:
         file (`str`): Name of the file.
@@ -220,7 +229,12 @@ class SavedTensors(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = self._path(args, state)
-        if state.global_step and file.is_file():
+        if state.global_step:  # a training that is resumed
+            if not file.is_file():
+                raise ValueError(
+                    f"Expected {file}, which a training with {type(self).__name__} saves with its checkpoints, found none. Resume "
+                    "one that had it, in its own output_dir."
+                )
             saved = load_file(file)
             for name, tensor in self.tensors.items():
                 tensor.copy_(saved[name])

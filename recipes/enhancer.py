@@ -20,6 +20,9 @@ from transformers.cache_utils import DynamicCache
 from recipes.callbacks import SavedTensors
 from recipes.histories import encode, padded
 
+# What is told of a refreshment, as means over the users.
+FOUND = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability", "enhancer_short_pools")
+
 
 class RankingDrivenEnhancer(SavedTensors):
     """
@@ -33,7 +36,8 @@ class RankingDrivenEnhancer(SavedTensors):
       item after a user's last training row.
 
     The pools are saved with the Trainer's checkpoints, and are the same on all processes. How many were found goes to the
-    log, examples with titles to `enhancer.jsonl` in the output folder.
+    log, with the share of users for whom the pool held fewer items than `num_negatives`, who get those that there are; examples
+    with titles go to `enhancer.jsonl` in the output folder.
 
     Args:
         model (`UniGRFForCausalLM`), tokenizer (`SemanticIdTokenizer`)
@@ -48,8 +52,8 @@ class RankingDrivenEnhancer(SavedTensors):
         max_items (`int`): Items of a history that the model reads.
 
     Raises:
-        ValueError: on arguments out of range, a pool smaller than `num_negatives`, a uniform pool for several codes, and a
-            training that ends with the warm-up.
+        ValueError: on arguments out of range, pools that are all smaller than `num_negatives`, a uniform pool for several codes, and
+            a training that ends with the warm-up.
     """
 
     def __init__(
@@ -156,14 +160,18 @@ class RankingDrivenEnhancer(SavedTensors):
             generator = torch.Generator().manual_seed(hash((self.seed, epoch, int(batch[0]))) % 2**63)
             pool, retrieval, ranking, usable = self._score(batch, generator)
             parts.append((batch, *self._choose(batch, pool, retrieval, ranking, usable)))
-        numbers = torch.zeros(3)
+        numbers = torch.zeros(len(FOUND))
         for of_process in gather_object([parts]):
             for batch, negatives, favorites, seen in of_process:
                 self.negatives[batch], self.favorites[batch] = negatives, favorites
                 numbers += seen
         self.made_at = epoch
-        names = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability")
-        self.found = dict(zip(names, (numbers / len(self.items)).tolist(), strict=True))
+        self.found = dict(zip(FOUND, (numbers / len(self.items)).tolist(), strict=True))
+        if self.found["enhancer_short_pools"] == 1:
+            raise ValueError(
+                f"Expected pools of at least {self.num_negatives} items beside a user's own, found fewer for every user. Lower "
+                f"num_negatives, or raise pool_size (now {self.pool_size})."
+            )
         if args.process_index == 0:
             middle = parts[len(parts) // 2]
             examples = [self._example(int(user), row, middle) for row, user in enumerate(middle[0][:3])]
@@ -219,7 +227,7 @@ class RankingDrivenEnhancer(SavedTensors):
         ranking: torch.Tensor,
         usable: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hard negatives `[b, m]`, favourites `[b, f]`, and sums: of both counts, and of the pool's mean probability."""
+        """Hard negatives `[b, m]`, favourites `[b, f]`, and sums over the users of what `FOUND` names."""
         if not (ranking.isfinite() & retrieval.isfinite())[usable].all():
             raise ValueError(
                 f"Expected finite scores of the enhancer's pool, found NaN or infinity for some of users {users[:3].tolist()} "
@@ -229,20 +237,15 @@ class RankingDrivenEnhancer(SavedTensors):
         lowest = retrieval.masked_fill(~usable, torch.inf).amin(dim=1, keepdim=True)
         span = retrieval.masked_fill(~usable, -torch.inf).amax(dim=1, keepdim=True) - lowest
         rho = (retrieval - lowest) / span.clamp(min=1e-9) - self.penalty * ranking
-        too_few = (usable.sum(dim=1) < self.num_negatives).nonzero()
-        if len(too_few):
-            row = int(too_few[0])
-            raise ValueError(
-                f"Expected a pool of at least {self.num_negatives} items beside a user's own, found {int(usable[row].sum())} "
-                f"for user {int(users[row])}. Lower num_negatives, or raise pool_size (now {self.pool_size})."
-            )
         rho = rho.masked_fill(~usable | is_favorite, -torch.inf)
         best, places = rho.topk(self.num_negatives, dim=1)
         negatives = pool.gather(1, places).masked_fill(best == -torch.inf, -1)
         best, places = ranking.masked_fill(~is_favorite, -torch.inf).topk(self.favorites.shape[1], dim=1)
         favorites = pool.gather(1, places).masked_fill((best == -torch.inf) | (self.max_favorites == 0), -1)
-        mean = ranking.masked_fill(~usable, 0.0).sum(dim=1) / usable.sum(dim=1)
-        seen = torch.stack([(negatives >= 0).sum(), (favorites >= 0).sum(), mean.sum()]).float()
+        count = usable.sum(dim=1)
+        mean = ranking.masked_fill(~usable, 0.0).sum(dim=1) / count.clamp(min=1)
+        is_short = count < self.num_negatives
+        seen = torch.stack([(negatives >= 0).sum(), (favorites >= 0).sum(), mean.sum(), is_short.sum()]).float()
         return negatives.cpu(), favorites.cpu(), seen.cpu()
 
     def _example(self, user: int, row: int, part: tuple) -> dict:

@@ -133,9 +133,8 @@ def by_row(runs: list[dict], row: Callable[[dict], tuple]) -> dict[tuple, list[d
     for name, group in groups.items():
         settings = [{one: value for one, value in run["arguments"].items() if one != "seed"} for run in group]
         for other in settings[1:]:
-            if other != settings[0]:
-                both = {*settings[0], *other}
-                names = sorted(one for one in both if other.get(one) != settings[0].get(one))
+            # An argument that an older run did not have yet is one that was not given.
+            if names := sorted(one for one in {*settings[0], *other} if other.get(one) != settings[0].get(one)):
                 raise ValueError(
                     f"Expected the seeds of row {name} to share all other arguments, found that they differ in {names}. Run "
                     "all of its seeds with the same, or take the old ones out of the JSON."

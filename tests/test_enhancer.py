@@ -157,20 +157,25 @@ class Arguments:
 
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
-@pytest.mark.parametrize("pool", ["uniform", "beam"])
-def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool, reader):
-    model = build_model(reader, **ATOMIC) if pool == "uniform" else build_model(reader)
+@pytest.mark.parametrize(("pool", "ids"), [("uniform", ATOMIC), ("beam", ATOMIC), ("beam", {})])
+def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool, ids, reader):
+    model = build_model(reader, **ids)
     enhancer = build_enhancer(model, reader == "hstu", pool=pool, penalty=0.7)
     pools = []
     original = enhancer._choose
     enhancer._choose = lambda *args: pools.append(args) or original(*args)
     enhancer._refresh(Arguments(tmp_path), 1)
+    earlier = enhancer.negatives.clone()
     enhancer._refresh(Arguments(tmp_path), 2)
     like = model.config.ranking_targets.index("like")
     for users, pool_items, retrieval, ranking, usable in pools[-1:]:
         for row, user in enumerate(users.tolist()):
             items = pool_items[row][usable[row]]
             assert len(items.unique()) == len(items) >= 3
+            if pool == "uniform":
+                assert set(earlier[user].tolist()) - {-1} <= set(items.tolist()), (
+                    "the hard negatives before stay in it"
+                )
             assert not set(items.tolist()) & set(enhancer.items[user]), "nothing that the user had"
             before = [np.array(column[user][:-1], dtype=int) for column in (enhancer.items, enhancer.behaviors)]
             history = {"input_ids": torch.tensor(enhancer.tokenizer.encode_indices(*before))[None]}
@@ -292,9 +297,16 @@ def test_what_the_enhancer_cannot_do_is_said(tmp_path):
         build_enhancer(build_model(**ATOMIC)).on_train_begin(
             Arguments(tmp_path), TrainerState(num_train_epochs=1), None
         )
-    small = build_enhancer(build_model(**{**ATOMIC, "codebook_sizes": (10,), "num_items": 10}), pool_size=4)
-    with pytest.raises(ValueError, match="a pool of at least 3 items"):
+    small = build_enhancer(build_model(**{**ATOMIC, "codebook_sizes": (10,), "num_items": 10}), pool_size=3)
+    small.items = [list(range(8)) for _ in small.items]  # two items are left, and nobody's pool can hold three
+    small.behaviors = [[0] * 8 for _ in small.items]
+    with pytest.raises(ValueError, match="pools of at least 3 items"):
         small._refresh(Arguments(tmp_path), 1)
+    small.items[0], small.behaviors[0] = [0], [1]  # this user's can, or not: by chance
+    small.pool_size = 40
+    small._refresh(Arguments(tmp_path), 1)
+    assert (small.negatives >= 0).sum(dim=1)[1:].max() <= 2 < (small.negatives >= 0).sum(dim=1)[0] + 1
+    assert small.found["enhancer_short_pools"] == pytest.approx(5 / 6), "the others get what there is"
     enhancer = build_enhancer(build_model(**ATOMIC))
     with torch.no_grad():
         enhancer.model.ranking_head.out_proj.bias.fill_(float("nan"))

@@ -114,8 +114,8 @@ saving = dict(max_steps=6, save_strategy="steps", save_steps=3, restore_callback
 for name, resume in (("whole", None), ("resumed", {out!r} + "/checkpoint-3")):
     model = build_model()
     dataset = histories_dataset(model, 24)
-    run_trainer({out!r}, model, dataset, resume, [AdaptiveWeighter(2)], per_device_train_batch_size=2, **saving)
-    open({out!r} + f"/task-weights-{{name}}-{{rank}}.json", "w").write(str(list(model.task_weights)))
+    weights = run_trainer({out!r}, model, dataset, resume, [AdaptiveWeighter(2)], per_device_train_batch_size=2, **saving)
+    open({out!r} + f"/task-weights-{{name}}-{{rank}}.json", "w").write(str(weights))
 model = build_model(**ATOMIC)
 enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
@@ -150,7 +150,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
         for name in ("whole", "resumed")
         for rank in (0, 1)
     ]
-    assert all(other == whole for other in others) and whole != [1.0, 1.0], "also from the middle of a window"
+    assert all(other == whole for other in others), "also from the middle of a window"
+    assert whole[:4] == [1.0] * 4 and whole[4] == whole[5] != 1.0
     first, second = (load_file(tmp_path / f"pools-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(pool, second[name]) for name, pool in first.items())
     assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
@@ -169,7 +170,11 @@ def test_the_slower_loss_gets_the_greater_weight():
             losses = {"generation_loss": torch.tensor(generation), "ranking_loss": torch.tensor(ranking)}
             weighter._collect(model.train(), None, UniGRFCausalLMOutput(loss=torch.tensor(1.0), **losses))
             weighter.on_step_end(args, TrainerState(), None)
+        used = model.task_weights
         weighter.on_epoch_end(args, None, None)
+        state, logs = TrainerState(log_history=[{}]), {"loss": 1.0}
+        weighter.on_log(args, state, None, logs)
+        assert used == (logs["generation_weight"], logs["ranking_weight"]), "not those of the window that comes"
         return model.task_weights
 
     assert window(4.0, 1.0) == (1.0, 1.0)
@@ -184,10 +189,15 @@ def test_the_slower_loss_gets_the_greater_weight():
     )
     weighter.step = [0.0] * 5  # what that forward added
     assert window(3.8, 0.1) == pytest.approx((2 / (1 + math.exp(-5)), 2 / (1 + math.exp(5))), abs=1e-5), "clamped"
+    assert window(38.0, 0.1) == pytest.approx((2 / (1 + math.exp(-5)), 2 / (1 + math.exp(5))), abs=1e-5), "also above"
     with pytest.raises(ValueError, match="finite losses"):
         window(float("nan"), 1.0)
     with pytest.raises(ValueError, match="positive temperature"):
         AdaptiveWeighter(temperature=0.0)
+    with pytest.raises(ValueError, match="bounds of a ratio"):
+        AdaptiveWeighter(bounds=(1.5, 2.0))
+    weighter.on_train_end(args, None, None)
+    assert model.task_weights == (1.0, 1.0), "they end with their training"
 
 
 @pytest.mark.parametrize("logging_steps", [1, 500])
@@ -242,7 +252,9 @@ def test_the_adaptive_weights_are_resumed_in_the_middle_of_a_window(tmp_path):
     run_trainer(tmp_path / "parts", stopped, dataset, callbacks=[AdaptiveWeighter(2)], **arguments, **saving)
     checkpoint = str(tmp_path / "parts" / "checkpoint-5")
     rest = run_trainer(tmp_path / "parts", resumed, dataset, checkpoint, [AdaptiveWeighter(2)], **arguments, **saving)
-    assert rest == weights and len(set(weights)) == 4
+    assert rest == weights and len(set(weights)) == 3 and weights[:4] == [1.0] * 4, (
+        "those that each step was trained with"
+    )
     assert_same_weights(whole.named_parameters(), resumed.named_parameters())
 
 
