@@ -181,7 +181,8 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     """
     config, layout, number, cache = model.config, model.layout, supervision.number, supervision.cache
     candidates, next_timestamps, batch_size = supervision.candidates, supervision.next_timestamps, len(number)
-    _check_candidates(candidates, batch_size, model.catalogue.num_items)
+    if candidates is not None:
+        check_candidates(candidates, batch_size, model.catalogue.num_items, lowest=-1)
     if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
             f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
@@ -229,16 +230,14 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     return ranking_loss(config, logits[positive], behaviors, logits[negative])
 
 
-def _check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_items: int) -> None:
-    if candidates is None:
-        return
-    if candidates.dim() != 2 or len(candidates) != batch_size or candidates.is_floating_point():
-        raise ValueError(
-            f"Expected integer candidates of shape ({batch_size}, N), one row a history, found {candidates.dtype} of shape "
-            f"{tuple(candidates.shape)}."
-        )
-    if candidates.numel() and not -1 <= int(candidates.min()) <= int(candidates.max()) < num_items:
+def check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_items: int, lowest: int = 0) -> None:
+    """Raises `ValueError` unless they are item indices `[batch_size, N]`; `lowest=-1`: or -1, where there is none."""
+    shape = None if candidates is None else tuple(candidates.shape)
+    if shape is None or len(shape) != 2 or shape[0] != batch_size or candidates.is_floating_point():
+        found = "none" if candidates is None else f"{candidates.dtype} of shape {shape}"
+        raise ValueError(f"Expected integer candidates of shape ({batch_size}, N), one row a history, found {found}.")
+    if candidates.numel() and not lowest <= int(candidates.min()) <= int(candidates.max()) < num_items:
         raise ValueError(
             f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of {num_items} "
-            "items. Pass item indices, and -1 where there is none."
+            "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
         )

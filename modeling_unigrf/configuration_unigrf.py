@@ -126,6 +126,11 @@ class UniGRFConfig(PreTrainedConfig):
             Default number in `recommend` of items of the best item-level score that are ranked beside the beams.
         num_ranked_beams (`int`, defaults to 0):
             Default number in `recommend` of beams that are ranked, the best by the other scores; 0: all.
+        rank_by_item_score (`bool`, defaults to `True`):
+            Whether the item-level score is a part of the `"next"` logit, or only a score beside it.
+        retrieval_behaviors (`list[str]`, *optional*):
+            Which behaviours on an item make it a positive of retrieval: the losses of codes and of items leave out all others. By
+            default every next item is one (UniGRF, section on retrieval).
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -194,6 +199,8 @@ class UniGRFConfig(PreTrainedConfig):
     item_weight: float = 0.0
     union_items: int = 0
     num_ranked_beams: int = 0
+    rank_by_item_score: bool = True
+    retrieval_behaviors: list[str] | None = None
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -240,11 +247,14 @@ class UniGRFConfig(PreTrainedConfig):
 
     @property
     def max_history_items(self) -> int | None:
-        """Items of a history that fit into the backbone's positions, beside <bos> and a candidate; None: no limit."""
+        """
+        Items of a history that fit into the backbone's positions, beside <bos> and a candidate with, in training, the behaviour
+        on it; None: no limit.
+        """
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if positions is None:
             return None
-        return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
+        return (positions - 1 - self.num_levels - max(1, self.num_block_tokens)) // (self.num_levels + 1)
 
     @property
     def log_odds_of_next(self) -> float:
@@ -316,6 +326,12 @@ class UniGRFConfig(PreTrainedConfig):
         if self.ranking_target not in (None, *self.ranking_targets):
             raise ValueError(
                 f"Expected a ranking_target among {self.ranking_targets}, found {self.ranking_target!r}. Leave it out for the first."
+            )
+        if self.retrieval_behaviors is not None and (
+            not self.retrieval_behaviors or not set(self.behaviors).issuperset(self.retrieval_behaviors)
+        ):
+            raise ValueError(
+                f"Expected retrieval_behaviors among {self.behaviors}, found {self.retrieval_behaviors}. Leave them out for all."
             )
         has_vectors = self.has_item_vectors and NEXT_TARGET in self.ranking_targets
         if self.item_loss_weight and not has_vectors:

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .candidates_unigrf import read_candidates
+from .candidates_unigrf import check_candidates, read_candidates
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
@@ -516,14 +516,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, the cache is not
                 of these histories, or the long histories do not fit.
         """
-        if candidates is None or candidates.dim() != 2 or len(candidates) != len(input_ids):
-            found = None if candidates is None else tuple(candidates.shape)
-            raise ValueError(f"Expected candidates of shape ({len(input_ids)}, N), one row a history, found {found}.")
-        if candidates.numel() and (candidates.min() < 0 or candidates.max() >= self.catalogue.num_items):
-            raise ValueError(
-                f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of "
-                f"{self.catalogue.num_items} items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
-            )
+        check_candidates(candidates, len(input_ids), self.catalogue.num_items)
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         long_history = self._long_history(
             len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None

@@ -38,7 +38,8 @@ class UniGRFItemEncoder(nn.Module):
 class UniGRFRankingHead(nn.Module):
     """
     Scores an item from the hidden state at its last code (history and item seen) and from the item's own vector; for
-    `"next"` also from the state at the history's end and the item's vector, a score that a softmax over items can train.
+    `"next"` also (with `config.rank_by_item_score`) from the state at the history's end and the item's vector, a score that a
+    softmax over items can train.
     """
 
     def __init__(self, config: UniGRFConfig):
@@ -51,6 +52,7 @@ class UniGRFRankingHead(nn.Module):
         self.query = nn.Linear(width, num_targets * width) if has_vectors else None
         self.next_target = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
         self.history_query = nn.Linear(width, width) if has_vectors and self.next_target is not None else None
+        self.adds_item_score = config.rank_by_item_score and self.history_query is not None
 
     def item_scores(self, history_states: torch.Tensor, item_vectors: torch.Tensor) -> torch.Tensor:
         """States at the history's end and vectors of the items, both `[..., hidden_size]` -> scores `[...]`."""
@@ -74,7 +76,7 @@ class UniGRFRankingHead(nn.Module):
         queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
         match = (queries * item_vectors[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
         logits = self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states + item_vectors)))) + match
-        if self.history_query is None:
+        if not self.adds_item_score:
             return logits
         next_scores = self.item_scores(history_states, item_vectors)[..., None]
         return logits + nn.functional.pad(next_scores, (self.next_target, logits.shape[-1] - self.next_target - 1))

@@ -65,6 +65,23 @@ def supervised_items(
     return SupervisedItems(rows, positions, items, ends, targets[is_behavior])
 
 
+def retrieval_positives(
+    layout: ItemLayout, config, targets: torch.LongTensor, supervised: SupervisedItems
+) -> tuple[torch.LongTensor, SupervisedItems]:
+    """
+    What retrieval learns of the next tokens `targets [B, T]` and the items among them: all, or those on which the user did one of
+    `config.retrieval_behaviors`; the codes of the others are -100.
+    """
+    if config.retrieval_behaviors is None:
+        return targets, supervised
+    ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
+    positive = torch.isin(supervised.behaviors, targets.new_tensor([ids[name] for name in config.retrieval_behaviors]))
+    left_out = [one[~positive][:, None] for one in (supervised.rows, supervised.history_ends)]
+    steps = torch.arange(layout.num_levels, device=targets.device)
+    targets = targets.index_put((left_out[0], left_out[1] + steps), targets.new_tensor(-100))
+    return targets, SupervisedItems(*(one[positive] for one in vars(supervised).values()))
+
+
 @dataclass
 class GivenItems:
     """
@@ -333,12 +350,12 @@ def _sampled_softmax(
     """Summed cross-entropy of `true [n]` at the positions `here`, each among itself and random codes of a level."""
     count, shared = model.config.code_negatives, model.config.share_code_negatives
     queries, vectors = states[here], model.code_vectors[codes]
-    logits = [model.code_similarity(queries[:, None], vectors[true][:, :, None])[:, 0].float()]
+    logits = [_similarity(model, queries[:, None], vectors[true][:, :, None])[:, 0]]
     drawn = torch.randint(len(vectors), (count,) if shared else (len(true), count), device=states.device)
     if shared:
-        random = model.code_similarity(queries, vectors[drawn].T)
+        random = _similarity(model, queries, vectors[drawn].T)
     else:
-        random = model.code_similarity(queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
+        random = _similarity(model, queries[:, None], vectors[drawn].transpose(1, 2))[:, 0]
     no_negative = (drawn == true[:, None]).expand(len(true), -1)
     if of_given is not None:
         hard, favorites = of_given
@@ -348,7 +365,7 @@ def _sampled_softmax(
         replaced = torch.arange(count, device=states.device) < (hard >= 0).sum(dim=1)[row][:, None]
         favorite = (drawn.expand(len(true), -1)[:, :, None] == favorites[row][:, None]).any(dim=2)
         no_negative = no_negative | replaced | favorite
-    logits.append(random.float().masked_fill(no_negative, -torch.inf))
+    logits.append(random.masked_fill(no_negative, -torch.inf))
     return -torch.cat(logits, dim=1).log_softmax(dim=1)[:, 0].sum()
 
 
@@ -382,7 +399,8 @@ def candidate_loss(
         targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens of the histories.
     """
     layout = model.layout
-    has_last, count, ends = given.last_ends >= 0, given.negatives.shape[1], given.last_ends.clamp(min=0)
+    count, ends = given.negatives.shape[1], given.last_ends.clamp(min=0)
+    has_last = (given.last_ends >= 0) & (targets.gather(1, ends[:, None])[:, 0] != -100)
     rows, steps = (
         torch.arange(len(ends), device=ends.device)[:, None],
         torch.arange(layout.num_levels, device=ends.device),

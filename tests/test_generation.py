@@ -258,6 +258,12 @@ def test_atomic_ids_are_the_one_level_case(backbone, similarity):
     expected = exact_scores(model, input_ids, mask).sort(dim=1, descending=True)
     assert torch.equal(best.item_indices, expected.indices)
     torch.testing.assert_close(best.scores, expected.values, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        states, vectors = model.model(input_ids, mask).last_hidden_state, model.lm_head.weight
+        if similarity == "cosine":
+            assert vectors is model.get_input_embeddings().weight
+            states, vectors = (torch.nn.functional.normalize(one, dim=-1) for one in (states, vectors))
+        torch.testing.assert_close(model(input_ids, mask).logits, states @ vectors.T / 0.3, atol=2e-5, rtol=1e-4)
 
 
 def test_the_processor_finds_its_node_from_the_tokens_alone():

@@ -112,6 +112,8 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         model.rank(input_ids, mask, torch.tensor([[1]]))
     with pytest.raises(ValueError, match="one row a history"):
         model.rank(input_ids, mask)
+    with pytest.raises(ValueError, match="Expected integer candidates"):
+        model.rank(input_ids, mask, torch.tensor([[1.0], [2.0]]))
     with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
         model.rank(input_ids, mask, torch.tensor([[1], [30]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):

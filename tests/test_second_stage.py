@@ -168,7 +168,7 @@ def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monke
         )
 
 
-@pytest.mark.parametrize(("embeddings", "table"), [(True, 0), (False, 30), (True, 7)])
+@pytest.mark.parametrize(("embeddings", "table"), [(True, 0), (False, 30), (True, 7), (False, 7)])
 def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_path):
     model = build_model(
         num_retrieved_items=3, num_train_beams=4, read_item_embeddings=embeddings, item_table_size=table
@@ -181,6 +181,11 @@ def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_pat
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     expected = model.rank(input_ids, mask, candidates, **longer)
     torch.testing.assert_close(loaded.rank(input_ids, mask, candidates, **longer), expected)
+    if table == 7 and not embeddings:
+        vectors = model.item_vectors(torch.arange(30))
+        assert torch.equal(vectors[8], vectors[1]) and torch.equal(
+            vectors, model.item_encoder.table.weight[torch.arange(30) % 7]
+        )
 
 
 def test_the_target_takes_a_random_place_where_it_was_missed_and_no_other_changes():

@@ -112,6 +112,17 @@ def test_of_equal_cosines_the_latest_are_taken_also_of_embeddings_of_zeros():
     assert retrieve(distinct, items, torch.tensor([[3]]), 3, exclude_candidate=True).tolist() == [[[1, 2, 5]]]
 
 
+@pytest.mark.parametrize("length", [1001, 1197, 1200])
+def test_of_items_with_the_same_embedding_the_latest_is_taken_wherever_they_stand(length):
+    generator = torch.Generator().manual_seed(length)
+    embeddings = torch.randn(600, 128, generator=generator).repeat(2, 1)  # items i and 600 + i
+    items, candidates = torch.randperm(1200, generator=generator)[None, :length], torch.arange(600)[None]
+    same = items % 600 == candidates[0, :, None]
+    latest = torch.where(same, torch.arange(length), -1).amax(dim=1)
+    found = retrieve(embeddings, items, candidates, 1)[0, :, 0]
+    assert torch.equal(found[latest >= 0], latest[latest >= 0])
+
+
 def test_what_is_chosen_does_not_depend_on_the_precision_of_the_training():
     embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
     items, candidates = torch.arange(200)[None], torch.arange(50)[None]
