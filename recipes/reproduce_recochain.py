@@ -41,6 +41,7 @@ BASE = {
     "first_times": 1,  # as long as the arguments say, of each stage
     "second_times": 1,
     "inject": True,
+    "item_score": True,  # the item-level score is a part of the ranking
 }
 # What a row changes.
 ROWS: dict[str, dict] = {
@@ -56,6 +57,8 @@ ROWS: dict[str, dict] = {
     "long-first-stage-k0": {"first_times": 4, "retrieved": 0},
     "not-injected": {"inject": False},
     "not-injected-k0": {"inject": False, "retrieved": 0},
+    "no-item-score": {"item_score": False},
+    "no-item-score-k0": {"item_score": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
 }
@@ -156,6 +159,8 @@ def train_stage_one(args: ReproduceArguments) -> Path:
 def train_stages(args: ReproduceArguments) -> Path:
     """Both stages, each done once; the folder of the finished model."""
     row = row_of(args)
+    config_fields = {} if row["inject"] else {"inject_target": False}
+    config_fields |= {} if row["item_score"] else {"rank_by_item_score": False}
     second = [
         f"--init_from={train_stage_one(args)}",
         *shared_arguments(args),
@@ -169,7 +174,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--exclude_candidate={row['exclude']}",
         f"--detach_history={row['detach']}",
         f"--num_train_beams={args.num_train_beams}",
-        f"--config_fields={json.dumps({} if row['inject'] else {'inject_target': False})}",
+        f"--config_fields={json.dumps(config_fields)}",
         f"--max_long_items={args.max_long_items}",
         f"--exclude_history={args.exclude_history}",
     ]

@@ -14,6 +14,7 @@ with settings that a run without it has chosen: nothing is chosen then, the last
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
@@ -33,7 +34,8 @@ from recipes.enhancer import RankingDrivenEnhancer
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
 from recipes.runs import begin, command, made_by
-from recipes.training_rows import columns_read, held_out_rows, history_rows
+from recipes.train import CONFIG_FIELDS, ENHANCER_OPTIONS, named
+from recipes.training_rows import columns_read, held_out_rows, history_rows, unseen_targets
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
@@ -54,6 +56,7 @@ BACKBONES = {
 BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "5"], 2)}
 # One code an item; four; four and, in histories and ranking, the item's own vector of its text and a learned row.
 IDS = ("atomic", "semantic", "semantic-vectors")
+WEIGHTER_OPTIONS = ("window_steps", "temperature", "bounds")  # of AdaptiveWeighter
 # What a row trains, beside naive joint training.
 ROWS: dict[str, dict] = {
     "retrieval": {"ranking_loss_weight": 0.0},
@@ -89,6 +92,14 @@ class ReproduceArguments:
     pool: str | None = field(
         default=None, metadata={"help": "Of the enhancer: uniform or beam; default: uniform for atomic ids."}
     )
+    weighter_options: str | None = field(
+        default=None, metadata={"help": "More arguments of AdaptiveWeighter, as JSON: temperature, ..."}
+    )
+    enhancer_options: str | None = field(
+        default=None,
+        metadata={"help": "More arguments of RankingDrivenEnhancer, as JSON: num_negatives, threshold, ..."},
+    )
+    config_fields: str | None = field(default=None, metadata={"help": "More fields of UniGRFConfig, as JSON."})
     refit: bool = field(default=False, metadata={"help": "Train on the validation targets too, and choose nothing."})
     relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
     variant: str = field(
@@ -124,20 +135,39 @@ def load_data(
             np.save(file, encode_texts(items["text"].tolist(), str(minilm_folder())))
         quantizer = ResidualKMeans((64, 64, 64), pca_dim=32).fit(np.load(file))
         tokenizer = SemanticIdTokenizer.from_embeddings(ids, np.load(file), quantizer, behaviors, titles=titles)
-    seen = np.unique(np.concatenate(splits["train"].with_format("numpy")["items"][:]))
-    print(f"{len(splits['train']):,} users, {len(ids):,} movies, {len(ids) - len(seen)} of them never in training")
     return splits, tokenizer
+
+
+def check_targets(
+    splits: DatasetDict, tokenizer: SemanticIdTokenizer, liked: list[str], is_ranked: bool
+) -> dict[str, int]:
+    """
+    How many held-out items never occur in training, by split. Raises `ValueError`, before anything is trained, if all held-out
+    items of a split are liked, or none, so that a ranker could not be measured.
+    """
+    unseen = {}
+    for name in ("validation", "test"):
+        unseen[name] = unseen_targets(splits["train"], splits[name])
+        behaviors = {tokenizer.behaviors[behavior] for behavior in splits[name].unique("target_behavior")}
+        if is_ranked and (behaviors <= set(liked) or not behaviors & set(liked)):
+            raise ValueError(
+                f"Expected liked and disliked items among those held out for {name}, found only {sorted(behaviors)}: there is no "
+                "AUC. Take more users, or --row retrieval."
+            )
+    users, (validation, test) = len(splits["train"]), unseen.values()
+    print(f"{users:,} users, {tokenizer.num_items:,} movies; held out and never in training: {validation} and {test}")
+    return unseen
 
 
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and AUC of a split, whose `rows` end in the target (and its time). With one code an item
+    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split, whose `rows` end in the target (and its time). With one code an item
     the output before the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache
-    serves the ranking.
+    serves the ranking. An item that scores as others do stands in their middle.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
-    liked = model.config.ranking_targets
+    liked, is_ranked = model.config.ranking_targets, model.config.ranking_loss_weight > 0
     order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
     block = layout.num_levels + 1
     size = 128 if layout.num_levels == 1 else 32
@@ -157,7 +187,8 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
             score = logits.gather(1, targets[:, None])
             for row, items in enumerate(own):
                 logits[row, items] = -torch.inf
-            ranks[batch] = 1 + (logits > score).sum(dim=1).cpu().numpy()
+            others = (logits == score).sum(dim=1) - 1
+            ranks[batch] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
         else:
             beams = {
                 "num_beams": BEAMS,
@@ -168,27 +199,42 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
             best = model.recommend(**padded, **beams, blocked_items=own, past_key_values=cache)
             hits = (best.item_indices == targets[:, None]).cpu().numpy()
             ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
-        ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
-        scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()  # of any of the behaviours that are likes
+        if is_ranked:
+            ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
+            scores[batch] = (
+                ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
+            )  # of any of the behaviours that are likes
     found = {}
     for k in (10, 50):
         found[f"hr@{k}"] = float(np.mean(ranks <= k))
         found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
+    found["mrr"] = float(np.mean(1 / ranks))
+    if not is_ranked:
+        return found
     likes = np.isin(split["target_behavior"][:], [tokenizer.behaviors.index(name) for name in liked]).astype(int)
     area = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
-    return {**found, "mrr": float(np.mean(1 / ranks)), "auc": area}
+    return {**found, "auc": area}
+
+
+class Stopwatch(TrainerCallback):
+    """Logs how many seconds a training took so far, in all its sessions."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
+        self.start = time.perf_counter() - earlier
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs["seconds"] = state.log_history[-1]["seconds"] = time.perf_counter() - self.start
 
 
 class LeaveOneOutTrainer(Trainer):
     """The stock Trainer, with an evaluation that scores items; a callback's values would not choose the best epoch."""
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        start = time.perf_counter()
         self.model.eval()
         found = self.measure()
         found["score"] = sum(found[name] for name in self.chosen_by)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        logs[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self.model.train()
@@ -199,6 +245,14 @@ def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
     if args.data is None:
         raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "Expected one process a run, found several: leave torchrun out, and run several rows beside each other."
+        )
+    if args.behaviors == "rating" and ROWS[args.row].get("enhancer"):
+        raise ValueError(
+            "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two are likes."
+        )
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
     name = "-".join(filter(None, (args.backbone, args.ids, args.row, args.variant, str(args.seed))))
     folder = Path(args.output_dir) / name
@@ -210,6 +264,7 @@ def run(args: ReproduceArguments) -> None:
     set_seed(args.seed)
     splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
     liked = list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])
+    unseen = check_targets(splits, tokenizer, liked, is_ranked=args.row != "retrieval")
     options = dict(ROWS[args.row])
     weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
     if args.ids == "atomic":
@@ -230,7 +285,11 @@ def run(args: ReproduceArguments) -> None:
         ranking_weight=0.0,
         ranking_dropout=0.1,
         embedding_dropout=0.0 if is_hstu else 0.2,
-        **{"ranking_loss_weight": args.ranking_loss_weight, **options},
+        **{
+            "ranking_loss_weight": args.ranking_loss_weight,
+            **options,
+            **named(args.config_fields or "{}", CONFIG_FIELDS, "config_fields"),
+        },
     )
     times = {"with_times": config.reads_times}
     # What precedes a user's test target ends in the validation target.
@@ -240,20 +299,24 @@ def run(args: ReproduceArguments) -> None:
     model = UniGRFForCausalLM(config)
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
     collate = DataCollatorForSeq2Seq(tokenizer)
-    callbacks = [LossParts(model)]
+    callbacks = [LossParts(model), Stopwatch()]
     if weighter:
-        callbacks.append(AdaptiveWeighter(form=args.form))
+        more = named(args.weighter_options or "{}", WEIGHTER_OPTIONS, "weighter_options")
+        callbacks.append(AdaptiveWeighter(form=args.form, **more))
     if enhancer:
         callbacks.append(
             RankingDrivenEnhancer(
                 model,
                 tokenizer,
                 *(histories[name][:] for name in columns_read(histories, **times)),
-                pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
                 relabel=args.relabel,
                 target=liked[-1],
                 max_items=MAX_ITEMS,
                 seed=args.seed,
+                **{
+                    "pool": args.pool or ("uniform" if args.ids == "atomic" else "beam"),
+                    **named(args.enhancer_options or "{}", ENHANCER_OPTIONS, "enhancer_options"),
+                },
             )
         )
         collate = callbacks[-1].collator(collate)
@@ -272,7 +335,8 @@ def run(args: ReproduceArguments) -> None:
             train_sampling_strategy="group_by_length",
             logging_strategy="epoch",
             eval_strategy="no" if args.refit else "epoch",
-            eval_delay=args.epochs // 2,
+            # A ranker alone may over-fit from its first epochs on.
+            eval_delay=0 if args.row == "ranking" else args.epochs // 2,
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=not args.refit,
@@ -293,7 +357,6 @@ def run(args: ReproduceArguments) -> None:
     chosen = [("generation_loss_weight", "ndcg@10"), ("ranking_loss_weight", "auc")]
     trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
     trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
     tested = trainer.state.global_step if args.refit else trainer.state.best_global_step
@@ -303,8 +366,9 @@ def run(args: ReproduceArguments) -> None:
         # None for a refit, which has seen these targets.
         "validation": next((e for e in history if e.get("step") == tested and "eval_score" in e), None),
         "test": measure(model.eval(), tokenizer, splits["test"], held_out["test"]),
-        "seconds": time.perf_counter() - start,
+        "seconds": history[-1]["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "targets never in training": unseen,
         "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
         "made by": made_by(

@@ -44,8 +44,9 @@ def collect(output_dir: Path) -> None:
         found.append(
             {
                 **{name: result[name] for name in told},
-                "test": {name: result["test"][name] for name in COLUMNS},
-                "validation": validation and {name: validation[f"eval_{name}"] for name in COLUMNS},
+                "test": {name: result["test"][name] for name in COLUMNS if name in result["test"]},
+                "validation": validation
+                and {name: validation[f"eval_{name}"] for name in COLUMNS if f"eval_{name}" in validation},
                 "seconds": round(result["seconds"]),
                 "curves": {name: [entry[name] for entry in history if name in entry] for name in CURVES},
             }
@@ -65,7 +66,8 @@ def rows_of(data: dict) -> list[dict]:
     rows = []
     for group in by_row(data["runs"], row_of).values():
         arguments = {name: value for name, value in group[0]["arguments"].items() if name != "seed"}
-        spreads = {name: spread([run["test"][name] for run in group]) for name in COLUMNS}
+        there = [name for name in COLUMNS if all(name in run["test"] for run in group)]
+        spreads = {name: spread([run["test"][name] for run in group]) for name in there}
         variant = f" ({arguments['variant']})" if arguments["variant"] else ""
         rows.append(
             {

@@ -56,7 +56,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     )
     arguments = reproduce_unigrf.ReproduceArguments(
         data=movielens,
-        row="both",
+        row="weighter" if behaviors == "rating" else "both",
         backbone=backbone,
         ids=ids,
         behaviors=behaviors,
@@ -66,7 +66,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
         output_dir=str(tmp_path),
     )
     reproduce_unigrf.run(arguments)
-    folder = tmp_path / f"{backbone}-{ids}-both-0"
+    folder = tmp_path / f"{backbone}-{ids}-{arguments.row}-0"
     result = json.loads((folder / "result.json").read_text())
     written = (folder / "result.json").stat().st_mtime_ns
     reproduce_unigrf.run(arguments)
@@ -99,11 +99,12 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     ranks = np.array(ranks)
     assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
     assert found["hr@10"] == pytest.approx(np.mean(ranks <= 10)) and 0 <= found["auc"] <= 1
+    assert result["targets never in training"].keys() == {"validation", "test"}
 
     unigrf_report.collect(tmp_path)
     data = json.loads((tmp_path / "unigrf_ml1m.json").read_text())
     table = unigrf_report.table(data)
-    assert f"| {backbone}, {ids}, both | 1 | {round(result['test']['hr@10'], 5):.4f} |" in table
+    assert f"| {backbone}, {ids}, {arguments.row} | 1 | {round(result['test']['hr@10'], 5):.4f} |" in table
     assert len(data["runs"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 
