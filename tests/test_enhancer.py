@@ -205,8 +205,9 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_given_negatives_count_in_float32_in_a_training_in_bfloat16(similarity):
-    model = build_model(**{**ATOMIC, "code_negatives": 0, "code_similarity": similarity}).train()
+@pytest.mark.parametrize("sampling", [{"code_negatives": 0}, {}, {"share_code_negatives": False}], ids=str)
+def test_logits_are_float32_in_a_training_in_bfloat16(similarity, sampling):
+    model = build_model(**{**ATOMIC, "code_similarity": similarity, **sampling}).train()
     states = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     batch, items = labelled(model, [2, 2])
     targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
@@ -214,7 +215,9 @@ def test_given_negatives_count_in_float32_in_a_training_in_bfloat16(similarity):
     ends, last = torch.tensor([1, 1]), torch.tensor([row[-1] for row in items])
     known = training_unigrf.GivenItems(given, given + 10, ends, last)
     states = states[:, : targets.shape[1]]
+    torch.manual_seed(0)
     expected = training_unigrf.generation_loss(model, states, targets, known)
+    torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         found = training_unigrf.generation_loss(model, states, targets, known)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -240,11 +243,13 @@ def rows_of(enhancer):
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("relabel", [False, True])
-def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, relabel):
+@pytest.mark.parametrize(
+    ("ids", "options"), [(ATOMIC, {}), (ATOMIC, {"relabel": True}), ({}, {"pool": "beam"})], ids=str
+)
+def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, ids, options):
     def train(folder, resume=None, **arguments):
-        model = build_model(**ATOMIC)
-        enhancer = build_enhancer(model, relabel=relabel)
+        model = build_model(**ids)
+        enhancer = build_enhancer(model, **options)
         losses = run_trainer(
             tmp_path / folder,
             model,
@@ -268,6 +273,8 @@ def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, r
     assert (enhancer.negatives >= 0).any()
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="Resume one that had it, in its own output_dir"):
+        train("elsewhere", resume=str(tmp_path / "parts" / "checkpoint-5"))
 
 
 def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():

@@ -37,10 +37,10 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     ], "rows share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
     assert run("default", 3, 6) == before and len(before) == 5, "all of three beams are ranked anyway"
-    assert len(run("default", 4)) == 8
+    assert len(run("default", 20)) == 8
     assert (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns == trained
     choices = []
-    for file in (tmp_path / "default-0").glob("beams-4-*.json"):  # what the last call measured
+    for file in (tmp_path / "default-0").glob("beams-20-*.json"):  # what the last call measured
         result = json.loads(file.read_text())
         cells = result["cells"]
         for name in ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone"):
@@ -60,6 +60,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
+    assert (tmp_path / "recochain_beauty.png").stat().st_size > 10_000
     whole = (tmp_path / "recochain_beauty.json").read_text()
     shutil.rmtree(tmp_path / "k0-0")
     monkeypatch.delattr(recochain_report, "baseline_results")  # told once

@@ -108,6 +108,67 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     assert len(data["runs"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 
+def test_a_row_that_broke_off_goes_on_and_tells_the_seconds_of_all_its_sessions(movielens, tmp_path, monkeypatch):
+    def run(folder, after=99):
+        def log(stopwatch, args, state, control, logs=None, **kwargs):
+            original(stopwatch, args, state, control, logs, **kwargs)
+            if state.epoch > after:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reproduce_unigrf.Stopwatch, "on_log", log)
+            arguments = {"data": movielens, "row": "weighter", "backbone": "hstu", "epochs": 4, "batch_size": 8}
+            reproduce_unigrf.run(reproduce_unigrf.ReproduceArguments(output_dir=str(tmp_path / folder), **arguments))
+        return json.loads((tmp_path / folder / "hstu-atomic-weighter-0" / "result.json").read_text())
+
+    original = reproduce_unigrf.Stopwatch.on_log
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", after=2)
+    state = json.loads(
+        (tmp_path / "parts" / "hstu-atomic-weighter-0" / "checkpoint-12" / "trainer_state.json").read_text()
+    )
+    state["log_history"][-1]["seconds"] = 1000.0
+    (tmp_path / "parts" / "hstu-atomic-weighter-0" / "checkpoint-12" / "trainer_state.json").write_text(
+        json.dumps(state)
+    )
+    parts = run("parts")
+    assert parts["test"] == whole["test"] and parts["epoch"] == whole["epoch"] and parts["seconds"] > 1000
+    curves = [
+        [entry["ranking_weight"] for entry in one["history"] if "ranking_weight" in entry] for one in (parts, whole)
+    ]
+    assert curves[0] == curves[1] and curves[0][:2] == [1.0, 1.0] != curves[0][2:]
+
+
+def test_what_could_not_be_measured_is_refused_before_it_is_trained(movielens, tmp_path, monkeypatch):
+    def run(**changed):
+        reproduce_unigrf.run(
+            reproduce_unigrf.ReproduceArguments(
+                data=movielens, output_dir=str(tmp_path), epochs=2, batch_size=8, **changed
+            )
+        )
+
+    with pytest.raises(ValueError, match="behaviors like with the enhancer"):
+        run(row="both", behaviors="rating")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="one process a run"):
+        patch.setenv("WORLD_SIZE", "2")
+        run(row="joint")
+    monkeypatch.setattr(reproduce_unigrf, "LIKED_FROM", 1)
+    with pytest.raises(ValueError, match=r"held out for validation, found only \['like'\]"):
+        run(row="joint")
+    run(row="retrieval")
+    result = json.loads((tmp_path / "llama-atomic-retrieval-0" / "result.json").read_text())
+    assert "auc" not in result["test"] and result["test"]["mrr"] > 0
+    monkeypatch.setattr(unigrf_report, "FILE", tmp_path / "unigrf_ml1m.json")
+    unigrf_report.collect(tmp_path)
+    (row,) = [
+        line
+        for line in unigrf_report.table(json.loads(unigrf_report.FILE.read_text())).splitlines()
+        if line.startswith("| llama, atomic, retrieval")
+    ]
+    assert row.split(" | ")[-3] == "-", "no AUC"
+
+
 def test_a_table_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         unigrf_report.collect(tmp_path)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import taobao_scaling, taobao_train
+from recipes import taobao_items, taobao_scaling, taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
 from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
@@ -22,7 +23,7 @@ from recipes.taobao_items import make_unique, write_items
 from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
 from recipes.taobao_synthetic import SyntheticArguments, main
 from recipes.taobao_tables import read_batches, stream_rows, table_shards
-from tokenization import SemanticIdTokenizer
+from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"
 MAX_ITEMS, MAX_LONG_ITEMS = 4, 9
@@ -37,12 +38,14 @@ def tables(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments(tables, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared")
-    return TaobaoArguments(str(tables), str(out), codebook_sizes=[8, 8, 8], tokenizer=True)
+    return TaobaoArguments(str(tables), str(out), codebook_sizes=[8, 8, 8], points_per_code=16, tokenizer=True)
 
 
 @pytest.fixture(scope="module")
 def prepared(arguments):
-    return prepare(arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taobao_items, "CHUNK", 150)
+        return prepare(arguments)
 
 
 def rows_of(arguments, prepared, split):
@@ -71,6 +74,14 @@ def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prep
     embeddings = np.load(f"{arguments.output_dir}/item_embeddings.npy", mmap_mode="r")
     assert ids.tolist() == sorted(first) and embeddings.dtype == np.int8
     assert np.array_equal(embeddings, np.stack([first[item] for item in ids]))
+
+
+def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepared):
+    out = Path(arguments.output_dir)
+    codes, quantizer = np.load(out / "item_codes.npy"), ResidualKMeans.load(out)
+    assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
+    embeddings = np.load(out / "item_embeddings.npy").astype("float32") / 127
+    assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -71,9 +71,10 @@ def assert_same_weights(first, second, tolerance=0.0):
         )
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("reader", ["llama", "hstu"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, reader):
     dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5, "item_loss_weight": 0.5}
-    whole, stopped, resumed = (build_model(**dropout) for _ in range(3))
+    whole, stopped, resumed = (build_model(reader, **dropout) for _ in range(3))
     dataset = histories_dataset(whole, 32)
     losses = run_trainer(tmp_path / "whole", whole, dataset)
     run_trainer(tmp_path / "parts", stopped, dataset, save_strategy="steps", save_steps=3)
@@ -244,14 +245,19 @@ def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
             run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[AdaptiveWeighter(window)], **steps)
 
 
-def test_the_adaptive_weights_are_resumed_in_the_middle_of_a_window(tmp_path):
+@pytest.mark.parametrize("form", ["loss_ratio", "gradient_norm"])
+def test_the_adaptive_weights_are_resumed_in_the_middle_of_a_window(tmp_path, form):
     whole, stopped, resumed = (build_model() for _ in range(3))
-    dataset, arguments = histories_dataset(whole, 32), {"max_steps": 8}
-    weights = run_trainer(tmp_path / "whole", whole, dataset, callbacks=[AdaptiveWeighter(2)], **arguments)
+    dataset = histories_dataset(whole, 32)
+
+    def train(folder, model, resume=None, **arguments):
+        weighter = AdaptiveWeighter(2, form=form)
+        return run_trainer(tmp_path / folder, model, dataset, resume, [weighter], max_steps=8, **arguments)
+
+    weights = train("whole", whole)
     saving = {"save_strategy": "steps", "save_steps": 5, "restore_callback_states_from_checkpoint": True}
-    run_trainer(tmp_path / "parts", stopped, dataset, callbacks=[AdaptiveWeighter(2)], **arguments, **saving)
-    checkpoint = str(tmp_path / "parts" / "checkpoint-5")
-    rest = run_trainer(tmp_path / "parts", resumed, dataset, checkpoint, [AdaptiveWeighter(2)], **arguments, **saving)
+    train("parts", stopped, **saving)
+    rest = train("parts", resumed, str(tmp_path / "parts" / "checkpoint-5"), **saving)
     assert rest == weights and len(set(weights)) == 3 and weights[:4] == [1.0] * 4, (
         "those that each step was trained with"
     )
@@ -473,6 +479,27 @@ def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     shares = torch.tensor([4.0, 2.0, 3.0]) / 9
     expected = (torch.stack([loss.loss for loss in losses]) * shares).sum()
     torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_retrieval_learns_the_items_with_its_behaviours_alone_and_ranking_all(backbone):
+    plain, chosen = (
+        build_model(backbone, item_loss_weight=0.7, retrieval_behaviors=only) for only in (None, ["like"])
+    )
+    input_ids, mask, _ = random_histories(plain, [5, 3], seed=2)
+    labels = input_ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        out, whole = (model(input_ids, mask, labels=labels) for model in (chosen, plain))
+        disliked = (input_ids == plain.config.behavior_token_ids[0]).nonzero()
+        assert 0 < len(disliked) < 8
+        for row, place in disliked.tolist():
+            labels[row, place - plain.config.num_levels : place + 1] = -100
+        expected = plain(input_ids, mask, labels=labels)
+    torch.testing.assert_close(out.generation_loss, expected.generation_loss)
+    torch.testing.assert_close(out.item_loss, expected.item_loss)
+    torch.testing.assert_close(out.ranking_loss, whole.ranking_loss)
+    assert (out.generation_loss - whole.generation_loss).abs() > 1e-3
+    with pytest.raises(ValueError, match="retrieval_behaviors among"):
+        UniGRFConfig(behaviors=["view"], retrieval_behaviors=["like"])
 
 
 def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
