@@ -121,7 +121,8 @@ def retrieve(
 ) -> torch.LongTensor:
     """
     The sub-history of every candidate: the places of the items of the long history with the greatest cosine to it, in order
-    of time. Of equal cosines (repeats, and other items with the same embedding) the later one is taken. Embeddings of zeros have cosines of 0.
+    of time. Of equal cosines (repeats, and other items with the same embedding) the later one is taken. Embeddings of zeros
+    have cosines of 0.
 
     Args:
         item_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)

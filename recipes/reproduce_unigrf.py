@@ -162,9 +162,9 @@ def check_targets(
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split, whose `rows` end in the target (and its time). With one code an item
-    the output before the target scores every item, which is all of `generate`; else the beams of `recommend` do. One cache
-    serves the ranking. An item that scores as others do stands in their middle.
+    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split, whose `rows` end in the target (and its time). With one code
+    an item the output before the target scores every item, which is all of `generate`, and one that scores as others do stands
+    in their middle; else the beams of `recommend` do, and what is none of them counts nothing. One cache serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
     liked, is_ranked = model.config.ranking_targets, model.config.ranking_loss_weight > 0
@@ -201,9 +201,8 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
             ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
         if is_ranked:
             ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
-            scores[batch] = (
-                ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
-            )  # of any of the behaviours that are likes
+            # Of any of the behaviours that are likes.
+            scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
     found = {}
     for k in (10, 50):
         found[f"hr@{k}"] = float(np.mean(ranks <= k))

@@ -7,8 +7,8 @@
         --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
 
 Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items` and the item after
-them, and windows packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a user's). The
-validation target of each user is held out of training and its loss is the evaluation loss. A second run of the same command
+them, and windows packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a
+user's). The validation target of each user is held out of training and its loss is the evaluation loss. A second run of the same command
 resumes from the last checkpoint in `--output_dir`, or does nothing if that was finished; one with other arguments or data is
 refused there.
 In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
