@@ -145,6 +145,8 @@ def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(argume
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     again = replace(arguments, tables=str(copy), output_dir=str(out))
     assert prepare(again) == prepared
+    lines = [line for line in capsys.readouterr().out.splitlines() if "private_mb" in line]
+    assert len(lines) == len(prepared), "what each stage holds is printed"
     assert times == {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     (copy / "test_samples.parquet").touch()
     prepare(again)
