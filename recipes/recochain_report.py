@@ -27,6 +27,10 @@ PANELS = {
     "retrieved": {0: "k0", 5: "k5", 10: "default", 20: "k20"},
     "window": {7: "default", 31: "window31", 127: "window127"},
 }
+NO_ITEM_SCORE = {
+    0: "no-item-score-k0",
+    10: "no-item-score",
+}  # by retrieved items: a ranking that has no item-level score in it
 # Recall@10 and NDCG@10 on Amazon-2014 Beauty, as published.
 PUBLISHED = {
     "recochain_beauty": {
@@ -208,6 +212,8 @@ def draw(data: dict, file: Path) -> None:
         axis.plot(*zip(*sorted(PAPER[name].items()), strict=True), "k--", marker="x", label="paper, TAOBAO-MM")
         if name != "retrieved":
             axis.set_xscale("log")
+        elif apart := {place: at_20[row] for place, row in NO_ITEM_SCORE.items() if row in at_20}:
+            curve(axis, apart, "ranked", "ranked without the item-level score")
         places = sorted({*found, *PAPER[name]})
         axis.set_xticks(places, [str(place) for place in places])
         axis.minorticks_off()
