@@ -122,16 +122,18 @@ def merged(file: Path, found: list[dict], key: Callable[[dict], tuple]) -> list[
     return [runs[one] for one in sorted(runs)]
 
 
-def by_row(runs: list[dict], row: Callable[[dict], tuple]) -> dict[tuple, list[dict]]:
+def by_row(
+    runs: list[dict], row: Callable[[dict], tuple], apart: tuple[str, ...] = ("seed",)
+) -> dict[tuple, list[dict]]:
     """
-    Runs of the same row, which differ in their seed alone; raises `ValueError` if they differ in more, as when only one of the
+    Runs of the same row, which differ in their seed (in the arguments `apart`) alone; raises `ValueError` if they differ in more, as when only one of the
     seeds was run again with other settings.
     """
     groups = defaultdict(list)
     for run in runs:
         groups[row(run)].append(run)
     for name, group in groups.items():
-        settings = [{one: value for one, value in run["arguments"].items() if one != "seed"} for run in group]
+        settings = [{one: value for one, value in run["arguments"].items() if one not in apart} for run in group]
         for other in settings[1:]:
             # An argument that an older run did not have yet is one that was not given.
             if names := sorted(one for one in {*settings[0], *other} if other.get(one) != settings[0].get(one)):

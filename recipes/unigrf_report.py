@@ -64,8 +64,12 @@ def collect(output_dir: Path) -> None:
 def rows_of(data: dict) -> list[dict]:
     """The rows of the table: means and deviations over the seeds of a row."""
     rows = []
-    for group in by_row(data["runs"], row_of).values():
-        arguments = {name: value for name, value in group[0]["arguments"].items() if name != "seed"}
+    apart = (
+        "seed",
+        "bf16",
+    )  # in bfloat16 where the machine has it: seeds of a row may have been trained on different ones
+    for group in by_row(data["runs"], row_of, apart).values():
+        arguments = {name: value for name, value in group[0]["arguments"].items() if name not in apart}
         there = [name for name in COLUMNS if all(name in run["test"] for run in group)]
         spreads = {name: spread([run["test"][name] for run in group]) for name in there}
         variant = f" ({arguments['variant']})" if arguments["variant"] else ""
