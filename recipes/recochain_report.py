@@ -188,7 +188,7 @@ def draw(data: dict, file: Path) -> None:
     if default is None:
         return
     at_20 = {row["row"]: row for row in rows if row["beams"] == 20}
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4.1), layout="constrained")
 
     def curve(axis, found: dict[int, dict], one: str, label: str) -> None:
         places = sorted(found)
@@ -229,8 +229,10 @@ def draw(data: dict, file: Path) -> None:
             axes[3].loglog(*zip(*bins, strict=True), marker="o", label=label)
     axes[3].axline((1e-3, 1e-3), (1e-1, 1e-1), color="grey", linewidth=0.8)
     axes[3].set(xlabel="the ranking's probability, 20 beams", ylabel="share that came next")
+    handles = {label: line for axis in axes[:3] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
+    axes[3].legend(fontsize="x-small")
     for axis in axes:
-        axis.legend(fontsize="x-small")
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=90)
     plt.close(figure)
