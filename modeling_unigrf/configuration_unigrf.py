@@ -129,8 +129,8 @@ class UniGRFConfig(PreTrainedConfig):
         rank_by_item_score (`bool`, defaults to `True`):
             Whether the item-level score is a part of the `"next"` logit, or only a score beside it.
         retrieval_behaviors (`list[str]`, *optional*):
-            Which behaviours on an item make it a positive of retrieval: the losses of codes and of items leave out all others. By
-            default every next item is one (UniGRF, section on retrieval).
+            Which behaviours on an item make it a positive of retrieval: in the means of the losses of codes and of items all others
+            count 0. By default every next item is one (UniGRF, section on retrieval).
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
         embedding_dropout (`float`, defaults to 0.0):
@@ -247,14 +247,11 @@ class UniGRFConfig(PreTrainedConfig):
 
     @property
     def max_history_items(self) -> int | None:
-        """
-        Items of a history that fit into the backbone's positions, beside <bos> and a candidate with, in training, the behaviour
-        on it; None: no limit.
-        """
+        """Items of a history that fit into the backbone's positions, beside <bos> and a candidate; None: no limit."""
         positions = getattr(self.text_config, "max_position_embeddings", None)
         if positions is None:
             return None
-        return (positions - 1 - self.num_levels - max(1, self.num_block_tokens)) // (self.num_levels + 1)
+        return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
 
     @property
     def log_odds_of_next(self) -> float:
@@ -342,6 +339,10 @@ class UniGRFConfig(PreTrainedConfig):
         if self.history_item_vectors and not self.has_item_vectors:
             raise ValueError(
                 "history_item_vectors needs item vectors, found none: set item_embedding_dim or item_table_size, or leave it out."
+            )
+        if not (self.rank_by_item_score or self.item_loss_weight):
+            raise ValueError(
+                "rank_by_item_score=False needs item_loss_weight: nothing else would train the item-level score then."
             )
         if self.given_negative_weight < 1:
             raise ValueError(

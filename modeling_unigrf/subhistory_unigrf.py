@@ -19,7 +19,7 @@ from torch import nn
 from .configuration_unigrf import UniGRFConfig
 
 MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and as much again in double precision
-STEPS = 2**24  # of a cosine between 0 and 1: as fine as float32 is below 1
+TIE = 2**24  # cosines that agree to so fine a part of 1 are ties
 ITEM, RETRIEVED, CANDIDATE = range(3)  # segments
 
 
@@ -99,13 +99,10 @@ def check_long_history(
     return LongHistory(long_items, long_behaviors.clamp(0, count - 1), long_timestamps.long())
 
 
-def first_places(embeddings: torch.FloatTensor) -> torch.LongTensor:
-    """Embeddings `[B, H, D]` -> where in its row the same one stands first, `[B, H]`."""
-    # A fingerprint in whole numbers, which does not depend on the order of a sum.
-    factors = torch.randint(2**62, embeddings.shape[-1:], generator=torch.Generator().manual_seed(0))
-    fingerprints = (embeddings.view(torch.int32).long() * factors.to(embeddings.device)).sum(dim=-1)
-    ordered, order = fingerprints.sort(dim=1, stable=True)
-    place = torch.arange(embeddings.shape[1], device=embeddings.device)
+def first_places(items: torch.LongTensor) -> torch.LongTensor:
+    """Items `[B, H]` -> where in its row each item stands first, `[B, H]`."""
+    ordered, order = items.sort(dim=1, stable=True)
+    place = torch.arange(items.shape[1], device=items.device)
     is_new = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
     first = order.gather(1, torch.where(is_new, place, 0).cummax(dim=1).values)
     return torch.empty_like(order).scatter_(1, order, first)
@@ -121,8 +118,7 @@ def retrieve(
 ) -> torch.LongTensor:
     """
     The sub-history of every candidate: the places of the items of the long history with the greatest cosine to it, in order
-    of time. Of equal cosines (repeats, and other items with the same embedding) the later one is taken. Embeddings of zeros
-    have cosines of 0.
+    of time. Of equal cosines (exact repeats above all) the later one is taken. Embeddings of zeros have cosines of 0.
 
     Args:
         item_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)
@@ -135,8 +131,8 @@ def retrieve(
         has fewer items, -1 before them.
     """
 
-    def embeddings_of(items: torch.LongTensor) -> torch.Tensor:
-        return item_embeddings[items.clamp(min=0)].float()
+    def directions(items: torch.LongTensor) -> torch.Tensor:
+        return nn.functional.normalize(item_embeddings[items.clamp(min=0)].float(), dim=-1)
 
     (batch_size, length), count, width = long_items.shape, candidates.shape[1], item_embeddings.shape[1]
     places = candidates.new_empty(batch_size, count, min(num_retrieved, length))
@@ -147,21 +143,20 @@ def retrieve(
     at_once = max(1, MAX_SIMILARITIES // length)
     for start in range(0, batch_size, rows_at_once):
         rows = slice(start, start + rows_at_once)
-        items, embeddings = long_items[rows], embeddings_of(long_items[rows])
-        first = first_places(embeddings)
-        history = nn.functional.normalize(embeddings, dim=-1).transpose(1, 2)
+        items, first = long_items[rows], first_places(long_items[rows])
+        history = directions(items).transpose(1, 2)
         for part in range(0, count, at_once):
             some = candidates[rows, part : part + at_once]
             # In float32 also within a training in bfloat16: what is chosen is what will be chosen when it is asked.
             with torch.autocast(items.device.type, enabled=False):
-                cosines = nn.functional.normalize(embeddings_of(some), dim=-1) @ history
-            # Equal embeddings have one cosine: which column of a product they stand in may change the last bit.
+                cosines = directions(some) @ history
+            # A repeated item has one cosine: which column of a product it stands in may change the last bit.
             cosines = cosines.gather(2, first[:, None].expand(-1, some.shape[1], -1))
             hidden = (items < 0)[:, None]
             if exclude_candidate:
                 hidden = hidden | (some[:, :, None] == items[:, None])
             # Whole numbers below 2^53, all different: which are the greatest is no matter of the device.
-            keys = cosines.mul_(STEPS).round_().double().mul_(length).add_(time).masked_fill_(hidden, -torch.inf)
+            keys = cosines.mul_(TIE).round_().double().mul_(length).add_(time).masked_fill_(hidden, -torch.inf)
             best, found = keys.topk(places.shape[2], dim=2)
             places[rows, part : part + at_once] = found.masked_fill(best == -torch.inf, -1).sort(dim=2).values
     return places

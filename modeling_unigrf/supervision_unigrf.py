@@ -178,17 +178,19 @@ class UniGRFSupervisionMixin:
         config, targets = self.config, supervision.targets
         of_histories = hidden_states[:, : targets.shape[1]]
         code_targets, retrieved = retrieval_positives(self.layout, config, targets, supervision.items)
+        # Of the items that count: a batch then weighs as much as it has items, whole or accumulated.
+        share = len(retrieved.items) / max(1, len(supervision.items.items))
         losses = {}
         if config.generation_loss_weight:
-            losses["generation_loss"] = generation_loss(self, of_histories, code_targets, supervision.given)
+            losses["generation_loss"] = share * generation_loss(self, of_histories, code_targets, supervision.given)
         if supervision.cache is not None:
             losses["ranking_loss"] = second_stage_loss(self, supervision, of_histories)
         elif config.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision.items, supervision.negatives)
         if config.item_loss_weight:
-            losses["item_loss"] = self._item_loss(hidden_states, retrieved)
+            losses["item_loss"] = share * self._item_loss(hidden_states, retrieved)
         if self._appends(supervision.given):
-            losses["candidate_loss"] = candidate_loss(
+            losses["candidate_loss"] = share * candidate_loss(
                 self, hidden_states, code_targets, supervision.given, supervision.negatives
             )
         if not losses:

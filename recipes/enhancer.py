@@ -87,6 +87,11 @@ class RankingDrivenEnhancer(SavedTensors):
             raise ValueError(
                 f"Expected the pool 'beam', or 'uniform' for atomic ids, found {pool!r} for {model.config.num_levels} codes."
             )
+        fits = model.config.max_history_items
+        if relabel and fits is not None and max_items >= fits:
+            raise ValueError(
+                f"Expected max_items below {fits} to relabel, which makes a history one item longer, found {max_items}. Take fewer."
+            )
         if target not in model.config.ranking_targets:
             raise ValueError(f"Expected a target among {model.config.ranking_targets}, found {target!r}.")
         self.model, self.tokenizer, self.items, self.behaviors = model, tokenizer, items, behaviors
@@ -201,10 +206,9 @@ class RankingDrivenEnhancer(SavedTensors):
             )
             usable = best.item_indices >= 0
             return best.item_indices.clamp(min=0), best.generation_scores, best.ranking_scores.exp(), usable
-        fresh = torch.randint(
-            model.catalogue.num_items, (len(users), self.pool_size - self.num_negatives), generator=generator
-        )
-        pool = torch.cat([self.negatives[users], fresh], dim=1)
+        earlier = self.negatives[users, : 0 if self.made_at < 0 else None]
+        more = (len(users), self.pool_size - earlier.shape[1])
+        pool = torch.cat([earlier, torch.randint(model.catalogue.num_items, more, generator=generator)], dim=1)
         owned = padded(own)
         ordered, order = pool.sort(dim=1, stable=True)
         repeated = torch.zeros_like(pool, dtype=torch.bool)

@@ -48,7 +48,7 @@ ROWS: dict[str, dict] = {
     "default": {},
     **{f"k{count}": {"retrieved": count} for count in (0, 5, 20)},
     # As many items a step, and so as many steps, as with a window of 7.
-    **{f"window{items}": {"window": items, "batch_share": 7 / items} for items in (31, 127)},
+    **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (31, 127)},
     "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
     "long": {"second_times": 3},
@@ -281,7 +281,7 @@ def measure(
     def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
         return max(pairs, key=lambda pair: ranked("validation", *pair)["ndcg@10"].mean())
 
-    # The paper's fusion has no third score: what the item-level score says is in the ranking, too.
+    # The paper's fusion has no third score: by default, what the item-level score says is in the ranking, too.
     chosen = {"ranked": best([(weight, 0.0) for weight in args.ranking_weights])}
     chosen["ranked, three scores"] = best(list(product([0.0, *args.ranking_weights], args.item_weights)))
     lists = {"generation": (0.0, 0.0), "ranked at weight 1": (1.0, 0.0), **chosen}

@@ -187,7 +187,7 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
             score = logits.gather(1, targets[:, None])
             for row, items in enumerate(own):
                 logits[row, items] = -torch.inf
-            others = (logits == score).sum(dim=1) - 1
+            others = (logits == score).sum(dim=1).clamp(min=1) - 1
             ranks[batch] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
         else:
             beams = {
@@ -280,16 +280,22 @@ def run(args: ReproduceArguments) -> None:
         text_config=BACKBONES[args.backbone],
         max_items=MAX_ITEMS,
         code_negatives=args.code_negatives,
-        ranking_targets=liked,
-        ranking_weight=0.0,
-        ranking_dropout=0.1,
-        embedding_dropout=0.0 if is_hstu else 0.2,
         **{
+            "ranking_targets": liked,
+            "ranking_weight": 0.0,
+            "ranking_dropout": 0.1,
+            "embedding_dropout": 0.0 if is_hstu else 0.2,
             "ranking_loss_weight": args.ranking_loss_weight,
             **options,
             **named(args.config_fields or "{}", CONFIG_FIELDS, "config_fields"),
         },
     )
+    trained = (config.generation_loss_weight > 0, config.ranking_loss_weight > 0)
+    if trained != (args.row != "ranking", args.row != "retrieval"):
+        raise ValueError(
+            f"Expected weights of the losses that --row {args.row} trains, found {config.generation_loss_weight} of generation and "
+            f"{config.ranking_loss_weight} of ranking. Take --row retrieval or ranking for a task alone."
+        )
     times = {"with_times": config.reads_times}
     # What precedes a user's test target ends in the validation target.
     histories = splits["test"].remove_columns(list(TARGETS.values())) if args.refit else splits["train"]

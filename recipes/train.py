@@ -280,6 +280,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
     model = build_model(model_args, tokenizer, embeddings, data_args.max_items, max_long_items or None)
     with_times = model.config.reads_times
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    needed = 1 + (data_args.max_items + 1) * (tokenizer.num_levels + 1)
+    if longest is not None and needed > longest:
+        raise ValueError(
+            f"Expected positions for max_items={data_args.max_items} and the item after them, {needed}, found a backbone of "
+            f"{longest}. Take fewer items, or more positions (max_position_embeddings)."
+        )
     with training_args.main_process_first(desc="rows"):
         if model_args.enhancer:
             train_dataset = history_rows(*cut, data_args.stride, with_times=with_times)

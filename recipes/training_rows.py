@@ -29,7 +29,7 @@ def cut_windows(length: int, window: int, passes: int, stride: int | None = None
         ends = [*range(length, last, -stride), last]
         return [(max(0, end - window), end) for end in ends]
     windows = []
-    for offset in range(0, window, -(-window // passes)):
+    for offset in {number * window // passes for number in range(passes)}:
         ends = {length, *range(length - offset, 0, -window)}
         windows += pairwise([0, *sorted(ends)])
     return windows
@@ -92,8 +92,8 @@ def packed_rows(
 ) -> Dataset:
     """
     Histories cut into windows of `max_items` and the item after them, as long as what is read when the next item is asked for,
-    and windows packed into rows of so many items, so that hardly any padding is left. The model reads every `<bos>` as the
-    beginning of another history.
+    and windows packed into rows of `max_items + 1` items, so that hardly any padding is left. The model reads every `<bos>` as
+    the beginning of another history.
 
     Returns:
         Dataset with the columns of `spell`.

@@ -304,16 +304,18 @@ def test_what_the_enhancer_cannot_do_is_said(tmp_path):
         build_enhancer(build_model(**ATOMIC)).on_train_begin(
             Arguments(tmp_path), TrainerState(num_train_epochs=1), None
         )
-    small = build_enhancer(build_model(**{**ATOMIC, "codebook_sizes": (10,), "num_items": 10}), pool_size=3)
+    small = build_enhancer(build_model(**{**ATOMIC, "codebook_sizes": (10,), "num_items": 10}), pool_size=40)
     small.items = [list(range(8)) for _ in small.items]  # two items are left, and nobody's pool can hold three
     small.behaviors = [[0] * 8 for _ in small.items]
     with pytest.raises(ValueError, match="pools of at least 3 items"):
         small._refresh(Arguments(tmp_path), 1)
-    small.items[0], small.behaviors[0] = [0], [1]  # this user's can, or not: by chance
-    small.pool_size = 40
+    small.items[0], small.behaviors[0] = [0], [1]  # but this user's can
+    small.threshold = 1.0
     small._refresh(Arguments(tmp_path), 1)
-    assert (small.negatives >= 0).sum(dim=1)[1:].max() <= 2 < (small.negatives >= 0).sum(dim=1)[0] + 1
-    assert small.found["enhancer_short_pools"] == pytest.approx(5 / 6), "the others get what there is"
+    assert (small.negatives >= 0).sum(dim=1).tolist() == [3] + [2] * 5, "the others get what there is"
+    assert small.found["enhancer_short_pools"] == pytest.approx(5 / 6)
+    with pytest.raises(ValueError, match="max_items below"):
+        build_enhancer(build_model("hstu", **ATOMIC), relabel=True)
     enhancer = build_enhancer(build_model(**ATOMIC))
     with torch.no_grad():
         enhancer.model.ranking_head.out_proj.bias.fill_(float("nan"))

@@ -325,14 +325,14 @@ def test_a_part_of_the_catalogue_is_swapped_in_for_one_call(recommender):
 
 def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender, monkeypatch):
     assert (
-        recommender.model.config.max_history_items == 14
-    )  # 1 + 14 * 4 codes and behaviours + 4 of the next item <= 64 < 1 + 15 * 4 + 4
+        recommender.model.config.max_history_items == 15
+    )  # 1 + 15 * 4 codes and behaviours + 3 codes of the next item = 64
     long = {"items": HISTORY["items"] * 10, "behaviors": HISTORY["behaviors"] * 10}
-    assert recommender(long) == recommender(long, max_items=14)
+    assert recommender(long) == recommender(long, max_items=15)
     monkeypatch.setattr(recommender.model.config, "max_items", 4)
-    assert recommender(long) == recommender(long, max_items=4) != recommender(long, max_items=14)
-    with pytest.raises(ValueError, match="max_items from 1 to the 14 items"):
-        UniGRFConfig(**{**recommender.model.config.to_dict(), "max_items": 15})
+    assert recommender(long) == recommender(long, max_items=4) != recommender(long, max_items=15)
+    with pytest.raises(ValueError, match="max_items from 1 to the 15 items"):
+        UniGRFConfig(**{**recommender.model.config.to_dict(), "max_items": 16})
     with pytest.raises(ValueError, match="take 68 positions, the backbone has 64"):
         recommender(long, max_items=16)
 

@@ -106,7 +106,7 @@ def test_recommend_in_bfloat16_agrees_with_float32():
 
 
 def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
-    together, apart = (build_model(num_items=30, rank_by_item_score=part) for part in (True, False))
+    together, apart = (build_model(rank_by_item_score=part, item_loss_weight=1.0) for part in (True, False))
     input_ids, mask, _ = random_histories(together, [4, 2])
     everything = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "ranking_target": "next"}
     items = torch.arange(30).expand(2, -1)
@@ -115,6 +115,8 @@ def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
     expected = torch.zeros(2, 30).scatter(1, best.item_indices, best.item_scores)
     torch.testing.assert_close(difference[..., 0], expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(difference[..., 1:], torch.zeros(2, 30, 2), atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="needs item_loss_weight"):
+        build_model(rank_by_item_score=False)
 
 
 def test_candidates_and_caches_that_do_not_fit_are_refused():

@@ -122,6 +122,7 @@ def test_a_training_that_failed_before_its_first_checkpoint_blocks_no_other(prep
     for wrong, message in (
         ('{"model_type": "lama"}', "lama"),
         (json.dumps(TINY | {"max_position_embeddings": 9}), "max_items"),
+        (json.dumps(TINY | {"max_position_embeddings": 20}), "the item after them, 21, found a backbone of 20"),
     ):
         with pytest.raises(ValueError, match=message):
             train.train(*train.parse([*arguments, f"--text_config={wrong}"]))
@@ -383,7 +384,9 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     total = sum(map(len, histories["items"]))
-    for passes in (1, 3):
+    for passes in (1, 3, 5, 7):
+        alone = training_rows.history_rows(histories, tokenizer, 6, passes)
+        assert max(alone["length"]) == 1 + 7 * (tokenizer.num_levels + 1)
         rows = training_rows.packed_rows(histories, tokenizer, 6, passes, seed=0)
         spelt = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
         # Six items and the one after them: all that is read when the next item is asked for has been read in training.
