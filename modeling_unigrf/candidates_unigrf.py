@@ -120,6 +120,7 @@ def detached(cache: DynamicCache) -> DynamicCache:
 @torch.no_grad()
 def beam_candidates(
     model,
+    num_beams: int,
     history_states: torch.FloatTensor,
     history_mask: torch.BoolTensor,
     cache: DynamicCache,
@@ -127,7 +128,7 @@ def beam_candidates(
     request_timestamps: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
-    The items of the model's own beam search, `[batch_size, config.num_train_beams]` or as many as there are; -1: none.
+    The items of the model's own beam search, `[batch_size, num_beams]` or as many as there are; -1: none.
 
     Args:
         history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
@@ -146,7 +147,7 @@ def beam_candidates(
         history_mask,
         history_states,
         detached(cache),
-        model.config.num_train_beams,
+        num_beams,
         trie,
         item_filter,
         request_timestamps=request_timestamps,
@@ -208,7 +209,9 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
         )
     if candidates is None and config.num_train_beams:
         when = None if asked_for is None else asked_for[:, 0]
-        candidates = beam_candidates(model, history_states, history_mask, cache, supervision.blocked_items, when)
+        candidates = beam_candidates(
+            model, config.num_train_beams, history_states, history_mask, cache, supervision.blocked_items, when
+        )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
     if config.inject_target:

@@ -16,9 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.cache_utils import DynamicCache
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from modeling_unigrf.candidates_unigrf import beam_candidates
 from recipes.histories import padded
 
 
@@ -270,7 +272,8 @@ class KeptBeams(SavedTensors):
     Args:
         model (`UniGRFForCausalLM`)
         rows (`Dataset`): Training rows, each of one history that ends in the item that is to be ranked, with `row`, its number
-            (`remove_unused_columns=False` keeps it). Their `timestamps` are read, if they have some.
+            (`remove_unused_columns=False` keeps it). Their `timestamps` are read, if they have some; their `blocked_items` are no
+            candidates.
         num_beams (`int`): Candidates a row.
         every_epochs (`int`): Epochs that they are kept.
 
@@ -305,30 +308,32 @@ class KeptBeams(SavedTensors):
         if epoch % self.every_epochs == 0 and self.made_at != epoch:
             self._propose(args, epoch)
 
-    def _histories(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """What `generate` reads of some rows: all but the last item, padded on the left, and when that item came."""
-        some, end = [self.rows[int(row)] for row in rows], -self.model.layout.num_levels - 1
+    def _search(self, rows: np.ndarray) -> torch.LongTensor:
+        """The candidates of some rows, `[b, num_beams]` or as many as there are: after all but their last item, when that came."""
+        model, some, end = self.model, [self.rows[int(row)] for row in rows], -self.model.layout.num_levels - 1
 
         def histories(name: str, padding: int) -> torch.LongTensor:
-            return padded([row[name][:end] for row in some], padding, "left").to(self.model.device)
+            return padded([row[name][:end] for row in some], padding, "left").to(model.device)
 
-        inputs = {"input_ids": histories("input_ids", self.model.config.pad_token_id)}
+        input_ids, times, blocked = histories("input_ids", model.config.pad_token_id), (None, None), None
         if "timestamps" in self.rows.column_names:
-            asked_for = torch.tensor([row["timestamps"][end] for row in some]).to(self.model.device)
-            inputs |= {"timestamps": histories("timestamps", -1), "request_timestamps": asked_for}
-        return inputs
+            asked_for = torch.tensor([row["timestamps"][end] for row in some]).to(model.device)
+            times = (histories("timestamps", -1), asked_for)
+        if "blocked_items" in self.rows.column_names:
+            blocked = padded([row["blocked_items"] for row in some]).to(model.device)
+        mask, cache = input_ids != model.config.pad_token_id, DynamicCache()
+        states = model.read_history(input_ids, mask.long(), cache, *times)
+        return beam_candidates(model, self.items.shape[1], states, mask, cache, blocked, times[1])
 
     @torch.no_grad()
     def _propose(self, args, epoch: int) -> None:
         """Searches for all rows, each process its part of them."""
-        model, layout, num_beams, parts = self.model, self.model.layout, self.items.shape[1], []
+        model, num_beams, parts = self.model, self.items.shape[1], []
         was_training = model.training
         model.eval()
         lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
         for rows in self.my_batches(lengths, self.batch_size, args, "candidates"):
-            found = model.generate(**self._histories(rows), num_beams=num_beams, num_return_sequences=num_beams)
-            codes = found[:, -layout.num_levels :] - found.new_tensor(layout.code_offsets)
-            items = model.catalogue.trie.lookup(codes).view(len(rows), -1).cpu()
+            items = self._search(rows).cpu()
             parts.append((rows, torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)))
         for of_process in gather_object([parts]):
             for rows, items in of_process:

@@ -236,11 +236,6 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
     """Refuses arguments that exclude each other, or that would do nothing; raises `ValueError`."""
     if model_args.enhancer and model_args.second_stage:
         raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
-    if data_args.exclude_history and model_args.beams_kept_epochs:
-        raise ValueError(
-            "Expected beams_kept_epochs=0 with exclude_history, found both: beams that are kept are searched for among all "
-            "items. Leave one of them out."
-        )
     for name, is_asked, needed, is_there in (
         ("beams_kept_epochs", model_args.beams_kept_epochs > 0, "num_train_beams", model_args.num_train_beams > 0),
         ("exclude_history", data_args.exclude_history, "num_train_beams", model_args.num_train_beams > 0),

@@ -420,6 +420,12 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
         )
         assert torch.equal(found[:30], best.item_indices[0])
     assert "candidates" not in kept.collator(Collator(PAD))([rows.remove_columns("row")[0]])
+    own = [list(range(row % 7)) for row in range(len(rows))]
+    others = KeptBeams(model, rows.add_column("blocked_items", own), num_beams=30, batch_size=3)
+    others.on_epoch_begin(args, state, None)
+    for items, all_items, blocked in zip(others.items.tolist(), kept.items.tolist(), own, strict=True):
+        allowed = [item for item in all_items if item not in (-1, *blocked)]
+        assert items == allowed + [-1] * len(blocked), "a row's own items are none of them"
     before = kept.items.clone()
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
