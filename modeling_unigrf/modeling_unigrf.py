@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .candidates_unigrf import check_candidates, read_candidates
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
@@ -27,7 +27,7 @@ from .training_unigrf import softmax_over_items
 
 
 @dataclass
-class UniGRFCausalLMOutput(ModelOutput):
+class UniGRFCausalLMOutput(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`): `generation_loss_weight * generation_loss + ranking_loss_weight *`
@@ -50,11 +50,6 @@ class UniGRFCausalLMOutput(ModelOutput):
             training with `model.measures_gradients`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     generation_loss: torch.FloatTensor | None = None
     ranking_loss: torch.FloatTensor | None = None
     item_loss: torch.FloatTensor | None = None
