@@ -242,5 +242,6 @@ def check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_i
     if candidates.numel() and not lowest <= int(candidates.min()) <= int(candidates.max()) < num_items:
         raise ValueError(
             f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of {num_items} "
-            "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
+            "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`"
+            + (", and -1 where there is none." if lowest < 0 else ".")
         )

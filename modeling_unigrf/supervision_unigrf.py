@@ -177,9 +177,7 @@ class UniGRFSupervisionMixin:
         """
         config, targets = self.config, supervision.targets
         of_histories = hidden_states[:, : targets.shape[1]]
-        code_targets, retrieved = retrieval_positives(self.layout, config, targets, supervision.items)
-        # Of the items that count: a batch then weighs as much as it has items, whole or accumulated.
-        share = len(retrieved.items) / max(1, len(supervision.items.items))
+        code_targets, retrieved, share = retrieval_positives(self.layout, config, targets, supervision.items)
         losses = {}
         if config.generation_loss_weight:
             losses["generation_loss"] = share * generation_loss(self, of_histories, code_targets, supervision.given)

@@ -67,19 +67,21 @@ def supervised_items(
 
 def retrieval_positives(
     layout: ItemLayout, config, targets: torch.LongTensor, supervised: SupervisedItems
-) -> tuple[torch.LongTensor, SupervisedItems]:
+) -> tuple[torch.LongTensor, SupervisedItems, torch.Tensor | float]:
     """
     What retrieval learns of the next tokens `targets [B, T]` and the items among them: all, or those on which the user did one of
-    `config.retrieval_behaviors`; the codes of the others are -100.
+    `config.retrieval_behaviors`; the codes of the others are -100. And which share of the codes that is, by which a mean over
+    them becomes one over all, so that a batch weighs as much whole as accumulated.
     """
     if config.retrieval_behaviors is None:
-        return targets, supervised
+        return targets, supervised, 1.0
     ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
     positive = torch.isin(supervised.behaviors, targets.new_tensor([ids[name] for name in config.retrieval_behaviors]))
     left_out = [one[~positive][:, None] for one in (supervised.rows, supervised.history_ends)]
     steps = torch.arange(layout.num_levels, device=targets.device)
-    targets = targets.index_put((left_out[0], left_out[1] + steps), targets.new_tensor(-100))
-    return targets, SupervisedItems(*(one[positive] for one in vars(supervised).values()))
+    codes = targets.index_put((left_out[0], left_out[1] + steps), targets.new_tensor(-100))
+    kept, count = ((layout.token_levels(one) >= 0).sum() for one in (codes, targets))
+    return codes, SupervisedItems(*(one[positive] for one in vars(supervised).values())), kept / count.clamp(min=1)
 
 
 @dataclass

@@ -86,8 +86,8 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
     gradients of both losses towards the backbone's output are as long as their losses are slow (GradNorm, Chen et al. 2018,
     arXiv 1711.02257, section 3, solved for the weights instead of descended to).
 
-    The weights are the same on all processes, are logged (those of the last step), and are saved with the Trainer's checkpoints: train with
-    `restore_callback_states_from_checkpoint=True` to resume them.
+    The weights are the same on all processes, are logged (those of the last step), and are saved with the Trainer's
+    checkpoints: train with `restore_callback_states_from_checkpoint=True` to resume them.
 
     Args:
         window_steps (`int`, *optional*): Optimiser steps of a window; an epoch by default.

@@ -279,8 +279,8 @@ def run(args: ReproduceArguments) -> None:
         **tokenizer.config_fields(),
         text_config=BACKBONES[args.backbone],
         max_items=MAX_ITEMS,
-        code_negatives=args.code_negatives,
         **{
+            "code_negatives": args.code_negatives,
             "ranking_targets": liked,
             "ranking_weight": 0.0,
             "ranking_dropout": 0.1,

@@ -126,7 +126,8 @@ def by_row(
     runs: list[dict], row: Callable[[dict], tuple], apart: tuple[str, ...] = ("seed",)
 ) -> dict[tuple, list[dict]]:
     """
-    Runs of the same row, which differ in their seed (in the arguments `apart`) alone; raises `ValueError` if they differ in more, as when only one of the
+    Runs of the same row, which differ in their seed (in the arguments `apart`) alone; raises `ValueError` if they differ in
+    more, as when only one of the
     seeds was run again with other settings.
     """
     groups = defaultdict(list)

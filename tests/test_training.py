@@ -500,6 +500,9 @@ def test_retrieval_learns_the_items_with_its_behaviours_alone_and_ranking_all(ba
     torch.testing.assert_close(out.item_loss, share * expected.item_loss)
     torch.testing.assert_close(out.ranking_loss, whole.ranking_loss)
     assert (out.generation_loss - whole.generation_loss).abs() > 1e-3
+    labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no item's behaviour is known
+    for model in (plain, chosen):
+        torch.testing.assert_close(model(input_ids, mask, labels=labels).generation_loss, whole.generation_loss)
     with pytest.raises(ValueError, match="retrieval_behaviors among"):
         UniGRFConfig(behaviors=["view"], retrieval_behaviors=["like"])
 
