@@ -127,8 +127,7 @@ def by_row(
 ) -> dict[tuple, list[dict]]:
     """
     Runs of the same row, which differ in their seed (in the arguments `apart`) alone; raises `ValueError` if they differ in
-    more, as when only one of the
-    seeds was run again with other settings.
+    more, as when only one of the seeds was run again with other settings.
     """
     groups = defaultdict(list)
     for run in runs:
