@@ -36,7 +36,7 @@ class HSTUConfig(PreTrainedConfig):
     """
 
     model_type = "hstu"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 1024
     hidden_size: int = 50

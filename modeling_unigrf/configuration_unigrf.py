@@ -144,7 +144,7 @@ class UniGRFConfig(PreTrainedConfig):
 
     model_type = "unigrf"
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        "cache",
         "generation_loss",
         "ranking_loss",
         "item_loss",

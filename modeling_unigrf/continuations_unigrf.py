@@ -194,7 +194,7 @@ def read_continuations(
     token_ids: torch.LongTensor | None,
     history_mask: torch.BoolTensor,
     earlier_keys: torch.LongTensor,
-    past_key_values: DynamicCache,
+    cache: DynamicCache,
     timestamps: torch.LongTensor | None = None,
     inputs_embeds: torch.FloatTensor | None = None,
     token_mask: torch.BoolTensor | None = None,
@@ -228,7 +228,7 @@ def read_continuations(
     inputs = token_ids if inputs_embeds is None else inputs_embeds
     batch_size, count, steps = inputs.shape[:3]
     earlier, length, device = earlier_keys.shape[2], history_mask.shape[1], inputs.device
-    start, own = past_key_values.get_seq_length(), torch.arange(count * steps, device=device)
+    start, own = cache.get_seq_length(), torch.arange(count * steps, device=device)
     own_keys = torch.cat([earlier_keys, (start + own).view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
     positions, own_mask = torch.arange(earlier + steps, device=device).expand(batch_size, count, -1), None
     if token_mask is not None:
@@ -238,7 +238,7 @@ def read_continuations(
     arguments = {
         "input_ids" if inputs_embeds is None else "inputs_embeds": inputs.flatten(1, 2),
         "position_ids": positions[:, :, earlier:].flatten(1),
-        "past_key_values": past_key_values,
+        "cache": cache,
         "use_cache": True,
     }
     if timestamps is not None:
@@ -282,9 +282,9 @@ def shares_prefix(backbone: nn.Module) -> bool:
         trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
         # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
         with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
-            backbone(token, past_key_values=cache, use_cache=True)
+            backbone(token, cache=cache, use_cache=True)
             config._attn_implementation = SHARED_PREFIX
-            backbone(token, seen, past_key_values=cache, use_cache=True, continuations=trial)
+            backbone(token, seen, cache=cache, use_cache=True, continuations=trial)
         backbone.hands_down_arguments = trial.handed_down
         if not trial.handed_down:
             config._attn_implementation = "sdpa"

@@ -115,8 +115,8 @@ class UniGRFGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """A cache that forgets nothing, where none was asked for: windows are a matter of the masks."""
         wanted = generation_config.cache_implementation is None and generation_config.use_cache is not False
-        if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DynamicCache()
+        if wanted and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = DynamicCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_stopping_criteria(self, *args, **kwargs):
@@ -230,7 +230,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
-        past_key_values: DynamicCache,
+        cache: DynamicCache,
         timestamps: torch.LongTensor | None = None,
         request_timestamps: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
@@ -240,12 +240,12 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
-            past_key_values (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards.
+            cache (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards.
             timestamps (`torch.LongTensor` of shape `(batch_size, T)`), request_timestamps (`torch.LongTensor` of shape
                 `(batch_size,)`, *optional*): As `recommend` takes them, both or none.
         """
-        check_cache(past_key_values)
-        cached, length = past_key_values.get_seq_length(), input_ids.shape[1]
+        check_cache(cache)
+        cached, length = cache.get_seq_length(), input_ids.shape[1]
         if cached > length:
             raise ValueError(f"Expected a cache of at most the {length} tokens of input_ids, found one of {cached}.")
         times = None
@@ -256,22 +256,20 @@ class UniGRFGenerationMixin(GenerationMixin):
             arguments = {} if vectors is None else {"item_vectors": vectors[:, cached:]}
             if times is not None:
                 arguments |= {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
-            outputs = self.model(
-                input_ids[:, cached:], attention_mask, past_key_values=past_key_values, use_cache=True, **arguments
-            )
+            outputs = self.model(input_ids[:, cached:], attention_mask, cache=cache, use_cache=True, **arguments)
             return outputs.last_hidden_state[:, -1]
         before = attention_mask.bool().clone()
         before[:, -1] = False
         nothing = input_ids.new_empty(len(input_ids), 1, 0)
         tokens = self.get_input_embeddings()(input_ids[:, -1:])
         tokens = tokens if vectors is None else tokens + vectors[:, -1:]
-        with kept_as_found(past_key_values):
+        with kept_as_found(cache):
             states, _ = read_continuations(
                 self.model,
                 None,
                 before,
                 nothing,
-                past_key_values,
+                cache,
                 None if times is None else times[:, -2:],
                 inputs_embeds=tokens[:, :, None],
             )
@@ -282,7 +280,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
         history_states: torch.FloatTensor,
-        past_key_values: DynamicCache,
+        cache: DynamicCache,
         num_beams: int,
         trie: CatalogueTrie,
         item_filter: ItemFilter | None = None,
@@ -297,7 +295,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Checked histories.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Output at their last tokens.
-            past_key_values (`DynamicCache`): Of the histories. The codes that were run are left on it (`Beams.keys`).
+            cache (`DynamicCache`): Of the histories. The codes that were run are left on it (`Beams.keys`).
             logits_processor (`LogitsProcessorList`, *optional*): The user's own, called as stock beam search does, on
                 `[batch_size * num_beams, T + steps]` tokens and log-probabilities over the vocabulary.
             max_steps (`int`, *optional*): Stop before the items are whole.
@@ -319,9 +317,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         for level in range(begun, last):
             if level > begun:
                 tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
-                states, beams.keys = read_continuations(
-                    self.model, tokens, history_mask, beams.keys, past_key_values, times
-                )
+                states, beams.keys = read_continuations(self.model, tokens, history_mask, beams.keys, cache, times)
                 states = states[:, :, 0]
             log_probs = self.code_logits(states, layout.level_slice(level)).float().log_softmax(dim=-1)
             if logits_processor:
@@ -370,7 +366,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             for name in ("do_sample", "output_attentions", "output_hidden_states", "output_logits")
             if getattr(generation_config, name)
         ]
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         if synced_gpus:
             unsupported.append("synced_gpus")
         known = (ItemComplete, MaxLengthCriteria, EosTokenCriteria)  # an item has no eos
@@ -422,7 +418,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         return GenerateBeamDecoderOnlyOutput(
             sequences=sequences,
             sequences_scores=scores.flatten() if generation_config.output_scores else None,
-            past_key_values=cache,
+            cache=cache,
         )
 
     def max_return_sequences(self, num_beams: int | None = None) -> int:
@@ -443,7 +439,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         allowed_items: list | None = None,
         blocked_items: list | None = None,
         catalogue: CatalogueTrie | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         timestamps: torch.LongTensor | None = None,
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
@@ -471,7 +467,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 request. They hold inside the search: a beam never spends itself on an item that may not be shown.
             catalogue (`CatalogueTrie`, *optional*): Recommend only items of this part of the catalogue (a market, a
                 surface), made by `model.catalogue.subset(items)`; the histories may hold any item.
-            past_key_values (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
+            cache (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
                 all of them afterwards.
             timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): When each token's event was, for a backbone
                 that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
@@ -536,7 +532,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         if allowed_items is not None or blocked_items is not None:
             item_filter = ItemFilter(trie, self.catalogue.item_codes, allowed_items, blocked_items)
 
-        cache = DynamicCache() if past_key_values is None else past_key_values
+        cache = DynamicCache() if cache is None else cache
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_hstu import HSTUConfig
 from .continuations_unigrf import check_cache
@@ -67,15 +68,15 @@ class HSTULayer(nn.Module):
         attention_mask: torch.BoolTensor,
         distance: torch.LongTensor,
         seconds: torch.LongTensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         output_attentions: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states [B, Q, hidden_size]`, `attention_mask [B, 1, Q, K]` -> the same shape, and `[B, H, Q, K]` weights."""
         normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         u, *vqk = nn.functional.silu(self.uvqk_proj(normed)).chunk(4, dim=-1)
         value, query, key = (one.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for one in vqk)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to renormalise.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
         weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
@@ -117,13 +118,14 @@ class HSTUModel(HSTUPreTrainedModel):
         self.layers = nn.ModuleList(HSTULayer(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         timestamps: torch.LongTensor | None = None,
@@ -151,13 +153,13 @@ class HSTUModel(HSTUPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            check_cache(past_key_values)
-            if len(past_key_values.layers) == self.config.num_hidden_layers:  # made from a config
-                past_key_values.layers.append(DynamicLayer())
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is not None:
+            check_cache(cache)
+            if len(cache.layers) == self.config.num_hidden_layers:  # made from a config
+                cache.layers.append(DynamicLayer())
+        seen = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
         if position_ids.max() >= self.config.max_position_embeddings:
@@ -170,7 +172,7 @@ class HSTUModel(HSTUPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
             )
         visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
@@ -181,8 +183,8 @@ class HSTUModel(HSTUPreTrainedModel):
         if next_timestamps is None:
             next_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
         places = torch.stack([position_ids, timestamps], dim=-1)[:, None]
-        if past_key_values is not None:
-            places, _ = past_key_values.update(places, places[..., :0], self.config.num_hidden_layers)
+        if cache is not None:
+            places, _ = cache.update(places, places[..., :0], self.config.num_hidden_layers)
         key_positions, key_times = places[:, 0].unbind(dim=-1)
         distance = key_positions[:, None] - position_ids[:, :, None]
         # Where every query is as far from what it sees as their places in the row are, also in padded or packed rows, one
@@ -201,14 +203,12 @@ class HSTUModel(HSTUPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         all_states, all_weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states, weights = layer(
-                hidden_states, visible, distance, seconds, past_key_values, output_attentions
-            )
+            hidden_states, weights = layer(hidden_states, visible, distance, seconds, cache, output_attentions)
             all_states.append(hidden_states)
             all_weights.append(weights)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .candidates_unigrf import check_candidates, read_candidates
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
@@ -36,7 +37,7 @@ class UniGRFCausalLMOutput(CausalLMOutputWithPast):
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice. None in training with labels: they would cost more than the
             loss, which needs a level's logits only where the level is.
-        past_key_values, hidden_states, attentions: As in every causal model of transformers; in training they cover the
+        cache, hidden_states, attentions: As in every causal model of transformers; in training they cover the
             negatives behind the sequence as well.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes, with
             `config.generation_loss_weight`.
@@ -110,13 +111,14 @@ class UniGRFModel(UniGRFPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         timestamps: torch.LongTensor | None = None,
@@ -158,7 +160,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -309,13 +311,14 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
                 weight[level.stop : needed] = weight[level].mean(dim=0)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -389,7 +392,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         inputs |= {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            "cache": cache,
             "use_cache": use_cache,
         }
         if timestamps is not None:
@@ -413,11 +416,11 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         if supervision is not None:
             losses = self._losses(outputs.last_hidden_state, supervision, num_items_in_batch)
             if supervision.cache is not None:
-                outputs.past_key_values = None  # a cache of training, which nobody asked for
+                outputs.cache = None  # a cache of training, which nobody asked for
         return UniGRFCausalLMOutput(
             # Training needs a level's logits where the level is, no others: a fifth of them with four codes an item.
             logits=None if losses and self.training else self.code_logits(hidden_states),
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **losses,
@@ -471,7 +474,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor | None = None,
         candidates: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         history_states: torch.FloatTensor | None = None,
         candidates_per_pack: int = 64,
         timestamps: torch.LongTensor | None = None,
@@ -488,8 +491,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Histories, left-padded.
             attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*)
             candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
-            past_key_values (`DynamicCache`, *optional*): Of exactly these histories, e.g. one that `model.model(...,
-                past_key_values=DynamicCache())` has filled. Only the candidates' tokens are run then, and the cache is left
+            cache (`DynamicCache`, *optional*): Of exactly these histories, e.g. one that `model.model(...,
+                cache=DynamicCache())` has filled. Only the candidates' tokens are run then, and the cache is left
                 as it was found.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): The backbone's output at
                 the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
@@ -519,26 +522,26 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         length = input_ids.shape[1]
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
         times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
-        if past_key_values is None:
-            past_key_values = DynamicCache()
-            history_states = self.read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
-        check_cache(past_key_values)
-        if past_key_values.get_seq_length() != length:
+        if cache is None:
+            cache = DynamicCache()
+            history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        check_cache(cache)
+        if cache.get_seq_length() != length:
             raise ValueError(
-                f"Expected a cache of the {length} tokens of input_ids, found one of {past_key_values.get_seq_length()}."
+                f"Expected a cache of the {length} tokens of input_ids, found one of {cache.get_seq_length()}."
             )
         if history_states is None and self.ranking_head.history_query is not None:
-            history_states = self.read_history(input_ids, attention_mask, past_key_values, timestamps, asked_for)
+            history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():
-            with kept_as_found(past_key_values):
+            with kept_as_found(cache):
                 states = read_candidates(
                     self,
                     pack,
                     history_mask,
                     nothing.expand(-1, pack.shape[1], -1),
-                    past_key_values,
+                    cache,
                     long_history,
                     times,
                 )

@@ -66,12 +66,12 @@ class UniGRFSupervisionMixin:
         items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
         second_stage = self.config.ranking_loss_weight > 0 and (candidates is not None or self._second_stage)
         seen = inputs["attention_mask"]
-        own = inputs["past_key_values"] is not None or inputs["position_ids"] is not None
+        own = inputs["cache"] is not None or inputs["position_ids"] is not None
         if own or (seen is not None and seen.dim() != 2):
             if second_stage or self._negatives_per_item or negative_items is not None:
                 raise ValueError(
                     "Negatives and candidates are run behind the histories, which needs a 2-D attention_mask, and neither "
-                    "position_ids nor past_key_values. Leave them out; or set config.negatives_per_item = 0 and leave "
+                    "position_ids nor a cache. Leave them out; or set config.negatives_per_item = 0 and leave "
                     "negative_items out, and candidates."
                 )
             return inputs, Supervision(targets, items)
@@ -100,7 +100,7 @@ class UniGRFSupervisionMixin:
                 len(tokens), long_items, long_behaviors, long_timestamps, "timestamps" in inputs
             )
             supervision.cache = DynamicCache()
-            inputs |= {"past_key_values": supervision.cache, "use_cache": True}
+            inputs |= {"cache": supervision.cache, "use_cache": True}
         return inputs, supervision
 
     def _pack(

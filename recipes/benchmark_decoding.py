@@ -156,7 +156,7 @@ def contenders(model, stock, dict_trie, input_ids, num_beams: int, stock_tokens:
     users, length = input_ids.shape
     levels = model.config.num_levels
     mask, cache = torch.ones_like(input_ids), DynamicCache()
-    states = model.model(input_ids, mask, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    states = model.model(input_ids, mask, cache=cache, use_cache=True).last_hidden_state[:, -1]
     generator = torch.Generator().manual_seed(2)
     drawn = [torch.randperm(model.catalogue.num_items, generator=generator)[:num_beams] for _ in range(users)]
     candidates = torch.stack(drawn).to(input_ids.device)
@@ -179,13 +179,13 @@ def contenders(model, stock, dict_trie, input_ids, num_beams: int, stock_tokens:
         rows, seen = tokens.flatten(0, 1), mask.repeat_interleave(num_beams, dim=0)
         seen = nn.functional.pad(seen, (0, levels), value=1)
         positions = length + torch.arange(levels, device=rows.device).expand(len(rows), -1)
-        out = stock.model(rows, attention_mask=seen, position_ids=positions, past_key_values=repeated)
+        out = stock.model(rows, attention_mask=seen, position_ids=positions, cache=repeated)
         model.ranking_logits(out.last_hidden_state[:, -1].view(users, num_beams, -1), None, candidates)
 
     ours = {
         "prefill: ours": lambda: model.model(input_ids, mask, use_cache=True),
         "search: ours": lambda: model.generate(input_ids, attention_mask=mask, **beams),
-        "ranking: ours": lambda: model.rank(input_ids, mask, candidates, past_key_values=cache, history_states=states),
+        "ranking: ours": lambda: model.rank(input_ids, mask, candidates, cache=cache, history_states=states),
         "both: ours": lambda: model.recommend(input_ids, mask, **beams),
         f"{MATMULS}: floor": matmuls(model, users * num_beams, levels),
     }

@@ -216,10 +216,10 @@ class RankingDrivenEnhancer(SavedTensors):
         usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
-        states = model.read_history(**batch, past_key_values=cache)
+        states = model.read_history(**batch, cache=cache)
         log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
         retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
-        ranking = model.rank(**batch, candidates=pool, past_key_values=cache, history_states=states)
+        ranking = model.rank(**batch, candidates=pool, cache=cache, history_states=states)
         index = model.config.ranking_targets.index(self.target)
         return pool, retrieval, ranking[..., index].sigmoid(), usable
 

@@ -181,7 +181,7 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
         padded = padded.to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
         cache, own = DynamicCache(), split[batch]["items"]
-        states = model.read_history(**padded, past_key_values=cache)
+        states = model.read_history(**padded, cache=cache)
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])
@@ -196,11 +196,11 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "ranking_weight": 0.0,
                 "ranking_target": liked[0],
             }
-            best = model.recommend(**padded, **beams, blocked_items=own, past_key_values=cache)
+            best = model.recommend(**padded, **beams, blocked_items=own, cache=cache)
             hits = (best.item_indices == targets[:, None]).cpu().numpy()
             ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
         if is_ranked:
-            ranking = model.rank(**padded, candidates=targets[:, None], past_key_values=cache, history_states=states)
+            ranking = model.rank(**padded, candidates=targets[:, None], cache=cache, history_states=states)
             # Of any of the behaviours that are likes.
             scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
     found = {}

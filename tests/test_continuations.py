@@ -34,7 +34,7 @@ def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, wa
     generator = torch.Generator().manual_seed(1)
     seen, cache = mask.bool(), DynamicCache()
     with torch.no_grad():
-        model.model(input_ids, mask, past_key_values=cache, use_cache=True)
+        model.model(input_ids, mask, cache=cache, use_cache=True)
         tokens = torch.randint(4, model.config.vocab_size, (2, 3, 1), generator=generator)
         paths, keys = tokens, torch.empty(2, 3, 0, dtype=torch.long)
         states, keys = read_continuations(model.model, tokens, seen, keys, cache)

@@ -35,8 +35,8 @@ def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
     cache, chunks = None, []
     for start, end in ((0, 3), (3, 17), (17, input_ids.shape[1])):
         with torch.no_grad():
-            out = model(input_ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+            out = model(input_ids[:, start:end], mask[:, :end], cache=cache, use_cache=True)
+        cache = out.cache
         chunks.append(out.logits)
     cached = torch.cat(chunks, dim=1)
     for row in range(len(input_ids)):
@@ -305,9 +305,7 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
     with pytest.raises(ValueError, match="Expected a `DynamicCache"):
-        model.rank(
-            input_ids, mask, torch.tensor([[1], [2]]), past_key_values=StaticCache(model.config, max_cache_len=40)
-        )
+        model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
 
 
 def test_padding_takes_no_positions():

@@ -57,10 +57,10 @@ def test_search_and_ranking_on_any_part_of_a_cache_equal_exact_scoring(backbone,
     # Ends in the middle of an item, before a behaviour whose codes are on the cache, at the end.
     for cached in (7, input_ids.shape[1] - 1, input_ids.shape[1]):
         cache = DynamicCache()
-        part = {"past_key_values": cache, "use_cache": True, "item_vectors": vectors[:, :cached]}
+        part = {"cache": cache, "use_cache": True, "item_vectors": vectors[:, :cached]}
         with torch.no_grad():
             model.model(input_ids[:, :cached], mask[:, :cached], **part)
-        again = model.recommend(input_ids, mask, past_key_values=cache, **asked)
+        again = model.recommend(input_ids, mask, cache=cache, **asked)
         assert torch.equal(again.item_indices, whole.item_indices)
         torch.testing.assert_close(again.scores, whole.scores, atol=5e-5, rtol=1e-4)
 
@@ -113,9 +113,9 @@ def test_vectors_that_are_missing_are_asked_for():
     with pytest.raises(ValueError, match="pass item_vectors="):
         model.model(input_ids, mask)
     cache = DynamicCache()
-    model(input_ids[:, :5], past_key_values=cache, use_cache=True)  # <bos> and the codes of the first item
+    model(input_ids[:, :5], cache=cache, use_cache=True)  # <bos> and the codes of the first item
     with pytest.raises(ValueError, match="Begin with a <bos> or a whole item"):
-        model(input_ids[:, 5:], past_key_values=cache, use_cache=True)
+        model(input_ids[:, 5:], cache=cache, use_cache=True)
     with pytest.raises(ValueError, match="history_item_vectors needs item vectors"):
         build(embeddings=False)
     assert build_model().history_item_vectors(input_ids) is None

@@ -83,7 +83,7 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
     parts = [
         model(
             tokens[:, part],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             timestamps=times[:, part],
             next_timestamps=later[:, part],
@@ -97,7 +97,7 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
     whole, cache = model(tokens, **arguments).last_hidden_state, DynamicCache()
     for part in (slice(0, 7), slice(7, 9)):
         columns = {name: column[:, part] for name, column in arguments.items()}
-        last = model(tokens[:, part], past_key_values=cache, use_cache=True, **columns).last_hidden_state
+        last = model(tokens[:, part], cache=cache, use_cache=True, **columns).last_hidden_state
     torch.testing.assert_close(last, whole[:, 7:], atol=1e-5, rtol=1e-4)
     unknown = model(tokens, timestamps=torch.full_like(times, -1)).last_hidden_state
     torch.testing.assert_close(unknown, model(tokens).last_hidden_state)
@@ -124,7 +124,7 @@ def test_any_dynamic_cache_will_do_and_no_other():
     model = build_model("hstu")
     input_ids, mask, _ = random_histories(model, [3, 2])
     expected = model.recommend(input_ids, mask)
-    found = model.recommend(input_ids, mask, past_key_values=DynamicCache(config=model.config))
+    found = model.recommend(input_ids, mask, cache=DynamicCache(config=model.config))
     torch.testing.assert_close(found.scores, expected.scores)
     sequences = model.generate(input_ids, attention_mask=mask, num_beams=4)
     assert torch.equal(
@@ -182,8 +182,8 @@ def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
     candidates = torch.arange(30).expand(2, -1)
     ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **given)
     cache, later = DynamicCache(), torch.cat([times[:, 1:], requests[:, None]], dim=1)
-    model.model(input_ids, mask, past_key_values=cache, use_cache=True, timestamps=times, next_timestamps=later)
-    again = model.rank(input_ids, mask, candidates, past_key_values=cache, **given)
+    model.model(input_ids, mask, cache=cache, use_cache=True, timestamps=times, next_timestamps=later)
+    again = model.rank(input_ids, mask, candidates, cache=cache, **given)
     for row in range(2):
         real = mask[row].bool()
         length = int(real.sum())

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 def prefill(model, input_ids, mask):
     cache = DynamicCache()
     with torch.no_grad():
-        model.model(input_ids, mask, past_key_values=cache, use_cache=True)
+        model.model(input_ids, mask, cache=cache, use_cache=True)
     return cache
 
 
@@ -48,14 +48,14 @@ def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_u
     candidates = torch.tensor([[0, 5, 9], [29, 1, 2]])
     cache = prefill(model, input_ids, mask)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    on_cache = model.rank(input_ids, mask, candidates, past_key_values=cache)
+    on_cache = model.rank(input_ids, mask, candidates, cache=cache)
     torch.testing.assert_close(on_cache, model.rank(input_ids, mask, candidates), atol=2e-5, rtol=1e-4)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
     arguments = {"attention_mask": mask, "num_beams": 6, "num_return_sequences": 6}
-    after = model.generate(input_ids, past_key_values=cache, **arguments)
+    after = model.generate(input_ids, cache=cache, **arguments)
     assert torch.equal(after, model.generate(input_ids, **arguments))
-    again = model.rank(input_ids, mask, candidates, past_key_values=cache)
+    again = model.rank(input_ids, mask, candidates, cache=cache)
     torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_the_cache_is_left_as_it_was_also_when_ranking_fails(monkeypatch):
         model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
     )  # after the first one's
     with pytest.raises(ZeroDivisionError):
-        model.rank(input_ids, mask, torch.tensor([[0], [1]]), past_key_values=cache)
+        model.rank(input_ids, mask, torch.tensor([[0], [1]]), cache=cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [input_ids.shape[1]] * 2
 
 
@@ -131,9 +131,7 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
         model.rank(input_ids, mask, torch.tensor([[1], [30]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
-        model.rank(
-            input_ids, mask, torch.tensor([[1], [3]]), past_key_values=prefill(model, input_ids[:, :-5], mask[:, :-5])
-        )
+        model.rank(input_ids, mask, torch.tensor([[1], [3]]), cache=prefill(model, input_ids[:, :-5], mask[:, :-5]))
     with pytest.raises(ValueError, match="ranking_target among"):
         model.recommend(input_ids, mask, ranking_target="share")
     with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):

@@ -67,7 +67,7 @@ def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backb
     stage_one.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         torch.testing.assert_close(out.generation_loss, stage_one(input_ids, mask, labels=labels).generation_loss)
-    assert out.past_key_values is None
+    assert out.cache is None
 
 
 def test_no_beam_of_training_is_spent_on_a_blocked_item_and_the_target_is_ranked_all_the_same():

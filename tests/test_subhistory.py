@@ -172,9 +172,9 @@ def test_rank_with_sub_histories_equals_every_candidate_on_its_own(backbone, att
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
     cache = DynamicCache()
     with torch.no_grad():
-        model.model(input_ids, mask, past_key_values=cache, use_cache=True)
+        model.model(input_ids, mask, cache=cache, use_cache=True)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    found = model.rank(input_ids, mask, candidates, past_key_values=cache, **longer)
+    found = model.rank(input_ids, mask, candidates, cache=cache, **longer)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
