@@ -40,7 +40,7 @@ from recipes.hardware import PeakMemory
 from recipes.runs import Stages
 from recipes.taobao_clicks import check_rows, check_users, write_clicks
 from recipes.taobao_items import encode, fit, make_unique, write_items, write_tokenizer
-from recipes.taobao_tables import EMBEDDINGS, SAMPLES, USERS
+from recipes.taobao_tables import EMBEDDING, EMBEDDINGS, SAMPLES, USERS
 
 
 @dataclass
@@ -49,6 +49,10 @@ class TaobaoArguments:
 
     tables: str = field(metadata={"help": "Folder of the published raw tables."})
     output_dir: str = field(metadata={"help": "Folder that receives the arrays."})
+    embedding_column: str = field(
+        default=EMBEDDING,
+        metadata={"help": "Of the embedding table; published under both names.", "choices": [EMBEDDING, EMBEDDINGS]},
+    )
     codebook_sizes: list[int] = field(
         default_factory=lambda: [4096, 4096, 4096], metadata={"help": "Codes of each level but the last."}
     )
@@ -92,7 +96,8 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
     files = [_identity(tables, name) for name in (EMBEDDINGS, "item_features")]
     names = ("codebook_sizes", "points_per_code", "num_iterations", "seed")
     fitting = {name: asdict(args)[name] for name in names}
-    stage("items", partial(write_items, tables, out), ["item_ids.npy", "item_embeddings.npy"], files=files)
+    column, made = args.embedding_column, ["item_ids.npy", "item_embeddings.npy"]
+    stage("items", partial(write_items, tables, out, column), made, files=files, embedding_column=column)
     stage("codebooks", partial(fit, out, **fitting), ["semantic_ids.safetensors"], **fitting)
     stage("codes", partial(encode, out), ["item_codes.npy"])
     limit = args.last_level_size

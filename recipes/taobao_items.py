@@ -29,9 +29,9 @@ DIM = 128
 CHUNK = 65_536  # items that are floats at a time: 34 MB
 
 
-def write_items(tables: Path, out: Path) -> dict:
+def write_items(tables: Path, out: Path, embedding_column: str = EMBEDDING) -> dict:
     """`item_ids.npy` and `item_embeddings.npy`. Of a repeated key the first row is kept."""
-    shards, rows = table_shards(tables, EMBEDDINGS, [ITEM, EMBEDDING])
+    shards, rows = table_shards(tables, EMBEDDINGS, [ITEM, embedding_column])
     table_ids = np.empty(rows, np.int64)
     fill(table_ids, (scalars(batch, ITEM) for batch in progress(shards, [ITEM], rows, "item ids")))
     item_ids, place = sort_ids(table_ids)
@@ -41,8 +41,8 @@ def write_items(tables: Path, out: Path) -> dict:
     del table_ids
     embeddings = open_memmap(out / "item_embeddings.npy", "w+", np.int8, (len(item_ids), DIM))
     start = 0
-    for batch in progress(shards, [EMBEDDING], rows, "embeddings"):
-        values, _ = lists(batch, EMBEDDING, DIM)
+    for batch in progress(shards, [embedding_column], rows, "embeddings"):
+        values, _ = lists(batch, embedding_column, DIM)
         here = place[start : start + batch.num_rows]
         embeddings[here[here >= 0]] = values.reshape(-1, DIM)[here >= 0]
         start += batch.num_rows

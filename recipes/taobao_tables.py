@@ -4,6 +4,8 @@
     {train,test}_samples*.parquet      129_1 user, 205 item, label_0 [0, 1] clicked, [1, 0] not   99.0M
     {train,test}_user_features*.parquet   129_1 user, 150_2_180 items, oldest first, 0 = padding  8.79M users, 44.6 GB
 
+Where the embeddings' column is called as their table is, say so by `--embedding_column`.
+
 The samples that are clicks are small (16 bytes each, 14 % of all), so they are sorted by user on disk and mapped; the
 user table is streamed past them and each user's clicks are found by binary search. Of the user table nothing but its
 ids, 8 bytes a user, is ever held.
@@ -34,7 +36,7 @@ USER, ITEM, EMBEDDING, LABEL, HISTORY = "129_1", "205", "205_c", "label_0", "150
 TYPES = {
     USER: pa.int64(),
     ITEM: pa.int64(),
-    EMBEDDING: pa.list_(pa.int8()),
+    **dict.fromkeys((EMBEDDING, EMBEDDINGS), pa.list_(pa.int8())),  # the column has either name
     LABEL: pa.list_(pa.int8()),
     HISTORY: pa.list_(pa.int64()),
 }

@@ -64,7 +64,7 @@ def change(folder, tmp_path, table, edit):
     return copy
 
 
-def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prepared):
+def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prepared, tmp_path):
     table = pd.read_parquet(tables / f"{EMBEDDINGS}.parquet")
     assert len(table) == 401 and prepared["items"]["repeated_keys"] == 1
     first = {}
@@ -74,6 +74,13 @@ def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prep
     embeddings = np.load(f"{arguments.output_dir}/item_embeddings.npy", mmap_mode="r")
     assert ids.tolist() == sorted(first) and embeddings.dtype == np.int8
     assert np.array_equal(embeddings, np.stack([first[item] for item in ids]))
+    renamed = pq.read_table(tables / f"{EMBEDDINGS}.parquet").rename_columns({"205_c": EMBEDDINGS})
+    copy = shutil.copytree(tables, tmp_path / "renamed")
+    pq.write_table(renamed, copy / f"{EMBEDDINGS}.parquet")
+    with pytest.raises(ValueError, match="expected a column 205_c"):
+        write_items(copy, tmp_path)
+    write_items(copy, tmp_path, EMBEDDINGS)
+    assert np.array_equal(np.load(tmp_path / "item_embeddings.npy"), embeddings)
 
 
 def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepared):
