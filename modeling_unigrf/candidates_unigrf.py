@@ -187,7 +187,7 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
             f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
-            f"{cache.get_seq_length()}. Train with candidates without gradient checkpointing, which keeps no cache."
+            f"{cache.get_seq_length()}. Train with candidates without activation checkpointing, which keeps no cache."
         )
     targets, ends, behaviors = last_items(supervision.items, batch_size)
     history_mask = layout.history_up_to(ends, number, supervision.seen)

@@ -96,7 +96,6 @@ class HSTUPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _no_split_modules = ["HSTULayer"]
 
-    @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)

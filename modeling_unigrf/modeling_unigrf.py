@@ -68,7 +68,6 @@ class UniGRFPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
-    @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, UniGRFRankingHead | UniGRFItemEncoder | UniGRFCandidateBlock):
             for child in module.children():
@@ -96,12 +95,12 @@ class UniGRFModel(UniGRFPreTrainedModel):
         # Our own backbone by its type: a copy of this code that was loaded from a folder has classes of its own.
         is_hstu = config.text_config.model_type == HSTUConfig.model_type
         self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
-        takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
-        if not takes_positions or config.text_config.model_type in PLACED_BY_ROW:
+        parameters = inspect.signature(self.language_model.forward).parameters
+        if not {"position_ids", "cache"} <= parameters.keys() or config.text_config.model_type in PLACED_BY_ROW:
             raise ValueError(
-                "Expected a decoder-only backbone that places its tokens by `position_ids` and takes 4-D masks, since beams and "
-                f"candidates are packed into one row; found {config.text_config.model_type!r}. Take one of llama, qwen3, gpt2, "
-                "mistral, hstu and their like."
+                "Expected a decoder-only backbone that places its tokens by `position_ids`, keeps a `cache` and takes 4-D masks, "
+                f"since beams and candidates are packed into one row; found {config.text_config.model_type!r}. Take one of llama, "
+                "qwen3, gpt2, mistral, hstu and their like."
             )
         self.post_init()
 

@@ -319,7 +319,7 @@ def test_padding_takes_no_positions():
 
 
 def test_backbones_that_place_tokens_by_their_row_are_refused():
-    for model_type in ("mpt", "bloom", "gpt_neo", "opt"):
+    for model_type in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt"):
         text_config = {"model_type": model_type, "hidden_size": 16, "num_attention_heads": 2}
         with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'"):
             UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))

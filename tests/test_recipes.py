@@ -30,7 +30,7 @@ from recipes import (
 )
 from recipes.embeddings import weights_of
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
-from recipes.prepare import PrepareArguments, prepare
+from recipes.prepare import PrepareArguments, check_same_items, prepare
 from recipes.results import WRITTEN, with_tables
 from recipes.runs import Stages
 from tokenization import SemanticIdTokenizer
@@ -306,7 +306,7 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     arguments += ["--disable_tqdm=True"]
     first = train.train(*train.parse([*arguments, f"--data_dir={prepared}", f"--output_dir={tmp_path / 'one'}"]))
     items = pd.read_parquet(prepared.parent / "items.parquet")
-    new = items.iloc[:3].assign(item_id=["n0", "n1", "n2"])
+    new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # of one group, which outgrows all others
     pd.concat([new, items]).to_parquet(tmp_path / "items.parquet")
     interactions = pd.read_parquet(prepared.parent / "interactions.parquet")
     later = interactions.iloc[:3].assign(user_id="u0", item_id=["n0", "n1", "n2"], timestamp=[100, 101, 102])
@@ -320,7 +320,9 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     np.testing.assert_array_equal(model.catalogue.item_codes, tokenizer.item_codes)
     before = UniGRFForCausalLM.from_pretrained(first)
     np.testing.assert_array_equal(before.catalogue.item_codes, tokenizer.item_codes[:30])
-    torch.testing.assert_close(model.catalogue.item_embeddings[30:], before.catalogue.item_embeddings[:3])
+    torch.testing.assert_close(model.catalogue.item_embeddings[30:], before.catalogue.item_embeddings[[0, 0, 0]])
+    assert model.config.codebook_sizes[-1] > before.config.codebook_sizes[-1]
+    check_same_items(tokenizer, prepared)  # where it can still be measured
 
 
 def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):

@@ -306,8 +306,8 @@ def test_candidates_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="Leave them out"):
         square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()
         model(input_ids, square, labels=labels, candidates=candidates)
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="without gradient checkpointing"):
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="without activation checkpointing"):
         model.train()(input_ids, mask, labels=labels, candidates=candidates)
     empty = torch.empty(2, 0, dtype=torch.long)
     assert build_model()(input_ids, mask, labels=labels, candidates=empty).ranking_loss.isfinite()
