@@ -186,7 +186,7 @@ def table(data: dict) -> str:
     made, shares = data["made by"], [row["same_items"] for row in data["agreement"] if row["dtype"] == "float32"]
     lines += [
         "",
-        f"In float32 our beams were those of transformers with our processor in {min(shares):.1%} of places or more. "
+        f"In float32 our beams were those of transformers with our processor in at least {min(shares):.1%} of places. "
         f"Medians of {max(row['runs'] for row in data['rows'])} runs or of what ten seconds allow. Made by "
         f"`{made['command']}` on {made['machine']}, {made['versions']}, {made['date']}; a bfloat16 matmul runs at "
         f"{data['bf16 speed-up of a matmul']:g} times the speed of float32 there.",

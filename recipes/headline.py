@@ -82,7 +82,7 @@ def decoding_rows(data: dict) -> list[tuple[str, str, str]]:
             "transformers' `generate` with `prefix_allowed_tokens_fn` 1x",
         ),
         ("Ranking 256 candidates on the cache: memory", f"{ours:.0f} MB", f"the cache repeated {repeated:,.0f} MB"),
-        ("Generating and ranking 256 beams: time", ratio(f"{adds} 0"), "generating alone 1x"),
+        ("Generating and ranking 256 beams, one user: time", ratio(f"{adds} 0"), "generating alone 1x"),
         (
             "the same with sub-histories of 10, the best 20 ranked: time",
             ratio(f"{adds} 10, the best 20 ranked"),
