@@ -1,6 +1,6 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Candidates: how one is read on its history's cache, which the item-level score adds to the beams, and how the model learns
-from its own (RecoChain, stage II).
+"""Candidates: reading them on their history's cache, adding the best by the item-level score, and learning from the model's
+own beams (RecoChain, stage II).
 
 `model` is a `UniGRFForCausalLM` throughout.
 """
@@ -13,7 +13,7 @@ from .configuration_unigrf import NEXT_TARGET
 from .continuations_unigrf import kept_as_found, read_continuations
 from .subhistory_unigrf import LongHistory, retrieve
 from .training_unigrf import Supervision, last_items, ranking_loss
-from .trie_unigrf import CatalogueTrie, ItemFilter
+from .trie_unigrf import CatalogueTrie, ItemFilter, is_integer
 
 LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
 CANDIDATES_AT_ONCE = 64  # of a row, in training, where the attention of a pack grows with its square
@@ -140,7 +140,7 @@ def beam_candidates(
     if blocked_items is not None:
         blocked = [row[row >= 0] for row in blocked_items]
         item_filter = ItemFilter(trie, model.catalogue.item_codes, blocked=blocked)
-    # The search asks the tokens only what is begun at their end: nothing.
+    # The search reads of the tokens only whether they end in an unfinished item: a bare <bos> says that they do not.
     ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
     beams = model._search_items(
         ends,
@@ -183,7 +183,7 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     config, layout, number, cache = model.config, model.layout, supervision.number, supervision.cache
     candidates, next_timestamps, batch_size = supervision.candidates, supervision.next_timestamps, len(number)
     if candidates is not None:
-        check_candidates(candidates, batch_size, model.catalogue.num_items, lowest=-1)
+        candidates = check_candidates(candidates, batch_size, model.catalogue.num_items, lowest=-1)
     if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
             f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
@@ -233,10 +233,12 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     return ranking_loss(config, logits[positive], behaviors, logits[negative])
 
 
-def check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_items: int, lowest: int = 0) -> None:
-    """Raises `ValueError` unless they are item indices `[batch_size, N]`; `lowest=-1`: or -1, where there is none."""
+def check_candidates(
+    candidates: torch.LongTensor | None, batch_size: int, num_items: int, lowest: int = 0
+) -> torch.LongTensor:
+    """Candidates `[batch_size, N]`; `ValueError` unless they are item indices or, with `lowest=-1`, -1 where there is none."""
     shape = None if candidates is None else tuple(candidates.shape)
-    if shape is None or len(shape) != 2 or shape[0] != batch_size or candidates.is_floating_point():
+    if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(candidates):
         found = "none" if candidates is None else f"{candidates.dtype} of shape {shape}"
         raise ValueError(f"Expected integer candidates of shape ({batch_size}, N), one row a history, found {found}.")
     if candidates.numel() and not lowest <= int(candidates.min()) <= int(candidates.max()) < num_items:
@@ -245,3 +247,4 @@ def check_candidates(candidates: torch.LongTensor | None, batch_size: int, num_i
             "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`"
             + (", and -1 where there is none." if lowest < 0 else ".")
         )
+    return candidates.long()

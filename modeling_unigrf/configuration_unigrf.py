@@ -97,8 +97,8 @@ class UniGRFConfig(PreTrainedConfig):
             (RecoChain, stage II), the true one among them. Takes the place of `negatives_per_item`.
         inject_target (`bool`, defaults to `True`):
             Let the true item take the place of a random one of these where the search missed it. Without it the ranking is
-            trained on what it will be asked for, and on fewer positives (of behaviours, too: only rows whose true item was found
-            say which one followed): where most true items are missed, one that no search would have proposed is known by that.
+            trained on exactly what it will be asked to rank, but rows whose true item was missed give no positive (of behaviours,
+            neither). With it, if most true items are missed, an injected one is known by that no search would have proposed it.
         detach_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):
@@ -344,6 +344,12 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 "rank_by_item_score=False needs item_loss_weight: nothing else would train the item-level score then."
             )
+        amounts = (
+            "negatives_per_item",
+            *(f"{loss}_loss_weight" for loss in ("generation", "ranking", "item", "candidate")),
+        )
+        if below := {name: getattr(self, name) for name in amounts if getattr(self, name) < 0}:
+            raise ValueError(f"Expected numbers of 0 or more, found {below}.")
         if self.given_negative_weight < 1:
             raise ValueError(
                 f"Expected given_negative_weight >= 1 (1: as every other item), found {self.given_negative_weight}."

@@ -578,6 +578,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             item_scores = self.ranking_head.item_scores(history_states[:, None], self.item_vectors(items)).float()
             columns["item_scores"] = item_scores.masked_fill(generation_scores == -torch.inf, -torch.inf)
             scores = scores + item_weight * columns["item_scores"] if item_weight else scores
+        scores = scores.masked_fill(generation_scores == -torch.inf, -torch.inf)  # of any weights
         best_scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)
         missing = num_return_sequences - best.shape[1]
         return UniGRFRecommendation(

@@ -171,35 +171,33 @@ class ItemLayout:
         before = torch.arange(number.shape[1], device=number.device) <= ends[:, None]
         return before & (number == number.gather(1, ends[:, None])) & attention_mask.bool()
 
-    def candidate_positions(self, history_length: torch.LongTensor, num_candidates: int) -> torch.LongTensor:
+    def candidate_positions(self, history_length: torch.LongTensor) -> torch.LongTensor:
         """
         Position ids of candidates packed in one row: each follows the history as if it were alone.
 
         Args:
-            history_length (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, num_candidates)`):
+            history_length (`torch.LongTensor` of shape `(batch_size, num_candidates)`):
                 Tokens (without padding) that each candidate sees before itself.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_candidates * L)`.
         """
-        if history_length.dim() == 1:
-            history_length = history_length[:, None].expand(-1, num_candidates)
         steps = torch.arange(self.num_levels, device=history_length.device)
         return (history_length[:, :, None] + steps).flatten(1)
 
-    def candidate_mask(self, visible: torch.BoolTensor, num_candidates: int) -> torch.BoolTensor:
+    def candidate_mask(self, visible: torch.BoolTensor) -> torch.BoolTensor:
         """
         Who sees whom, for candidates packed in one row behind a history: the history and themselves, never each other.
 
         Args:
-            visible (`torch.BoolTensor` of shape `(batch_size, num_candidates or 1, history_length)`):
+            visible (`torch.BoolTensor` of shape `(batch_size, num_candidates, history_length)`):
                 The part of the history that each candidate sees.
 
         Returns:
             `torch.BoolTensor` of shape `(batch_size, num_candidates * L, history_length + num_candidates * L)`.
         """
-        size = num_candidates * self.num_levels
-        history = visible.expand(-1, num_candidates, -1).repeat_interleave(self.num_levels, dim=1)
+        size = visible.shape[1] * self.num_levels
+        history = visible.repeat_interleave(self.num_levels, dim=1)
         position = torch.arange(size, device=visible.device)
         same_item = position[:, None] // self.num_levels == position // self.num_levels
         own = (same_item & (position[:, None] >= position)).expand(visible.shape[0], -1, -1)

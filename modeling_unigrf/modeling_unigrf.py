@@ -513,7 +513,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, the cache is not
                 of these histories, or the long histories do not fit.
         """
-        check_candidates(candidates, len(input_ids), self.catalogue.num_items)
+        candidates = check_candidates(candidates, len(input_ids), self.catalogue.num_items)
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         long_history = self._long_history(
             len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None

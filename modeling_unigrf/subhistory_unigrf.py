@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .configuration_unigrf import UniGRFConfig
+from .trie_unigrf import is_integer
 
 MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and as much again in double precision
 TIE = 2**24  # cosines that agree to so fine a part of 1 are ties
@@ -54,14 +55,14 @@ def check_long_history(
         ValueError: if they are missing or superfluous, of another shape, or hold items or behaviours that there are not.
     """
     if not config.num_retrieved_items:
-        if long_items is not None or long_timestamps is not None:
+        if any(one is not None for one in (long_items, long_behaviors, long_timestamps)):
             raise ValueError(
-                "Expected no long_items and long_timestamps, which a model with num_retrieved_items=0 does not read, found "
-                "some. Leave them out, or load the model with num_retrieved_items=10."
+                "Expected no long_items, long_behaviors and long_timestamps, which a model with num_retrieved_items=0 does not "
+                "read, found some. Leave them out, or load the model with num_retrieved_items=10."
             )
         return None
     shape = None if long_items is None else tuple(long_items.shape)
-    if shape is None or len(shape) != 2 or shape[0] != batch_size or long_items.is_floating_point():
+    if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(long_items):
         raise ValueError(
             f"Expected integer long_items of shape ({batch_size}, H), the whole history of each row (num_retrieved_items="
             f"{config.num_retrieved_items}), found {None if shape is None else (long_items.dtype, shape)}. Pass item "
@@ -75,7 +76,7 @@ def check_long_history(
     count = len(config.behaviors)
     if long_behaviors is None and count == 1:
         long_behaviors = torch.zeros_like(long_items)
-    if long_behaviors is None or long_behaviors.shape != long_items.shape or long_behaviors.is_floating_point():
+    if long_behaviors is None or long_behaviors.shape != long_items.shape or not is_integer(long_behaviors):
         found = None if long_behaviors is None else (long_behaviors.dtype, tuple(long_behaviors.shape))
         raise ValueError(
             f"Expected integer long_behaviors of shape {shape} as long_items, found {found}. Pass an index into "
@@ -90,7 +91,7 @@ def check_long_history(
         )
     if long_timestamps is None:
         long_timestamps = torch.full_like(long_items, -1)
-    elif not is_timed or long_timestamps.shape != long_items.shape or long_timestamps.is_floating_point():
+    elif not is_timed or long_timestamps.shape != long_items.shape or not is_integer(long_timestamps):
         raise ValueError(
             f"Expected integer long_timestamps of shape {shape} as long_items, beside timestamps of the history, found "
             f"{long_timestamps.dtype} of shape {tuple(long_timestamps.shape)}{'' if is_timed else ' and no timestamps'}. "
@@ -147,7 +148,7 @@ def retrieve(
         history = directions(items).transpose(1, 2)
         for part in range(0, count, at_once):
             some = candidates[rows, part : part + at_once]
-            # In float32 also within a training in bfloat16: what is chosen is what will be chosen when it is asked.
+            # In float32 under bfloat16 autocast, too, so that training and inference choose the same items.
             with torch.autocast(items.device.type, enabled=False):
                 cosines = directions(some) @ history
             # A repeated item has one cosine: which column of a product it stands in may change the last bit.

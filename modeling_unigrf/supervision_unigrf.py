@@ -66,13 +66,16 @@ class UniGRFSupervisionMixin:
         items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
         second_stage = self.config.ranking_loss_weight > 0 and (candidates is not None or self._second_stage)
         seen = inputs["attention_mask"]
+        if not self.config.num_retrieved_items:  # which reads none, and says so
+            self._long_history(len(tokens), long_items, long_behaviors, long_timestamps, "timestamps" in inputs)
         own = inputs["cache"] is not None or inputs["position_ids"] is not None
         if own or (seen is not None and seen.dim() != 2):
-            if second_stage or self._negatives_per_item or negative_items is not None:
+            beside = any(one is not None for one in (negative_items, favorite_items))
+            if second_stage or self._negatives_per_item or beside:
                 raise ValueError(
                     "Negatives and candidates are run behind the histories, which needs a 2-D attention_mask, and neither "
                     "position_ids nor a cache. Leave them out; or set config.negatives_per_item = 0 and leave "
-                    "negative_items out, and candidates."
+                    "negative_items, favorite_items and candidates out."
                 )
             return inputs, Supervision(targets, items)
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from .configuration_unigrf import NEXT_TARGET
 from .layout_unigrf import ItemLayout
 from .subhistory_unigrf import LongHistory
-from .trie_unigrf import CatalogueTrie
+from .trie_unigrf import CatalogueTrie, is_integer
 
 
 @dataclass
@@ -70,8 +70,8 @@ def retrieval_positives(
 ) -> tuple[torch.LongTensor, SupervisedItems, torch.Tensor | float]:
     """
     What retrieval learns of the next tokens `targets [B, T]` and the items among them: all, or those on which the user did one of
-    `config.retrieval_behaviors`; the codes of the others are -100. And which share of the codes that is, by which a mean over
-    them becomes one over all, so that a batch weighs as much whole as accumulated.
+    `config.retrieval_behaviors`; the codes of the others are -100. Also the share of the codes that are kept: a mean over these times
+    the share is a mean over all, so that accumulation does not change the loss.
     """
     if config.retrieval_behaviors is None:
         return targets, supervised, 1.0
@@ -139,9 +139,10 @@ def given_items(
     none = number.new_empty(len(number), 0)
     negative_items, favorite_items = (none if one is None else one for one in (negative_items, favorite_items))
     for name, items in (("negative_items", negative_items), ("favorite_items", favorite_items)):
-        if items.dim() != 2 or len(items) != len(number):
+        if items.dim() != 2 or len(items) != len(number) or not is_integer(items):
             raise ValueError(
-                f"Expected {name} of shape ({len(number)}, m), one list a row, found {tuple(items.shape)}."
+                f"Expected integer {name} of shape ({len(number)}, m), one list a row, found {items.dtype} of shape "
+                f"{tuple(items.shape)}."
             )
         if items.numel() and (items.min() < -1 or items.max() >= num_items):
             raise ValueError(
@@ -154,7 +155,7 @@ def given_items(
             "each history into a row of its own."
         )
     targets, ends, _ = last_items(supervised, len(number))
-    return GivenItems(negative_items, favorite_items, ends.masked_fill(targets < 0, -1), targets)
+    return GivenItems(negative_items.long(), favorite_items.long(), ends.masked_fill(targets < 0, -1), targets)
 
 
 @dataclass
@@ -234,8 +235,8 @@ def draw_negatives(
         history_ends=after,
         usable=usable,
         given=is_given,
-        position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1, items.shape[1]),
-        attention_mask=layout.candidate_mask(seen, items.shape[1]),
+        position_ids=layout.candidate_positions(position_ids.gather(1, after) + 1),
+        attention_mask=layout.candidate_mask(seen),
     )
 
 

@@ -278,10 +278,15 @@ class CatalogueTrie:
         return best_scores, parent, child, code
 
 
+def is_integer(items: torch.Tensor) -> bool:
+    """Whether they can be indices: a cast would take a mask or fractions for some."""
+    return not items.is_floating_point() and items.dtype != torch.bool
+
+
 def item_list(items, device: torch.device) -> torch.LongTensor:
-    """Item indices as a tensor; raises `ValueError` for a mask or for fractions, which a cast would take for indices."""
+    """Item indices as a tensor; raises `ValueError` for a mask or for fractions."""
     items = torch.as_tensor(items, device=device)
-    if items.numel() and (items.dtype == torch.bool or items.is_floating_point()):
+    if items.numel() and not is_integer(items):
         raise ValueError(
             f"Expected item indices as integers, found {items.dtype}. Of a mask take `mask.nonzero()[:, 0]`."
         )

@@ -448,7 +448,7 @@ def main(args: BenchmarkArguments) -> None:
             figures.add("trie", [{"size": size, **row} for row in trie_rows(size, args.repeats)])
     if "rows" in parts:
         run_cells(args, figures, dtypes)
-        run_candidates(args, figures, [dtype for dtype in dtypes if dtype == "float32" or speed_up > 1])
+        run_candidates(args, figures, dtypes)
     if "ranking" in parts:
         run_ranking(args, figures, dtypes)
     made = made_by(" ".join(["python -m recipes.benchmark_decoding", *(["--parts", *parts] if args.parts else [])]))

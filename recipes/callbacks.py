@@ -170,8 +170,9 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         if self.window_steps is not None and state.global_step % self.window_steps == 0:
             self._close_window()
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.window_steps is None and self.sums[-1]:
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Not at an epoch's end, which a training that is resumed from there does not come by.
+        if self.window_steps is None and self.sums[-1] and float(state.epoch).is_integer():
             self._close_window()
 
     def _close_window(self) -> None:
@@ -266,8 +267,7 @@ class KeptBeams(SavedTensors):
         beams = KeptBeams(model, rows, num_beams=20, every_epochs=2)
         Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
 
-    A row comes once an epoch, so that between a search in every step and one in an epoch there is nothing to choose. They are
-    saved with the Trainer's checkpoints, and are the same on all processes.
+    A row is seen once an epoch: to refresh its beams more often than that is to search in every step. They are saved with the Trainer's checkpoints, and are the same on all processes.
 
     Args:
         model (`UniGRFForCausalLM`)

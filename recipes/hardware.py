@@ -63,6 +63,11 @@ class PeakMemory:
         if self._cuda:
             self.added = torch.cuda.max_memory_allocated() - self._before
 
+    def megabytes(self, name: str) -> int | None:
+        """`resident`, `private` or `added` in MiB; None where the system does not tell."""
+        value = getattr(self, name)
+        return None if value is None else round(value / 2**20)
+
     @staticmethod
     def _status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -44,7 +44,7 @@ def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
     return [
         (
             f"MovieLens-1M, window of 7 items, ranking of 20 beams over generation ({seeds(row)}): Recall@5",
-            f"+{gain:.1f} ± {deviation:.1f} %",
+            f"{gain:+.1f} ± {deviation:.1f} %",
             "RecoChain's paper +3.1 %, on TAOBAO-MM, by sub-histories: another effect",
         ),
         (

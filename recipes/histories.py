@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
 from tokenization import SemanticIdTokenizer
+from tokenization.vocabulary_layout import UNKNOWN_TIME
 
 COLUMNS = ("user_id", "items", "behaviors", "timestamps", "request_timestamp")
 TIMES = COLUMNS[3:]
-UNKNOWN_TIME = -1
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 UNKNOWN, EMPTY = "with items that the catalogue does not have", "without an item"
 

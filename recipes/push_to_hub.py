@@ -18,14 +18,14 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
-from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
+from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.recommend import weights_hash
 from recipes.report import COLUMNS
 from tokenization import SemanticIdTokenizer
@@ -96,11 +96,12 @@ def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
         model=UniGRFForCausalLM.from_pretrained(folder), tokenizer=SemanticIdTokenizer.from_pretrained(folder)
     )
     model, selection = recommender.model, metrics["selection"]
-    found = (model.generation_config.num_beams, model.config.ranking_weight)
-    if found != (selection["num_beams"], selection["ranking_weight"]):
+    served = {field.name: getattr(model.config, field.name) for field in fields(UniGRFConfig)}
+    served["num_beams"] = model.generation_config.num_beams
+    if changed := [name for name in selection if name in served and served[name] != selection[name]]:
         raise ValueError(
-            f"Expected the metrics of this checkpoint, found num_beams and ranking_weight {found} in the checkpoint "
-            f"and ({selection['num_beams']}, {selection['ranking_weight']}) in metrics.json. Run recipes.evaluate."
+            f"Expected the metrics of this checkpoint, found { ({name: served[name] for name in changed}) } in the checkpoint and "
+            f"{ ({name: selection[name] for name in changed}) } in metrics.json. Run recipes.evaluate."
         )
     if weights_hash(model) != metrics["weights"]:
         raise ValueError(

@@ -132,7 +132,7 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     row = row_of(args)
     shared = [f"--data_dir={args.data_dir}", f"--text_config={args.text_config}", f"--max_items={row['window']}"]
     shared += [f"--embedding_dropout={args.embedding_dropout}", f"--seed={args.seed}", "--save_total_limit=1"]
-    shared += [f"--rank_by_item_embeddings={row['embedding']}", f"--history_item_vectors={args.history_item_vectors}"]
+    shared += [f"--read_item_embeddings={row['embedding']}", f"--history_item_vectors={args.history_item_vectors}"]
     return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
 
 

@@ -318,10 +318,8 @@ def run(args: ReproduceArguments) -> None:
                 target=liked[-1],
                 max_items=MAX_ITEMS,
                 seed=args.seed,
-                **{
-                    "pool": args.pool or ("uniform" if args.ids == "atomic" else "beam"),
-                    **named(args.enhancer_options or "{}", ENHANCER_OPTIONS, "enhancer_options"),
-                },
+                pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
+                **named(args.enhancer_options or "{}", ENHANCER_OPTIONS - {"pool"}, "enhancer_options"),
             )
         )
         collate = callbacks[-1].collator(collate)

@@ -40,7 +40,7 @@ def collect(runs: list[Path]) -> dict:
 
     def told(values: list[float]) -> dict[str, float]:
         mean, deviation = spread(values)
-        return {"mean": round(mean, 5), "std": round(deviation or 0.0, 5)}
+        return {"mean": round(mean, 5), "std": None if deviation is None else round(deviation, 5)}
 
     def rows(pick) -> dict:
         return {column: told([pick(one)[column] for one in metrics]) for column in COLUMNS}

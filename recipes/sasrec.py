@@ -62,7 +62,7 @@ def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: i
         "--ranking_loss_weight=0",
         "--item_loss_weight=0",
         "--negatives_per_item=0",
-        "--rank_by_item_embeddings=False",
+        "--read_item_embeddings=False",
         "--item_table_size=0",
         "--history_item_vectors=False",
         "--save_total_limit=1",

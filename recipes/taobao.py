@@ -81,8 +81,8 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
             paths = [path for one in made for path in (out / one, *(out / one).glob("*")) if path.is_file()]
             measured[name] = {
                 "cpu_seconds": round(time.process_time() - start, 1),
-                "peak_mb": round(peak.resident / 2**20),
-                "private_mb": round(peak.private / 2**20),
+                "peak_mb": peak.megabytes("resident"),
+                "private_mb": peak.megabytes("private"),
                 "disk_mb": round(sum(path.stat().st_size for path in paths) / 2**20, 1),
                 **counts,
             }

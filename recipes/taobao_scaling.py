@@ -19,7 +19,7 @@ the larger run's time a row. Some things are measured at full size
 instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
 ids, whose difference to one among the larger run's is added for each history item; the memory of sorting the ids and of
 the suffixes, which in small runs hides behind buffers; and a model with all codes and their trie. Disk and network are not
-told by tables that lie in the page cache.
+measured: these tables fit into the page cache.
 """
 
 import json

@@ -13,7 +13,7 @@ its sub-history.
 
 In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
 rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
-part of those vectors, has `--item_table_size` rows, shared by hashing. Then the first `--eval_rows` rows of
+part of those vectors, has `--item_table_size` rows, shared by hashing. After training, the first `--eval_rows` rows of
 the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last
 distinct items, each also for the clicks that repeat the history and those that explore. A second run of the same
 command resumes from the last checkpoint in `--output_dir`, if some are saved, or does nothing if `training_log.json`
@@ -194,7 +194,14 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         raise ValueError(
             f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
         )
-    asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": json.loads(stages.read_text())}
+    if training_args.world_size > 1:
+        raise ValueError(
+            f"expected one process, found {training_args.world_size}: the stream of rows is not divided among them"
+        )
+    made = {
+        name: one for name, one in json.loads(stages.read_text()).items() if name != "tokenizer"
+    }  # read at the end, if there
+    asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": made}
     if args.init_from is not None:  # a path does not tell that what is there was trained again
         asked["init_from"] = weights_of(args.init_from)
     finished = out / "training_log.json"
@@ -208,7 +215,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         codes = np.load(data_dir / "item_codes.npy", mmap_mode="r")
         embeddings = np.load(data_dir / "item_embeddings.npy", mmap_mode="c")  # torch has no read-only tensors
         model = build_model(args, codes, embeddings, sizes)
-    memory = {"model_private_mb": round(peak.private / 2**20)}
+    memory = {"model_private_mb": peak.megabytes("private")}
     rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.long_items)
     row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.long_items
     print(
@@ -226,7 +233,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     start = time.process_time()
     with PeakMemory() as peak:
         result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
-    memory |= {"training_private_mb": round(peak.private / 2**20), "training_peak_mb": round(peak.resident / 2**20)}
+    memory |= {"training_private_mb": peak.megabytes("private"), "training_peak_mb": peak.megabytes("resident")}
     cpu_seconds = {"training": time.process_time() - start}
     evaluation = evaluate(model.eval(), args)
     cpu_seconds["evaluation"] = time.process_time() - start - cpu_seconds["training"]
@@ -255,7 +262,6 @@ def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, Tra
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         adam_beta2=0.98,
-        ddp_broadcast_buffers=False,  # the catalogue, in every step
     )
     return parser.parse_args_into_dataclasses(arguments)
 

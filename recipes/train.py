@@ -51,6 +51,9 @@ LLAMA = {
     "max_position_embeddings": 1024,
 }
 CONFIG_FIELDS = [one.name for one in dataclass_fields(UniGRFConfig)]
+ADAPTIVE = ("adaptive_temperature", "adaptive_form", "adaptive_window")
+ENHANCING = ("enhancer_target", "relabel", "enhancer_options")
+SAME_ENCODER = 0.9  # median cosine of an item's embeddings, then and now: a few items' texts may change
 # Of RankingDrivenEnhancer, beside those that have an argument of their own.
 ENHANCER_OPTIONS = {
     "pool",
@@ -115,7 +118,7 @@ class ModelArguments:
     item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
-    rank_by_item_embeddings: bool = field(
+    read_item_embeddings: bool = field(
         default=True, metadata={"help": "Item vectors are made of item embeddings, too."}
     )
     item_table_size: int | None = field(
@@ -202,7 +205,7 @@ def build_model(
             )
         rows = model.config.item_table_size if args.item_table_size is None else args.item_table_size
         asked = {
-            "read_item_embeddings": args.rank_by_item_embeddings,
+            "read_item_embeddings": args.read_item_embeddings,
             "history_item_vectors": args.history_item_vectors,
             "item_table_size": rows,
         }
@@ -210,8 +213,17 @@ def build_model(
             raise ValueError(
                 f"Expected a checkpoint with { ({name: asked[name] for name in changed}) }, found "
                 f"{ ({name: getattr(model.config, name) for name in changed}) } in {args.init_from}, whose weights are made for "
-                "these. Ask for the same (rank_by_item_embeddings, history_item_vectors, item_table_size)."
+                "these. Ask for the same (read_item_embeddings, history_item_vectors, item_table_size)."
             )
+        if model.config.item_embedding_dim:
+            stored = model.catalogue.embeddings_of(torch.arange(len(ids)))
+            alike = torch.cosine_similarity(stored, embeddings[: len(ids)]).median()
+            if alike < SAME_ENCODER:
+                raise ValueError(
+                    f"Expected embeddings of the kind that {args.init_from} was trained with, found a cosine of {alike:.2f} between "
+                    "an item's and what the checkpoint has of it (median). Prepare the data with the same encoder, text template "
+                    f"or embeddings; the tokenizer's provenance says which: {earlier.provenance}."
+                )
         if tokenizer.num_items > len(ids):
             new = slice(len(ids), None)
             more = embeddings[new] if model.config.item_embedding_dim else None
@@ -222,7 +234,7 @@ def build_model(
         **tokenizer.config_fields(),
         text_config=json.loads(args.text_config),
         item_embedding_dim=embeddings.shape[1],
-        read_item_embeddings=args.rank_by_item_embeddings,
+        read_item_embeddings=args.read_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
         history_item_vectors=args.history_item_vectors,
         **{**fields, **named(args.config_fields, CONFIG_FIELDS, "config_fields")},
@@ -234,13 +246,16 @@ def build_model(
 
 def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
     """Refuses arguments that exclude each other, or that would do nothing; raises `ValueError`."""
+    given = {name for name, value in asdict(model_args).items() if value != getattr(ModelArguments, name)}
     if model_args.enhancer and model_args.second_stage:
         raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
     for name, is_asked, needed, is_there in (
         ("beams_kept_epochs", model_args.beams_kept_epochs > 0, "num_train_beams", model_args.num_train_beams > 0),
         ("exclude_history", data_args.exclude_history, "num_train_beams", model_args.num_train_beams > 0),
-        ("relabel", model_args.relabel, "enhancer", model_args.enhancer),
-        ("enhancer_options", json.loads(model_args.enhancer_options) != {}, "enhancer", model_args.enhancer),
+        ("detach_history", model_args.detach_history, "num_train_beams", model_args.num_train_beams > 0),
+        ("exclude_candidate", model_args.exclude_candidate, "num_retrieved_items", model_args.num_retrieved_items > 0),
+        *((name, name in given, "adaptive_weights", model_args.adaptive_weights) for name in ADAPTIVE),
+        *((name, name in given, "enhancer", model_args.enhancer) for name in ENHANCING),
         ("enhancer", model_args.enhancer, "ranking_loss_weight", model_args.ranking_loss_weight > 0),
     ):
         if is_asked and not is_there:

@@ -170,7 +170,7 @@ def second_stage_rows(
     """
 
     def ends_in(length: int) -> list[int]:
-        if stride is not None:  # only the last item of a row is ranked: a short history is in no longer one
+        if stride is not None:  # only a row's last item is ranked, so that no longer history stands for a shorter one
             return list(range(length, 0, -stride))[::-1]
         return sorted({end for _, end in cut_windows(length, max_items, passes)})
 
@@ -188,7 +188,7 @@ def second_stage_rows(
         return row
 
     places = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
-    # Told, since the first rows may have only empty lists, of which nothing can be seen.
+    # Given, since types cannot be inferred where the first rows hold only empty lists.
     kinds = {name: List(Value("int64")) for name in ("input_ids", "attention_mask", "labels")}
     kinds |= {"timestamps": List(Value("int64"))} if with_times else {}
     kinds |= {f"long_{name}": histories.features[name] for name in columns} if max_long_items else {}

@@ -119,13 +119,15 @@ def test_given_items_that_fit_nothing_are_refused():
     batch, _ = labelled(model, [3, 2])
     with pytest.raises(ValueError, match="one list a row"):
         model(**batch, negative_items=torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="Expected integer negative_items"):
+        model(**batch, negative_items=torch.tensor([[1.0], [2.0]]))
     with pytest.raises(ValueError, match="between 0 and 29"):
         model(**batch, favorite_items=torch.tensor([[1], [30]]))
     packed = {name: torch.cat([one[:, -11:], one[:, -11:]], dim=1)[1:] for name, one in batch.items()}
     with pytest.raises(ValueError, match="2 histories"):
         model(**packed, negative_items=torch.tensor([[1]]))
     square = torch.ones(1, 1, 16, 16).tril().bool().expand(2, -1, -1, -1)
-    with pytest.raises(ValueError, match="negative_items out"):
+    with pytest.raises(ValueError, match="candidates out"):
         model(**{**batch, "attention_mask": square}, negative_items=torch.tensor([[1], [2]]))
 
 

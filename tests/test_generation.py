@@ -209,6 +209,9 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     assert sorted(best.item_indices[0].tolist()) == [-1, -1, 1, 3, 5, 13, 21]
     assert sorted(best.item_indices[1].tolist()) == [-1] * 5 + [0, 29]
     assert (best.scores[best.item_indices < 0] == -torch.inf).all()
+    lists = {"allowed_items": allowed, "blocked_items": blocked}
+    worst = model.recommend(input_ids, mask, num_beams=everything, ranking_weight=-1.0, **lists)
+    assert (worst.scores[worst.item_indices < 0] == -torch.inf).all() and not worst.scores.isnan().any()
     row = best.item_indices[0][:5]
     torch.testing.assert_close(best.generation_scores[0][:5], scores[0][row], atol=2e-5, rtol=1e-4)
     fresh = model.recommend(

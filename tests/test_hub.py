@@ -523,6 +523,9 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(run, hub
         metrics=metrics_with(generation={"recall@5": 0.1, "recall@10": 0.2, "ndcg@5": 0.1, "ndcg@10": 0.1}),
     )
     refused("metrics of this checkpoint", metrics=metrics_with(selection={"num_beams": 50, "ranking_weight": 1.0}))
+    refused(
+        "found {'item_weight': 0.0} in", metrics=metrics_with(selection=METRICS["selection"] | {"item_weight": 2.0})
+    )
     refused("those of other weights", metrics=metrics_with(weights="0" * 64))
     refused("Repo id", repo_id="a folder/name/of three")
     refused("Expected an output_dir", output_dir=None)

@@ -115,6 +115,8 @@ def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
     expected = torch.zeros(2, 30).scatter(1, best.item_indices, best.item_scores)
     torch.testing.assert_close(difference[..., 0], expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(difference[..., 1:], torch.zeros(2, 30, 2), atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"0 or more, found {'negatives_per_item': -1.0}"):
+        build_model(negatives_per_item=-1.0)
     with pytest.raises(ValueError, match="needs item_loss_weight"):
         build_model(rank_by_item_score=False)
 
@@ -128,6 +130,8 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         model.rank(input_ids, mask)
     with pytest.raises(ValueError, match="Expected integer candidates"):
         model.rank(input_ids, mask, torch.tensor([[1.0], [2.0]]))
+    with pytest.raises(ValueError, match="Expected integer candidates"):
+        model.rank(input_ids, mask, torch.tensor([[True], [True]]))
     with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
         model.rank(input_ids, mask, torch.tensor([[1], [30]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):

@@ -164,6 +164,9 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         (["--relabel"], "enhancer with relabel"),
         (['--enhancer_options={"num_negatives": 3}'], "enhancer with enhancer_options"),
         (["--enhancer", "--ranking_loss_weight=0"], "ranking_loss_weight with enhancer"),
+        (["--detach_history=True"], "num_train_beams with detach_history"),
+        (["--exclude_candidate=True"], "num_retrieved_items with exclude_candidate"),
+        (["--adaptive_window=5"], "adaptive_weights with adaptive_window"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(prepared, tmp_path, options, message):
@@ -307,7 +310,9 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     first = train.train(*train.parse([*arguments, f"--data_dir={prepared}", f"--output_dir={tmp_path / 'one'}"]))
     items = pd.read_parquet(prepared.parent / "items.parquet")
     new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # of one group, which outgrows all others
-    pd.concat([new, items]).to_parquet(tmp_path / "items.parquet")
+    other = pd.concat([new, items])
+    other.assign(embedding=[one[::-1] for one in other["embedding"]]).to_parquet(tmp_path / "other.parquet")
+    other.to_parquet(tmp_path / "items.parquet")
     interactions = pd.read_parquet(prepared.parent / "interactions.parquet")
     later = interactions.iloc[:3].assign(user_id="u0", item_id=["n0", "n1", "n2"], timestamp=[100, 101, 102])
     pd.concat([interactions, later]).to_parquet(tmp_path / "interactions.parquet")
@@ -323,6 +328,11 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     torch.testing.assert_close(model.catalogue.item_embeddings[30:], before.catalogue.item_embeddings[[0, 0, 0]])
     assert model.config.codebook_sizes[-1] > before.config.codebook_sizes[-1]
     check_same_items(tokenizer, prepared)  # where it can still be measured
+    tables["items"] = str(tmp_path / "other.parquet")
+    other = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "other"), tokenizer=str(first)))
+    go_on[-2] = f"--data_dir={other}"
+    with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found a cosine of"):
+        train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
 
 
 def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):

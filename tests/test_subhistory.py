@@ -168,7 +168,7 @@ def test_rank_with_sub_histories_equals_every_candidate_on_its_own(backbone, att
     with torch.no_grad():
         expected = rank_alone(model, input_ids, mask, candidates, **longer)
     for pack in (2, 32):
-        found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, **longer)
+        found = model.rank(input_ids, mask, candidates.int(), candidates_per_pack=pack, **longer)
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
     cache = DynamicCache()
     with torch.no_grad():
@@ -260,6 +260,7 @@ BAD_LONG_HISTORIES = [
     (None, None, "integer long_items of shape"),
     ([[1, 2]], [[0, 0]], "integer long_items of shape"),
     ([[1.0], [2.0]], [[0], [0]], "integer long_items of shape"),
+    ([[True], [False]], [[0], [0]], "integer long_items of shape"),
     ([1, 2], [0, 0], "integer long_items of shape"),
     ([[30], [2]], [[0], [0]], "outside a catalogue of 30 items"),
     ([[-2], [2]], [[0], [0]], "outside a catalogue of 30 items"),
@@ -294,6 +295,8 @@ def test_a_model_without_sub_histories_is_the_old_one_and_says_so():
     input_ids, mask, _ = random_histories(model, [3, 2])
     with pytest.raises(ValueError, match="num_retrieved_items=0 does not read"):
         model.recommend(input_ids, mask, **long_histories(model, [3, 2]))
+    with pytest.raises(ValueError, match="num_retrieved_items=0 does not read"):
+        model(input_ids, mask, labels=input_ids, long_behaviors=torch.tensor([[0], [1]]))
 
 
 def test_one_behaviour_needs_no_long_behaviors():

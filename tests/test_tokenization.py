@@ -315,6 +315,15 @@ def test_items_that_cannot_be_added_leave_the_tokenizer_as_it_was(tokenizer):
         small_tokenizer().add_items(["n"], embeddings_of(1))
 
 
+def test_new_items_of_atomic_ids_take_the_next_ones_and_no_item_at_all_is_a_bos():
+    atomic = SemanticIdTokenizer.from_codes(["a", "b"], np.arange(2)[:, None], [2], ["view"])
+    assert atomic.add_items(["c", "d"], embeddings_of(2)).tolist() == [[2], [3]]
+    assert atomic.codebook_sizes == (4,) and atomic.decode_items(atomic.encode_history(["d"])["input_ids"]) == ["d"]
+    with pytest.raises(ValueError, match=r"one embedding an item \(1\), found 2"):
+        atomic.add_items(["e"], embeddings_of(2))
+    assert atomic.encode_indices([], []).tolist() == [atomic.bos_token_id]
+
+
 def test_save_load_save_writes_the_same_files_also_after_growth_and_padding(tokenizer, tmp_path):
     tokenizer.add_items([f"new{i}" for i in range(40)], embeddings_of(1).repeat(40, 0))
     tokenizer(["<a_1> <b_1>", "<a_1>"], padding=True)

@@ -173,7 +173,7 @@ def test_the_slower_loss_gets_the_greater_weight():
             weighter._collect(model.train(), None, UniGRFCausalLMOutput(loss=torch.tensor(1.0), **losses))
             weighter.on_step_end(args, TrainerState(), None)
         used = model.task_weights
-        weighter.on_epoch_end(args, None, None)
+        weighter.on_epoch_begin(args, TrainerState(epoch=1.0), None)
         state, logs = TrainerState(log_history=[{}]), {"loss": 1.0}
         weighter.on_log(args, state, None, logs)
         assert used == (logs["generation_weight"], logs["ranking_weight"]), "not those of the window that comes"
@@ -246,19 +246,21 @@ def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
             run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[AdaptiveWeighter(window)], **steps)
 
 
-@pytest.mark.parametrize("form", ["loss_ratio", "gradient_norm"])
-def test_the_adaptive_weights_are_resumed_in_the_middle_of_a_window(tmp_path, form):
+@pytest.mark.parametrize(
+    ("form", "window", "end"), [("loss_ratio", 2, 5), ("gradient_norm", 2, 5), ("loss_ratio", None, 2)]
+)
+def test_the_adaptive_weights_are_resumed_in_a_window_and_at_its_end(tmp_path, form, window, end):
     whole, stopped, resumed = (build_model() for _ in range(3))
-    dataset = histories_dataset(whole, 32)
+    dataset = histories_dataset(whole, 32 if window else 8)  # 2 steps a window in any case
 
     def train(folder, model, resume=None, **arguments):
-        weighter = AdaptiveWeighter(2, form=form)
+        weighter = AdaptiveWeighter(window, form=form)
         return run_trainer(tmp_path / folder, model, dataset, resume, [weighter], max_steps=8, **arguments)
 
     weights = train("whole", whole)
-    saving = {"save_strategy": "steps", "save_steps": 5, "restore_callback_states_from_checkpoint": True}
+    saving = {"save_strategy": "steps", "save_steps": end, "restore_callback_states_from_checkpoint": True}
     train("parts", stopped, **saving)
-    rest = train("parts", resumed, str(tmp_path / "parts" / "checkpoint-5"), **saving)
+    rest = train("parts", resumed, str(tmp_path / "parts" / f"checkpoint-{end}"), **saving)
     assert rest == weights and len(set(weights)) == 3 and weights[:4] == [1.0] * 4, (
         "those that each step was trained with"
     )

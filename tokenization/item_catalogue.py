@@ -92,13 +92,14 @@ class ItemCatalogue:
     def extended(
         self, item_ids: Iterable, embeddings: np.ndarray | torch.Tensor, titles: Sequence[str] | None
     ) -> "ItemCatalogue":
-        """This catalogue followed by new items, with frozen codebooks; the last level grows where it has to.
+        """This catalogue followed by new items, with frozen codebooks; the last level grows where it has to. Atomic ids
+        (one level) need no codebooks: new items take the next ones.
 
         Raises:
-            ValueError: no quantizer, known or repeated ids, embeddings that the quantizer refuses, or another number
-                of them or of titles than of ids.
+            ValueError: several levels and no quantizer, known or repeated ids, embeddings that the quantizer refuses, or
+                another number of them or of titles than of ids.
         """
-        if self.quantizer is None:
+        if self.quantizer is None and len(self.codebook_sizes) > 1:
             raise ValueError(
                 "expected a catalogue with a quantizer, found one built from given codes: pass `quantizer` to "
                 "`from_codes`, or use `from_embeddings`"
@@ -111,7 +112,9 @@ class ItemCatalogue:
             raise ValueError(f"expected distinct item ids, found {_repeated(item_ids)} more than once")
         if titles is not None and len(titles) != len(item_ids):
             raise ValueError(f"expected one title an item ({len(item_ids)}), found {len(titles)}")
-        prefixes = self.quantizer.encode(embeddings)
+        prefixes = (
+            np.empty((len(embeddings), 0), np.int32) if self.quantizer is None else self.quantizer.encode(embeddings)
+        )
         if len(prefixes) != len(item_ids):
             raise ValueError(f"expected one embedding an item ({len(item_ids)}), found {len(prefixes)}")
         suffixes = self._next_suffixes(prefixes)

@@ -267,7 +267,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             ValueError: different lengths or an index out of range.
         """
         rows = self._check_rows(item_index)
-        behavior_index = np.asarray(behavior_index)
+        behavior_index = _integers(behavior_index)
         if behavior_index.shape != rows.shape or behavior_index.dtype.kind not in "iu":
             raise ValueError(
                 f"expected one integer behaviour index an item, {rows.shape}, found {behavior_index.dtype} "
@@ -318,14 +318,14 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
         Args:
             item_ids: n new ids.
-            embeddings: float [n, D], of the encoder that the quantizer was fitted on.
+            embeddings: float [n, D], of the encoder that the quantizer was fitted on; only counted where ids are atomic.
             titles: n strings; an item without a title has an empty one if others have titles.
 
         Returns:
             int32 [n, num_levels], the codes of the new items.
 
         Raises:
-            ValueError: known or repeated ids, no quantizer, embeddings of the wrong number or width or not finite,
+            ValueError: known or repeated ids, several levels without a quantizer, embeddings of the wrong number or width or not finite,
                 or the last level has to grow past tokens that were added by hand.
         """
         catalogue = self._catalogue.extended(item_ids, embeddings, titles)
@@ -369,12 +369,18 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         return files + self._catalogue.save(save_directory, f"{filename_prefix}-" if filename_prefix else "")
 
     def _check_rows(self, rows: np.ndarray | torch.Tensor) -> np.ndarray:
-        rows = np.asarray(rows)
+        rows = _integers(rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
             raise ValueError(f"expected integer catalogue rows of shape [n], found {rows.dtype} {rows.shape}")
         if _any_outside(rows, self.num_items):
             raise ValueError(f"expected catalogue rows in [0, {self.num_items}), found {rows.min()} to {rows.max()}")
         return rows
+
+
+def _integers(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
+    """As an array; numpy takes a list of nothing for floats."""
+    array = np.asarray(values)
+    return array if array.size else array.astype(np.int64)
 
 
 def _any_outside(values: np.ndarray, end: int) -> bool:
