@@ -104,6 +104,9 @@ class ReproduceArguments:
     passes: int = field(default=2, metadata={"help": "Passes an epoch of stage I, as in recipes.train."})
     batch_size: int = field(default=128, metadata={"help": "Rows of a step of stage I."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of stage I."})
+    item_loss_weight: float | None = field(
+        default=None, metadata={"help": "Of the softmax over items, in both stages; default: that of recipes.train."}
+    )
     second_epochs: float = field(default=1.0, metadata={"help": "Of stage II."})
     second_stride: int = field(
         default=50, metadata={"help": "Every so many items of a history are ranked in stage II."}
@@ -133,6 +136,7 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     shared = [f"--data_dir={args.data_dir}", f"--text_config={args.text_config}", f"--max_items={row['window']}"]
     shared += [f"--embedding_dropout={args.embedding_dropout}", f"--seed={args.seed}", "--save_total_limit=1"]
     shared += [f"--read_item_embeddings={row['embedding']}", f"--history_item_vectors={args.history_item_vectors}"]
+    shared += [] if args.item_loss_weight is None else [f"--item_loss_weight={args.item_loss_weight}"]
     return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
 
 
