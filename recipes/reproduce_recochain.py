@@ -107,6 +107,7 @@ class ReproduceArguments:
     item_loss_weight: float | None = field(
         default=None, metadata={"help": "Of the softmax over items, in both stages; default: that of recipes.train."}
     )
+    weight_decay: float | None = field(default=None, metadata={"help": "In both stages; default: none."})
     second_epochs: float = field(default=1.0, metadata={"help": "Of stage II."})
     second_stride: int = field(
         default=50, metadata={"help": "Every so many items of a history are ranked in stage II."}
@@ -136,7 +137,8 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     shared = [f"--data_dir={args.data_dir}", f"--text_config={args.text_config}", f"--max_items={row['window']}"]
     shared += [f"--embedding_dropout={args.embedding_dropout}", f"--seed={args.seed}", "--save_total_limit=1"]
     shared += [f"--read_item_embeddings={row['embedding']}", f"--history_item_vectors={args.history_item_vectors}"]
-    shared += [] if args.item_loss_weight is None else [f"--item_loss_weight={args.item_loss_weight}"]
+    for name in ("item_loss_weight", "weight_decay"):
+        shared += [] if getattr(args, name) is None else [f"--{name}={getattr(args, name)}"]
     return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
 
 

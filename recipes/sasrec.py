@@ -39,6 +39,7 @@ class SasrecArguments:
     max_items: int = field(default=20, metadata={"help": "Items of a history that are read."})
     epochs: float = field(default=15.0, metadata={"help": "Of every training; the rate falls to zero by a cosine."})
     batch_size: int = field(default=32, metadata={"help": "Rows of a step."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Of every training."})
     learning_rates: list[float] = field(default_factory=lambda: [2e-3], metadata={"help": "To choose from."})
     embedding_dropouts: list[float] = field(default_factory=lambda: [0.3, 0.5], metadata={"help": "To choose from."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The first one chooses."})
@@ -57,6 +58,7 @@ def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: i
         f"--num_train_epochs={args.epochs}",
         f"--per_device_train_batch_size={args.batch_size}",
         f"--learning_rate={learning_rate}",
+        f"--weight_decay={args.weight_decay}",
         f"--embedding_dropout={dropout}",
         f"--seed={seed}",
         "--ranking_loss_weight=0",
