@@ -127,6 +127,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         self.sums, self.step, self.previous, self.weights = [0.0] * 5, [0.0] * 5, None, [1.0, 1.0]
         self.used = self.weights  # of the last step: what is logged with its loss
         self.model = self.hook = None
+        self.has_stepped = False  # since it was made or loaded
 
     def state(self) -> dict:
         attributes = {name: getattr(self, name) for name in ("previous", "weights")}
@@ -166,13 +167,14 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         new = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=args.device) for one in self.step])
         # At every step, so that what a checkpoint holds is of all processes.
         self.sums = torch.as_tensor(self.sums, dtype=torch.float64, device=args.device) + reduce(new, reduction="sum")
-        self.step, self.used = [0.0] * 5, self.weights
+        self.step, self.used, self.has_stepped = [0.0] * 5, self.weights, True
         if self.window_steps is not None and state.global_step % self.window_steps == 0:
             self._close_window()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Not at an epoch's end, which a training that is resumed from there does not come by.
-        if self.window_steps is None and self.sums[-1] and float(state.epoch).is_integer():
+        # Not at an epoch's end, which a training that is resumed from there does not come by. One that is resumed within an
+        # epoch comes by the beginning of that epoch again.
+        if self.window_steps is None and self.sums[-1] and (self.has_stepped or float(state.epoch).is_integer()):
             self._close_window()
 
     def _close_window(self) -> None:
