@@ -269,7 +269,8 @@ class KeptBeams(SavedTensors):
         beams = KeptBeams(model, rows, num_beams=20, every_epochs=2)
         Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
 
-    A row is seen once an epoch: to refresh its beams more often than that is to search in every step. They are saved with the Trainer's checkpoints, and are the same on all processes.
+    A row is seen once an epoch: to refresh its beams more often than that is to search in every step. They are saved with the
+    Trainer's checkpoints, and are the same on all processes.
 
     Args:
         model (`UniGRFForCausalLM`)

@@ -131,13 +131,16 @@ def lists_and_ranks(
     `num_ranked`: as if `recommend` had ranked only so many, the best by the other scores.
     """
     scores = found["generation_scores"]
+    absent = scores == -torch.inf
     scores = scores + item_weight * found["item_scores"] if item_weight else scores
     if num_ranked:
         unranked = torch.ones_like(scores, dtype=torch.bool).scatter_(
             1, scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices, False
         )
+        absent = absent | unranked
         scores = scores.masked_fill(unranked, -torch.inf)
     scores = scores + weight * found["ranking_scores"] if weight else scores
+    scores = scores.masked_fill(absent, -torch.inf)  # of any weights
     scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
     lists = found["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1)
     hits = lists == targets[:, None]

@@ -79,8 +79,8 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Args:
         path: GroupLens's folder with `ratings.dat` and `movies.dat`; or one with `movies.dat` and `interactions.parquet`
-            (`user_id`, `item_id`, `rating`, `timestamp`, null where not known, `position`: 1 = a user's oldest), which stands in for a `ratings.dat` whose
-            times are not all known.
+            (`user_id`, `item_id`, `rating`, `timestamp`, null where not known, `position`: 1 = a user's oldest), which stands in
+            for a `ratings.dat` whose times are not all known.
 
     Returns:
         `interactions` and `items` as [`movielens_100k`] describes them. Where times are not all known, `timestamp` is -1

@@ -107,7 +107,9 @@ class ReproduceArguments:
     item_loss_weight: float | None = field(
         default=None, metadata={"help": "Of the softmax over items, in both stages; default: that of recipes.train."}
     )
-    weight_decay: float | None = field(default=None, metadata={"help": "In both stages; default: none."})
+    weight_decay: float | None = field(
+        default=None, metadata={"help": "In both stages; default: that of recipes.train."}
+    )
     second_epochs: float = field(default=1.0, metadata={"help": "Of stage II."})
     second_stride: int = field(
         default=50, metadata={"help": "Every so many items of a history are ranked in stage II."}
@@ -185,6 +187,11 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--exclude_history={args.exclude_history}",
     ]
     return train.train(*train.parse(second))
+
+
+def given(arguments: dict) -> dict:
+    """Without those that were not given; an older run does not know of all."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def folder_of(args: ReproduceArguments) -> Path:
@@ -325,7 +332,7 @@ def run(args: ReproduceArguments) -> None:
             asked = {**work, "beams": num_beams, "union": union_items, "ranked": num_ranked}
             suffix = f"-ranked-{num_ranked}" if num_ranked else ""
             file = folder_of(args) / f"beams-{num_beams}-union-{union_items}{suffix}.json"
-            if file.exists() and json.loads(file.read_text())["arguments"] == asked:
+            if file.exists() and given(json.loads(file.read_text())["arguments"]) == given(asked):
                 print(f"{file} is finished")
             else:
                 missing[file] = asked

@@ -39,7 +39,7 @@ class SasrecArguments:
     max_items: int = field(default=20, metadata={"help": "Items of a history that are read."})
     epochs: float = field(default=15.0, metadata={"help": "Of every training; the rate falls to zero by a cosine."})
     batch_size: int = field(default=32, metadata={"help": "Rows of a step."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Of every training."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Of every training."})
     learning_rates: list[float] = field(default_factory=lambda: [2e-3], metadata={"help": "To choose from."})
     embedding_dropouts: list[float] = field(default_factory=lambda: [0.3, 0.5], metadata={"help": "To choose from."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The first one chooses."})

@@ -65,8 +65,9 @@ def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Sh
         for name in columns:
             if name not in schema.names or schema.field(name).type != TYPES[name]:
                 type_found = schema.field(name).type if name in schema.names else f"the columns {schema.names}"
+                other = " or name its column by --embedding_column" if name in (EMBEDDING, EMBEDDINGS) else ""
                 raise ValueError(
-                    f"expected a column {name} of {TYPES[name]} in {file}, found {type_found}: bring the table as published"
+                    f"expected a column {name} of {TYPES[name]} in {file}, found {type_found}: bring the table as published{other}"
                 )
         shards += [(str(file), group) for group in range(metadata.num_row_groups)]
         rows += metadata.num_rows

@@ -196,7 +196,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         )
     if training_args.world_size > 1:
         raise ValueError(
-            f"expected one process, found {training_args.world_size}: the stream of rows is not divided among them"
+            f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared out"
         )
     made = {
         name: one for name, one in json.loads(stages.read_text()).items() if name != "tokenizer"

@@ -217,12 +217,19 @@ def build_model(
             )
         if model.config.item_embedding_dim:
             stored = model.catalogue.embeddings_of(torch.arange(len(ids)))
-            alike = torch.cosine_similarity(stored, embeddings[: len(ids)]).median()
-            if alike < SAME_ENCODER:
+            found = f"some of width {embeddings.shape[1]}"
+            if stored.shape[1] == embeddings.shape[1]:
+                now = embeddings[: len(ids)]
+                alike = torch.cosine_similarity(stored, now).where((stored != now).any(dim=1), 1.0).median()
+                found = (
+                    None
+                    if alike >= SAME_ENCODER
+                    else f"a cosine of {alike:.2f} between an item's then and now (median)"
+                )
+            if found:
                 raise ValueError(
-                    f"Expected embeddings of the kind that {args.init_from} was trained with, found a cosine of {alike:.2f} between "
-                    "an item's and what the checkpoint has of it (median). Prepare the data with the same encoder, text template "
-                    f"or embeddings; the tokenizer's provenance says which: {earlier.provenance}."
+                    f"Expected embeddings of the kind that {args.init_from} was trained with, found {found}. Prepare the data with the "
+                    f"same encoder, text template or embeddings; the tokenizer's provenance says which: {earlier.provenance}."
                 )
         if tokenizer.num_items > len(ids):
             new = slice(len(ids), None)
@@ -252,7 +259,12 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
     for name, is_asked, needed, is_there in (
         ("beams_kept_epochs", model_args.beams_kept_epochs > 0, "num_train_beams", model_args.num_train_beams > 0),
         ("exclude_history", data_args.exclude_history, "num_train_beams", model_args.num_train_beams > 0),
-        ("detach_history", model_args.detach_history, "num_train_beams", model_args.num_train_beams > 0),
+        (
+            "detach_history",
+            model_args.detach_history,
+            "num_train_beams or num_retrieved_items",
+            model_args.second_stage,
+        ),
         ("exclude_candidate", model_args.exclude_candidate, "num_retrieved_items", model_args.num_retrieved_items > 0),
         *((name, name in given, "adaptive_weights", model_args.adaptive_weights) for name in ADAPTIVE),
         *((name, name in given, "enhancer", model_args.enhancer) for name in ENHANCING),

@@ -134,6 +134,13 @@ def test_any_dynamic_cache_will_do_and_no_other():
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="static")
 
 
+def test_the_old_name_of_the_cache_still_reaches_it():
+    cache = DynamicCache()
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        build()(torch.randint(1, 30, (1, 5)), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
 def test_more_positions_than_there_are_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings=20"):
         build()(torch.zeros(1, 21, dtype=torch.long))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import GRID, TINY
 from datasets import Dataset, Features, load_from_disk
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
@@ -164,7 +165,7 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         (["--relabel"], "enhancer with relabel"),
         (['--enhancer_options={"num_negatives": 3}'], "enhancer with enhancer_options"),
         (["--enhancer", "--ranking_loss_weight=0"], "ranking_loss_weight with enhancer"),
-        (["--detach_history=True"], "num_train_beams with detach_history"),
+        (["--detach_history=True"], "num_train_beams or num_retrieved_items with detach_history"),
         (["--exclude_candidate=True"], "num_retrieved_items with exclude_candidate"),
         (["--adaptive_window=5"], "adaptive_weights with adaptive_window"),
     ],
@@ -298,8 +299,14 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
 
 
-def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepared, tmp_path):
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepared, tmp_path, atomic):
+    parent = prepared.parent
+    if atomic:
+        tables = {name: str(parent / f"{name}.parquet") for name in ("interactions", "items")}
+        prepared = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "atomic"), atomic=True))
     arguments = [
+        f"--config_fields={json.dumps({'tie_word_embeddings': atomic})}",
         f"--text_config={json.dumps(TINY)}",
         "--max_items=4",
         "--use_cpu",
@@ -308,12 +315,12 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     ]
     arguments += ["--disable_tqdm=True"]
     first = train.train(*train.parse([*arguments, f"--data_dir={prepared}", f"--output_dir={tmp_path / 'one'}"]))
-    items = pd.read_parquet(prepared.parent / "items.parquet")
+    items = pd.read_parquet(parent / "items.parquet")
     new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # of one group, which outgrows all others
     other = pd.concat([new, items])
     other.assign(embedding=[one[::-1] for one in other["embedding"]]).to_parquet(tmp_path / "other.parquet")
     other.to_parquet(tmp_path / "items.parquet")
-    interactions = pd.read_parquet(prepared.parent / "interactions.parquet")
+    interactions = pd.read_parquet(parent / "interactions.parquet")
     later = interactions.iloc[:3].assign(user_id="u0", item_id=["n0", "n1", "n2"], timestamp=[100, 101, 102])
     pd.concat([interactions, later]).to_parquet(tmp_path / "interactions.parquet")
     tables = {name: str(tmp_path / f"{name}.parquet") for name in ("interactions", "items")}
@@ -327,11 +334,16 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     np.testing.assert_array_equal(before.catalogue.item_codes, tokenizer.item_codes[:30])
     torch.testing.assert_close(model.catalogue.item_embeddings[30:], before.catalogue.item_embeddings[[0, 0, 0]])
     assert model.config.codebook_sizes[-1] > before.config.codebook_sizes[-1]
+    assert model.config.codebook_sizes == list(tokenizer.codebook_sizes) and model.config.vocab_size == len(tokenizer)
     check_same_items(tokenizer, prepared)  # where it can still be measured
     tables["items"] = str(tmp_path / "other.parquet")
     other = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "other"), tokenizer=str(first)))
     go_on[-2] = f"--data_dir={other}"
     with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found a cosine of"):
+        train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
+    stored = load_file(other / "item_embeddings.safetensors")["embeddings"]
+    save_file({"embeddings": torch.cat([stored, stored], dim=1)}, other / "item_embeddings.safetensors")
+    with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found some of width"):
         train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
 
 
@@ -472,7 +484,7 @@ def test_the_readme_snippets_run(tmp_path, monkeypatch):
     ids = [str(number) for number in range(200)]  # stands in for MovieLens, of which nothing is in the repository
     codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
     tokenizer = SemanticIdTokenizer.from_codes(ids, codes, (6, 6, 6), ["dislike", "like"], titles=ids)
-    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY))
+    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY, item_table_size=200))
     model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
     RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
     names: dict = {}  # the last one goes on where the second one ends

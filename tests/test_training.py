@@ -247,7 +247,8 @@ def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "window", "end"), [("loss_ratio", 2, 5), ("gradient_norm", 2, 5), ("loss_ratio", None, 2)]
+    ("form", "window", "end"),
+    [("loss_ratio", 2, 5), ("gradient_norm", 2, 5), ("loss_ratio", None, 2), ("loss_ratio", None, 3)],
 )
 def test_the_adaptive_weights_are_resumed_in_a_window_and_at_its_end(tmp_path, form, window, end):
     whole, stopped, resumed = (build_model() for _ in range(3))

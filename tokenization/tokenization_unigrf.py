@@ -325,8 +325,8 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             int32 [n, num_levels], the codes of the new items.
 
         Raises:
-            ValueError: known or repeated ids, several levels without a quantizer, embeddings of the wrong number or width or not finite,
-                or the last level has to grow past tokens that were added by hand.
+            ValueError: known or repeated ids, several levels without a quantizer, embeddings of the wrong number or width or
+                not finite, or the last level has to grow past tokens that were added by hand.
         """
         catalogue = self._catalogue.extended(item_ids, embeddings, titles)
         if catalogue.codebook_sizes != self.codebook_sizes:
