@@ -59,8 +59,8 @@ def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
     row = one(recochain_report.rows_of(data), row="not-injected-k0", beams=20, union=20)
     published = recochain_report.PUBLISHED["recochain_beauty"]
     beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
-    ranked = row["test"]["ranked"]["recall@10"]
-    return [(f"Amazon-2014 Beauty, ranked ({seeds(row)}): Recall@10", f"{ranked:.4f}", beside)]
+    ranked = {"test": row["test"]["ranked"], "std": row["std"]["ranked"]}
+    return [(f"Amazon-2014 Beauty, ranked ({seeds(row)}): Recall@10", figures(ranked, "recall@10"), beside)]
 
 
 def movielens_100k_rows(data: dict) -> list[tuple[str, str, str]]:
