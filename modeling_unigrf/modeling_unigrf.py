@@ -475,7 +475,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         candidates: torch.LongTensor | None = None,
         cache: Cache | None = None,
         history_states: torch.FloatTensor | None = None,
-        candidates_per_pack: int = 64,
+        candidates_per_pack: int | None = None,
         timestamps: torch.LongTensor | None = None,
         request_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
@@ -495,7 +495,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                 as it was found.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): The backbone's output at
                 the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
-            candidates_per_pack (`int`): Candidates of a history that are run at a time: memory grows with it.
+            candidates_per_pack (`int`, *optional*): Candidates of a history that are run at a time: memory grows with it. By
+                default 64 on a CPU, where they stay in its caches, and 1,024 elsewhere, where a pack costs its launches.
             timestamps, request_timestamps: As `recommend` takes them.
             long_items (`torch.LongTensor` of shape `(batch_size, H)`): With `config.num_retrieved_items`: all that the user did,
                 as item indices, oldest first; -1 where there is none (padding, unknown items). Any H, also 0.
@@ -531,6 +532,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             )
         if history_states is None and self.ranking_head.history_query is not None:
             history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        if candidates_per_pack is None:
+            candidates_per_pack = 64 if candidates.device.type == "cpu" else 1024
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():

@@ -38,7 +38,7 @@ from recipes import ranking_cost
 from recipes.decoding_report import BY_DICT, BY_PROCESSOR, MATMULS, OURS, REPEATED, WHOLE, draw, ratios
 from recipes.hardware import PeakMemory, bf16_speed_up
 from recipes.peers import DictTrie, StaticTrie, random_catalogue
-from recipes.runs import made_by
+from recipes.runs import command, made_by
 
 LLAMA = {
     "model_type": "llama",
@@ -451,7 +451,8 @@ def main(args: BenchmarkArguments) -> None:
         run_candidates(args, figures, dtypes)
     if "ranking" in parts:
         run_ranking(args, figures, dtypes)
-    made = made_by(" ".join(["python -m recipes.benchmark_decoding", *(["--parts", *parts] if args.parts else [])]))
+    asked = {name: value for name, value in vars(args).items() if name != "output"}
+    made = made_by(command("recipes.benchmark_decoding", asked, vars(BenchmarkArguments())))
     if args.parts:
         figures.data |= {f"{part} made by": made for part in parts}
     else:

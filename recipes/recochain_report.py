@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 LISTS = ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone", "oracle")
 CODES_ALONE = ", codes alone"  # rows whose histories are read without the items' vectors
+BEAMS = 20  # of the large table and of the picture
 SASREC = "one code an item, full cross-entropy (SASRec's task)"  # of recipes.sasrec
 # Relative gain of Recall@5 in the paper (TAOBAO-MM), in percent; a window of 32 or 128 tokens is some 7 or 26 items.
 PAPER = {
@@ -22,7 +23,7 @@ PAPER = {
     "retrieved": {0: 0.12, 10: 3.14, 20: 3.51},
     "window": {7: 3.14, 26: 0.92},
 }
-# The rows of a panel of the picture by their place on its axis, at 20 beams.
+# The rows of a panel of the picture by their place on its axis.
 PANELS = {
     "retrieved": {0: "k0", 5: "k5", 10: "default", 20: "k20"},
     "window": {7: "default", 31: "window31", 127: "window127"},
@@ -90,17 +91,14 @@ def _columns(values: dict[str, float]) -> dict[str, float]:
 def _run(result: dict) -> dict:
     """What is kept of a `beams-*.json`."""
     told = ("arguments", "made by", "weights", "users", "seconds", "gain")
-    return {
-        **{name: result[name] for name in told},
-        "test": {name: _columns(result["cells"][name]) for name in LISTS},
-        "calibration": {
-            users: {
-                "expected calibration error": found["expected calibration error"],
-                "predicted, observed": [[one["predicted"], one["observed"]] for one in found["bins"]],
-            }
-            for users, found in result["calibration"].items()
-        },
-    }
+    calibration = {}
+    for users, found in result["calibration"].items():
+        calibration[users] = {"expected calibration error": found["expected calibration error"]}
+        if result["arguments"]["beams"] == BEAMS:  # what is drawn
+            bins = [[one["predicted"], one["observed"]] for one in found["bins"]]
+            calibration[users]["predicted, observed"] = bins
+    tests = {name: _columns(result["cells"][name]) for name in LISTS}
+    return {**{name: result[name] for name in told}, "test": tests, "calibration": calibration}
 
 
 def rows_of(data: dict) -> list[dict]:
@@ -134,24 +132,54 @@ def gain_of(row: dict, column: str, one: str = "ranked") -> tuple[float, float]:
     return mean, deviation
 
 
+def by_beams(rows: list[dict]) -> list[str]:
+    """What ranking gains with each number of beams, in percent, and the ceiling of each, in Markdown."""
+    searches = sorted({(row["beams"], row["ranked"]) for row in rows})
+    names = [f"{beams} beams" + (f", {ranked} of them ranked" if ranked else "") for beams, ranked in searches]
+    lines = [
+        "",
+        "Gain of ranked over generation by the number of beams, %, Recall@5 / NDCG@10; and what a perfect ranking would reach:",
+        "",
+        "| row | seeds | " + " | ".join(names) + " |",
+        "| --- " * (2 + len(names)) + "|",
+    ]
+    for row in dict.fromkeys(one["row"] for one in rows):
+        found = {(one["beams"], one["ranked"]): one for one in rows if one["row"] == row}
+        cells = [
+            " / ".join("{:+.1f} ± {:.1f}".format(*gain_of(found[search], name)) for name in ("recall@5", "ndcg@10"))
+            if search in found
+            else "-"
+            for search in searches
+        ]
+        lines.append(f"| {row} | {len(next(iter(found.values()))['runs'])} | " + " | ".join(cells) + " |")
+    default = {
+        (one["beams"], one["ranked"]): one["test"]["oracle"]["recall@5"] for one in rows if one["row"] == "default"
+    }
+    ceilings = [f"{default[search]:.4f}" if search in default else "-" for search in searches]
+    lines.append("| *the target is a candidate (default)* | | " + " | ".join(ceilings) + " |")
+    return lines
+
+
 def table(data: dict) -> str:
-    """The table, in Markdown: generation and ranked, what else there is, and the baselines."""
-    heads = ["row", "beams", "seeds"]
-    heads += ["R@5: generation", "ranked", "gain, %", "R@10: generation", "ranked", "three scores", "item score alone"]
+    """The tables, in Markdown: generation, ranked and what else there is of 20 beams, the gain by beams, and the baselines."""
+    heads = ["row", "beams", "seeds", "R@5: generation", "ranked", "gain, %", "at weight 1, %"]
+    heads += ["R@10: generation", "ranked", "three scores", "item score alone"]
     heads += ["oracle", "N@10: generation", "ranked", "gain, %"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for row in rows_of(data):
+    rows = rows_of(data)
+    for row in rows:
+        if row["beams"] != BEAMS or row["ranked"]:
+            continue
 
         def cell(one: str, column: str, row=row) -> str:
             return plus_minus(row["test"][one][column], row["std"][one][column])
 
         beams = f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")
-        beams += f", {row['ranked']} of them ranked" if row["ranked"] else ""
-        if row["arguments"]["test_users"]:
-            beams += f" ({row['runs'][0]['users']['test']:,} users)"
         cells = [row["row"], beams]
         cells += [str(len(row["runs"])), cell("generation", "recall@5"), cell("ranked", "recall@5")]
-        cells.append("{:+.1f} ± {:.1f}".format(*gain_of(row, "recall@5")))
+        cells += [
+            "{:+.1f} ± {:.1f}".format(*gain_of(row, "recall@5", one)) for one in ("ranked", "ranked at weight 1")
+        ]
         cells += [
             cell(one, "recall@10")
             for one in ("generation", "ranked", "ranked, three scores", "item score alone", "oracle")
@@ -159,6 +187,7 @@ def table(data: dict) -> str:
         cells += [cell("generation", "ndcg@10"), cell("ranked", "ndcg@10")]
         cells.append("{:+.1f} ± {:.1f}".format(*gain_of(row, "ndcg@10")))
         lines.append("| " + " | ".join(cells) + " |")
+    lines += by_beams([row for row in rows if not row["union"]]) if len({row["beams"] for row in rows}) > 1 else []
     lines += ["", "| beside it | R@5 | R@10 | N@10 |", "| --- | --- | --- | --- |"]
     tests = {label: [found] for label, found in data["baselines"].items()}
     tests |= {label: found["tests"] for label, found in data["beside"].items()}
@@ -171,7 +200,8 @@ def table(data: dict) -> str:
     made = max((run["made by"] for run in data["runs"]), key=lambda one: one["date"])
     lines += [
         "",
-        f"Test. Ranked: by two scores, their weight chosen on validation; three scores: with the item-level score as a third. "
+        f"Test. Ranked: by two scores, their weight chosen on validation (or 1, as in the paper); three scores: with the item-level "
+        "score as a third. "
         f"Where items stand beside the beams, generation orders these, too. "
         f"Gain: of ranked over generation, ± standard deviation over seeds or, of one seed, standard error over users. "
         f"Protocol: {data['protocol']}. Codebooks: {data['codebook sizes']} and a last code. Made by "
@@ -181,13 +211,38 @@ def table(data: dict) -> str:
     return "\n".join(lines)
 
 
+def tried_table(data: dict) -> str:
+    """Settings of a stage I that were tried on the way, in Markdown, the best on validation first."""
+    heads = ["task", "backbone", "its dropout", "of embeddings", "epochs", "rate", "weight decay", "item loss"]
+    heads += ["validation: R@10", "N@10", "test: R@10", "N@10"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for run in data["runs"]:
+        config = run["text_config"]
+        layers, width = (
+            config.get(one, config.get(two))
+            for one, two in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd"))
+        )
+        dropout = config.get("resid_pdrop", config.get("attention_dropout", 0))
+        cells = [run["task"], f"{config['model_type']}, {layers} of {width}"]
+        cells.append(f"{dropout:g}" + (" (attention)" if "attention_dropout" in config else ""))
+        names = ("embedding_dropout", "num_train_epochs", "learning_rate", "weight_decay", "item_loss_weight")
+        cells += [f"{run[name]:g}" for name in names]
+        cells += [f"{run[split][name]:.4f}" for split in ("validation", "test") for name in ("recall@10", "ndcg@10")]
+        lines.append("| " + " | ".join(cells) + " |")
+    made = data["made by"]
+    lines += [
+        "",
+        f"{data['protocol']}. Made by `{made['command']}` on {made['machine']}, {made['versions']}, {made['date']}.",
+    ]
+    return "\n".join(lines)
+
+
 def draw(data: dict, file: Path) -> None:
     """The gain of Recall@5 against beams, retrieved items and window, ours and the paper's, and how calibrated the ranking is."""
     rows = [row for row in rows_of(data) if not row["union"] and not row["ranked"]]
-    default = next((row for row in rows if row["row"] == "default" and row["beams"] == 20), None)
-    if default is None:
+    at_20 = {row["row"]: row for row in rows if row["beams"] == BEAMS}
+    if "default" not in at_20:
         return
-    at_20 = {row["row"]: row for row in rows if row["beams"] == 20}
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.1), layout="constrained")
 
     def curve(axis, found: dict[int, dict], one: str, label: str) -> None:

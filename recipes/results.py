@@ -91,9 +91,11 @@ def table(results: dict) -> str:
 
 TABLES = {
     "decoding": decoding_report.table,
+    "decoding_h100": decoding_report.table,
     DEMO: table,
     "recochain": recochain_report.table,
     "recochain_beauty": recochain_report.table,
+    "recochain_beauty_tried": recochain_report.tried_table,
     "taobao": taobao_report.table,
     "unigrf_ml1m": unigrf_report.table,
 }
