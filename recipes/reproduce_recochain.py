@@ -23,6 +23,7 @@ from datasets import Dataset, load_from_disk
 from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
 from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
@@ -42,6 +43,7 @@ BASE = {
     "second_times": 1,
     "inject": True,
     "item_score": True,  # the item-level score is a part of the ranking
+    "next_alone": False,  # the ranking learns what comes next and no behaviour
 }
 # What a row changes.
 ROWS: dict[str, dict] = {
@@ -61,6 +63,9 @@ ROWS: dict[str, dict] = {
     "no-item-score-k0": {"item_score": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
+    # The paper's ranking: a loss on what comes next, and no score that knows more.
+    "paper": {"item_score": False, "next_alone": True},
+    "paper-k0": {"item_score": False, "next_alone": True, "retrieved": 0},
 }
 APART = (
     "data_dir",
@@ -144,16 +149,26 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
 
 
+def config_fields(row: dict, stage: int) -> str:
+    """`--config_fields` of a stage: what of the model's config has no argument of its own."""
+    fields = {"ranking_targets": [NEXT_TARGET]} if row["next_alone"] else {}
+    if stage == 2:
+        fields |= {} if row["inject"] else {"inject_target": False}
+        fields |= {} if row["item_score"] else {"rank_by_item_score": False}
+    return f"--config_fields={json.dumps(fields)}"
+
+
 def train_stage_one(args: ReproduceArguments) -> Path:
     """Generation and the item-level score, once for all rows that share them; the folder of the model."""
     row = row_of(args)
     parts = "".join(name[0] for name in ("learned", "embedding") if row[name])
-    parts += "h" if args.history_item_vectors else ""
+    parts += ("h" if args.history_item_vectors else "") + ("n" if row["next_alone"] else "")
     times = f"-times{row['first_times']}" if row["first_times"] != 1 else ""
     name = f"stage-one-window{row['window']}-{parts}{times}-{args.seed}"
     one = [
         *shared_arguments(args),
         f"--output_dir={Path(args.output_dir) / name}",
+        config_fields(row, stage=1),
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
         f"--num_train_epochs={args.epochs * row['first_times']}",
@@ -167,8 +182,6 @@ def train_stage_one(args: ReproduceArguments) -> Path:
 def train_stages(args: ReproduceArguments) -> Path:
     """Both stages, each done once; the folder of the finished model."""
     row = row_of(args)
-    config_fields = {} if row["inject"] else {"inject_target": False}
-    config_fields |= {} if row["item_score"] else {"rank_by_item_score": False}
     second = [
         f"--init_from={train_stage_one(args)}",
         *shared_arguments(args),
@@ -182,7 +195,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--exclude_candidate={row['exclude']}",
         f"--detach_history={row['detach']}",
         f"--num_train_beams={args.num_train_beams}",
-        f"--config_fields={json.dumps(config_fields)}",
+        config_fields(row, stage=2),
         f"--max_long_items={args.max_long_items}",
         f"--exclude_history={args.exclude_history}",
     ]

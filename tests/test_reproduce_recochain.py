@@ -28,11 +28,13 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 
     run("no-embedding-part", 3)
     run("k0", 3)
+    run("paper-k0", 3)
     run("default", 3, history_item_vectors=False)
     before = run("default", 3, 6)
     assert sorted(folder.name for folder in tmp_path.glob("stage-one-*")) == [
         "stage-one-window7-le-0",
         "stage-one-window7-leh-0",
+        "stage-one-window7-lehn-0",
         "stage-one-window7-lh-0",
     ], "rows share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
@@ -49,6 +51,8 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         gain = result["gain"]["ranked"]["recall@10"]["difference"]
         assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
 
+    config = UniGRFForCausalLM.from_pretrained(tmp_path / "paper-k0-0" / "checkpoint").config
+    assert config.ranking_targets == ["next"] and not config.rank_by_item_score and not config.num_retrieved_items
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-codes-alone-0" / "checkpoint")
     assert not model.config.history_item_vectors
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
@@ -77,12 +81,15 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     assert f"| {recochain_report.SASREC} | 0.5000 |" in recochain_report.table(beside), "a baseline that came later"
     data = json.loads(whole)
     table_rows = recochain_report.rows_of(data)
-    assert len(table_rows) == 8 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
+    assert len(table_rows) == 8 + 2 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
     rows = recochain_report.table(data).splitlines()
     for beginning in (
-        "| default | 3 | 1 |",
-        "| k0 | 3 + 5 items | 1 |",
-        "| default | 6, 3 of them ranked | 1 |",
+        "| default | 20 | 1 |",
+        "| default | 20 + 5 items | 1 |",
+        "| row | seeds | 3 beams | 6 beams | 6 beams, 3 of them ranked | 20 beams | 20 beams, 3 of them ranked |",
+        "| default | 1 | +",
+        "| k0 | 1 | ",
+        "| *the target is a candidate (default)* | | ",
         "| popularity |",
         "| *TIGER, published* |",
     ):
