@@ -43,12 +43,12 @@ BASE = {
     "second_times": 1,
     "inject": True,
     "item_score": True,  # the item-level score is a part of the ranking
-    "next_alone": False,  # the ranking learns what comes next and no behaviour
+    "paper": False,  # the ranking's loss is the paper's: of what comes next alone, beside the sum of an item's codes
 }
 # What a row changes.
 ROWS: dict[str, dict] = {
     "default": {},
-    **{f"k{count}": {"retrieved": count} for count in (0, 5, 20)},
+    **{f"k{count}": {"retrieved": count} for count in (0, 1, 5, 20)},
     # As many items a step, and so as many steps, as with a window of 7.
     **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (31, 127)},
     "candidate-excluded": {"exclude": True},
@@ -63,9 +63,8 @@ ROWS: dict[str, dict] = {
     "no-item-score-k0": {"item_score": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
-    # The paper's ranking: a loss on what comes next, and no score that knows more.
-    "paper": {"item_score": False, "next_alone": True},
-    "paper-k0": {"item_score": False, "next_alone": True, "retrieved": 0},
+    "paper": {"paper": True, "item_score": False},
+    "paper-k0": {"paper": True, "item_score": False, "retrieved": 0},
 }
 APART = (
     "data_dir",
@@ -151,7 +150,7 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
 
 def config_fields(row: dict, stage: int) -> str:
     """`--config_fields` of a stage: what of the model's config has no argument of its own."""
-    fields = {"ranking_targets": [NEXT_TARGET]} if row["next_alone"] else {}
+    fields = {"ranking_targets": [NEXT_TARGET]} if row["paper"] else {}
     if stage == 2:
         fields |= {} if row["inject"] else {"inject_target": False}
         fields |= {} if row["item_score"] else {"rank_by_item_score": False}
@@ -162,7 +161,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
     """Generation and the item-level score, once for all rows that share them; the folder of the model."""
     row = row_of(args)
     parts = "".join(name[0] for name in ("learned", "embedding") if row[name])
-    parts += ("h" if args.history_item_vectors else "") + ("n" if row["next_alone"] else "")
+    parts += ("h" if args.history_item_vectors else "") + ("p" if row["paper"] else "")
     times = f"-times{row['first_times']}" if row["first_times"] != 1 else ""
     name = f"stage-one-window{row['window']}-{parts}{times}-{args.seed}"
     one = [
@@ -181,7 +180,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
 
 def train_stages(args: ReproduceArguments) -> Path:
     """Both stages, each done once; the folder of the finished model."""
-    row = row_of(args)
+    row, tokenizer = row_of(args), SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     second = [
         f"--init_from={train_stage_one(args)}",
         *shared_arguments(args),
@@ -196,6 +195,8 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--detach_history={row['detach']}",
         f"--num_train_beams={args.num_train_beams}",
         config_fields(row, stage=2),
+        # The paper sums its loss of codes over an item's levels; ours is their mean.
+        *([f"--ranking_loss_weight={1 / tokenizer.num_levels}"] if row["paper"] else []),
         f"--max_long_items={args.max_long_items}",
         f"--exclude_history={args.exclude_history}",
     ]

@@ -11,6 +11,7 @@ from conftest import GRID, TINY
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import recochain_report, reproduce_recochain, runs, sasrec
 from recipes.prepare import PrepareArguments, prepare
+from tokenization import SemanticIdTokenizer
 
 
 def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
@@ -34,7 +35,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     assert sorted(folder.name for folder in tmp_path.glob("stage-one-*")) == [
         "stage-one-window7-le-0",
         "stage-one-window7-leh-0",
-        "stage-one-window7-lehn-0",
+        "stage-one-window7-lehp-0",
         "stage-one-window7-lh-0",
     ], "rows share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
@@ -53,6 +54,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 
     config = UniGRFForCausalLM.from_pretrained(tmp_path / "paper-k0-0" / "checkpoint").config
     assert config.ranking_targets == ["next"] and not config.rank_by_item_score and not config.num_retrieved_items
+    assert config.ranking_loss_weight == 1 / config.num_levels
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-codes-alone-0" / "checkpoint")
     assert not model.config.history_item_vectors
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
@@ -98,6 +100,58 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     assert runs.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = {"runs": [{"gain": {"ranked": {"recall@5": {"relative": gain}}}} for gain in (0.1, 0.3)]}
     assert recochain_report.gain_of(several, "recall@5") == (pytest.approx(20), pytest.approx(10 * 2**0.5))
+
+
+@pytest.mark.parametrize("row", reproduce_recochain.ROWS)
+def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_path, monkeypatch):
+    trained = []
+
+    def train(model_args, data_args, training_args):
+        trained.append((vars(model_args) | {"seed": training_args.seed}, vars(data_args), training_args))
+        return tmp_path / "checkpoint"
+
+    monkeypatch.setattr(reproduce_recochain.train, "train", train)
+
+    def stages(name: str) -> list[dict]:
+        trained.clear()
+        arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "batch_size": 64}
+        reproduce_recochain.train_stages(reproduce_recochain.ReproduceArguments(row=name, **arguments))
+        of_stages = []
+        for model_args, data_args, training_args in trained:
+            told = {**model_args, **data_args, **json.loads(model_args["config_fields"])}
+            del told["config_fields"]
+            names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay")
+            of_stages.append(told | {name: getattr(training_args, name) for name in names})
+        return of_stages
+
+    differ = [
+        {name: one.get(name) for name in {*one, *two} if one.get(name) != two.get(name)}
+        for one, two in zip(stages(row), stages("default"), strict=True)
+    ]
+    long, windows = {"num_train_epochs": 3.0}, {"window31": (31, 16), "window127": (127, 4)}
+    expected = {
+        "default": ({}, {}),
+        **{f"k{count}": ({}, {"num_retrieved_items": count}) for count in (0, 1, 5, 20)},
+        "candidate-excluded": ({}, {"exclude_candidate": True}),
+        "history-detached": ({}, {"detach_history": True}),
+        "long": ({}, long),
+        "long-k0": ({}, {**long, "num_retrieved_items": 0}),
+        "long-first-stage": ({"num_train_epochs": 4.0}, {}),
+        "long-first-stage-k0": ({"num_train_epochs": 4.0}, {"num_retrieved_items": 0}),
+        "not-injected": ({}, {"inject_target": False}),
+        "not-injected-k0": ({}, {"inject_target": False, "num_retrieved_items": 0}),
+        "no-item-score": ({}, {"rank_by_item_score": False}),
+        "no-item-score-k0": ({}, {"rank_by_item_score": False, "num_retrieved_items": 0}),
+        "no-learned-part": ({"item_table_size": 0}, {"item_table_size": 0}),
+        "no-embedding-part": ({"read_item_embeddings": False}, {"read_item_embeddings": False}),
+    }
+    for name, (items, rows) in windows.items():
+        expected[name] = ({"max_items": items, "per_device_train_batch_size": rows}, {"max_items": items})
+    paper = {"ranking_targets": ["next"]}
+    share = 1 / SemanticIdTokenizer.from_pretrained(prepared / "tokenizer").num_levels
+    for name, fewer in (("paper", {}), ("paper-k0", {"num_retrieved_items": 0})):
+        expected[name] = (paper, {**paper, "rank_by_item_score": False, "ranking_loss_weight": share, **fewer})
+    assert tuple(differ) == expected[row]
 
 
 def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared, tmp_path):
