@@ -126,7 +126,7 @@ class UniGRFGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: torch.LongTensor | None = None, catalogue: CatalogueTrie | None = None, **kwargs):
         """
-        `GenerationMixin.generate`: the next item of each history, among the items that exist, with no code of the user.
+        `GenerationMixin.generate`: the next item of each history, among the items that exist, without a logits processor of yours.
         Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
 
         With `num_beams=K, num_return_sequences=R` the best items come first, as many as there are and at most R a row;
@@ -137,15 +137,33 @@ class UniGRFGenerationMixin(GenerationMixin):
                 `model.catalogue.subset(items)`; the histories may hold any item.
 
         Raises:
-            ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist.
+            ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist; on items to block, which
+                `recommend` takes; on a `catalogue` of another device.
         """
+        for name in ("blocked_items", "candidates", "negative_items", "favorite_items"):
+            if (
+                kwargs.get(name) is not None
+            ):  # of `forward`, where it is a matter of training: nothing here would read it
+                raise ValueError(
+                    f"Expected no {name} in `generate`, which does not read any, found some. Use `recommend(..., blocked_items=..., "
+                    "allowed_items=...)`, or `generate(..., catalogue=model.catalogue.subset(items))`."
+                )
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             self._check_histories(input_ids, kwargs.get("attention_mask"), whole_items=False)
         if catalogue is not None:
+            self._check_catalogue(catalogue)
             processor = TrieLogitsProcessor(self.layout, catalogue, self.config.pad_token_id)
             kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
         return super().generate(inputs, **kwargs)
+
+    def _check_catalogue(self, catalogue: CatalogueTrie) -> None:
+        """Refuses a part of the catalogue that was made before the model was moved; raises `ValueError`."""
+        if catalogue.leaf_items.device != self.catalogue.item_codes.device:
+            raise ValueError(
+                f"Expected a catalogue on {self.catalogue.item_codes.device} as the model, found one on "
+                f"{catalogue.leaf_items.device}. Make it with `model.catalogue.subset(items)` after the model was moved."
+            )
 
     def _check_histories(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None, whole_items: bool
@@ -503,8 +521,9 @@ class UniGRFGenerationMixin(GenerationMixin):
         is_possible = num_beams >= 1 and min(union_items, num_ranked) >= 0
         if not is_possible or not 1 <= num_return_sequences <= num_ranked + union_items:
             raise ValueError(
-                "Expected num_beams >= 1 and 1 <= num_return_sequences <= num_beams (or num_ranked_beams) + union_items, found "
-                f"{num_return_sequences} of {num_beams} (or {num_ranked_beams}) and {union_items}."
+                "Expected num_beams >= 1 and 1 <= num_return_sequences <= num_beams (or num_ranked_beams, if not 0) + union_items, "
+                f"found num_return_sequences={num_return_sequences}, num_beams={num_beams}, num_ranked_beams={num_ranked_beams}, "
+                f"union_items={union_items}. Ask for fewer items, or search for more."
             )
         item_weight = self.config.item_weight if item_weight is None else item_weight
         if (item_weight or union_items) and self.ranking_head.history_query is None:
@@ -527,6 +546,8 @@ class UniGRFGenerationMixin(GenerationMixin):
             blocked_items = [
                 torch.cat([mine, item_list(one, rows.device)]) for mine, one in zip(own, more, strict=True)
             ]
+        if catalogue is not None:
+            self._check_catalogue(catalogue)
         trie = self.catalogue.trie if catalogue is None else catalogue
         item_filter = None
         if allowed_items is not None or blocked_items is not None:

@@ -178,6 +178,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
         self.catalogue = UniGRFCatalogue(config)
+        # The same everywhere: DDP would send it round before each forward, and what was written is a trie to be built again.
+        self._ddp_params_and_buffers_to_ignore = ["catalogue.item_codes", "catalogue.item_embeddings"]
         if config.tie_word_embeddings:
             embeddings = self.model.get_input_embeddings()
             name = next(name for name, module in self.named_modules() if module is embeddings)

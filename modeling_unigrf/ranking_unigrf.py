@@ -22,7 +22,8 @@ class UniGRFItemEncoder(nn.Module):
 
     def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
         """Item indices `[...]` and their embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part."""
-        vectors = None if self.proj is None else self.proj(embeddings.to(self.proj.weight.dtype))
+        # The dtype of the bias: quantized weights (bitsandbytes) have one that holds no embedding.
+        vectors = None if self.proj is None else self.proj(embeddings.to(self.proj.bias.dtype))
         if self.table is None:
             return vectors
         learned = self.table(items % self.table.num_embeddings)

@@ -20,7 +20,10 @@ from .configuration_unigrf import UniGRFConfig
 from .trie_unigrf import is_integer
 
 MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and as much again in double precision
-TIE = 2**24  # cosines that agree to so fine a part of 1 are ties
+TIE = (
+    2**16
+)  # cosines that agree to so fine a part of 1 are ties: far coarser than what float32 and a device's order change
+NO_KEY = torch.iinfo(torch.int64).min
 ITEM, RETRIEVED, CANDIDATE = range(3)  # segments
 
 
@@ -156,10 +159,10 @@ def retrieve(
             hidden = (items < 0)[:, None]
             if exclude_candidate:
                 hidden = hidden | (some[:, :, None] == items[:, None])
-            # Whole numbers below 2^53, all different: which are the greatest is no matter of the device.
-            keys = cosines.mul_(TIE).round_().double().mul_(length).add_(time).masked_fill_(hidden, -torch.inf)
+            # Whole numbers, all different.
+            keys = cosines.mul_(TIE).round_().long().mul_(length).add_(time).masked_fill_(hidden, NO_KEY)
             best, found = keys.topk(places.shape[2], dim=2)
-            places[rows, part : part + at_once] = found.masked_fill(best == -torch.inf, -1).sort(dim=2).values
+            places[rows, part : part + at_once] = found.masked_fill(best == NO_KEY, -1).sort(dim=2).values
     return places
 
 

@@ -46,7 +46,7 @@ class TrieLevel:
                 torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
             )
             return level
-        level.ranks = torch.full((num_parents, num_codes), -torch.inf, device=codes.device)
+        level.ranks = torch.full((num_parents, num_codes), -torch.inf, dtype=torch.float32, device=codes.device)
         rank = torch.arange(len(codes), device=codes.device) - child_start[parents]
         level.ranks[parents, codes.long()] = rank.float()
         return level

@@ -38,9 +38,11 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
+from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.embeddings import MINILM, item_embeddings, weights_of
 from recipes.tables import check_rows, read_interactions, read_table, sha256
 from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
+from tokenization.vocabulary_layout import check_behaviors
 
 # Columns of a history, and of what comes after it in a held-out split.
 TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
@@ -190,6 +192,11 @@ def prepare(args: PrepareArguments) -> Path:
             args.interactions,
         )
         behaviors = list(earlier.behaviors)
+    check_behaviors(behaviors)  # before what takes minutes
+    if NEXT_TARGET in behaviors:
+        raise ValueError(
+            f"expected behaviors other than {NEXT_TARGET!r}, which is a ranking target of its own, found it: rename it"
+        )
     item_index = pd.Index(items["item_id"])
     splits = leave_one_out(
         users=kept["user_id"].to_numpy(),

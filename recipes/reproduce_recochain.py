@@ -27,7 +27,7 @@ from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
 from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
-from recipes.runs import command, made_by
+from recipes.runs import command, made_by, one_process
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -337,6 +337,7 @@ def run(args: ReproduceArguments) -> None:
     Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there already. What
     validation chose of what was measured now becomes the checkpoint's own default.
     """
+    one_process()
     work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None
     measured = []
     for num_beams, union_items in product(args.num_beams, sorted({0, args.union_items})):

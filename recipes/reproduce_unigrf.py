@@ -14,7 +14,6 @@ with settings that a run without it has chosen: nothing is chosen then, the last
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
-from recipes.runs import begin, command, made_by
+from recipes.runs import begin, command, made_by, one_process
 from recipes.train import CONFIG_FIELDS, ENHANCER_OPTIONS, named
 from recipes.training_rows import columns_read, held_out_rows, history_rows, unseen_targets
 from recipes.unigrf_report import collect
@@ -244,10 +243,7 @@ def run(args: ReproduceArguments) -> None:
     """Trains one row and writes `result.json` into its folder."""
     if args.data is None:
         raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            "Expected one process a run, found several: leave torchrun out, and run several rows beside each other."
-        )
+    one_process()
     if args.behaviors == "rating" and ROWS[args.row].get("enhancer"):
         raise ValueError(
             "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two are likes."

@@ -8,6 +8,7 @@ others, whose folders may long be gone, as they are.
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -17,7 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+OF_A_PROCESS = ("local_rank", "use_cpu")  # of TrainingArguments: where it runs, no part of what is done
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
@@ -27,6 +31,31 @@ def flat(nested: dict, prefix: str = "") -> dict:
         for name, value in nested.items()
     ]
     return {name: value for part in parts for name, value in part.items()}
+
+
+def one_process() -> None:
+    """Refuses `torchrun`, for what writes one result; raises `ValueError`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "Expected one process a run, found several: leave torchrun out, and run several rows beside each other."
+        )
+
+
+def one_device(training_args: TrainingArguments) -> None:
+    """
+    Refuses what spreads one process's model over devices, since callbacks and searches inside training need it whole; raises
+    `ValueError`.
+    """
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"Expected one GPU a process, found {training_args.n_gpu}, over which the Trainer would spread copies of the model in "
+            "threads. Start with torchrun --nproc_per_node, one process a GPU, or name one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+    if training_args.fsdp or training_args.deepspeed:
+        raise ValueError(
+            "Expected neither --fsdp nor --deepspeed, found one: the whole model is saved, and searched with in training. Use "
+            "torchrun without them."
+        )
 
 
 def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dict:
@@ -40,7 +69,11 @@ def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dic
     asked, file = json.loads(json.dumps(asked, default=str)), folder / "arguments.json"
     has_checkpoints = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
     is_begun = has_checkpoints or (file.exists() and finished.exists())
-    if is_begun and (found := json.loads(file.read_text()) if file.exists() else {}) != asked:
+    found = json.loads(file.read_text()) if is_begun and file.exists() else {}
+    for one in (asked, found):
+        for name in OF_A_PROCESS if isinstance(one, dict) else ():
+            one.get("training", {}).pop(name, None)
+    if is_begun and found != asked:
         now, then = flat(asked), flat(found) if isinstance(found, dict) else {}
         changed = sorted(
             name for name in {*now, *then} if name not in now or name not in then or now[name] != then[name]

@@ -23,7 +23,7 @@ from recipes import train
 from recipes.baselines import load_metric
 from recipes.evaluate import EvaluateArguments, candidates
 from recipes.reproduce_recochain import SMALL
-from recipes.runs import command, made_by, rounded
+from recipes.runs import command, made_by, one_process, rounded
 from tokenization import SemanticIdTokenizer
 
 FIELDS = {"tie_word_embeddings": True}
@@ -94,6 +94,7 @@ def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, floa
 
 def run(args: SasrecArguments) -> dict:
     """Trains, chooses and reports; returns what `sasrec.json` says, unrounded."""
+    one_process()
     tokenizer = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     if tokenizer.num_levels != 1:
         raise ValueError(

@@ -37,7 +37,7 @@ from recipes.callbacks import LossParts
 from recipes.embeddings import weights_of
 from recipes.hardware import PeakMemory
 from recipes.histories import padded
-from recipes.runs import begin
+from recipes.runs import begin, one_device
 from recipes.taobao_clicks import RECENT, last_distinct
 from recipes.taobao_tables import (
     BATCH_USERS,
@@ -50,7 +50,7 @@ from recipes.taobao_tables import (
     table_shards,
     user_histories,
 )
-from recipes.train import CONFIG_FIELDS, named
+from recipes.train import CONFIG_FIELDS, from_json, named
 from tokenization import SemanticIdTokenizer
 from tokenization.vocabulary_layout import PAD, VocabularyLayout
 
@@ -135,7 +135,7 @@ def build_model(
         return model
     layout = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes))
     config = UniGRFConfig(
-        text_config=json.loads(args.text_config),
+        text_config=from_json(args.text_config, "text_config"),
         codebook_sizes=codebook_sizes,
         code_offsets=list(layout.code_offsets),
         behaviors=list(BEHAVIORS),
@@ -194,6 +194,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         raise ValueError(
             f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
         )
+    one_device(training_args)
     if training_args.world_size > 1:
         raise ValueError(
             f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared out"

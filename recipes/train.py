@@ -38,7 +38,7 @@ from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 from recipes.embeddings import weights_of
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.prepare import check_same_spelling, prepared
-from recipes.runs import begin
+from recipes.runs import begin, one_device
 from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
 
@@ -154,9 +154,20 @@ class DataArguments:
     )
 
 
+def from_json(text: str, argument: str) -> dict:
+    """A dict; `ValueError` if the text is none."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Expected {argument} as JSON, found {text!r} ({error}). Is it in single quotes?") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"Expected {argument} as a JSON object, found {text!r}. Write it in braces.")
+    return found
+
+
 def named(options: str, known: Iterable[str], argument: str) -> dict:
     """A dict from JSON; `ValueError` if a name in it is not among those that are known."""
-    found = json.loads(options)
+    found = from_json(options, argument)
     if strange := sorted(set(found).difference(known)):
         raise ValueError(f"Expected {argument} among {sorted(known)}, found {strange}. Is one misspelt?")
     return found
@@ -239,7 +250,7 @@ def build_model(
     fields["ranking_weight"] = 1.0 if args.ranking_loss_weight else 0.0
     config = UniGRFConfig(
         **tokenizer.config_fields(),
-        text_config=json.loads(args.text_config),
+        text_config=from_json(args.text_config, "text_config"),
         item_embedding_dim=embeddings.shape[1],
         read_item_embeddings=args.read_item_embeddings,
         item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
@@ -278,13 +289,13 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Trains, resuming where the last run stopped, and returns the folder of the finished model."""
+    one_device(training_args)
     folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
     log_file = folder / "training_log.json"  # beside a finished model
     asked = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
     asked["prepared"] = prepared(data_args.data_dir)
     if model_args.init_from is not None:  # a path does not tell that what is there was trained again
         asked["init_from"] = weights_of(model_args.init_from)
-    asked["training"].pop("local_rank", None)  # of a process, not of the work
     with training_args.main_process_first(desc="arguments"):  # which writes what the others compare
         is_first = training_args.process_index == 0
         asked = begin(Path(training_args.output_dir), asked, log_file, writes=is_first)
@@ -369,6 +380,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         RecommendationPipeline(model=trainer.model, tokenizer=tokenizer).save_pretrained(folder)
         log = {"work": work, "metrics": result.metrics, "log_history": trainer.state.log_history}
         log_file.write_text(json.dumps(log, indent=1))
+    if training_args.distributed_state is not None:
+        training_args.distributed_state.wait_for_everyone()  # who returns may read it
     return folder
 
 

@@ -361,6 +361,14 @@ def test_another_catalogue_is_swapped_in_at_call_time(backbone):
     assert {item for item in fresh.item_indices[0].tolist() if item >= 0} == left and items[0][0] in market
     again = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
     assert torch.equal(again.item_indices, everything.item_indices), "nothing of the market is left behind"
+    for name in ("blocked_items", "candidates"):
+        with pytest.raises(ValueError, match=f"no {name} in `generate`"):
+            model.generate(input_ids, attention_mask=mask, num_beams=3, **{name: market[None]})
+    catalogue.leaf_items = catalogue.leaf_items.to("meta")  # the model was moved
+    for call in (model.generate, model.recommend):
+        with pytest.raises(ValueError, match="found one on meta"):
+            call(input_ids, attention_mask=mask, num_beams=3, catalogue=catalogue)
+    catalogue = model.catalogue.subset(market)
     with pytest.raises(ValueError, match="below 30"):
         model.catalogue.subset([30])
     with pytest.raises(ValueError, match="Request 1 leaves no item"):

@@ -168,11 +168,33 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         (["--detach_history=True"], "num_train_beams or num_retrieved_items with detach_history"),
         (["--exclude_candidate=True"], "num_retrieved_items with exclude_candidate"),
         (["--adaptive_window=5"], "adaptive_weights with adaptive_window"),
+        (["--config_fields={inject_target: false}"], "config_fields as JSON, found '{inject_target: false}'"),
+        (["--text_config=[]"], "text_config as a JSON object"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(prepared, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train.train(*train.parse([f"--data_dir={prepared}", f"--output_dir={tmp_path}", *options]))
+
+
+def test_a_training_is_of_one_device_a_process_and_goes_on_wherever_it_is(prepared, tmp_path, monkeypatch):
+    options = [f"--data_dir={prepared}", f"--output_dir={tmp_path}"]
+    for changed, message in (({"n_gpu": 2}, "one GPU a process, found 2"), ({"fsdp": "full_shard"}, "neither --fsdp")):
+        args = train.parse(options)
+        monkeypatch.setattr(type(args[2]), "n_gpu", changed.get("n_gpu", 1))
+        args[2].fsdp = changed.get("fsdp")
+        with pytest.raises(ValueError, match=message):
+            train.train(*args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process a run"):
+        reproduce_recochain.run(
+            reproduce_recochain.ReproduceArguments(data_dir=str(prepared), output_dir=str(tmp_path))
+        )
+    (tmp_path / "checkpoint-1").mkdir()
+    asked = {"training": {"use_cpu": True, "local_rank": 0, "seed": 1}}
+    (tmp_path / "arguments.json").write_text(json.dumps(asked))
+    here = {"training": {"use_cpu": False, "seed": 1}}
+    assert runs.begin(tmp_path, here, tmp_path / "finished.json") == {"training": {"seed": 1}}
 
 
 def test_another_trainings_folder_is_not_gone_on_with(tmp_path):

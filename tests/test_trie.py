@@ -115,6 +115,17 @@ def test_a_part_of_the_catalogue_knows_its_items_by_the_same_indices():
         CatalogueTrie(codes, [6, 6, 6, 2], part[:0])
 
 
+def test_beams_are_scored_in_float32_whatever_the_default_is():
+    codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        trie = CatalogueTrie(codes, [6, 6, 6, 2])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scores = trie.best_children(0, torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.randn(1, 1, 6), 6)[0]
+    assert scores.dtype == torch.float32 and torch.equal(trie.lookup(codes), torch.arange(200))
+
+
 def test_more_spellings_than_an_integer_counts():
     sizes = [256] * 9
     codes = torch.randint(256, (50, 9), generator=torch.Generator().manual_seed(0)).int()

@@ -148,7 +148,7 @@ class ResidualKMeans:
             ValueError: before `fit`, wrong shape, or a code outside its codebook.
         """
         dim = self.embedding_dim
-        codes = np.asarray(codes)
+        codes = codes.detach().cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
         if codes.ndim != 2 or codes.shape[1] != self.num_levels or codes.dtype.kind not in "iu":
             raise ValueError(f"expected integer codes [N, {self.num_levels}], found {codes.dtype} {codes.shape}")
         if len(codes) and ((codes < 0) | (codes >= np.array(self.codebook_sizes))).any():

@@ -379,7 +379,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
 def _integers(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
     """As an array; numpy takes a list of nothing for floats."""
-    array = np.asarray(values)
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     return array if array.size else array.astype(np.int64)
 
 

@@ -83,7 +83,7 @@ def check_behaviors(behaviors: Sequence[str]) -> tuple[str, ...]:
         if not name or name in reserved or is_code or any(c.isspace() or c in "<>" for c in name):
             raise ValueError(
                 f"expected behaviour names without spaces, '<' or '>' that are no special token or code, found "
-                f"{name!r}"
+                f"{name!r}: rename it, e.g. add_to_cart"
             )
     if len(set(behaviors)) < len(behaviors):
         raise ValueError(f"expected distinct behaviours, found {list(behaviors)}")
