@@ -98,7 +98,8 @@ class UniGRFConfig(PreTrainedConfig):
         inject_target (`bool`, defaults to `True`):
             Let the true item take the place of a random one of these where the search missed it. Without it the ranking is
             trained on exactly what it will be asked to rank, but rows whose true item was missed give no positive (of behaviours,
-            neither). With it, if most true items are missed, an injected one is known by that no search would have proposed it.
+            neither). With it, an injected item is one that no search proposed: where most true items are missed, the model learns to
+            recognise that.
         detach_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):

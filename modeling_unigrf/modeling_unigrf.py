@@ -43,7 +43,7 @@ class UniGRFCausalLMOutput(CausalLMOutputWithPast):
             `config.generation_loss_weight`.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy, with
             `config.ranking_loss_weight`.
-        item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items, with
+        item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items (or a sample of 8,192), with
             `config.item_loss_weight`.
         candidate_loss (`torch.FloatTensor` of shape `()`): Cross-entropy of each row's last supervised item among
             itself and the row's `negative_items`, by their log-probabilities as sequences.

@@ -7,6 +7,7 @@ What is drawn and what each loss is stands in `training_unigrf.py` and `candidat
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from .candidates_unigrf import second_stage_loss
 from .configuration_unigrf import NEXT_TARGET
@@ -25,6 +26,8 @@ from .training_unigrf import (
     sampled_softmax_loss,
     supervised_items,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class UniGRFSupervisionMixin:
@@ -79,6 +82,12 @@ class UniGRFSupervisionMixin:
                 )
             return inputs, Supervision(targets, items)
 
+        learns_next = self.training and self.config.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
+        if learns_next and not (second_stage or self._negatives_per_item):
+            logger.warning_once(
+                f"The ranking target {NEXT_TARGET!r} is trained on items that came next alone. Set config.negatives_per_item, e.g. to "
+                "1.0, for some that did not; or ranking_loss_weight to 0."
+            )
         seen = torch.ones_like(tokens) if seen is None else seen
         number, positions = self.layout.histories(tokens, seen)
         given = given_items(negative_items, favorite_items, number, items, self.catalogue.num_items)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_second_stage import second_stage_rows
 from transformers import AutoConfig, Trainer, TrainerState, TrainingArguments
 
-from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, training_unigrf
+from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, supervision_unigrf, training_unigrf
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 
 ROOT = Path(__file__).parents[1]
@@ -364,6 +364,23 @@ def test_a_retriever_alone_neither_packs_candidates_nor_ranks_them(second_stage,
     torch.testing.assert_close(out.generation_loss, expected)
     with pytest.raises(ValueError, match="Expected two losses to weigh"):
         AdaptiveWeighter().on_train_begin(None, None, None, model=model)
+
+
+def test_a_ranking_that_sees_no_item_that_did_not_come_next_is_warned_of(monkeypatch):
+    told = []
+    monkeypatch.setattr(supervision_unigrf.logger, "warning_once", told.append)
+    for changed, is_warned in (
+        ({"negatives_per_item": 1.0}, False),
+        ({"ranking_loss_weight": 0.0}, False),
+        ({}, True),
+    ):
+        model = build_model(**changed)
+        input_ids, mask, _ = random_histories(model, [3, 3])
+        model(input_ids, mask, labels=input_ids)
+        assert not told, "nothing is trained"
+        model.train()(input_ids, mask, labels=input_ids)
+        assert bool(told) == is_warned
+    assert "items that came next alone" in told[0]
 
 
 def test_training_on_items_outside_the_catalogue_is_refused():
