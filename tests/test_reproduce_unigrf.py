@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import reproduce_unigrf, runs, unigrf_report
@@ -86,7 +87,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
         torch.nn.init.normal_(layer.bias.times.weight)  # after so few steps it says nothing yet
     rows = held_out_rows(test, tokenizer, 200, with_times=with_times)
     found = reproduce_unigrf.measure(model, tokenizer, test, rows)
-    ranks = []
+    ranks, likes, scores, liked = [], [], [], model.config.ranking_targets
     for user in test:
         tokens = tokenizer.encode_indices(np.array(user["items"]), np.array(user["behaviors"]))
         times = {}
@@ -96,9 +97,14 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
         asked = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
         best = model.recommend(torch.tensor(tokens)[None], **asked, **times)
         ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
+        ranking = model.rank(torch.tensor(tokens)[None], candidates=torch.tensor([[user["target"]]]), **times)
+        scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviours that are likes
+        likes.append(tokenizer.behaviors[user["target_behavior"]] in liked)
     ranks = np.array(ranks)
     assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
-    assert found["hr@10"] == pytest.approx(np.mean(ranks <= 10)) and 0 <= found["auc"] <= 1
+    assert found["hr@10"] == pytest.approx(np.mean(ranks <= 10))
+    assert found["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
+    assert 0 < sum(likes) < len(likes) and found["auc"] == pytest.approx(roc_auc_score(likes, scores), abs=1e-6)
     assert result["targets never in training"].keys() == {"validation", "test"}
 
     unigrf_report.collect(tmp_path)
