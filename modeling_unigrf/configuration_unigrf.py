@@ -129,6 +129,9 @@ class UniGRFConfig(PreTrainedConfig):
             Default number in `recommend` of beams that are ranked, the best by the other scores; 0: all.
         rank_by_item_score (`bool`, defaults to `True`):
             Whether the item-level score is a part of the `"next"` logit, or only a score beside it.
+        detach_item_score (`bool`, defaults to `False`):
+            Keep the gradient of the ranking out of the item-level score, which `item_loss_weight` trains: a ranking of what a
+            search found presses down the scores of just these items.
         retrieval_behaviors (`list[str]`, *optional*):
             Which behaviours on an item make it a positive of retrieval: in the means of the losses of codes and of items all others
             count 0. By default every next item is one (UniGRF, section on retrieval).
@@ -201,6 +204,7 @@ class UniGRFConfig(PreTrainedConfig):
     union_items: int = 0
     num_ranked_beams: int = 0
     rank_by_item_score: bool = True
+    detach_item_score: bool = False
     retrieval_behaviors: list[str] | None = None
     ranking_dropout: float = 0.0
     embedding_dropout: float = 0.0
@@ -344,6 +348,10 @@ class UniGRFConfig(PreTrainedConfig):
         if not (self.rank_by_item_score or self.item_loss_weight):
             raise ValueError(
                 "rank_by_item_score=False needs item_loss_weight: nothing else would train the item-level score then."
+            )
+        if self.detach_item_score and not (self.rank_by_item_score and self.item_loss_weight):
+            raise ValueError(
+                "detach_item_score needs item_loss_weight, which trains the score then, and rank_by_item_score. Set them, or leave it out."
             )
         amounts = (
             "negatives_per_item",

@@ -53,6 +53,7 @@ class UniGRFRankingHead(nn.Module):
         self.query = nn.Linear(width, num_targets * width) if has_vectors else None
         self.next_target = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
         self.history_query = nn.Linear(width, width) if has_vectors and self.next_target is not None else None
+        self.detaches_item_score = config.detach_item_score
         self.adds_item_score = config.rank_by_item_score and self.history_query is not None
 
     def item_scores(self, history_states: torch.Tensor, item_vectors: torch.Tensor) -> torch.Tensor:
@@ -80,4 +81,5 @@ class UniGRFRankingHead(nn.Module):
         if not self.adds_item_score:
             return logits
         next_scores = self.item_scores(history_states, item_vectors)[..., None]
+        next_scores = next_scores.detach() if self.detaches_item_score else next_scores
         return logits + nn.functional.pad(next_scores, (self.next_target, logits.shape[-1] - self.next_target - 1))

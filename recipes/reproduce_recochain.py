@@ -43,6 +43,7 @@ BASE = {
     "second_times": 1,
     "inject": True,
     "item_score": True,  # the item-level score is a part of the ranking
+    "detach_item_score": False,
     "paper": False,  # the ranking's loss is the paper's: of what comes next alone, beside the sum of an item's codes
 }
 # What a row changes.
@@ -59,6 +60,8 @@ ROWS: dict[str, dict] = {
     "long-first-stage-k0": {"first_times": 4, "retrieved": 0},
     "not-injected": {"inject": False},
     "not-injected-k0": {"inject": False, "retrieved": 0},
+    "item-score-detached": {"detach_item_score": True},
+    "item-score-detached-not-injected-k0": {"detach_item_score": True, "inject": False, "retrieved": 0},
     "no-item-score": {"item_score": False},
     "no-item-score-k0": {"item_score": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
@@ -154,6 +157,7 @@ def config_fields(row: dict, stage: int) -> str:
     if stage == 2:
         fields |= {} if row["inject"] else {"inject_target": False}
         fields |= {} if row["item_score"] else {"rank_by_item_score": False}
+        fields |= {"detach_item_score": True} if row["detach_item_score"] else {}
     return f"--config_fields={json.dumps(fields)}"
 
 

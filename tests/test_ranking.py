@@ -117,8 +117,25 @@ def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
     torch.testing.assert_close(difference[..., 1:], torch.zeros(2, 30, 2), atol=2e-5, rtol=0)
     with pytest.raises(ValueError, match=r"0 or more, found {'negatives_per_item': -1.0}"):
         build_model(negatives_per_item=-1.0)
-    with pytest.raises(ValueError, match="needs item_loss_weight"):
-        build_model(rank_by_item_score=False)
+    for changed in ({"rank_by_item_score": False}, {"detach_item_score": True}):
+        with pytest.raises(ValueError, match="needs item_loss_weight"):
+            build_model(**changed)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_item_level_score_is_trained_by_the_ranking_unless_that_is_detached(detach):
+    fields = {"detach_item_score": detach, "item_loss_weight": 1.0, "negatives_per_item": 1.0}
+    gradients, losses = [], []
+    for weight in (1.0, 2.0):
+        model = build_model(ranking_loss_weight=weight, **fields).train()
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        torch.manual_seed(0)  # the same negatives
+        out = model(input_ids, mask, labels=input_ids)
+        out.loss.backward()
+        gradients.append(model.ranking_head.history_query.weight.grad)
+        losses.append(out.ranking_loss)
+    torch.testing.assert_close(*losses)
+    assert torch.equal(*gradients) == detach and gradients[0].any(), "its own softmax trains it in any case"
 
 
 def test_candidates_and_caches_that_do_not_fit_are_refused():

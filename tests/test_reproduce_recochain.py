@@ -140,6 +140,11 @@ def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_p
         "long-first-stage-k0": ({"num_train_epochs": 4.0}, {"num_retrieved_items": 0}),
         "not-injected": ({}, {"inject_target": False}),
         "not-injected-k0": ({}, {"inject_target": False, "num_retrieved_items": 0}),
+        "item-score-detached": ({}, {"detach_item_score": True}),
+        "item-score-detached-not-injected-k0": (
+            {},
+            {"detach_item_score": True, "inject_target": False, "num_retrieved_items": 0},
+        ),
         "no-item-score": ({}, {"rank_by_item_score": False}),
         "no-item-score-k0": ({}, {"rank_by_item_score": False, "num_retrieved_items": 0}),
         "no-learned-part": ({"item_table_size": 0}, {"item_table_size": 0}),
