@@ -275,7 +275,7 @@ def generation_loss(
 ) -> torch.Tensor:
     """
     Mean cross-entropy of the codes, each among the codes of its own level (level-wise softmax). (RecoChain sums over an item's
-    levels: its loss is `num_levels` times this one, and its weight of the ranking so many times ours.) In training with
+    levels: its loss is `num_levels` times this one, so that its ranking of weight 1 has one of `1 / num_levels` here.) In training with
     `config.code_negatives`, among itself and so many uniform codes of its level, without correction (as the public code of
     HSTU samples items); draws that hit the code itself do not count, and levels with no more codes are taken whole.
 
