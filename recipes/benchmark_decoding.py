@@ -238,7 +238,7 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
             start = time.perf_counter()
             tries[name] = build()
             seconds[name] = time.perf_counter() - start
-        dict_bytes = memory.added  # of the last, which cannot say so itself
+        dict_bytes = memory.added_resident  # of the last, which cannot say so itself
     ours, static, nested = tries.values()
     rows = []
     for users in (1, 16):

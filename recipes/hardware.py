@@ -33,19 +33,20 @@ class PeakMemory:
     Peak memory of this process inside a `with`, in bytes; None where nobody counts it, but on Linux and with CUDA.
 
     - `added`: what the block adds: to the resident set or, with CUDA, to the allocated bytes of the GPU.
+    - `added_resident`: to the resident set, on Linux, also where there is a GPU: for work that is none of its.
     - `resident`: of the process, on Linux.
     - `private`: of that, without the pages of mapped files, which the system takes back when it needs them; sampled every
       10 ms, on Linux.
     """
 
     def __enter__(self):
-        self.added = self.resident = self.private = None
+        self.added = self.added_resident = self.resident = self.private = None
         self._cuda, self._linux = torch.cuda.is_available(), sys.platform == "linux"
         gc.collect()
         if self._linux:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-            self._before = self._status("VmRSS")
+            self._resident_before = self._status("VmRSS")
             self.private, self._ended = 0, threading.Event()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -59,7 +60,7 @@ class PeakMemory:
             self._ended.set()
             self._thread.join()
             self.resident = self._status("VmHWM")
-            self.added = self.resident - self._before
+            self.added = self.added_resident = self.resident - self._resident_before
         if self._cuda:
             self.added = torch.cuda.max_memory_allocated() - self._before
 

@@ -123,12 +123,12 @@ def full_arrays(codes: np.ndarray) -> dict[str, float]:
     ids = np.random.default_rng(0).integers(-(2**63), 2**63, FULL["items"], dtype=np.int64)
     with PeakMemory() as sorting:
         sort_ids(ids)
-    added = {"items": (sorting.added + ids.nbytes) / 2**20}
+    added = {"items": (sorting.added_resident + ids.nbytes) / 2**20}
     del ids
     with PeakMemory() as suffixes:
         assign_suffixes(codes[:, :-1])
         codebook_health(codes[:, :-1], SIZES[:-1])
-    return added | {"suffixes": suffixes.added / 2**20}
+    return added | {"suffixes": suffixes.added_resident / 2**20}
 
 
 def full_model(codes: np.ndarray) -> dict[str, float]:
