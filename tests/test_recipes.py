@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -485,9 +487,34 @@ def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_co
         assert name in anchors or (file.parent / name).exists(), name
 
 
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_readmes_commands_are_understood(file, monkeypatch):
+    blocks = re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m recipes.")]
+    parse, parsed = HfArgumentParser.parse_args_into_dataclasses, []
+
+    def stop(parser, args=None, **kwargs):
+        parsed.append(parse(parser, args, **kwargs))
+        raise SystemExit  # nothing is run
+
+    monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", stop)
+    for _, _, module, *arguments in commands:
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(SystemExit):
+            runpy.run_module(module, run_name="__main__")
+    assert len(parsed) == len(commands) >= 4, "all were understood; argparse itself exits on others"
+
+
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("unigrf_ml1m", reproduce_unigrf), ("recochain", reproduce_recochain), ("recochain_beauty", reproduce_recochain)],
+    [
+        ("unigrf_ml1m", reproduce_unigrf),
+        ("recochain", reproduce_recochain),
+        ("recochain_beauty", reproduce_recochain),
+        ("recochain_beauty_llama", reproduce_recochain),
+    ],
 )
 def test_the_command_of_every_committed_run_asks_for_what_was_run(name, recipe):
     for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:
