@@ -140,10 +140,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist; on items to block, which
                 `recommend` takes; on a `catalogue` of another device.
         """
+        # Of `forward`, which reads them in training: nothing here would.
         for name in ("blocked_items", "candidates", "negative_items", "favorite_items"):
-            if (
-                kwargs.get(name) is not None
-            ):  # of `forward`, where it is a matter of training: nothing here would read it
+            if kwargs.get(name) is not None:
                 raise ValueError(
                     f"Expected no {name} in `generate`, which does not read any, found some. Use `recommend(..., blocked_items=..., "
                     "allowed_items=...)`, or `generate(..., catalogue=model.catalogue.subset(items))`."

@@ -19,10 +19,8 @@ from torch import nn
 from .configuration_unigrf import UniGRFConfig
 from .trie_unigrf import is_integer
 
-MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and as much again in double precision
-TIE = (
-    2**16
-)  # cosines that agree to so fine a part of 1 are ties: far coarser than what float32 and a device's order change
+MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and twice as much again as whole numbers
+TIE = 2**16  # cosines that agree to so fine a part of 1 are ties; a device's order of additions changes far finer ones
 NO_KEY = torch.iinfo(torch.int64).min
 ITEM, RETRIEVED, CANDIDATE = range(3)  # segments
 
