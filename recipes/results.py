@@ -95,6 +95,7 @@ TABLES = {
     DEMO: table,
     "recochain": recochain_report.table,
     "recochain_beauty": recochain_report.table,
+    "recochain_beauty_llama": recochain_report.table,
     "recochain_beauty_tried": recochain_report.tried_table,
     "taobao": taobao_report.table,
     "unigrf_ml1m": unigrf_report.table,
