@@ -263,14 +263,15 @@ class SavedTensors(TrainerCallback):
 
 class KeptBeams(SavedTensors):
     """
-    Stage II on candidates that the model proposes for all rows every `every_epochs` epochs, in place of a search in every
-    step: cheaper from two epochs on, and without the dropout that a search inside a training step has.
+    Stage II on candidates that are kept, in place of a search in every step: proposed for all rows every `every_epochs`
+    epochs, or for a row when it comes and its own are `every_steps` steps old. Cheaper from two epochs on, and without the
+    dropout that a search inside a training step has.
 
         beams = KeptBeams(model, rows, num_beams=20, every_epochs=2)
         Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
 
-    A row is seen once an epoch: to refresh its beams more often than that is to search in every step. They are saved with the
-    Trainer's checkpoints, and are the same on all processes.
+    A row is seen once an epoch: with fewer steps than that between them, all are searched for when they come. They are saved
+    with the Trainer's checkpoints. Those of epochs are the same on all processes; those of steps need a single one.
 
     Args:
         model (`UniGRFForCausalLM`)
@@ -278,21 +279,35 @@ class KeptBeams(SavedTensors):
             (`remove_unused_columns=False` keeps it). Their `timestamps` are read, if they have some; their `blocked_items` are no
             candidates.
         num_beams (`int`): Candidates a row.
-        every_epochs (`int`): Epochs that they are kept.
+        every_epochs (`int`): Epochs that they are kept, unless
+        every_steps (`int`, *optional*): is how many steps they are.
 
     Raises:
-        ValueError: on numbers below 1, or rows without `row`.
+        ValueError: on numbers below 1, or rows without `row`; with `every_steps`, in training with several processes.
     """
 
-    def __init__(self, model, rows: Dataset, num_beams: int, every_epochs: int = 1, batch_size: int = 128):
-        if min(num_beams, every_epochs) < 1 or "row" not in rows.column_names:
+    def __init__(
+        self,
+        model,
+        rows: Dataset,
+        num_beams: int,
+        every_epochs: int = 1,
+        batch_size: int = 128,
+        every_steps: int | None = None,
+    ):
+        least = min(num_beams, every_epochs, 1 if every_steps is None else every_steps)
+        if least < 1 or "row" not in rows.column_names:
             raise ValueError(
-                f"Expected num_beams and every_epochs of at least 1 and rows with a column `row`, found {num_beams}, "
-                f"{every_epochs} and {rows.column_names}."
+                "Expected num_beams, every_epochs and every_steps of at least 1 and rows with a column `row`, found "
+                f"{num_beams}, {every_epochs}, {every_steps} and {rows.column_names}."
             )
         self.model, self.rows, self.every_epochs, self.batch_size = model, rows, every_epochs, batch_size
-        self.items = torch.full((len(rows), num_beams), -1)
-        super().__init__("candidates.safetensors", {"items": self.items})
+        self.every_steps, self.step = every_steps, 0
+        self.items, self.searched_at = torch.full((len(rows), num_beams), -1), torch.full((len(rows),), -1)
+        super().__init__("candidates.safetensors", {"items": self.items, "searched_at": self.searched_at})
+        if every_steps is not None:
+            # Not in the collator, which is batches ahead of the model.
+            model.register_forward_pre_hook(self._with_candidates, with_kwargs=True)
 
     def collator(self, collate: Callable) -> Callable:
         """Wraps a data collator: rows with their number also get `candidates`; others (of an evaluation) pass as they are."""
@@ -301,14 +316,46 @@ class KeptBeams(SavedTensors):
             if "row" not in rows[0]:
                 return collate(rows)
             batch = collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
-            batch["candidates"] = self.items[[row["row"] for row in rows]]
-            return batch
+            numbers = torch.tensor([row["row"] for row in rows])
+            return batch | ({"row": numbers} if self.every_steps else {"candidates": self.items[numbers]})
 
         return with_candidates
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.every_steps and args.world_size > 1:
+            raise ValueError(
+                f"Expected one process with every_steps, found {args.world_size}, of which each would know its own rows' beams "
+                "alone. Use every_epochs."
+            )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def _with_candidates(self, model, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a forward on rows of a training: their candidates, searched for again where they are too old."""
+        rows = kwargs.pop("row", None)
+        if rows is None:
+            return None
+        rows = rows.cpu()
+        is_old = (self.searched_at[rows] < 0) | (self.step - self.searched_at[rows] >= self.every_steps)
+        if is_old.any():
+            self._refresh(rows[is_old].numpy())
+            self.searched_at[rows[is_old]] = self.step
+        return args, kwargs | {"candidates": self.items[rows].to(model.device)}
+
+    @torch.no_grad()
+    def _refresh(self, rows: np.ndarray) -> None:
+        """Searches for some rows."""
+        was_training = self.model.training
+        self.model.eval()
+        items = self._search(rows).cpu()
+        self.items[rows] = torch.nn.functional.pad(items, (0, self.items.shape[1] - items.shape[1]), value=-1)
+        self.model.train(was_training)
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
-        if epoch % self.every_epochs == 0 and self.made_at != epoch:
+        if not self.every_steps and epoch % self.every_epochs == 0 and self.made_at != epoch:
             self._propose(args, epoch)
 
     def _search(self, rows: np.ndarray) -> torch.LongTensor:

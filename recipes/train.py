@@ -85,6 +85,7 @@ class ModelArguments:
     beams_kept_epochs: int = field(
         default=0, metadata={"help": "Epochs that a row keeps its beams; 0: they are searched for in every step."}
     )
+    beams_kept_steps: int = field(default=0, metadata={"help": "The same in steps: searched for when the row comes."})
     detach_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
     text_config: str = field(
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
@@ -265,10 +266,13 @@ def build_model(
 def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
     """Refuses arguments that exclude each other, or that would do nothing; raises `ValueError`."""
     given = {name for name, value in asdict(model_args).items() if value != getattr(ModelArguments, name)}
+    if model_args.beams_kept_epochs and model_args.beams_kept_steps:
+        raise ValueError("Expected beams_kept_epochs or beams_kept_steps, found both. Leave one out.")
     if model_args.enhancer and model_args.second_stage:
         raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
     for name, is_asked, needed, is_there in (
         ("beams_kept_epochs", model_args.beams_kept_epochs > 0, "num_train_beams", model_args.num_train_beams > 0),
+        ("beams_kept_steps", model_args.beams_kept_steps > 0, "num_train_beams", model_args.num_train_beams > 0),
         ("exclude_history", data_args.exclude_history, "num_train_beams", model_args.num_train_beams > 0),
         (
             "detach_history",
@@ -360,10 +364,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
             )
         )
         collate = callbacks[-1].collator(collate)
-    if model_args.num_train_beams and model_args.beams_kept_epochs:
+    if model_args.num_train_beams and (model_args.beams_kept_epochs or model_args.beams_kept_steps):
         train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
         training_args = replace(training_args, remove_unused_columns=False)
-        callbacks.append(KeptBeams(model, train_dataset, model_args.num_train_beams, model_args.beams_kept_epochs))
+        kept = {"every_epochs": model_args.beams_kept_epochs or 1, "every_steps": model_args.beams_kept_steps or None}
+        callbacks.append(KeptBeams(model, train_dataset, model_args.num_train_beams, **kept))
         collate = callbacks[-1].collator(collate)
     trainer = Trainer(
         model=model,

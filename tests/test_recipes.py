@@ -163,6 +163,8 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
     ("options", "message"),
     [
         (["--beams_kept_epochs=2"], "num_train_beams with beams_kept_epochs"),
+        (["--beams_kept_steps=2"], "num_train_beams with beams_kept_steps"),
+        (["--num_train_beams=2", "--beams_kept_steps=2", "--beams_kept_epochs=1"], "found both"),
         (["--exclude_history=True"], "num_train_beams with exclude_history"),
         (["--relabel"], "enhancer with relabel"),
         (['--enhancer_options={"num_negatives": 3}'], "enhancer with enhancer_options"),

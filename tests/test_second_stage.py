@@ -338,8 +338,8 @@ def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_st
     assert trainer.evaluate([{name: value[0] for name, value in columns.items()}])["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("kept_epochs", [0, 2])
-def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_epochs, tmp_path):
+@pytest.mark.parametrize("kept_for", [{}, {"every_epochs": 2}, {"every_steps": 5}], ids=str)
+def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_for, tmp_path):
     rows = second_stage_rows(build_model(num_retrieved_items=3))
 
     def train(folder, resume=None, **arguments):
@@ -348,7 +348,9 @@ def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_epochs, tmp
         arguments |= {"max_steps": 14, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
         arguments |= {"save_steps": 10, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
         arguments |= {"remove_unused_columns": False}
-        kept = KeptBeams(model, rows, 6, kept_epochs) if kept_epochs else None
+        kept = None
+        if kept_for:
+            kept = KeptBeams(model, rows, 6, **kept_for)
         trainer = Trainer(
             model,
             TrainingArguments(str(folder), **arguments),
@@ -365,6 +367,51 @@ def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_epochs, tmp
     assert rest[-4:] == losses[-4:]
     for (name, first), second in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(first, second), name
+
+
+def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_they_were_old(tmp_path):
+    model = build_model(num_train_beams=6)
+    rows = second_stage_rows(model).select_columns(["row", "input_ids", "attention_mask", "labels"])
+    kept, seen = KeptBeams(model, rows, 6, every_steps=6), []
+    beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
+
+    def look(model, args, kwargs):  # behind the hook that adds them
+        numbers = [
+            row for row in range(16) for ids in kwargs["input_ids"] if ids[ids > 0].tolist() == rows[row]["input_ids"]
+        ]
+        model.eval()
+        now = {
+            row: model.recommend(torch.tensor([rows[row]["input_ids"][:-5]]), **beams).item_indices[0]
+            for row in numbers
+        }
+        model.train()
+        by_input = {tuple(rows[row]["input_ids"]): row for row in numbers}
+        order = [by_input[tuple(ids[ids > 0].tolist())] for ids in kwargs["input_ids"]]
+        seen.append({row: (items, now[row]) for row, items in zip(order, kwargs["candidates"], strict=True)})
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    arguments = {"max_steps": 16, "per_device_train_batch_size": 4, "learning_rate": 0.05, "save_strategy": "no"}
+    arguments |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+    Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **arguments),
+        data_collator=kept.collator(Collator(PAD)),
+        train_dataset=rows,
+        callbacks=[kept],
+    ).train()
+    searched, changed = {}, 0
+    for step, batch in enumerate(seen):
+        for row, (items, now) in batch.items():
+            if row not in searched or step - searched[row][0] >= 6:
+                assert torch.equal(items, now), "of the model as it is"
+                searched[row] = (step, items)
+            assert torch.equal(items, searched[row][1])
+            changed += not torch.equal(items, now)
+    assert changed > 0 and any(step > 0 for step, _ in searched.values()), (
+        "some were kept, and some searched for again"
+    )
+    with pytest.raises(ValueError, match="every_steps of at least 1"):
+        KeptBeams(model, rows, 6, every_steps=0)
 
 
 def second_stage_rows(model, count=16) -> Dataset:
