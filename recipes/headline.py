@@ -61,7 +61,11 @@ def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
     beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
     ranked = {name: row[name]["ranked, three scores"] for name in ("test", "std")}
     return [
-        (f"Amazon-2014 Beauty, ranked by three scores ({seeds(row)}): Recall@10", figures(ranked, "recall@10"), beside)
+        (
+            f"Amazon-2014 Beauty, 20 beams and 20 items beside them, three scores ({seeds(row)}): Recall@10",
+            figures(ranked, "recall@10"),
+            beside,
+        )
     ]
 
 
