@@ -145,18 +145,22 @@ def by_beams(rows: list[dict]) -> list[str]:
     ]
     for row in dict.fromkeys(one["row"] for one in rows):
         found = {(one["beams"], one["ranked"]): one for one in rows if one["row"] == row}
-        cells = [
-            " / ".join("{:+.1f} ± {:.1f}".format(*gain_of(found[search], name)) for name in ("recall@5", "ndcg@10"))
-            if search in found
-            else "-"
-            for search in searches
-        ]
-        lines.append(f"| {row} | {len(next(iter(found.values()))['runs'])} | " + " | ".join(cells) + " |")
-    default = {
-        (one["beams"], one["ranked"]): one["test"]["oracle"]["recall@5"] for one in rows if one["row"] == "default"
-    }
-    ceilings = [f"{default[search]:.4f}" if search in default else "-" for search in searches]
-    lines.append("| *the target is a candidate (default)* | | " + " | ".join(ceilings) + " |")
+        seeds = max(len(one["runs"]) for one in found.values())
+        cells = []
+        for search in searches:
+            cell = "-"
+            if search in found:
+                gains = [gain_of(found[search], name) for name in ("recall@5", "ndcg@10")]
+                cell = " / ".join(f"{mean:+.1f} ± {deviation:.1f}" for mean, deviation in gains)
+                count = len(found[search]["runs"])
+                cell += f" ({count} seed{'s' * (count > 1)})" if count < seeds else ""
+            cells.append(cell)
+        lines.append(f"| {row} | {seeds} | " + " | ".join(cells) + " |")
+    names = [one["row"] for one in rows]
+    first = "default" if "default" in names else names[0]
+    held = {(one["beams"], one["ranked"]): one["test"]["oracle"]["recall@5"] for one in rows if one["row"] == first}
+    ceilings = [f"{held[search]:.4f}" if search in held else "-" for search in searches]
+    lines.append(f"| *the target is a candidate ({first})* | | " + " | ".join(ceilings) + " |")
     return lines
 
 
