@@ -5,6 +5,7 @@ stage II that are kept for some epochs.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -261,6 +262,21 @@ class SavedTensors(TrainerCallback):
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.file
 
 
+@dataclass
+class CandidateCollator:
+    """What `KeptBeams.collator` returns; a class, so that any kind of worker of a data loader can be handed it."""
+
+    collate: Callable
+    items: torch.Tensor | None  # None: the model's own hook adds them, by the rows' numbers
+
+    def __call__(self, rows: list[dict]) -> dict:
+        if "row" not in rows[0]:
+            return self.collate(rows)
+        batch = self.collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
+        numbers = torch.tensor([row["row"] for row in rows])
+        return batch | ({"row": numbers} if self.items is None else {"candidates": self.items[numbers]})
+
+
 class KeptBeams(SavedTensors):
     """
     Stage II on candidates that are kept, in place of a search in every step: proposed for all rows every `every_epochs`
@@ -311,15 +327,7 @@ class KeptBeams(SavedTensors):
 
     def collator(self, collate: Callable) -> Callable:
         """Wraps a data collator: rows with their number also get `candidates`; others (of an evaluation) pass as they are."""
-
-        def with_candidates(rows: list[dict]) -> dict:
-            if "row" not in rows[0]:
-                return collate(rows)
-            batch = collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
-            numbers = torch.tensor([row["row"] for row in rows])
-            return batch | ({"row": numbers} if self.every_steps else {"candidates": self.items[numbers]})
-
-        return with_candidates
+        return CandidateCollator(collate, None if self.every_steps else self.items)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

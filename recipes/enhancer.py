@@ -9,6 +9,7 @@ Rows of the training set hold one history each, and need the columns `user` (the
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,44 @@ from transformers.cache_utils import DynamicCache
 
 from recipes.callbacks import SavedTensors
 from recipes.histories import encode, padded
+from tokenization import SemanticIdTokenizer
 
 # What is told of a refreshment, as means over the users.
 FOUND = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability", "enhancer_short_pools")
+
+
+@dataclass
+class PoolCollator:
+    """What `RankingDrivenEnhancer.collator` returns; a class, so that any kind of worker of a data loader can be handed it."""
+
+    collate: Callable
+    tokenizer: SemanticIdTokenizer
+    tensors: dict[str, torch.Tensor]  # the enhancer's own
+    relabel: bool
+
+    def __call__(self, rows: list[dict]) -> dict:
+        if "user" not in rows[0]:
+            return self.collate(rows)
+        users = torch.tensor([row["user"] for row in rows])
+        negatives, favorites = self.tensors["negatives"][users], self.tensors["favorites"][users]
+        positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
+        batch = self.collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
+        if self.tensors["made_at"] >= 0:
+            batch["negative_items"], batch["favorite_items"] = negatives, favorites
+        return batch
+
+    def _with(self, row: dict, favorite: int) -> dict:
+        """
+        A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none); when it comes
+        is not known.
+        """
+        tokens = []
+        if favorite >= 0 and row["last"]:
+            tokens = self.tokenizer.item_tokens(np.array([favorite]))[0].tolist()
+        more = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+        if "timestamps" in row:
+            more["timestamps"] = [-1] * len(tokens)
+        return {name: [*row[name], *values] for name, values in more.items()}
 
 
 class RankingDrivenEnhancer(SavedTensors):
@@ -107,32 +143,7 @@ class RankingDrivenEnhancer(SavedTensors):
 
     def collator(self, collate: Callable) -> Callable:
         """Wraps a data collator: rows with a `user` also get the user's items; others (of an evaluation) pass as they are."""
-
-        def with_pools(rows: list[dict]) -> dict:
-            if "user" not in rows[0]:
-                return collate(rows)
-            users = torch.tensor([row["user"] for row in rows])
-            negatives, favorites = self.negatives[users], self.favorites[users]
-            positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
-            batch = collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
-            if self.made_at >= 0:
-                batch["negative_items"], batch["favorite_items"] = negatives, favorites
-            return batch
-
-        return with_pools
-
-    def _with(self, row: dict, favorite: int) -> dict:
-        """
-        A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none); when it comes
-        is not known.
-        """
-        tokens = []
-        if favorite >= 0 and row["last"]:
-            tokens = self.tokenizer.item_tokens(np.array([favorite]))[0].tolist()
-        more = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
-        if "timestamps" in row:
-            more["timestamps"] = [-1] * len(tokens)
-        return {name: [*row[name], *values] for name, values in more.items()}
+        return PoolCollator(collate, self.tokenizer, self.tensors, self.relabel)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -23,11 +23,9 @@ PAPER = {
     "retrieved": {0: 0.12, 10: 3.14, 20: 3.51},
     "window": {7: 3.14, 26: 0.92},
 }
-# The rows of a panel of the picture by their place on its axis.
-PANELS = {
-    "retrieved": {0: "k0", 5: "k5", 10: "default", 20: "k20"},
-    "window": {7: "default", 31: "window31", 127: "window127"},
-}
+# The rows of two panels of the picture.
+BY_RETRIEVED = {0: "k0", 5: "k5", 10: "default", 20: "k20"}  # by their place on the axis
+BY_WINDOW = ("default", "window7", "window31", "window127")
 NO_ITEM_SCORE = {
     0: "no-item-score-k0",
     10: "no-item-score",
@@ -49,6 +47,12 @@ def row_of(run: dict) -> tuple:
     arguments = run["arguments"]
     suffix = "" if arguments["history_item_vectors"] else CODES_ALONE
     return bool(suffix), arguments["row"] + suffix, *(arguments[name] for name in ("beams", "union", "ranked"))
+
+
+def window_of(arguments: dict) -> int:
+    """Items that the generator of a run reads: as its arguments say or else its row, whose default is 7."""
+    _, is_named, items = arguments["row"].partition("window")
+    return arguments["window"] or (int(items) if is_named else 7)
 
 
 def collect(output_dir: Path, data_dir: Path, name: str) -> None:
@@ -256,10 +260,12 @@ def draw(data: dict, file: Path) -> None:
 
     def panels(suffix: str) -> dict[str, dict[int, dict]]:
         """Of each panel the rows by their place on its axis."""
-        found = {"beams": {row["beams"]: row for row in rows if row["row"] == "default" + suffix}}
-        for name, places in PANELS.items():
-            found[name] = {place: at_20[row + suffix] for place, row in places.items() if row + suffix in at_20}
-        return found
+        windows = [at_20[row + suffix] for row in BY_WINDOW if row + suffix in at_20]
+        return {
+            "beams": {row["beams"]: row for row in rows if row["row"] == "default" + suffix},
+            "retrieved": {k: at_20[row + suffix] for k, row in BY_RETRIEVED.items() if row + suffix in at_20},
+            "window": {window_of(row["arguments"]): row for row in windows},
+        }
 
     alone = panels(CODES_ALONE)
     labels = ("beams", "items of the sub-history (k)", "items of the window")

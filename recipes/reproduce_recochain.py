@@ -50,8 +50,8 @@ BASE = {
 ROWS: dict[str, dict] = {
     "default": {},
     **{f"k{count}": {"retrieved": count} for count in (0, 1, 5, 20)},
-    # As many items a step, and so as many steps, as with a window of 7.
-    **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (31, 127)},
+    # As many items a step, and so as many steps, as with a window of 7 (the default's, unless `--window` gives it another).
+    **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (7, 31, 127)},
     "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
     "long": {"second_times": 3},

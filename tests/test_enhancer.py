@@ -229,7 +229,10 @@ def test_workers_that_persist_see_later_pools(tmp_path):
     enhancer = build_enhancer(build_model(**ATOMIC))
     rows = rows_of(enhancer).to_list()
     collate = enhancer.collator(DataCollatorForSeq2Seq(enhancer.tokenizer))
-    loader = DataLoader(rows, batch_size=4, collate_fn=collate, num_workers=1, persistent_workers=True)
+    # Spawned, as on macOS and Windows: a worker is handed the collator, and does not find it in memory.
+    loader = DataLoader(
+        rows, 4, collate_fn=collate, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
+    )
     assert all("negative_items" not in batch for batch in loader)
     enhancer._refresh(Arguments(tmp_path), 1)
     found = torch.cat([batch["negative_items"] for batch in loader])

@@ -131,6 +131,7 @@ def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_p
     long, windows = {"num_train_epochs": 3.0}, {"window31": (31, 16), "window127": (127, 4)}
     expected = {
         "default": ({}, {}),
+        "window7": ({}, {}),  # another only where --window gives the default one
         **{f"k{count}": ({}, {"num_retrieved_items": count}) for count in (0, 1, 5, 20)},
         "candidate-excluded": ({}, {"exclude_candidate": True}),
         "history-detached": ({}, {"detach_history": True}),
