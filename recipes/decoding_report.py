@@ -168,7 +168,7 @@ def table(data: dict) -> str:
     lines += [
         "",
         f"In float32 our beams were those of transformers with our processor in at least {min(shares):.1%} of places. "
-        f"Medians of {max(row['runs'] for row in data['rows'])} runs or of what ten seconds allow. Made by "
+        f"Medians of {max(row['runs'] for row in data['rows'])} runs or of what ten seconds allow, of slower contenders (the peers with 256 beams) one run without a warm-up. Made by "
         f"`{made['command']}` on {made['machine']}, {made['versions']}, {made['date']}."
         + (f" A bfloat16 matmul runs at {speed_up:g} times the speed of float32 there." if speed_up else ""),
     ]

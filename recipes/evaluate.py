@@ -295,7 +295,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "test targets that never occur in training": unseen_targets(dataset["train"], dataset["test"]),
             "order": f"by time, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "
             f"{record['counts']['interactions']:,} interactions share their user's timestamp with another)",
-            "seed": record["arguments"]["seed"],
+            "seed of the codebooks": record["arguments"]["seed"],
         },
         "selection": {
             "chosen on": "validation, ranked ndcg@10",

@@ -41,7 +41,7 @@ def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
     gain, deviation = recochain_report.gain_of(row, "recall@5")
     ranked = {"test": row["test"]["ranked"], "std": row["std"]["ranked"]}
     knn, sasrec = data["baselines"]["item_knn"], data["beside"][recochain_report.SASREC]["tests"][0]
-    beside = f"item-kNN, tuned, {knn['recall@10']:.4f}; SASRec's task, trained longer, {sasrec['recall@10']:.4f}"
+    beside = f"item-kNN, tuned, {knn['recall@10']:.4f}; SASRec's task, twice as many passes, {sasrec['recall@10']:.4f}"
     return [
         (
             f"MovieLens-1M, window of 7 items, ranking of 20 beams over generation ({seeds(row)}): Recall@5",
@@ -63,7 +63,7 @@ def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
     ranked = {name: row[name]["ranked, three scores"] for name in ("test", "std")}
     return [
         (
-            f"Amazon-2014 Beauty, 20 beams and 20 items beside them, three scores ({seeds(row)}): Recall@10",
+            f"Amazon-2014 Beauty, 20 beams and 20 items beside them, fused ({seeds(row)}): Recall@10",
             figures(ranked, "recall@10"),
             beside,
         )

@@ -94,7 +94,7 @@ def _columns(values: dict[str, float]) -> dict[str, float]:
 
 def _run(result: dict) -> dict:
     """What is kept of a `beams-*.json`."""
-    told = ("arguments", "made by", "weights", "users", "seconds", "gain")
+    told = ("arguments", "made by", "weights", "users", "seconds", "gain", "validation ndcg@10")
     calibration = {}
     for users, found in result["calibration"].items():
         calibration[users] = {"expected calibration error": found["expected calibration error"]}
