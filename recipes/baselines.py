@@ -18,6 +18,7 @@ import evaluate
 import numpy as np
 from datasets import DatasetDict, load_from_disk
 from scipy import sparse
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from recipes.prepare import prepared
@@ -30,7 +31,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "window": (3, 5, 10, 20, None),
 }
 METRICS = Path(__file__).parent / "metrics"
-BLOCK = 1024  # rows that are dense at a time: bounds memory at BLOCK x num_items floats
+BLOCK = 1024  # rows that are dense at a time: bounds memory at four times BLOCK x num_items floats
 
 
 @dataclass
@@ -180,7 +181,8 @@ def baseline_results(
         return metric.compute(predictions=lists.tolist(), references=targets.tolist()), ranks
 
     best, settings = -1.0, {}
-    for neighbours, shrink in itertools.product(GRID["neighbours"], GRID["shrink"]):
+    fits = list(itertools.product(GRID["neighbours"], GRID["shrink"]))
+    for neighbours, shrink in tqdm(fits, desc="item-kNN", unit="fit"):
         knn = ItemKNN(num_items, neighbours=neighbours, shrink=shrink).fit(train)
         for knn.window in GRID["window"]:  # the window needs no new fit
             reached = measure(knn, "validation")[0]["ndcg@10"]

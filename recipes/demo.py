@@ -24,7 +24,7 @@ from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.hardware import bf16_speed_up
 from recipes.prepare import PrepareArguments, prepare
 from recipes.report import COLUMNS, write_report
-from recipes.runs import Stages, made_by
+from recipes.runs import Stages, made_by, write_json
 from tokenization import SemanticIdTokenizer
 
 # For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
@@ -67,7 +67,7 @@ def main(args: DemoArguments) -> None:
         for table, name in zip(movielens.movielens_100k(args.movielens), ("interactions", "items"), strict=True):
             table.to_csv(tables / f"{name}.csv", index=False)
 
-    stages("tables", {"movielens": args.movielens}, write_tables)
+    stages("tables", {"movielens": args.movielens}, write_tables, [tables / "interactions.csv", tables / "items.csv"])
     preparing = PrepareArguments(
         interactions=str(tables / "interactions.csv"),
         items=str(tables / "items.csv"),
@@ -75,7 +75,7 @@ def main(args: DemoArguments) -> None:
         seed=args.seed,
         **TOKENIZATION,
     )
-    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing))
+    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing), [data / "prepare.json"])
     dataset = load_from_disk(str(data / "dataset"))
     tokenizer = SemanticIdTokenizer.from_pretrained(data / "tokenizer")
 
@@ -83,7 +83,7 @@ def main(args: DemoArguments) -> None:
         results = baseline_results(dataset, tokenizer.num_items)
         (root / "baselines.json").write_text(json.dumps(results))
 
-    stages("baselines", {}, baselines)
+    stages("baselines", {}, baselines, [root / "baselines.json"])
     arguments = [*TRAINING, f"--bf16={bf16_speed_up() > 1}"]
     work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": arguments}
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:8]
@@ -96,17 +96,19 @@ def main(args: DemoArguments) -> None:
             *arguments,
         ]
     )
-    stages("train", work, lambda: train.train(*training))
+    stages("train", work, lambda: train.train(*training), [checkpoint / "training_log.json"])
     measuring = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(data), output_dir=str(root))
-    reference = json.loads((root / "baselines.json").read_text())
-    grid = {"num_beams": measuring.num_beams, "item_weights": measuring.item_weights}
-    stages("evaluate", grid, lambda: evaluate_checkpoint(measuring, reference))
+    settings = {name: value for name, value in asdict(measuring).items() if not name.endswith(("checkpoint", "_dir"))}
 
+    def evaluate():
+        metrics = evaluate_checkpoint(measuring, json.loads((root / "baselines.json").read_text()))
+        made = made_by(f"python -m recipes.demo --seed {args.seed}") | {"training": " ".join(arguments)}
+        write_json(root / "metrics.json", metrics | {"made_by": made})
+
+    stages("evaluate", settings, evaluate, [root / "metrics.json", root / "ranks.json"])
     metrics = json.loads((root / "metrics.json").read_text())
-    metrics["made_by"] = made_by(f"python -m recipes.demo --seed {args.seed}")
-    metrics["made_by"]["training"] = " ".join(arguments)
     metrics["seconds"] = {name: stage["seconds"] for name, stage in stages.done.items()}
-    (root / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_json(root / "metrics.json", metrics)
     write_report(
         root,
         metrics,

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from recipes.runs import whole_file
 from recipes.tables import check_rows, sha256
 
 if TYPE_CHECKING:
@@ -58,8 +59,13 @@ def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -
         return embeddings, source
     if args.embeddings is not None:
         embeddings = np.load(args.embeddings)
+        if not isinstance(embeddings, np.ndarray):
+            raise ValueError(f"expected one array in a .npy file, found {args.embeddings}: save it with np.save")
         source = {"embeddings": "file"}
     else:
+        is_list = items["embedding"].map(lambda value: isinstance(value, np.ndarray | list))
+        expected = "an embedding in every row, as a list (of a Parquet file)"
+        check_rows(is_list, items["item_id"], expected, "text or nothing", args.items)
         widths = items["embedding"].map(np.size)
         check_rows(widths == widths.iloc[0], items["item_id"], "embeddings of one width", "another width", args.items)
         embeddings = np.stack(items["embedding"].to_list())
@@ -85,10 +91,8 @@ def weights_of(encoder: str | Path) -> list[str]:
 
 
 def write_embeddings(embeddings: np.ndarray, file: Path, key: str = "") -> None:
-    """Writes a file that is whole or not there: a killed run leaves nothing half written."""
-    unfinished = file.with_suffix(".unfinished")
-    save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
-    unfinished.replace(file)
+    with whole_file(file) as unfinished:
+        save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
 
 
 @torch.inference_mode()

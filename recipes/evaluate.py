@@ -27,8 +27,10 @@ from recipes.baselines import baseline_results, load_metric
 from recipes.histories import encode, padded
 from recipes.prepare import check_same_items, prepared
 from recipes.recommend import weights_hash
+from recipes.runs import whole_file, write_json
 from recipes.training_rows import columns_read, unseen_targets
 
+OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
 SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "union_items", "num_ranked_beams")
 
 
@@ -67,6 +69,10 @@ class EvaluateArguments:
     num_ranked_beams: int = field(default=0, metadata={"help": "Beams that are ranked, as in `recommend`; 0: all."})
     batch_size: int = field(default=64, metadata={"help": "Users run together."})
     exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
+    baselines: bool = field(
+        default=True,
+        metadata={"help": "Measure popularity and a tuned item-kNN, too; that takes hours for 300,000 items."},
+    )
 
 
 def batches(model, tokenizer, split: Dataset, args: EvaluateArguments, desc: str):
@@ -207,8 +213,19 @@ def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float | str | 
     UniGRFConfig.from_pretrained(checkpoint, **chosen).check_training()
     # The JSON alone: `save_pretrained` would put this code's configuration beside the folder's own model.
     file = Path(checkpoint) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | chosen, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(json.loads(file.read_text()) | chosen, indent=2, sort_keys=True) + "\n"
+    with whole_file(file) as unfinished:
+        unfinished.write_text(text)
     GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
+
+
+def interactions_of(checkpoint: str | Path, record: dict) -> str:
+    """What a checkpoint was trained on, in words: the interactions of a prepared folder's `record`, or others."""
+    log = Path(checkpoint) / "training_log.json"
+    known = json.loads(log.read_text()).get("interactions") if log.is_file() else None
+    if known is None:
+        return "not known"
+    return "these interactions" if known == record["inputs"]["interactions"] else OTHER_INTERACTIONS
 
 
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
@@ -244,6 +261,11 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         )
     if is_ranker and not args.ranking_weights:
         raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
+    trained_on = interactions_of(args.checkpoint, record)
+    if trained_on == OTHER_INTERACTIONS:
+        print(
+            f"{args.checkpoint} was trained on other interactions than those of {data_dir}, with what is held out perhaps"
+        )
     dataset = load_from_disk(str(data_dir / "dataset"))
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
     metric = load_metric("next_item")
@@ -275,11 +297,13 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(args, union_items=0))
     generation, generation_ranks = measure(beams, 0.0, targets["test"])
     ranked, ranked_ranks = measure(found, weight, targets["test"], item_weight)
-    if baselines is None:
+    if baselines is None and args.baselines:
         baselines = baseline_results(
             dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
         )
+    baselines = baselines or {}
     repeats = np.array([user["target"] in user["items"] for user in dataset["test"]])
+    ordered_by = record.get("ordered_by", "timestamp")  # folders of before it was told
     checked = invalid_items(model, tokenizer, dataset["test"], num_beams, args)
     metrics = {
         "protocol": {
@@ -293,8 +317,9 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "targets that are in the user's history": f"{repeats.mean():.1%}"
             + (", and so in no list" if args.exclude_history and repeats.any() else ""),
             "test targets that never occur in training": unseen_targets(dataset["train"], dataset["test"]),
-            "order": f"by time, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "
-            f"{record['counts']['interactions']:,} interactions share their user's timestamp with another)",
+            "trained on": trained_on,
+            "order": f"by {ordered_by}, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "
+            f"{record['counts']['interactions']:,} interactions share their user's {ordered_by} with another)",
             "seed of the codebooks": record["arguments"]["seed"],
         },
         "selection": {
@@ -322,7 +347,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     ranks = {name: result["ranks"] for name, result in baselines.items()}
     ranks |= {"generation": generation_ranks, "ranked": ranked_ranks}
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_json(output_dir / "metrics.json", metrics)
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
     keep_choice(

@@ -14,6 +14,7 @@ where not known; without the column, when the last item was).
 The `dataset/` of recipes.prepare is none: it holds catalogue indices, and ends before the held-out interactions.
 """
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
                 f"Expected histories in a file of {list(FILES)}, found {source}. A CSV file has no lists: the docstring of "
                 "recipes.histories shows how histories are made of a table of interactions."
             )
-        data = load_dataset(FILES[path.suffix], data_files=source)
+        data = load_dataset(FILES[path.suffix], data_files=glob.escape(source))  # a name with brackets is no pattern
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         data = load_from_disk(source)
     else:

@@ -40,6 +40,7 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.embeddings import MINILM, item_embeddings, weights_of
+from recipes.runs import write_json
 from recipes.tables import check_rows, read_interactions, read_table, sha256
 from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
 from tokenization.vocabulary_layout import check_behaviors
@@ -244,8 +245,9 @@ def prepare(args: PrepareArguments) -> Path:
     }
     # What an earlier tokenizer says of its health is of its first items.
     health = None if earlier is not None else tokenizer.provenance.get("health")
-    record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health}
-    record_file.write_text(json.dumps(record, indent=1))
+    ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
+    record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health, "ordered_by": ordered_by}
+    write_json(record_file, record)
     print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
     print(f"dropped {dropped_users:,} users with fewer than {args.min_interactions} interactions")
     if health is not None:

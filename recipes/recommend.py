@@ -19,10 +19,7 @@ lists is refused there.
 
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +35,7 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes.histories import Histories, check_columns, check_rows, encode, load_histories, padded, read_histories
+from recipes.runs import whole_file
 from tokenization import SemanticIdTokenizer
 
 # The last one, if the model has such a score.
@@ -135,14 +133,6 @@ def check_same_work(record: dict, file: Path) -> None:
             f"Expected a new output_dir, or the model, histories and settings of the lists in {file.parent}; found other "
             f"values of {changed}. Name another output_dir, or remove this one."
         )
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A hidden name to write to, renamed to `path` when all is written: an interrupted run leaves no half file."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSettings, bar: tqdm) -> dict:

@@ -23,16 +23,16 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.cache_utils import DynamicCache
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.baselines import load_metric
-from recipes.callbacks import AdaptiveWeighter, LossParts
+from recipes.callbacks import AdaptiveWeighter, LossParts, SavedTensors
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
-from recipes.runs import begin, command, made_by, one_process
+from recipes.runs import begin, command, last_checkpoint, made_by, one_process
 from recipes.train import CONFIG_FIELDS, ENHANCER_OPTIONS, named
 from recipes.training_rows import columns_read, held_out_rows, history_rows, unseen_targets
 from recipes.unigrf_report import collect
@@ -356,7 +356,8 @@ def run(args: ReproduceArguments) -> None:
     chosen = [("generation_loss_weight", "ndcg@10"), ("ranking_loss_weight", "auc")]
     trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
     trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    saved = [callback.file for callback in callbacks if isinstance(callback, SavedTensors)]
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
     tested = trainer.state.global_step if args.refit else trainer.state.best_global_step
     result = {

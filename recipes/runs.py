@@ -14,14 +14,31 @@ import shlex
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 OF_A_PROCESS = ("local_rank", "use_cpu")  # of TrainingArguments: where it runs, no part of what is done
+FOLDERS = ("data_dir", "output_dir", "checkpoint_dir", "init_from")  # the same ones, from wherever they are named
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden name to write to, renamed to `path` when all is written: an interrupted run leaves no half file."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
+def write_json(path: Path, data: dict) -> None:
+    """The whole file, or the one that was there."""
+    with whole_file(path) as file:
+        file.write_text(json.dumps(data, indent=1))
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
@@ -67,6 +84,10 @@ def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dic
         ValueError: if the folder holds checkpoints or the `finished` file of another, which resuming would mix with this one.
     """
     asked, file = json.loads(json.dumps(asked, default=str)), folder / "arguments.json"
+    for arguments in asked.values():
+        for name in FOLDERS if isinstance(arguments, dict) else ():
+            if arguments.get(name) and Path(arguments[name]).exists():
+                arguments[name] = str(Path(arguments[name]).resolve())
     has_checkpoints = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
     is_begun = has_checkpoints or (file.exists() and finished.exists())
     found = json.loads(file.read_text()) if is_begun and file.exists() else {}
@@ -84,8 +105,22 @@ def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dic
         )
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asked, indent=1))
+        write_json(file, asked)
     return asked
+
+
+def last_checkpoint(folder: str | Path, files: Iterable[str] = ()) -> str | None:
+    """
+    The newest of the Trainer's checkpoints that holds all `files` (of callbacks) beside the Trainer's state, to resume from;
+    None, if there is none. One that lacks some, since its training was killed while it saved, is told and passed over.
+    """
+    steps = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(steps, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        missing = [name for name in (TRAINER_STATE_NAME, *files) if not (path / name).is_file()]
+        if not missing:
+            return str(path)
+        print(f"{path} was not saved to its end and is passed over: it has no {missing}", flush=True)
+    return None
 
 
 class Stages:
@@ -96,20 +131,20 @@ class Stages:
         self.before = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.done: dict[str, dict] = {}
 
-    def __call__(self, name: str, arguments: dict, run: Callable[[], object]) -> None:
-        """Runs `run()` unless it was done with the same `arguments` and every stage before it stands."""
-        if self.before.get(name, {}).get("arguments") == arguments:
+    def __call__(self, name: str, arguments: dict, run: Callable[[], object], made: Iterable[Path] = ()) -> None:
+        """Runs `run()` unless it was done with the same `arguments`, what it `made` is there, and every stage before it stands."""
+        if self.before.get(name, {}).get("arguments") == arguments and all(path.exists() for path in made):
             print(f"== {name}: done before, reused", flush=True)
             self.done[name] = self.before[name]
             return
         self.before = {}  # what follows was made from what is made again now
-        self.file.write_text(json.dumps(self.done, indent=1))
+        write_json(self.file, self.done)
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         run()
         seconds = round(time.perf_counter() - start, 1)
         self.done[name] = {"arguments": arguments, "seconds": seconds}
-        self.file.write_text(json.dumps(self.done, indent=1))
+        write_json(self.file, self.done)
         print(f"== {name}: {seconds} s", flush=True)
 
 

@@ -6,17 +6,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+SECONDS, MILLISECONDS = (1e8, 1e10), 5e11  # Unix times from 1973 to 2286, and those after 1985
+
 
 def read_table(path: Path, ids: list[str]) -> pd.DataFrame:
     """The table with columns `ids` present and not null; `user_id` and `item_id` become str."""
     separators = {".csv": ",", ".tsv": "\t"}
     if not path.is_file() or path.suffix not in (*separators, ".parquet"):
         raise ValueError(f"expected an existing .csv, .tsv or .parquet file, found {path}: check path and suffix")
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
-    else:
-        # As text: an id "007" stays one, and a film called "NA" or "null" is no missing value.
-        table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            # As text: an id "007" stays one, and a film called "NA" or "null" is no missing value.
+            table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
+    except (ValueError, OSError) as error:  # all of what pandas and Arrow raise on files that are none
+        raise ValueError(
+            f"expected a whole {path.suffix} table (in UTF-8, if it is text), found {path}, which cannot be read: {error}"
+        ) from error
+    if path.suffix != ".parquet" and not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(
+            f"expected as many fields in a row as the header of {path} has, found more: does every row end in a separator?"
+        )
     missing = [name for name in ids if name not in table]
     if missing:
         raise ValueError(f"expected the columns {ids} in {path}, found {list(table.columns)}: rename or add {missing}")
@@ -51,6 +62,10 @@ def read_interactions(path: Path) -> pd.DataFrame:
         timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     valid = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
     check_rows(valid, given, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path)
+    usable = (timestamps >= -1) & (timestamps < 2**63)
+    check_rows(usable, given, "timestamps of 0 or more (or -1, not known) below 2**63", "another", path)
+    is_fine = ~(timestamps.between(*SECONDS) & (timestamps > MILLISECONDS).any())
+    check_rows(is_fine, given, "timestamps in one unit", "seconds beside milliseconds or finer ones", path)
     position = timestamps
     if "position" not in table:
         expected = "known timestamps, or a column `position` to order the interactions by,"

@@ -31,14 +31,14 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
+from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts, SavedTensors
 from recipes.embeddings import weights_of
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.prepare import check_same_spelling, prepared
-from recipes.runs import begin, one_device
+from recipes.runs import begin, last_checkpoint, one_device, write_json
 from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
 from tokenization import SemanticIdTokenizer
 
@@ -379,12 +379,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    last = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    saved = [callback.file for callback in callbacks if isinstance(callback, SavedTensors)]
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir, saved))
     if trainer.is_world_process_zero():
         RecommendationPipeline(model=trainer.model, tokenizer=tokenizer).save_pretrained(folder)
         log = {"work": work, "metrics": result.metrics, "log_history": trainer.state.log_history}
-        log_file.write_text(json.dumps(log, indent=1))
+        log["interactions"] = asked["prepared"]["inputs"]["interactions"]  # recipes.evaluate asks which they were
+        write_json(log_file, log)
     if training_args.distributed_state is not None:
         training_args.distributed_state.wait_for_everyone()  # who returns may read it
     return folder

@@ -222,7 +222,8 @@ def held_out_rows(
             row["blocked_items"] = user["items"]
         return row
 
-    return split.map(append, remove_columns=split.column_names, desc="validation rows")
+    # In memory, as the training rows are: a map of a data set in a folder writes there.
+    return split.map(append, remove_columns=split.column_names, keep_in_memory=True, desc="validation rows")
 
 
 def unseen_targets(train: Dataset, split: Dataset) -> int:

@@ -146,3 +146,16 @@ def prepared(tmp_path_factory):
             codebook_sizes=[8, 8],
         )
     )
+
+
+def preferring(weight: float, targets: list[int]) -> dict[str, torch.Tensor]:
+    """Scores of three candidates a user, of which the target is first with this weight of the ranking, of .5 and 1."""
+    generation, ranking = {0.5: ([-1.0, 0.0, -1.7], [-1.0, -4.0, 0.0]), 1.0: ([-1.0, 0.0, -9.0], [0.0, -1.5, 0.0])}[
+        weight
+    ]
+    return {
+        "item_indices": torch.tensor([[target, (target + 1) % 30, (target + 2) % 30] for target in targets]),
+        "generation_scores": torch.tensor([generation] * len(targets)),
+        "ranking_scores": torch.tensor([ranking] * len(targets)),
+        "item_scores": torch.zeros(len(targets), 3),
+    }

@@ -262,6 +262,12 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
             {"interactions": changed(interactions_table(), 2, "timestamp", -1)},
             r"an unknown one \(-1\) in 1 of 9.*row 2",
         ),
+        ({"interactions": changed(interactions_table(), 3, "timestamp", -2)}, r"below 2\*\*63.*row 3 \('-2'\)"),
+        ({"interactions": changed(interactions_table(), 3, "timestamp", 1e19)}, r"below 2\*\*63.*row 3 \('1e"),
+        (
+            {"interactions": interactions_table().assign(timestamp=[1_600_000_000] * 3 + [1_700_000_000_000] * 6)},
+            "one unit.*seconds beside milliseconds.*3 of 9 rows",
+        ),
         ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
         ({"interactions": changed(interactions_table(), 1, "item_id", "77")}, r"unknown item_id in 1 of 9.*\('77'\)"),
         ({"interactions": interactions_table()[4:]}, "expected users with 3 or more interactions, found at most 2"),
@@ -272,6 +278,7 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"items": items_table().drop(columns="text")}, "pass --text_template"),
         ({"embeddings": NAN_ROW}, r"NaN or infinity in 1 of 12 rows, first row 4 \('004'\)"),
         ({"embeddings": np.ones((11, 8), np.float32)}, r"shape \[12, D\].*found \[11, 8\]"),
+        ({"items": items_table().assign(embedding="[1.0, 2.0]")}, "an embedding in every row, as a list.*12 of 12"),
         ({"min_interactions": 2}, "expected min_interactions of 3 or more, found 2"),
     ],
 )
@@ -280,6 +287,26 @@ def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong
     with pytest.raises(ValueError, match=message):
         prepare(args)
     assert not (Path(args.output_dir) / "prepare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("item_id,text\n1,caf\u00e9\n".encode("latin-1"), "in UTF-8.*items.csv, which cannot be read"),
+        (b"item_id,text\n1,a\n2,b,c,d\n", "items.csv, which cannot be read.*line 3"),
+        (b"", "items.csv, which cannot be read"),
+        (b"item_id,text\n1,a,\n2,b,\n", "items.csv has, found more: does every row end in a separator"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_by_its_name(arguments, content, message):
+    args = arguments()
+    Path(args.items).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(args)
+    several = Path(args.items).with_name("rows.npz")
+    np.savez(several, a=np.ones(3))
+    with pytest.raises(ValueError, match=r"one array in a \.npy"):
+        prepare(replace(arguments(), embeddings=str(several)))
 
 
 def test_movielens_folders_become_tables_with_readable_titles(tmp_path):

@@ -1,5 +1,6 @@
 """The recipes put together: from tables to metrics on a made-up world, and the README's snippets."""
 
+import itertools
 import json
 import re
 import runpy
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import GRID, TINY
+from conftest import GRID, TINY, preferring
 from datasets import Dataset, Features, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -26,6 +27,7 @@ from recipes import (
     recochain_report,
     reproduce_recochain,
     reproduce_unigrf,
+    results,
     runs,
     show,
     train,
@@ -35,7 +37,7 @@ from recipes.embeddings import weights_of
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.prepare import PrepareArguments, check_same_items, prepare
 from recipes.results import WRITTEN, with_tables
-from recipes.runs import Stages
+from recipes.runs import Stages, made_by
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +88,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         )
     )
     assert metrics["protocol"]["history"] == "the last 10 items", "as it was trained"
+    assert metrics["protocol"]["trained on"] == "these interactions"
     assert metrics["invalid_items"] == 0 and metrics["generated_items_checked"] >= 40 * 5
     assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"} <= set(metrics["ranked"])
     assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
@@ -97,6 +100,46 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     assert tokenizer.titles[3] == "Film 3"
+    for seed in (0, 1):
+        (tmp_path / f"run-{seed}").mkdir()
+        ranked = {name: value + seed for name, value in metrics["ranked"].items()}
+        protocol = metrics["protocol"] | {"seed of the codebooks": seed}
+        found = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
+        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(found))
+    collected = results.collect([tmp_path / "run-0", tmp_path / "run-1"])
+    assert collected["seeds"] == [0, 1]
+    mean = pytest.approx(metrics["ranked"]["recall@5"] + 0.5, abs=1e-5)
+    assert collected["rows"]["generation + ranking"]["recall@5"] == {
+        "mean": mean,
+        "std": pytest.approx(0.5**0.5, abs=1e-5),
+    }
+    found["protocol"]["users"] = 3
+    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="Expected runs of one protocol"):
+        results.collect([tmp_path / "run-0", tmp_path / "run-1"])
+
+    with monkeypatch.context() as patched:  # scores of which validation prefers one weight and test another
+        dataset, asked = load_from_disk(str(prepared / "dataset")), []
+
+        def scores(model, tokenizer, split, *args):
+            asked.append(split["target"][:])
+            return preferring(0.5 if len(asked) == 1 else 1.0, asked[-1])
+
+        patched.setattr(evaluate_recipe, "candidates", scores)
+        patched.setattr(evaluate_recipe, "invalid_items", lambda *args: {"checked": 0, "invalid": 0})
+        selecting = EvaluateArguments(
+            str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], item_weights=[0.0]
+        )
+        selecting = replace(selecting, baselines=False)
+        chosen = evaluate_checkpoint(selecting)
+        assert asked == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
+        assert chosen["selection"]["ranking_weight"] == 0.5 and chosen["baselines"] == {}
+        assert chosen["ranked"]["recall@5"] == 1 and chosen["ranked"]["mrr"] < 1, "test would have chosen 1"
+    split = load_from_disk(str(prepared / "dataset"))["test"].select(range(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "generate", lambda input_ids, **kwargs: spelt_wrong(input_ids, tokenizer))
+        counted = evaluate_recipe.invalid_items(model, tokenizer, split, 5, selecting)
+    assert counted == {"checked": 3, "invalid": 2}
 
     split = load_from_disk(str(prepared / "dataset"))["test"]
     with pytest.raises(ValueError, match=r"among \['dislike', 'like'\], found 'buy'"):
@@ -201,10 +244,26 @@ def test_a_training_is_of_one_device_a_process_and_goes_on_wherever_it_is(prepar
     assert runs.begin(tmp_path, here, tmp_path / "finished.json") == {"training": {"seed": 1}}
 
 
+def spelt_wrong(input_ids, tokenizer):
+    """Behind the first history an item, then codes that no item has, and codes that end too early."""
+    codes = {tuple(row) for row in tokenizer.item_codes.tolist()}
+    sizes = tokenizer.codebook_sizes
+    missing = next(row for row in itertools.product(*map(range, sizes)) if row not in codes)
+    first = torch.tensor(
+        np.cumsum([tokenizer.item_tokens(np.array([0]))[0][0] - tokenizer.item_codes[0][0], *sizes[:-1]])
+    )
+    item, none = (first + torch.tensor(row) for row in (tokenizer.item_codes[0].tolist(), missing))
+    cut = torch.cat([item[:-1], torch.tensor([tokenizer.pad_token_id])])
+    return torch.cat([input_ids, torch.stack([item, none, cut]).to(input_ids)], dim=1)
+
+
 def test_another_trainings_folder_is_not_gone_on_with(tmp_path):
     asked, finished = {"model": {"seed": 0}, "path": tmp_path}, tmp_path / "finished.json"
     assert runs.begin(tmp_path, asked, finished) == runs.begin(tmp_path, asked, finished)
     assert runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished), "nothing was trained yet"
+    named = {"data": {"data_dir": str(tmp_path / ".." / tmp_path.name)}}
+    assert runs.begin(tmp_path, named, finished) == {"data": {"data_dir": str(tmp_path.resolve())}}
+    runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished)
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match=r"found other values of \['model.seed'\]"):
         runs.begin(tmp_path, asked, finished)
@@ -428,6 +487,25 @@ def test_a_stage_is_done_again_when_one_before_it_was_even_if_a_run_broke_off_be
         run("a", "b", "c", seed=1, breaks="b")
     run("a", "b", "c", seed=1)
     assert ran == ["a", "b", "c", "a", "b", "c"]
+    stages, made = Stages(tmp_path), [tmp_path / "made"]
+    stages("a", {"seed": 1}, lambda: ran.append("again"), made)
+    assert ran[-1] == "again", "what it made is gone"
+
+
+def test_a_training_resumes_from_the_newest_checkpoint_that_is_whole(tmp_path, capsys):
+    assert runs.last_checkpoint(tmp_path / "nothing") is runs.last_checkpoint(tmp_path) is None
+    for step, names in {
+        9: ["trainer_state.json", "pools.safetensors"],
+        10: ["trainer_state.json"],
+        11: ["pools.safetensors"],
+    }.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-11 was not saved to its end" in capsys.readouterr().out
+    assert runs.last_checkpoint(tmp_path, ["pools.safetensors"]) == str(tmp_path / "checkpoint-9")
 
 
 def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):

@@ -18,7 +18,8 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
 from recipes.histories import load_histories
-from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved, whole_file
+from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved
+from recipes.runs import whole_file
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GRID, TINY
+from conftest import GRID, TINY, preferring
+from datasets import Dataset
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import recochain_report, reproduce_recochain, runs, sasrec
@@ -214,3 +215,13 @@ def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
     assert told["all"]["expected calibration error"] == pytest.approx((3 * 0.2 + 2 * 0.35) / 5)
     held = told["held"]["bins"]
     assert [(one["predicted"], one["observed"]) for one in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
+
+
+def test_weights_are_chosen_on_validation_and_told_of_test():
+    users = {"target": [3, 4, 5, 6], "items": [[0], [1], [2], [7]]}
+    splits = {name: Dataset.from_dict(users) for name in ("validation", "test")}
+    found = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}
+    args = reproduce_recochain.ReproduceArguments(data_dir="", ranking_weights=[0.5, 1.0], item_weights=[0.0])
+    result = reproduce_recochain.measure(args, splits, found)
+    assert result["weights"]["ranked"] == {"ranking": 0.5, "item score": 0.0}
+    assert result["cells"]["ranked"]["ndcg@5"] < result["cells"]["ranked at weight 1"]["ndcg@5"] == 1.0
