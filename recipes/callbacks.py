@@ -1,6 +1,6 @@
 """
 Callbacks of the stock `Trainer`: the parts of the loss in its log, UniGRF's adaptive weighter, and candidates of RecoChain's
-stage II that are kept for some epochs.
+stage II that are kept for some epochs or steps.
 """
 
 import math
@@ -295,8 +295,9 @@ class KeptBeams(SavedTensors):
             (`remove_unused_columns=False` keeps it). Their `timestamps` are read, if they have some; their `blocked_items` are no
             candidates.
         num_beams (`int`): Candidates a row.
-        every_epochs (`int`): Epochs that they are kept, unless
-        every_steps (`int`, *optional*): is how many steps they are.
+        every_epochs (`int`): Epochs between two searches for all rows; not read with `every_steps`.
+        batch_size (`int`): Rows of such a search that are run together.
+        every_steps (`int`, *optional*): Steps for which a row's candidates are kept.
 
     Raises:
         ValueError: on numbers below 1, or rows without `row`; with `every_steps`, in training with several processes.

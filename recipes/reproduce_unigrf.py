@@ -32,7 +32,7 @@ from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
-from recipes.runs import begin, command, last_checkpoint, made_by, one_process
+from recipes.runs import begin, command, last_checkpoint, made_by, one_device, one_process
 from recipes.train import CONFIG_FIELDS, ENHANCER_OPTIONS, named
 from recipes.training_rows import columns_read, held_out_rows, history_rows, unseen_targets
 from recipes.unigrf_report import collect
@@ -355,6 +355,7 @@ def run(args: ReproduceArguments) -> None:
     )
     chosen = [("generation_loss_weight", "ndcg@10"), ("ranking_loss_weight", "auc")]
     trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
+    one_device(trainer.args)
     trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
     saved = [callback.file for callback in callbacks if isinstance(callback, SavedTensors)]
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))

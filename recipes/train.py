@@ -16,6 +16,7 @@ ranks its own beams; the places where histories are cut are those of its last it
 (with `--stride`, every so many items), and `--exclude_history` keeps a user's own items out of the beams.
 With a backbone that reads times (`--text_config '{"model_type": "hstu", "num_time_buckets": 128, ...}'`) rows have those of
 the interactions, which are to be in seconds then, -1 where not known.
+Training rows are made first and stay in memory, some 70 bytes an interaction and pass, in each process.
 The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
 """
 
