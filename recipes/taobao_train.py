@@ -13,16 +13,16 @@ its sub-history.
 
 In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
 rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
-part of those vectors, has `--item_table_size` rows, shared by hashing. After training, the first `--eval_rows` rows of
-the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last
-distinct items, each also for the clicks that repeat the history and those that explore. A second run of the same
-command resumes from the last checkpoint in `--output_dir`, if some are saved, or does nothing if `training_log.json`
-is there; one with other arguments is refused.
+part of those vectors, has `--item_table_size` rows, shared by hashing. After training, when the model is saved, the
+first `--eval_rows` rows of the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside
+that of the five last distinct items, each also for the clicks that repeat the history and those that explore. A second
+run of the same command resumes from the last checkpoint in `--output_dir` (one is kept; it holds the embeddings, too),
+evaluates what was trained, or does nothing if that is done; one with other arguments is refused.
 """
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -187,8 +187,13 @@ def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: i
 
 
 def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
-    """Trains, evaluates, saves the model in `output_dir/checkpoint` and returns `training_log.json`."""
+    """Trains, saves the model in `output_dir/checkpoint`, evaluates it and returns `training_log.json`."""
     data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
+    if args.num_beams < RECENT or args.eval_rows < 1:
+        raise ValueError(
+            f"expected num_beams >= {RECENT}, as long as the lists that are evaluated, and eval_rows >= 1, found "
+            f"{args.num_beams} and {args.eval_rows}: raise them"
+        )
     stages = data_dir / "stages.json"
     if not stages.exists() or "test rows" not in json.loads(stages.read_text()):
         raise ValueError(
@@ -206,18 +211,38 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         asked["init_from"] = weights_of(args.init_from)
     finished = out / "training_log.json"
     begin(out, asked, finished)
-    if finished.exists():
+    log = json.loads(finished.read_text()) if finished.exists() else {}
+    if "evaluation" in log:
         print(f"{out} was trained with these arguments and data, reused")
-        return json.loads(finished.read_text())
+        return log
+    if log:  # resuming it would train on
+        print(f"{out} was trained with these arguments and data, to be evaluated")
+        args = replace(args, init_from=str(out / "checkpoint"))
     sizes = json.loads((data_dir / "measured.json").read_text())["suffixes"]["codebook_sizes"]
     set_seed(training_args.seed)
     with PeakMemory() as peak:
         codes = np.load(data_dir / "item_codes.npy", mmap_mode="r")
         embeddings = np.load(data_dir / "item_embeddings.npy", mmap_mode="c")  # torch has no read-only tensors
         model = build_model(args, codes, embeddings, sizes)
-    memory = {"model_private_mb": peak.megabytes("private")}
-    rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.long_items)
-    row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.long_items
+    if not log:
+        log = fit(model, args, training_args, sizes)
+        log["memory"] = {"model_private_mb": peak.megabytes("private")} | log["memory"]
+        finished.write_text(json.dumps(log, indent=1))
+    start = time.process_time()
+    log["evaluation"] = evaluate(model.to(training_args.device).eval(), args)
+    log["cpu_seconds"]["evaluation"] = round(time.process_time() - start, 1)
+    finished.write_text(json.dumps(log, indent=1))
+    print(", ".join(f"{name} {value}" for name, value in {**log["memory"], **log["evaluation"]}.items()))
+    return log
+
+
+def fit(
+    model: UniGRFForCausalLM, args: TaobaoTrainArguments, training_args: TrainingArguments, codebook_sizes: list[int]
+) -> dict:
+    """Trains the model, resuming where the last run stopped, and saves it; returns what `training_log.json` keeps of it."""
+    data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
+    rows = stream_rows(args.tables, data_dir, "train", codebook_sizes, args.max_items, args.long_items)
+    row_bytes = 24 * (1 + (args.max_items + 1) * (len(codebook_sizes) + 1)) + 4 * args.long_items
     print(
         f"held of the user table at a time: pages, {BATCH_USERS} users and {args.shuffle_rows:,} rows of at most "
         f"{row_bytes:,} bytes ({args.shuffle_rows * row_bytes / 2**20:.1f} MB), whatever its size"
@@ -233,10 +258,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     start = time.process_time()
     with PeakMemory() as peak:
         result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
-    memory |= {"training_private_mb": peak.megabytes("private"), "training_peak_mb": peak.megabytes("resident")}
-    cpu_seconds = {"training": time.process_time() - start}
-    evaluation = evaluate(model.eval(), args)
-    cpu_seconds["evaluation"] = time.process_time() - start - cpu_seconds["training"]
+    cpu_seconds = round(time.process_time() - start, 1)
     if (data_dir / "tokenizer").is_dir():
         tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
         RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(out / "checkpoint")
@@ -245,12 +267,12 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
             "the checkpoint has no item map: `recipes.taobao --tokenizer` makes one, to be saved into the same folder"
         )
         trainer.save_model(str(out / "checkpoint"))
-    cpu_seconds = {name: round(seconds, 1) for name, seconds in cpu_seconds.items()}
-    log = {"metrics": result.metrics, "memory": memory, "cpu_seconds": cpu_seconds, "evaluation": evaluation}
-    log["log_history"] = trainer.state.log_history
-    finished.write_text(json.dumps(log, indent=1))
-    print(", ".join(f"{name} {value}" for name, value in {**memory, **evaluation}.items()))
-    return log
+    return {
+        "metrics": result.metrics,
+        "memory": {"training_private_mb": peak.megabytes("private"), "training_peak_mb": peak.megabytes("resident")},
+        "cpu_seconds": {"training": cpu_seconds},
+        "log_history": trainer.state.log_history,
+    }
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, TrainingArguments]:
@@ -258,7 +280,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, Tra
     parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
     parser.set_defaults(
         max_steps=300,
-        save_strategy="no",
+        save_total_limit=1,  # each holds the embeddings of all items
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         adam_beta2=0.98,

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +243,6 @@ def run_training(arguments, output_dir, *more):
         "--max_steps=40",
         "--learning_rate=5e-3",
         "--logging_steps=5",
-        "--save_strategy=steps",
         "--save_steps=30",
         "--shuffle_rows=20",
         "--disable_tqdm=True",
@@ -253,21 +251,43 @@ def run_training(arguments, output_dir, *more):
     return taobao_train.train(*taobao_train.parse(options))
 
 
-def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path):
-    run = partial(run_training, arguments)
-    log = run(tmp_path / "training")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--num_beams=4", "expected num_beams >= 5.* found 4 and"),
+        ("--eval_rows=0", "and eval_rows >= 1, found 20 and 0"),
+    ],
+)
+def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        run_training(arguments, tmp_path / "training", option)
+    assert not (tmp_path / "training").exists()
+
+
+def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path, monkeypatch):
+    def run(*more):
+        return run_training(arguments, tmp_path / "training", "--save_total_limit=2", *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taobao_train, "evaluate", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(taobao_train, "fit", None)  # what was trained is evaluated, and not trained on
+        log = run()
     losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
     rows = [row for row in log["evaluation"] if row.startswith("recency")]
     assert len(rows) == 3 and log["evaluation"]["recency_recall@5_explore"] == 0
-    weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
-    assert run(tmp_path / "training") == json.loads(json.dumps(log)), "a finished training is reused"
+    assert run() == json.loads(json.dumps(log)), "a finished training is reused"
     with pytest.raises(ValueError, match="found other values of"):
-        run(tmp_path / "training", "--seed=1")
+        run("--seed=1")
     (tmp_path / "training/training_log.json").unlink()
     shutil.rmtree(tmp_path / "training/checkpoint-40")
-    run(tmp_path / "training")
+    again = run()
     assert (tmp_path / "training/checkpoint/model.safetensors").read_bytes() == weights, "resumed = uninterrupted"
+    assert again["evaluation"] == log["evaluation"]
 
 
 def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_items(arguments, prepared, tmp_path):
