@@ -4,6 +4,7 @@ Stages of recipes.taobao; each writes into its output folder and returns what it
 some arrays of numbers, 8 bytes an item each; the embeddings, 128 bytes an item, are a mapped file.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,9 @@ def fit(out: Path, codebook_sizes: list[int], points_per_code: int, num_iteratio
 
 
 def encode(out: Path) -> dict:
-    """`item_codes.npy` but for its last column."""
+    """`item_codes.npy` but for its last column. A tokenizer, which spells by the codes before, is removed."""
+    if (out / "tokenizer").exists():
+        shutil.rmtree(out / "tokenizer")
     embeddings, quantizer = np.load(out / "item_embeddings.npy", mmap_mode="r"), ResidualKMeans.load(out)
     codes = open_memmap(out / "item_codes.npy", "w+", np.int32, (len(embeddings), quantizer.num_levels + 1))
     with tqdm(total=len(embeddings), desc="codes", unit="item", unit_scale=True) as bar:

@@ -52,6 +52,7 @@ from recipes.taobao_tables import (
 )
 from recipes.train import CONFIG_FIELDS, from_json, named
 from tokenization import SemanticIdTokenizer
+from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
 from tokenization.vocabulary_layout import PAD, VocabularyLayout
 
 LLAMA = {
@@ -153,6 +154,19 @@ def build_model(
     return model
 
 
+def item_map(data_dir: Path, codes: np.ndarray) -> Path | None:
+    """The tokenizer's folder, if recipes.taobao made one. `ValueError` if it does not spell items by these codes `[N, 4]`."""
+    folder = data_dir / "tokenizer"
+    if "tokenizer" not in json.loads((data_dir / "stages.json").read_text()):
+        return None  # what lies there may be of codes that were made again
+    if not np.array_equal(read_tensors(folder / SEMANTIC_IDS_FILE)[0].get("item_codes"), codes):
+        raise ValueError(
+            f"expected a tokenizer of the {len(codes):,} items and their codes in {data_dir}, found another in {folder}: take the "
+            "stage tokenizer out of stages.json and run recipes.taobao --tokenizer again"
+        )
+    return folder
+
+
 @torch.no_grad()
 def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: int = 32) -> dict[str, float]:
     """Shares and Recall@5 of the first rows of the test split, of model and recency baseline."""
@@ -204,7 +218,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         raise ValueError(
             f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared out"
         )
-    # The tokenizer is read at the end, if there is one: to make it later changes no training.
+    # The tokenizer is saved beside the model, if there is one: to make it later changes no training.
     made = {name: one for name, one in json.loads(stages.read_text()).items() if name != "tokenizer"}
     asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": made}
     if args.init_from is not None:  # a path does not tell that what is there was trained again
@@ -241,6 +255,7 @@ def fit(
 ) -> dict:
     """Trains the model, resuming where the last run stopped, and saves it; returns what `training_log.json` keeps of it."""
     data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
+    tokenizer = item_map(data_dir, model.catalogue.item_codes.numpy(force=True))
     rows = stream_rows(args.tables, data_dir, "train", codebook_sizes, args.max_items, args.long_items)
     row_bytes = 24 * (1 + (args.max_items + 1) * (len(codebook_sizes) + 1)) + 4 * args.long_items
     print(
@@ -259,9 +274,9 @@ def fit(
     with PeakMemory() as peak:
         result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
     cpu_seconds = round(time.process_time() - start, 1)
-    if (data_dir / "tokenizer").is_dir():
-        tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
-        RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(out / "checkpoint")
+    if tokenizer is not None:
+        recommender = RecommendationPipeline(model=model, tokenizer=SemanticIdTokenizer.from_pretrained(tokenizer))
+        recommender.save_pretrained(out / "checkpoint")
     else:
         print(
             "the checkpoint has no item map: `recipes.taobao --tokenizer` makes one, to be saved into the same folder"

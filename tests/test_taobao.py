@@ -264,6 +264,22 @@ def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, 
     assert not (tmp_path / "training").exists()
 
 
+def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepared, tmp_path):
+    out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+    again = replace(arguments, output_dir=str(out), seed=1, tokenizer=False)
+    prepare(again)
+    codes = np.load(out / "item_codes.npy")
+    assert not (out / "tokenizer").exists(), "codes were made again"
+    shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer")
+    assert taobao_train.item_map(out, codes) is None, "no stage made it"
+    prepare(replace(again, tokenizer=True))
+    assert taobao_train.item_map(out, codes) == out / "tokenizer"
+    shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="expected a tokenizer of the 400 items and their codes"):
+        run_training(again, tmp_path / "training")
+    assert not list(tmp_path.glob("training/checkpoint*"))
+
+
 def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path, monkeypatch):
     def run(*more):
         return run_training(arguments, tmp_path / "training", "--save_total_limit=2", *more)
