@@ -154,6 +154,11 @@ def build_model(
     return model
 
 
+def keep_embeddings(catalogue: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+    """A hook before loading: a checkpoint's embeddings are the same, and would be written over the map, into private memory."""
+    state_dict[f"{prefix}item_embeddings"] = catalogue.item_embeddings
+
+
 def item_map(data_dir: Path, codes: np.ndarray) -> Path | None:
     """The tokenizer's folder, if recipes.taobao made one. `ValueError` if it does not spell items by these codes `[N, 4]`."""
     folder = data_dir / "tokenizer"
@@ -270,6 +275,7 @@ def fit(
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
         callbacks=[LossParts(model)],
     )
+    model.catalogue.register_load_state_dict_pre_hook(keep_embeddings)
     start = time.process_time()
     with PeakMemory() as peak:
         result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning

@@ -1,6 +1,7 @@
 """recipes.taobao: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,15 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, p
         run("--seed=1")
     (tmp_path / "training/training_log.json").unlink()
     shutil.rmtree(tmp_path / "training/checkpoint-40")
+
+    def evaluated(*given, evaluate=taobao_train.evaluate):
+        written = re.findall(
+            r"/item_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
+        )
+        assert set(written) <= {"0"}, "resuming leaves the embeddings mapped"
+        return evaluate(*given)
+
+    monkeypatch.setattr(taobao_train, "evaluate", evaluated)
     again = run()
     assert (tmp_path / "training/checkpoint/model.safetensors").read_bytes() == weights, "resumed = uninterrupted"
     assert again["evaluation"] == log["evaluation"]
