@@ -19,6 +19,7 @@ from recipes.taobao_tables import (
     fill,
     find_items,
     lists,
+    new_array,
     progress,
     scalars,
     table_shards,
@@ -50,8 +51,9 @@ def write_clicks(tables: Path, out: Path, split: str) -> dict:
         all_clicks += len(found)
     user, item = np.concatenate([*users, np.empty(0, np.int64)]), np.concatenate([*items, np.empty(0, np.int32)])
     order = np.argsort(user, kind="stable")
-    np.save(out / f"{split}_click_users.npy", user[order])
-    np.save(out / f"{split}_click_items.npy", item[order])
+    for name, column in (("users", user), ("items", item)):
+        with new_array(out / f"{split}_click_{name}.npy", column.dtype.type, column.shape) as mapped:
+            mapped[:] = column[order]
     print(f"{rows:,} samples, {all_clicks:,} clicks, {all_clicks - len(user):,} of them on items without an embedding")
     return {"samples": rows, "clicks": all_clicks, "clicks_on_unknown_items": all_clicks - len(user)}
 

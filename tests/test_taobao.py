@@ -1,6 +1,7 @@
 """recipes.taobao: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -22,7 +23,7 @@ from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_
 from recipes.taobao_items import make_unique, write_items
 from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
 from recipes.taobao_synthetic import SyntheticArguments, main
-from recipes.taobao_tables import read_batches, stream_rows, table_shards
+from recipes.taobao_tables import new_array, read_batches, stream_rows, table_shards
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"
@@ -161,6 +162,29 @@ def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(argume
     assert changed == {"test_click_users.npy", "test_click_items.npy"}
 
 
+def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypatch):
+    file = tmp_path / "items.npy"
+    with new_array(file, np.int32, (0,)):
+        pass
+    assert np.load(file, mmap_mode="r").shape == (0,)
+    np.save(file, np.arange(3))
+    before = np.load(file, mmap_mode="r")
+    with pytest.raises(ZeroDivisionError), new_array(file, np.int64, (4,)) as array:
+        array[:] = 1 / 0
+    with new_array(file, np.int64, (4,)) as array:
+        array[:] = 7
+        assert np.load(file).tolist() == [0, 1, 2]
+    assert np.load(file).tolist() == [7] * 4 and before.tolist() == [0, 1, 2]
+
+    def full(*given):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"), new_array(file, np.int64, (5,)):
+        pytest.fail("the disk is full")
+    assert np.load(file).tolist() == [7] * 4 and list(tmp_path.iterdir()) == [file]
+
+
 def test_pages_of_a_row_group_are_held_and_not_all_of_it(tmp_path):
     values = np.random.default_rng(0).integers(1, 2**60, 20_000 * 100)
     lists = pa.ListArray.from_arrays(pa.array(np.arange(20_001, dtype=np.int32) * 100), pa.array(values))
@@ -268,8 +292,13 @@ def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, 
 def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepared, tmp_path):
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     again = replace(arguments, output_dir=str(out), seed=1, tokenizer=False)
+    mapped = np.load(out / "item_codes.npy", mmap_mode="r")
     prepare(again)
     codes = np.load(out / "item_codes.npy")
+    assert np.array_equal(mapped, np.load(f"{arguments.output_dir}/item_codes.npy")), (
+        "a running training keeps its own"
+    )
+    assert not np.array_equal(mapped, codes)
     assert not (out / "tokenizer").exists(), "codes were made again"
     shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer")
     assert taobao_train.item_map(out, codes) is None, "no stage made it"
