@@ -6,10 +6,10 @@
         --init_from runs/taobao/training/checkpoint --num_retrieved_items 10 --num_train_beams 20 \
         --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
 
-Every argument of `transformers.TrainingArguments` is taken. A row is the last `--max_items` items of a user and the
-clicked one (RecoChain reads 32 tokens: 6 items here). With `--num_retrieved_items` (the second command: RecoChain's
-stage II, from a stage I) it carries the last `--max_long_items` items as well, of which every candidate is ranked with
-its sub-history.
+Every argument of `transformers.TrainingArguments` is taken but `--num_train_epochs`: the stream has no end, `--max_steps`
+count. A row is the last `--max_items` items of a user and the clicked one (RecoChain reads 32 tokens: 6 items here). With
+`--num_retrieved_items` (the second command: RecoChain's stage II, from a stage I) it carries the last `--max_long_items`
+items as well, of which every candidate is ranked with its sub-history.
 
 In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
 rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
@@ -21,6 +21,7 @@ evaluates what was trained, or does nothing if that is done; one with other argu
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -218,6 +219,14 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         raise ValueError(
             f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
         )
+    measured = json.loads((data_dir / "measured.json").read_text())
+    if training_args.num_train_epochs:
+        rows, batch = measured["train rows"]["rows"], rows_a_step(training_args)
+        steps = math.ceil(training_args.num_train_epochs * rows / batch)
+        raise ValueError(
+            f"expected --max_steps, found --num_train_epochs {training_args.num_train_epochs}: the stream has no end. An epoch is "
+            f"{rows:,} rows, {batch} a step, so pass --max_steps {steps} instead"
+        )
     one_device(training_args)
     if training_args.world_size > 1:
         raise ValueError(
@@ -237,7 +246,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     if log:  # resuming it would train on
         print(f"{out} was trained with these arguments and data, to be evaluated")
         args = replace(args, init_from=str(out / "checkpoint"))
-    sizes = json.loads((data_dir / "measured.json").read_text())["suffixes"]["codebook_sizes"]
+    sizes = measured["suffixes"]["codebook_sizes"]
     set_seed(training_args.seed)
     with PeakMemory() as peak:
         codes = np.load(data_dir / "item_codes.npy", mmap_mode="r")
@@ -253,6 +262,11 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     finished.write_text(json.dumps(log, indent=1))
     print(", ".join(f"{name} {value}" for name, value in {**log["memory"], **log["evaluation"]}.items()))
     return log
+
+
+def rows_a_step(training_args: TrainingArguments) -> int:
+    """Rows of a step of one process."""
+    return training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
 
 
 def fit(
@@ -301,6 +315,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, Tra
     parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
     parser.set_defaults(
         max_steps=300,
+        num_train_epochs=0,  # of a stream without an end: see `train`
         save_total_limit=1,  # each holds the embeddings of all items
         report_to="none",
         use_cpu=not torch.cuda.is_available(),

@@ -1,6 +1,7 @@
 """recipes.taobao: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -281,10 +282,15 @@ def run_training(arguments, output_dir, *more):
     [
         ("--num_beams=4", "expected num_beams >= 5.* found 4 and"),
         ("--eval_rows=0", "and eval_rows >= 1, found 20 and 0"),
+        (
+            "--num_train_epochs=3",
+            r"found --num_train_epochs 3.0: .* {rows} rows, 8 a step, so pass --max_steps {steps} ",
+        ),
     ],
 )
 def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, tmp_path, option, message):
-    with pytest.raises(ValueError, match=message):
+    rows = prepared["train rows"]["rows"]
+    with pytest.raises(ValueError, match=message.format(rows=rows, steps=math.ceil(3 * rows / 8))):
         run_training(arguments, tmp_path / "training", option)
     assert not (tmp_path / "training").exists()
 
