@@ -232,8 +232,10 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         raise ValueError(
             f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared out"
         )
-    # The tokenizer is saved beside the model, if there is one: to make it later changes no training.
-    made = {name: one for name, one in json.loads(stages.read_text()).items() if name != "tokenizer"}
+    # How long a stage took is no part of what is trained on. The tokenizer is saved beside the model, if there is one: to make
+    # it later changes no training.
+    done = json.loads(stages.read_text()).items()
+    made = {name: stage["arguments"] for name, stage in done if name != "tokenizer"}
     asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": made}
     if args.init_from is not None:  # a path does not tell that what is there was trained again
         asked["init_from"] = weights_of(args.init_from)

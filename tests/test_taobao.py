@@ -317,8 +317,12 @@ def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepa
 
 
 def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path, monkeypatch):
+    folder = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+
     def run(*more):
-        return run_training(arguments, tmp_path / "training", "--save_total_limit=2", *more)
+        return run_training(
+            replace(arguments, output_dir=str(folder)), tmp_path / "training", "--save_total_limit=2", *more
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(taobao_train, "evaluate", lambda *given: 1 / 0)
@@ -335,6 +339,13 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, p
     assert run() == json.loads(json.dumps(log)), "a finished training is reused"
     with pytest.raises(ValueError, match="found other values of"):
         run("--seed=1")
+    stages = json.loads((folder / "stages.json").read_text())
+    other = stages | {"codebooks": {"arguments": stages["codebooks"]["arguments"] | {"seed": 1}}}
+    (folder / "stages.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"found other values of \['stages.codebooks.seed'\]"):
+        run()
+    slower = {name: stage | {"seconds": 1e6} for name, stage in stages.items()}
+    (folder / "stages.json").write_text(json.dumps(slower))
     (tmp_path / "training/training_log.json").unlink()
     shutil.rmtree(tmp_path / "training/checkpoint-40")
 
