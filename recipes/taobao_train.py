@@ -291,10 +291,14 @@ def fit(
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
         callbacks=[LossParts(model)],
     )
+    last = get_last_checkpoint(out)  # None: from the beginning
+    if last is not None and not training_args.ignore_data_skip:
+        read = int(last.split("-")[-1]) * rows_a_step(training_args)
+        print(f"going on from {last}: the {read:,} rows before it are read again first, and passed over", flush=True)
     model.catalogue.register_load_state_dict_pre_hook(keep_embeddings)
     start = time.process_time()
     with PeakMemory() as peak:
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
+        result = trainer.train(resume_from_checkpoint=last)
     cpu_seconds = round(time.process_time() - start, 1)
     if tokenizer is not None:
         recommender = RecommendationPipeline(model=model, tokenizer=SemanticIdTokenizer.from_pretrained(tokenizer))

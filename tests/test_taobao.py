@@ -316,7 +316,9 @@ def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepa
     assert not list(tmp_path.glob("training/checkpoint*"))
 
 
-def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path, monkeypatch):
+def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
+    arguments, prepared, tmp_path, monkeypatch, capsys
+):
     folder = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
 
     def run(*more):
@@ -358,6 +360,7 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, p
 
     monkeypatch.setattr(taobao_train, "evaluate", evaluated)
     again = run()
+    assert "checkpoint-30: the 240 rows before it are read again" in capsys.readouterr().out
     assert (tmp_path / "training/checkpoint/model.safetensors").read_bytes() == weights, "resumed = uninterrupted"
     assert again["evaluation"] == log["evaluation"]
 
