@@ -85,9 +85,11 @@ def check_users(tables: Path, out: Path, split: str, unknown_users: str) -> dict
 def check_rows(tables: Path, out: Path, split: str) -> dict:
     """Reads the user table through, as training will: what is dropped, and what the last items of a history reach."""
     shards, _ = table_shards(tables, USERS.format(split), [USER, HISTORY])
+    users = np.load(out / f"{split}_click_users.npy", mmap_mode="r")
+    bar = {"desc": f"{split} rows", "unit": "user", "total": 1 + int((users[1:] != users[:-1]).sum())}
     counts = dict.fromkeys(("users", "rows", "history_items", "unknown_items", "rows_without_history"), 0)
     repeats = recent = 0
-    for _, history, clicks, unknown in tqdm(user_histories(shards, out, split), desc=f"{split} rows", unit="user"):
+    for _, history, clicks, unknown in tqdm(user_histories(shards, out, split), **bar):
         counts["users"] += 1
         counts["history_items"] += len(history) + unknown
         counts["unknown_items"] += unknown

@@ -79,7 +79,13 @@ def fit(out: Path, codebook_sizes: list[int], points_per_code: int, num_iteratio
         max_points_per_centroid=points_per_code,
         seed=seed,
     )
-    quantizer.fit(_floats(embeddings[rows])).save(out)
+    quantizer.codebooks, residual = (), _floats(embeddings[rows])
+    # What `fit` does, one level at a time: each takes minutes, and it has no bar.
+    for level, size in enumerate(tqdm(codebook_sizes, desc="codebooks", unit="level")):
+        one = ResidualKMeans([size], num_iterations=num_iterations, max_points_per_centroid=points, seed=seed + level)
+        residual -= one.decode(one.fit(residual).encode(residual))
+        quantizer.codebooks += one.codebooks
+    quantizer.save(out)
     return {"points": points, "num_iterations": num_iterations}
 
 

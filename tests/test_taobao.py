@@ -21,7 +21,7 @@ from recipes import taobao_items, taobao_scaling, taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
 from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
-from recipes.taobao_items import make_unique, write_items
+from recipes.taobao_items import fit, make_unique, write_items
 from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
 from recipes.taobao_synthetic import SyntheticArguments, main
 from recipes.taobao_tables import new_array, read_batches, stream_rows, table_shards
@@ -91,6 +91,18 @@ def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepare
     assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
     embeddings = np.load(out / "item_embeddings.npy").astype("float32") / 127
     assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
+
+
+def test_long_stages_show_how_far_they_are(arguments, prepared, tmp_path, capsys):
+    out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+    fit(out, [8, 4, 8], points_per_code=16, num_iterations=5, seed=3)
+    rows = np.sort(np.random.default_rng(3).choice(400, 128, replace=False, shuffle=False))
+    embeddings = np.load(out / "item_embeddings.npy")[rows].astype("float32") / 127
+    whole = ResidualKMeans([8, 4, 8], num_iterations=5, max_points_per_centroid=16, seed=3).fit(embeddings)
+    assert all(map(np.array_equal, whole.codebooks, ResidualKMeans.load(out).codebooks))
+    users = check_rows(arguments.tables, out, "train")["users"]
+    bars = capsys.readouterr().err
+    assert "| 3/3 [" in bars and f"| {users}/{users} [" in bars
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
