@@ -17,7 +17,7 @@ import torch
 from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import taobao_items, taobao_scaling, taobao_train
+from recipes import taobao_items, taobao_report, taobao_scaling, taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
 from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
@@ -428,6 +428,14 @@ def test_a_linear_cost_is_extrapolated_exactly():
     assert all(slope["seconds"] == 3 for slope in slopes.values())
     assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
     assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
+
+
+def test_a_training_on_all_items_holds_no_less_than_their_codes_and_trie():
+    results = json.loads(Path(taobao_report.__file__).with_name("results").joinpath("taobao.json").read_text())
+    more = 34_400_000 * 32 / 2**20  # than the runs of 1M items
+    results["training at full size"]["stage II"]["private_mb"] = 5000  # the slope's
+    assert f" {(603 + more) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
+    assert " 4.9 GB private. " in text and "arithmetic" in text
 
 
 @pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
