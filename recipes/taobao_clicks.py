@@ -19,6 +19,7 @@ from recipes.taobao_tables import (
     fill,
     find_items,
     lists,
+    new_array,
     progress,
     scalars,
     table_shards,
@@ -50,8 +51,9 @@ def write_clicks(tables: Path, out: Path, split: str) -> dict:
         all_clicks += len(found)
     user, item = np.concatenate([*users, np.empty(0, np.int64)]), np.concatenate([*items, np.empty(0, np.int32)])
     order = np.argsort(user, kind="stable")
-    np.save(out / f"{split}_click_users.npy", user[order])
-    np.save(out / f"{split}_click_items.npy", item[order])
+    for name, column in (("users", user), ("items", item)):
+        with new_array(out / f"{split}_click_{name}.npy", column.dtype.type, column.shape) as mapped:
+            mapped[:] = column[order]
     print(f"{rows:,} samples, {all_clicks:,} clicks, {all_clicks - len(user):,} of them on items without an embedding")
     return {"samples": rows, "clicks": all_clicks, "clicks_on_unknown_items": all_clicks - len(user)}
 
@@ -83,9 +85,11 @@ def check_users(tables: Path, out: Path, split: str, unknown_users: str) -> dict
 def check_rows(tables: Path, out: Path, split: str) -> dict:
     """Reads the user table through, as training will: what is dropped, and what the last items of a history reach."""
     shards, _ = table_shards(tables, USERS.format(split), [USER, HISTORY])
+    users = np.load(out / f"{split}_click_users.npy", mmap_mode="r")
+    bar = {"desc": f"{split} rows", "unit": "user", "total": 1 + int((users[1:] != users[:-1]).sum())}
     counts = dict.fromkeys(("users", "rows", "history_items", "unknown_items", "rows_without_history"), 0)
     repeats = recent = 0
-    for _, history, clicks, unknown in tqdm(user_histories(shards, out, split), desc=f"{split} rows", unit="user"):
+    for _, history, clicks, unknown in tqdm(user_histories(shards, out, split), **bar):
         counts["users"] += 1
         counts["history_items"] += len(history) + unknown
         counts["unknown_items"] += unknown

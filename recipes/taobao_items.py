@@ -4,10 +4,10 @@ Stages of recipes.taobao; each writes into its output folder and returns what it
 some arrays of numbers, 8 bytes an item each; the embeddings, 128 bytes an item, are a mapped file.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
 from recipes.taobao_tables import (
@@ -19,6 +19,7 @@ from recipes.taobao_tables import (
     fill,
     find_items,
     lists,
+    new_array,
     progress,
     scalars,
     table_shards,
@@ -37,16 +38,16 @@ def write_items(tables: Path, out: Path, embedding_column: str = EMBEDDING) -> d
     item_ids, place = sort_ids(table_ids)
     if len(item_ids) == 0:
         raise ValueError(f"expected items with embeddings in {tables}, found none: download the table again")
-    np.save(out / "item_ids.npy", item_ids)
+    with new_array(out / "item_ids.npy", np.int64, item_ids.shape) as mapped:
+        mapped[:] = item_ids
     del table_ids
-    embeddings = open_memmap(out / "item_embeddings.npy", "w+", np.int8, (len(item_ids), DIM))
     start = 0
-    for batch in progress(shards, [embedding_column], rows, "embeddings"):
-        values, _ = lists(batch, embedding_column, DIM)
-        here = place[start : start + batch.num_rows]
-        embeddings[here[here >= 0]] = values.reshape(-1, DIM)[here >= 0]
-        start += batch.num_rows
-    embeddings.flush()
+    with new_array(out / "item_embeddings.npy", np.int8, (len(item_ids), DIM)) as embeddings:
+        for batch in progress(shards, [embedding_column], rows, "embeddings"):
+            values, _ = lists(batch, embedding_column, DIM)
+            here = place[start : start + batch.num_rows]
+            embeddings[here[here >= 0]] = values.reshape(-1, DIM)[here >= 0]
+            start += batch.num_rows
     ads, count = table_shards(tables, "item_features", [ITEM])
     found = [find_items(item_ids, scalars(batch, ITEM)) for batch in progress(ads, [ITEM], count, "advertised items")]
     without = int((np.concatenate(found) == UNKNOWN).sum()) if found else 0
@@ -78,20 +79,29 @@ def fit(out: Path, codebook_sizes: list[int], points_per_code: int, num_iteratio
         max_points_per_centroid=points_per_code,
         seed=seed,
     )
-    quantizer.fit(_floats(embeddings[rows])).save(out)
+    quantizer.codebooks, residual = (), _floats(embeddings[rows])
+    # What `fit` does, one level at a time: each takes minutes, and it has no bar.
+    for level, size in enumerate(tqdm(codebook_sizes, desc="codebooks", unit="level")):
+        one = ResidualKMeans([size], num_iterations=num_iterations, max_points_per_centroid=points, seed=seed + level)
+        residual -= one.decode(one.fit(residual).encode(residual))
+        quantizer.codebooks += one.codebooks
+    quantizer.save(out)
     return {"points": points, "num_iterations": num_iterations}
 
 
 def encode(out: Path) -> dict:
-    """`item_codes.npy` but for its last column."""
+    """`item_codes.npy` but for its last column. A tokenizer, which spells by the codes before, is removed."""
+    if (out / "tokenizer").exists():
+        shutil.rmtree(out / "tokenizer")
     embeddings, quantizer = np.load(out / "item_embeddings.npy", mmap_mode="r"), ResidualKMeans.load(out)
-    codes = open_memmap(out / "item_codes.npy", "w+", np.int32, (len(embeddings), quantizer.num_levels + 1))
-    with tqdm(total=len(embeddings), desc="codes", unit="item", unit_scale=True) as bar:
+    with (
+        new_array(out / "item_codes.npy", np.int32, (len(embeddings), quantizer.num_levels + 1)) as codes,
+        tqdm(total=len(embeddings), desc="codes", unit="item", unit_scale=True) as bar,
+    ):
         for start in range(0, len(embeddings), CHUNK):
             some = embeddings[start : start + CHUNK]
             codes[start : start + CHUNK, :-1] = quantizer.encode(_floats(some))
             bar.update(len(some))
-    codes.flush()
     return {"items": len(embeddings)}
 
 

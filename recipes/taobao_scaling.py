@@ -15,11 +15,11 @@
 Time (of one core, since a shared machine tells nothing by its clock), memory and disk of a stage are taken to grow
 linearly with what it reads (`UNITS`), from the larger run on. The sample for the codebooks does not grow with the items:
 its stage is scaled to the defaults of `--points_per_code` and `--num_iterations`. An epoch is a row for each click, at
-the larger run's time a row. Some things are measured at full size
-instead, on random numbers, since caches and arrays of that size are not what a slope tells: a look-up among all item
-ids, whose difference to one among the larger run's is added for each history item; the memory of sorting the ids and of
-the suffixes, which in small runs hides behind buffers; and a model with all codes and their trie. Disk and network are not
-measured: these tables fit into the page cache.
+the larger run's time a row; where arithmetic gives its memory more than the slope does, the table has that.
+Some things are measured at full size instead, on random numbers, since caches and arrays of that size are not what a
+slope tells: a look-up among all item ids, whose difference to one among the larger run's is added for each history item;
+the memory of sorting the ids and of the suffixes, which in small runs hides behind buffers; and a model with all codes
+and their trie. Disk and network are not measured: these tables fit into the page cache.
 """
 
 import json
@@ -168,7 +168,7 @@ def training(run: Path, stage: str, folder: str, stages: dict[str, dict]) -> dic
 
 
 def whole_training(small: dict, large: dict, runs: list[dict[str, dict]]) -> dict[str, float]:
-    """Memory of a training on all items, and an epoch of all clicks, from two of `training`."""
+    """Memory of a training on all items by the slope alone, and an epoch of all clicks, from two of `training`."""
     counts = [stages["items"]["items"] for stages in runs]
     private = [one["memory"]["training_private_mb"] for one in (small, large)]
     slope = max(0.0, (private[1] - private[0]) / (counts[1] - counts[0]))

@@ -17,7 +17,9 @@ stream holds pages: 28 MB there. It is what the generator of the `datasets.Itera
 row groups.
 """
 
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset
+from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
 from tokenization.vocabulary_layout import VocabularyLayout
@@ -191,6 +194,22 @@ def progress(shards: Shards, columns: list[str], rows: int, text: str) -> Iterat
         for batch in read_batches(shards, columns):
             yield batch
             bar.update(batch.num_rows)
+
+
+@contextmanager
+def new_array(file: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[np.memmap]:
+    """A mapped array that replaces `file` when it is whole: who has the old one open keeps that. `OSError` on a full disk."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        array = open_memmap(temporary, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # or a full disk would be a bus error at some page
+            with temporary.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, temporary.stat().st_size)
+        yield array
+        array.flush()
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fill(array: np.ndarray, parts: Iterable[np.ndarray]) -> None:

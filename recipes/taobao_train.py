@@ -6,23 +6,24 @@
         --init_from runs/taobao/training/checkpoint --num_retrieved_items 10 --num_train_beams 20 \
         --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
 
-Every argument of `transformers.TrainingArguments` is taken. A row is the last `--max_items` items of a user and the
-clicked one (RecoChain reads 32 tokens: 6 items here). With `--num_retrieved_items` (the second command: RecoChain's
-stage II, from a stage I) it carries the last `--max_long_items` items as well, of which every candidate is ranked with
-its sub-history.
+Every argument of `transformers.TrainingArguments` is taken but `--num_train_epochs`: the stream has no end, `--max_steps`
+count. A row is the last `--max_items` items of a user and the clicked one (RecoChain reads 32 tokens: 6 items here). With
+`--num_retrieved_items` (the second command: RecoChain's stage II, from a stage I) it carries the last `--max_long_items`
+items as well, of which every candidate is ranked with its sub-history.
 
 In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
 rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
-part of those vectors, has `--item_table_size` rows, shared by hashing. After training, the first `--eval_rows` rows of
-the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside that of the five last
-distinct items, each also for the clicks that repeat the history and those that explore. A second run of the same
-command resumes from the last checkpoint in `--output_dir`, if some are saved, or does nothing if `training_log.json`
-is there; one with other arguments is refused.
+part of those vectors, has `--item_table_size` rows, shared by hashing. After training, when the model is saved, the
+first `--eval_rows` rows of the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside
+that of the five last distinct items, each also for the clicks that repeat the history and those that explore. A second
+run of the same command resumes from the last checkpoint in `--output_dir` (one is kept; it holds the embeddings, too),
+evaluates what was trained, or does nothing if that is done; one with other arguments is refused.
 """
 
 import json
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from recipes.taobao_tables import (
 )
 from recipes.train import CONFIG_FIELDS, from_json, named
 from tokenization import SemanticIdTokenizer
+from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
 from tokenization.vocabulary_layout import PAD, VocabularyLayout
 
 LLAMA = {
@@ -153,6 +155,24 @@ def build_model(
     return model
 
 
+def keep_embeddings(catalogue: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+    """A hook before loading: a checkpoint's embeddings are the same, and would be written over the map, into private memory."""
+    state_dict[f"{prefix}item_embeddings"] = catalogue.item_embeddings
+
+
+def item_map(data_dir: Path, codes: np.ndarray) -> Path | None:
+    """The tokenizer's folder, if recipes.taobao made one. `ValueError` if it does not spell items by these codes `[N, 4]`."""
+    folder = data_dir / "tokenizer"
+    if "tokenizer" not in json.loads((data_dir / "stages.json").read_text()):
+        return None  # what lies there may be of codes that were made again
+    if not np.array_equal(read_tensors(folder / SEMANTIC_IDS_FILE)[0].get("item_codes"), codes):
+        raise ValueError(
+            f"expected a tokenizer of the {len(codes):,} items and their codes in {data_dir}, found another in {folder}: take the "
+            "stage tokenizer out of stages.json and run recipes.taobao --tokenizer again"
+        )
+    return folder
+
+
 @torch.no_grad()
 def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: int = 32) -> dict[str, float]:
     """Shares and Recall@5 of the first rows of the test split, of model and recency baseline."""
@@ -187,37 +207,78 @@ def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: i
 
 
 def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
-    """Trains, evaluates, saves the model in `output_dir/checkpoint` and returns `training_log.json`."""
+    """Trains, saves the model in `output_dir/checkpoint`, evaluates it and returns `training_log.json`."""
     data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
+    if args.num_beams < RECENT or args.eval_rows < 1:
+        raise ValueError(
+            f"expected num_beams >= {RECENT}, as long as the lists that are evaluated, and eval_rows >= 1, found "
+            f"{args.num_beams} and {args.eval_rows}: raise them"
+        )
     stages = data_dir / "stages.json"
     if not stages.exists() or "test rows" not in json.loads(stages.read_text()):
         raise ValueError(
             f"expected a finished run of recipes.taobao in {data_dir}, found none: run it, or go on with it"
+        )
+    measured = json.loads((data_dir / "measured.json").read_text())
+    if training_args.num_train_epochs:
+        rows, batch = measured["train rows"]["rows"], rows_a_step(training_args)
+        steps = math.ceil(training_args.num_train_epochs * rows / batch)
+        raise ValueError(
+            f"expected --max_steps, found --num_train_epochs {training_args.num_train_epochs}: the stream has no end. An epoch is "
+            f"{rows:,} rows, {batch} a step, so pass --max_steps {steps} instead"
         )
     one_device(training_args)
     if training_args.world_size > 1:
         raise ValueError(
             f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared out"
         )
-    # The tokenizer is read at the end, if there is one: to make it later changes no training.
-    made = {name: one for name, one in json.loads(stages.read_text()).items() if name != "tokenizer"}
+    # How long a stage took is no part of what is trained on. The tokenizer is saved beside the model, if there is one: to make
+    # it later changes no training.
+    done = json.loads(stages.read_text()).items()
+    made = {name: stage["arguments"] for name, stage in done if name != "tokenizer"}
     asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": made}
     if args.init_from is not None:  # a path does not tell that what is there was trained again
         asked["init_from"] = weights_of(args.init_from)
     finished = out / "training_log.json"
     begin(out, asked, finished)
-    if finished.exists():
+    log = json.loads(finished.read_text()) if finished.exists() else {}
+    if "evaluation" in log:
         print(f"{out} was trained with these arguments and data, reused")
-        return json.loads(finished.read_text())
-    sizes = json.loads((data_dir / "measured.json").read_text())["suffixes"]["codebook_sizes"]
+        return log
+    if log:  # resuming it would train on
+        print(f"{out} was trained with these arguments and data, to be evaluated")
+        args = replace(args, init_from=str(out / "checkpoint"))
+    sizes = measured["suffixes"]["codebook_sizes"]
     set_seed(training_args.seed)
     with PeakMemory() as peak:
         codes = np.load(data_dir / "item_codes.npy", mmap_mode="r")
         embeddings = np.load(data_dir / "item_embeddings.npy", mmap_mode="c")  # torch has no read-only tensors
         model = build_model(args, codes, embeddings, sizes)
-    memory = {"model_private_mb": peak.megabytes("private")}
-    rows = stream_rows(args.tables, data_dir, "train", sizes, args.max_items, args.long_items)
-    row_bytes = 24 * (1 + (args.max_items + 1) * (len(sizes) + 1)) + 4 * args.long_items
+    if not log:
+        log = fit(model, args, training_args, sizes)
+        log["memory"] = {"model_private_mb": peak.megabytes("private")} | log["memory"]
+        finished.write_text(json.dumps(log, indent=1))
+    start = time.process_time()
+    log["evaluation"] = evaluate(model.to(training_args.device).eval(), args)
+    log["cpu_seconds"]["evaluation"] = round(time.process_time() - start, 1)
+    finished.write_text(json.dumps(log, indent=1))
+    print(", ".join(f"{name} {value}" for name, value in {**log["memory"], **log["evaluation"]}.items()))
+    return log
+
+
+def rows_a_step(training_args: TrainingArguments) -> int:
+    """Rows of a step of one process."""
+    return training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+
+
+def fit(
+    model: UniGRFForCausalLM, args: TaobaoTrainArguments, training_args: TrainingArguments, codebook_sizes: list[int]
+) -> dict:
+    """Trains the model, resuming where the last run stopped, and saves it; returns what `training_log.json` keeps of it."""
+    data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
+    tokenizer = item_map(data_dir, model.catalogue.item_codes.numpy(force=True))
+    rows = stream_rows(args.tables, data_dir, "train", codebook_sizes, args.max_items, args.long_items)
+    row_bytes = 24 * (1 + (args.max_items + 1) * (len(codebook_sizes) + 1)) + 4 * args.long_items
     print(
         f"held of the user table at a time: pages, {BATCH_USERS} users and {args.shuffle_rows:,} rows of at most "
         f"{row_bytes:,} bytes ({args.shuffle_rows * row_bytes / 2**20:.1f} MB), whatever its size"
@@ -230,27 +291,29 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
         callbacks=[LossParts(model)],
     )
+    last = get_last_checkpoint(out)  # None: from the beginning
+    if last is not None and not training_args.ignore_data_skip:
+        read = int(last.split("-")[-1]) * rows_a_step(training_args)
+        print(f"going on from {last}: the {read:,} rows before it are read again first, and passed over", flush=True)
+    model.catalogue.register_load_state_dict_pre_hook(keep_embeddings)
     start = time.process_time()
     with PeakMemory() as peak:
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(out))  # None: from the beginning
-    memory |= {"training_private_mb": peak.megabytes("private"), "training_peak_mb": peak.megabytes("resident")}
-    cpu_seconds = {"training": time.process_time() - start}
-    evaluation = evaluate(model.eval(), args)
-    cpu_seconds["evaluation"] = time.process_time() - start - cpu_seconds["training"]
-    if (data_dir / "tokenizer").is_dir():
-        tokenizer = SemanticIdTokenizer.from_pretrained(data_dir / "tokenizer")
-        RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(out / "checkpoint")
+        result = trainer.train(resume_from_checkpoint=last)
+    cpu_seconds = round(time.process_time() - start, 1)
+    if tokenizer is not None:
+        recommender = RecommendationPipeline(model=model, tokenizer=SemanticIdTokenizer.from_pretrained(tokenizer))
+        recommender.save_pretrained(out / "checkpoint")
     else:
         print(
             "the checkpoint has no item map: `recipes.taobao --tokenizer` makes one, to be saved into the same folder"
         )
         trainer.save_model(str(out / "checkpoint"))
-    cpu_seconds = {name: round(seconds, 1) for name, seconds in cpu_seconds.items()}
-    log = {"metrics": result.metrics, "memory": memory, "cpu_seconds": cpu_seconds, "evaluation": evaluation}
-    log["log_history"] = trainer.state.log_history
-    finished.write_text(json.dumps(log, indent=1))
-    print(", ".join(f"{name} {value}" for name, value in {**memory, **evaluation}.items()))
-    return log
+    return {
+        "metrics": result.metrics,
+        "memory": {"training_private_mb": peak.megabytes("private"), "training_peak_mb": peak.megabytes("resident")},
+        "cpu_seconds": {"training": cpu_seconds},
+        "log_history": trainer.state.log_history,
+    }
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, TrainingArguments]:
@@ -258,7 +321,8 @@ def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, Tra
     parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
     parser.set_defaults(
         max_steps=300,
-        save_strategy="no",
+        num_train_epochs=0,  # of a stream without an end: see `train`
+        save_total_limit=1,  # each holds the embeddings of all items
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         adam_beta2=0.98,

@@ -1,9 +1,11 @@
 """recipes.taobao: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
 
 import json
+import math
+import os
+import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,14 @@ import torch
 from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import taobao_items, taobao_scaling, taobao_train
+from recipes import taobao_items, taobao_report, taobao_scaling, taobao_train
 from recipes.hardware import PeakMemory
 from recipes.taobao import TaobaoArguments, prepare
 from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
-from recipes.taobao_items import make_unique, write_items
+from recipes.taobao_items import fit, make_unique, write_items
 from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
 from recipes.taobao_synthetic import SyntheticArguments, main
-from recipes.taobao_tables import read_batches, stream_rows, table_shards
+from recipes.taobao_tables import new_array, read_batches, stream_rows, table_shards
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"
@@ -89,6 +91,18 @@ def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepare
     assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
     embeddings = np.load(out / "item_embeddings.npy").astype("float32") / 127
     assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
+
+
+def test_long_stages_show_how_far_they_are(arguments, prepared, tmp_path, capsys):
+    out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+    fit(out, [8, 4, 8], points_per_code=16, num_iterations=5, seed=3)
+    rows = np.sort(np.random.default_rng(3).choice(400, 128, replace=False, shuffle=False))
+    embeddings = np.load(out / "item_embeddings.npy")[rows].astype("float32") / 127
+    whole = ResidualKMeans([8, 4, 8], num_iterations=5, max_points_per_centroid=16, seed=3).fit(embeddings)
+    assert all(map(np.array_equal, whole.codebooks, ResidualKMeans.load(out).codebooks))
+    users = check_rows(arguments.tables, out, "train")["users"]
+    bars = capsys.readouterr().err
+    assert "| 3/3 [" in bars and f"| {users}/{users} [" in bars
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -159,6 +173,29 @@ def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(argume
     prepare(again)
     changed = {file.name for file in times if file.stat().st_mtime_ns != times[file]}
     assert changed == {"test_click_users.npy", "test_click_items.npy"}
+
+
+def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypatch):
+    file = tmp_path / "items.npy"
+    with new_array(file, np.int32, (0,)):
+        pass
+    assert np.load(file, mmap_mode="r").shape == (0,)
+    np.save(file, np.arange(3))
+    before = np.load(file, mmap_mode="r")
+    with pytest.raises(ZeroDivisionError), new_array(file, np.int64, (4,)) as array:
+        array[:] = 1 / 0
+    with new_array(file, np.int64, (4,)) as array:
+        array[:] = 7
+        assert np.load(file).tolist() == [0, 1, 2]
+    assert np.load(file).tolist() == [7] * 4 and before.tolist() == [0, 1, 2]
+
+    def full(*given):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"), new_array(file, np.int64, (5,)):
+        pytest.fail("the disk is full")
+    assert np.load(file).tolist() == [7] * 4 and list(tmp_path.iterdir()) == [file]
 
 
 def test_pages_of_a_row_group_are_held_and_not_all_of_it(tmp_path):
@@ -244,7 +281,6 @@ def run_training(arguments, output_dir, *more):
         "--max_steps=40",
         "--learning_rate=5e-3",
         "--logging_steps=5",
-        "--save_strategy=steps",
         "--save_steps=30",
         "--shuffle_rows=20",
         "--disable_tqdm=True",
@@ -253,21 +289,92 @@ def run_training(arguments, output_dir, *more):
     return taobao_train.train(*taobao_train.parse(options))
 
 
-def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(arguments, prepared, tmp_path):
-    run = partial(run_training, arguments)
-    log = run(tmp_path / "training")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--num_beams=4", "expected num_beams >= 5.* found 4 and"),
+        ("--eval_rows=0", "and eval_rows >= 1, found 20 and 0"),
+        (
+            "--num_train_epochs=3",
+            r"found --num_train_epochs 3.0: .* {rows} rows, 8 a step, so pass --max_steps {steps} ",
+        ),
+    ],
+)
+def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, tmp_path, option, message):
+    rows = prepared["train rows"]["rows"]
+    with pytest.raises(ValueError, match=message.format(rows=rows, steps=math.ceil(3 * rows / 8))):
+        run_training(arguments, tmp_path / "training", option)
+    assert not (tmp_path / "training").exists()
+
+
+def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepared, tmp_path):
+    out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+    again = replace(arguments, output_dir=str(out), seed=1, tokenizer=False)
+    mapped = np.load(out / "item_codes.npy", mmap_mode="r")
+    prepare(again)
+    codes = np.load(out / "item_codes.npy")
+    assert np.array_equal(mapped, np.load(f"{arguments.output_dir}/item_codes.npy")), (
+        "a running training keeps its own"
+    )
+    assert not np.array_equal(mapped, codes)
+    assert not (out / "tokenizer").exists(), "codes were made again"
+    shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer")
+    assert taobao_train.item_map(out, codes) is None, "no stage made it"
+    prepare(replace(again, tokenizer=True))
+    assert taobao_train.item_map(out, codes) == out / "tokenizer"
+    shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="expected a tokenizer of the 400 items and their codes"):
+        run_training(again, tmp_path / "training")
+    assert not list(tmp_path.glob("training/checkpoint*"))
+
+
+def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
+    arguments, prepared, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
+
+    def run(*more):
+        return run_training(
+            replace(arguments, output_dir=str(folder)), tmp_path / "training", "--save_total_limit=2", *more
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taobao_train, "evaluate", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(taobao_train, "fit", None)  # what was trained is evaluated, and not trained on
+        log = run()
     losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
     rows = [row for row in log["evaluation"] if row.startswith("recency")]
     assert len(rows) == 3 and log["evaluation"]["recency_recall@5_explore"] == 0
-    weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
-    assert run(tmp_path / "training") == json.loads(json.dumps(log)), "a finished training is reused"
+    assert run() == json.loads(json.dumps(log)), "a finished training is reused"
     with pytest.raises(ValueError, match="found other values of"):
-        run(tmp_path / "training", "--seed=1")
+        run("--seed=1")
+    stages = json.loads((folder / "stages.json").read_text())
+    other = stages | {"codebooks": {"arguments": stages["codebooks"]["arguments"] | {"seed": 1}}}
+    (folder / "stages.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"found other values of \['stages.codebooks.seed'\]"):
+        run()
+    slower = {name: stage | {"seconds": 1e6} for name, stage in stages.items()}
+    (folder / "stages.json").write_text(json.dumps(slower))
     (tmp_path / "training/training_log.json").unlink()
     shutil.rmtree(tmp_path / "training/checkpoint-40")
-    run(tmp_path / "training")
+
+    def evaluated(*given, evaluate=taobao_train.evaluate):
+        written = re.findall(
+            r"/item_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
+        )
+        assert set(written) <= {"0"}, "resuming leaves the embeddings mapped"
+        return evaluate(*given)
+
+    monkeypatch.setattr(taobao_train, "evaluate", evaluated)
+    again = run()
+    assert "checkpoint-30: the 240 rows before it are read again" in capsys.readouterr().out
     assert (tmp_path / "training/checkpoint/model.safetensors").read_bytes() == weights, "resumed = uninterrupted"
+    assert again["evaluation"] == log["evaluation"]
 
 
 def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_items(arguments, prepared, tmp_path):
@@ -321,6 +428,14 @@ def test_a_linear_cost_is_extrapolated_exactly():
     assert all(slope["seconds"] == 3 for slope in slopes.values())
     assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
     assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
+
+
+def test_a_training_on_all_items_holds_no_less_than_their_codes_and_trie():
+    results = json.loads(Path(taobao_report.__file__).with_name("results").joinpath("taobao.json").read_text())
+    more = 34_400_000 * 32 / 2**20  # than the runs of 1M items
+    results["training at full size"]["stage II"]["private_mb"] = 5000  # the slope's
+    assert f" {(603 + more) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
+    assert " 4.9 GB private. " in text and "arithmetic" in text
 
 
 @pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
