@@ -27,7 +27,7 @@ from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
 from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
-from recipes.runs import command, made_by, one_process
+from recipes.runs import command, made_by, one_process, write_json
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -366,7 +366,7 @@ def run(args: ReproduceArguments) -> None:
         made = made_by(command("recipes.reproduce_recochain", asked_for, vars(ReproduceArguments(data_dir=""))))
         for file, asked in missing.items():
             result = {**measure(args, splits, found, asked["ranked"]), "seconds": seconds}
-            file.write_text(json.dumps({"arguments": asked, **result, "made by": made}, indent=1))
+            write_json(file, {"arguments": asked, **result, "made by": made})
             print(file, {name: round(cell["recall@5"], 4) for name, cell in result["cells"].items()}, flush=True)
             measured.append((result["validation ndcg@10"], asked, result["weights"]["ranked, three scores"]))
     if checkpoint is not None:

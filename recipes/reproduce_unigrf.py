@@ -32,7 +32,7 @@ from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
-from recipes.runs import begin, command, last_checkpoint, made_by, one_device, one_process
+from recipes.runs import begin, command, last_checkpoint, made_by, one_device, one_process, write_json
 from recipes.train import CONFIG_FIELDS, ENHANCER_OPTIONS, named
 from recipes.training_rows import columns_read, held_out_rows, history_rows, unseen_targets
 from recipes.unigrf_report import collect
@@ -376,7 +376,7 @@ def run(args: ReproduceArguments) -> None:
             command("recipes.reproduce_unigrf", {"data": "path/to/ml-1m", **work}, vars(ReproduceArguments()))
         ),
     }
-    file.write_text(json.dumps(result, indent=1))
+    write_json(file, result)
     print({name: round(value, 4) for name, value in result["test"].items()})
 
 

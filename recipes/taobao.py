@@ -37,10 +37,10 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from recipes.hardware import PeakMemory
-from recipes.runs import Stages
+from recipes.runs import Stages, write_json
 from recipes.taobao_clicks import check_rows, check_users, write_clicks
 from recipes.taobao_items import encode, fit, make_unique, write_items, write_tokenizer
-from recipes.taobao_tables import EMBEDDING, EMBEDDINGS, SAMPLES, USERS
+from recipes.taobao_tables import EMBEDDING, EMBEDDINGS, SAMPLES, USERS, table_files
 
 
 @dataclass
@@ -86,10 +86,11 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
                 "disk_mb": round(sum(path.stat().st_size for path in paths) / 2**20, 1),
                 **counts,
             }
+            write_json(file, measured)  # before the stage counts as done
 
-        stages(name, arguments, watched)
+        stages(name, arguments, watched, [file, *(out / one for one in made)])
         measured[name] = {"seconds": stages.done[name]["seconds"]} | measured[name]
-        file.write_text(json.dumps(measured, indent=1))
+        write_json(file, measured)
         plain = {key: value for key, value in measured[name].items() if not isinstance(value, dict)}
         print(", ".join(f"{key} {value}" for key, value in plain.items()), flush=True)
 
@@ -117,8 +118,7 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
 
 def _identity(tables: Path, name: str) -> list:
     """Names, sizes and times of a table's files: to hash 50 GB takes longer than to read them."""
-    files = sorted(tables.glob(f"{name}*.parquet"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in table_files(tables, name)]
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ BATCH_ROWS = 16_384  # of scalars and embeddings
 BATCH_USERS = 256  # 2 MB of history
 
 
-def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Shards, int]:
-    """Row groups of a table's files, and their rows. `ValueError` on missing or damaged files or columns."""
+def table_files(folder: str | Path, table: str) -> list[Path]:
+    """The files of a table, in order; `ValueError` if there are none."""
     files = sorted(Path(folder).glob(f"{table}*.parquet"))
     if not files:
         found = sorted(path.name for path in Path(folder).glob("*"))[:10]
@@ -58,8 +58,13 @@ def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Sh
             f"expected {table}*.parquet in {folder}, found {found}: download the folder raw/ of TaoBao-MM/Taobao-MM, or "
             "make tables with recipes.taobao_synthetic"
         )
+    return files
+
+
+def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Shards, int]:
+    """Row groups of a table's files, and their rows. `ValueError` on missing or damaged files or columns."""
     shards, rows = [], 0
-    for file in files:
+    for file in table_files(folder, table):
         try:
             with pq.ParquetFile(file) as parquet:
                 schema, metadata = parquet.schema_arrow, parquet.metadata

@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.callbacks import LossParts
 from recipes.embeddings import weights_of
 from recipes.hardware import PeakMemory
 from recipes.histories import padded
-from recipes.runs import begin, one_device
+from recipes.runs import begin, last_checkpoint, one_device, write_json
 from recipes.taobao_clicks import RECENT, last_distinct
 from recipes.taobao_tables import (
     BATCH_USERS,
@@ -257,11 +257,11 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     if not log:
         log = fit(model, args, training_args, sizes)
         log["memory"] = {"model_private_mb": peak.megabytes("private")} | log["memory"]
-        finished.write_text(json.dumps(log, indent=1))
+        write_json(finished, log)
     start = time.process_time()
     log["evaluation"] = evaluate(model.to(training_args.device).eval(), args)
     log["cpu_seconds"]["evaluation"] = round(time.process_time() - start, 1)
-    finished.write_text(json.dumps(log, indent=1))
+    write_json(finished, log)
     print(", ".join(f"{name} {value}" for name, value in {**log["memory"], **log["evaluation"]}.items()))
     return log
 
@@ -291,7 +291,7 @@ def fit(
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
         callbacks=[LossParts(model)],
     )
-    last = get_last_checkpoint(out)  # None: from the beginning
+    last = last_checkpoint(out)  # None: from the beginning
     if last is not None and not training_args.ignore_data_skip:
         read = int(last.split("-")[-1]) * rows_a_step(training_args)
         print(f"going on from {last}: the {read:,} rows before it are read again first, and passed over", flush=True)

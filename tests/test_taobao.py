@@ -169,6 +169,13 @@ def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(argume
     lines = [line for line in capsys.readouterr().out.splitlines() if "private_mb" in line]
     assert len(lines) == len(prepared), "what each stage holds is printed"
     assert times == {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
+    with pytest.raises(ValueError, match=r"expected .*parquet in .*typo"):
+        prepare(replace(again, tables=str(tmp_path / "typo")))
+    assert prepare(again) == prepared, "nothing was forgotten"
+    (out / "test_click_items.npy").unlink()
+    prepare(again)
+    assert (out / "test_click_items.npy").is_file(), "what is gone is made again"
+    times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     (copy / "test_samples.parquet").touch()
     prepare(again)
     changed = {file.name for file in times if file.stat().st_mtime_ns != times[file]}
