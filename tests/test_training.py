@@ -306,6 +306,36 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
     torch.testing.assert_close(padded.loss, out.loss, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("place", "reader", "fields"),
+    [
+        ("embedding_dropout", "llama", {"embedding_dropout": 0.5}),
+        ("embedding_dropout", "llama", {"embedding_dropout": 0.5, "history_item_vectors": True}),
+        ("ranking_head.dropout", "llama", {"ranking_dropout": 0.5}),
+        ("ranking_head.dropout", "llama", {"ranking_dropout": 0.5, "embeddings": False}),
+        ("model.language_model.dropout", "hstu", {}),
+        ("model.language_model.layers.1.dropout", "hstu", {}),
+    ],
+)
+@torch.no_grad()
+def test_dropout_is_drawn_in_training_alone(place, reader, fields):
+    model = build_model(reader, **fields)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and name != place:
+            module.p = 0.0
+    kept = model(**batch).loss
+    assert model(**batch).loss == kept
+    drawn = [model.train()(**batch).loss for _ in range(2)]
+    assert drawn[0] != drawn[1]
+    if place == "embedding_dropout":
+        model.config.embedding_dropout = 0.0
+    else:
+        model.get_submodule(place).p = 0.0
+    torch.testing.assert_close(model(**batch).loss, kept)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backbone, attention):
     model = build_model(backbone, negatives_per_item=2.5)
