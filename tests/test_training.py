@@ -368,6 +368,21 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
+def test_random_negatives_are_as_many_and_where_the_log_odds_of_next_say():
+    model = build_model(codebook_sizes=(30,), negatives_per_item=200.0)
+    input_ids, mask, items = random_histories(model, [4, 1])
+    seen = watch_negatives(model)
+    model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100))
+    negatives = seen["negatives"]
+    for row, own in enumerate(items):
+        ends, counts = negatives.history_ends[row][negatives.usable[row]].unique(return_counts=True)
+        assert ends.tolist() == list(range(8 - 2 * len(own), 8, 2)), "<bos>, and all behaviours but the last"
+        # But for the draws that hit the item that came next.
+        assert counts.sum() == pytest.approx(200 * 29 / 30 * len(own), rel=0.05)
+        assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(own), rel=0.2)
+    assert negatives.items.flatten().bincount(minlength=30).min() > 20, "of all items"
+
+
 def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
     model, joint = build_model(generation_loss_weight=0.0), build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
