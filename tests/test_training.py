@@ -531,6 +531,49 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
     assert model.config.log_odds_of_next == pytest.approx(np.log(199 / 4)), "of the catalogue that it has"
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codebook_sizes": []}, "one positive codebook size"),
+        ({"codebook_sizes": [4, 0]}, "one positive codebook size"),
+        ({"codebook_sizes": [4, 4], "code_offsets": [5]}, "one code offset a level"),
+        ({"behaviors": []}, "at least one behaviour"),
+        ({"behaviors": ["view", "like"], "behavior_token_ids": [4]}, "one token id a behaviour"),
+        ({"behaviors": ["next"]}, "may not be called 'next'"),
+        ({"behavior_token_ids": [2]}, "Token ids overlap"),
+        ({"codebook_sizes": [4, 4], "code_offsets": [5, 8]}, "Token ids overlap"),
+        ({"codebook_sizes": [4, 4], "vocab_size": 12}, "at least 13 tokens .* found vocab_size=12"),
+        ({"num_items": 0}, "found num_items=0"),
+        ({"ranking_targets": []}, "ranking targets among"),
+        ({"ranking_targets": ["share"]}, "ranking targets among"),
+        ({"ranking_target": "interact"}, "a ranking_target among"),
+        ({"retrieval_behaviors": []}, "retrieval_behaviors among"),
+        ({"behaviors": ["view"], "retrieval_behaviors": ["like"]}, "retrieval_behaviors among"),
+        ({"item_loss_weight": 1.0}, "item_loss_weight=1.0 needs the ranking target 'next' and item vectors"),
+        ({"history_item_vectors": True}, "history_item_vectors needs item vectors"),
+        ({"rank_by_item_score": False}, "needs item_loss_weight"),
+        ({"detach_item_score": True}, "needs item_loss_weight"),
+        ({"negatives_per_item": -1.0}, r"0 or more, found {'negatives_per_item': -1.0}"),
+        ({"given_negative_weight": 0.5}, "given_negative_weight >= 1"),
+        ({"code_similarity": "l2"}, "code_similarity 'dot' or 'cosine'"),
+        ({"code_temperature": 0.0}, "a positive code_temperature"),
+        ({"code_negatives": -1}, "code_negatives >= 0"),
+        ({"num_train_beams": -1}, "num_train_beams of 0 or more"),
+        ({"num_retrieved_items": -1}, "num_retrieved_items and num_train_beams of 0 or more"),
+        ({"num_retrieved_items": 3}, "needs item embeddings"),
+        ({"num_retrieved_items": 3, "item_table_size": 9}, "needs item embeddings"),
+        ({"num_retrieved_items": 3, "item_embedding_dim": 6, "read_item_embeddings": False}, "item vectors to read"),
+        ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
+        ({"max_long_items": 0}, "max_long_items of 1 or more"),
+        ({"max_items": 0}, "max_items of 1 or more"),
+        ({"max_items": 0, "text_config": {"model_type": "bloom"}}, "max_items of 1 or more"),  # without positions
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        UniGRFConfig(**fields)
+
+
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2, 3])
@@ -568,8 +611,6 @@ def test_retrieval_learns_the_items_with_its_behaviours_alone_and_ranking_all(ba
     labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no item's behaviour is known
     for model in (plain, chosen):
         torch.testing.assert_close(model(input_ids, mask, labels=labels).generation_loss, whole.generation_loss)
-    with pytest.raises(ValueError, match="retrieval_behaviors among"):
-        UniGRFConfig(behaviors=["view"], retrieval_behaviors=["like"])
 
 
 def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
