@@ -183,8 +183,15 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
 def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    code = model.catalogue.item_codes[0].tolist()
+    code, level = model.catalogue.item_codes[0].tolist(), model.layout.level_slice(2)
+
+    def learnt_rows():
+        return model.get_input_embeddings().weight, model.lm_head.weight, model.item_encoder.table.weight
+
+    means = [rows[part].mean(dim=0) for rows, part in zip(learnt_rows(), (level, level, slice(None)), strict=True)]
     model.add_items(torch.tensor([[*code[:2], 3], [*code[:2], 2]]), torch.randn(2, 6))
+    for rows, mean in zip(learnt_rows(), means, strict=True):
+        torch.testing.assert_close(rows[-2:], mean.expand(2, -1))
     assert model.config.codebook_sizes == [4, 3, 4]
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
     best = model.recommend(input_ids, mask, num_beams=14, num_return_sequences=14)
@@ -208,3 +215,11 @@ def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
     with pytest.raises(ValueError, match="6-wide"):
         model.set_catalogue(before)
     assert torch.equal(model.catalogue.item_codes, before)
+
+
+def test_a_catalogue_that_is_changed_in_place_is_read_anew():
+    model = build_model()
+    before, items = model.catalogue.item_codes.clone(), torch.arange(30)
+    assert torch.equal(model.catalogue.trie.lookup(before), items)
+    model.load_state_dict({**model.state_dict(), "catalogue.item_codes": before.flip(0)})
+    assert torch.equal(model.catalogue.trie.lookup(before), items.flip(0))
