@@ -144,8 +144,9 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         model.rank(input_ids, mask, torch.tensor([[1.0], [2.0]]))
     with pytest.raises(ValueError, match="Expected integer candidates"):
         model.rank(input_ids, mask, torch.tensor([[True], [True]]))
-    with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
-        model.rank(input_ids, mask, torch.tensor([[1], [30]]))
+    for outside in (30, -1):
+        with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
+            model.rank(input_ids, mask, torch.tensor([[1], [outside]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
         model.rank(input_ids, mask, torch.tensor([[1], [3]]), cache=prefill(model, input_ids[:, :-5], mask[:, :-5]))
     with pytest.raises(ValueError, match="ranking_target among"):
