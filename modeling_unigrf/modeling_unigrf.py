@@ -10,6 +10,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -409,11 +410,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             inputs["item_vectors"] = self.history_item_vectors(inputs["input_ids"])
 
         outputs = self.model(**inputs, **kwargs)
-        hidden_states = outputs.last_hidden_state[:, :length]
-        if isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        else:
-            hidden_states = hidden_states[:, logits_to_keep]
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)
         losses = {}
         if supervision is not None:
             losses = self._losses(outputs.last_hidden_state, supervision, num_items_in_batch)
