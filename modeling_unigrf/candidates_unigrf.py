@@ -13,7 +13,7 @@ from .configuration_unigrf import NEXT_TARGET
 from .continuations_unigrf import kept_as_found, read_continuations
 from .subhistory_unigrf import LongHistory, retrieve
 from .training_unigrf import Supervision, last_items, ranking_loss
-from .trie_unigrf import CatalogueTrie, ItemFilter, is_integer
+from .trie_unigrf import CatalogueTrie, ItemFilter, check_items
 
 LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
 CANDIDATES_AT_ONCE = 64  # of a row, in training, where the attention of a pack grows with its square
@@ -138,8 +138,8 @@ def beam_candidates(
     """
     trie, item_filter = model.catalogue.trie, None
     if blocked_items is not None:
-        blocked = [row[row >= 0] for row in blocked_items]
-        item_filter = ItemFilter(trie, model.catalogue.item_codes, blocked=blocked)
+        rows = check_items("blocked_items", blocked_items, len(history_mask), model.catalogue.num_items)
+        item_filter = ItemFilter(trie, model.catalogue.item_codes, blocked=[row[row >= 0] for row in rows])
     # The search reads of the tokens only whether they end in an unfinished item: a bare <bos> says that they do not.
     ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
     beams = model._search_items(
@@ -177,13 +177,13 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
 
     Raises:
-        ValueError: if candidates are outside the catalogue or do not fit into the backbone's positions, or nothing is on the
-            cache.
+        ValueError: if candidates or blocked items are outside the catalogue, candidates do not fit into the backbone's positions,
+            or nothing is on the cache.
     """
     config, layout, number, cache = model.config, model.layout, supervision.number, supervision.cache
     candidates, next_timestamps, batch_size = supervision.candidates, supervision.next_timestamps, len(number)
     if candidates is not None:
-        candidates = check_candidates(candidates, batch_size, model.catalogue.num_items, lowest=-1)
+        candidates = check_items("candidates", candidates, batch_size, model.catalogue.num_items)
     if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
             f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
@@ -231,20 +231,3 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     positive, negative = usable & is_target, usable & ~is_target
     behaviors = behaviors[:, None].expand_as(candidates)[positive]
     return ranking_loss(config, logits[positive], behaviors, logits[negative])
-
-
-def check_candidates(
-    candidates: torch.LongTensor | None, batch_size: int, num_items: int, lowest: int = 0
-) -> torch.LongTensor:
-    """Candidates `[batch_size, N]`; `ValueError` unless they are item indices or, with `lowest=-1`, -1 where there is none."""
-    shape = None if candidates is None else tuple(candidates.shape)
-    if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(candidates):
-        found = "none" if candidates is None else f"{candidates.dtype} of shape {shape}"
-        raise ValueError(f"Expected integer candidates of shape ({batch_size}, N), one row a history, found {found}.")
-    if candidates.numel() and not lowest <= int(candidates.min()) <= int(candidates.max()) < num_items:
-        raise ValueError(
-            f"Candidates range from {int(candidates.min())} to {int(candidates.max())}, outside a catalogue of {num_items} "
-            "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`"
-            + (", and -1 where there is none." if lowest < 0 else ".")
-        )
-    return candidates.long()

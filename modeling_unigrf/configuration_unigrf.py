@@ -143,7 +143,8 @@ class UniGRFConfig(PreTrainedConfig):
             Standard deviation of the initial weights of the heads.
 
     Raises:
-        ValueError: when token ids overlap, or a ranking target is unknown.
+        ValueError: on items that cannot be spelt (token ids that overlap, a vocabulary that is too small), names and numbers that
+            make no sense, and losses or candidates that lack what they need or exclude each other.
     """
 
     model_type = "unigrf"
@@ -247,7 +248,8 @@ class UniGRFConfig(PreTrainedConfig):
     @property
     def num_spelling_tokens(self) -> int:
         """Number of token ids that specials, behaviours and codes need."""
-        ends = [offset + size for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=True)]
+        # Not strict: that there are as many of both is checked later, and said better.
+        ends = [offset + size for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=False)]
         return max([3, *self.behavior_token_ids, *(end - 1 for end in ends)]) + 1
 
     @property
@@ -378,12 +380,11 @@ class UniGRFConfig(PreTrainedConfig):
                 f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare and item vectors to read: "
                 "set item_embedding_dim and, with read_item_embeddings=False, item_table_size."
             )
-        if self.max_long_items is not None and self.max_long_items < 1:
-            raise ValueError(
-                f"Expected max_long_items of 1 or more, found {self.max_long_items}. Leave it out for all of a long history."
-            )
+        for name, most in (("max_items", "as many as fit"), ("max_long_items", "all of a long history")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"Expected {name} of 1 or more, found {value}. Leave it out for {most}.")
         fits = self.max_history_items
-        if self.max_items is not None and not 1 <= self.max_items <= (self.max_items if fits is None else fits):
+        if None not in (self.max_items, fits) and self.max_items > fits:
             raise ValueError(
                 f"Expected max_items from 1 to the {fits} items that the backbone has positions for "
                 f"(max_position_embeddings={self.text_config.max_position_embeddings}), found {self.max_items}. Take fewer items, or "

@@ -10,10 +10,11 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .candidates_unigrf import check_candidates, read_candidates
+from .candidates_unigrf import read_candidates
 from .catalogue_unigrf import UniGRFCatalogue, first_spellings
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
@@ -25,6 +26,7 @@ from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
 from .training_unigrf import softmax_over_items
+from .trie_unigrf import check_items
 
 
 @dataclass
@@ -382,8 +384,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
 
         Raises:
             ValueError: if a supervised item is not in the catalogue, negatives or candidates are asked for together with a 4-D
-                mask, position_ids or a cache, negative_items for rows of several histories, or long histories or candidates
-                do not fit.
+                mask, position_ids or a cache, negative_items for rows of several histories, or long histories, candidates
+                or blocked items do not fit.
         """
         targets = kwargs.pop("shift_labels", None)  # given where the sequence is spread over devices
         if labels is not None and targets is None:
@@ -408,11 +410,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             inputs["item_vectors"] = self.history_item_vectors(inputs["input_ids"])
 
         outputs = self.model(**inputs, **kwargs)
-        hidden_states = outputs.last_hidden_state[:, :length]
-        if isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        else:
-            hidden_states = hidden_states[:, logits_to_keep]
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)
         losses = {}
         if supervision is not None:
             losses = self._losses(outputs.last_hidden_state, supervision, num_items_in_batch)
@@ -516,7 +514,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, the cache is not
                 of these histories, or the long histories do not fit.
         """
-        candidates = check_candidates(candidates, len(input_ids), self.catalogue.num_items)
+        candidates = check_items("candidates", candidates, len(input_ids), self.catalogue.num_items, lowest=0)
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         long_history = self._long_history(
             len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None

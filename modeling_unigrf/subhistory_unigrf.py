@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .configuration_unigrf import UniGRFConfig
-from .trie_unigrf import is_integer
+from .trie_unigrf import check_items, is_integer
 
 MAX_SIMILARITIES = 2**24  # cosines held at a time: 64 MiB, and twice as much again as whole numbers
 TIE = 2**16  # cosines that agree to so fine a part of 1 are ties; a device's order of additions changes far finer ones
@@ -62,19 +62,14 @@ def check_long_history(
                 "read, found some. Leave them out, or load the model with num_retrieved_items=10."
             )
         return None
-    shape = None if long_items is None else tuple(long_items.shape)
-    if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(long_items):
+    if long_items is None:
         raise ValueError(
             f"Expected integer long_items of shape ({batch_size}, H), the whole history of each row (num_retrieved_items="
-            f"{config.num_retrieved_items}), found {None if shape is None else (long_items.dtype, shape)}. Pass item "
-            "indices, oldest first and padded with -1; without any history, a tensor of no columns."
+            f"{config.num_retrieved_items}), found none. Pass item indices, oldest first and padded with -1; without any "
+            "history, a tensor of no columns."
         )
-    if long_items.numel() and not -1 <= int(long_items.min()) <= int(long_items.max()) < num_items:
-        raise ValueError(
-            f"long_items range from {int(long_items.min())} to {int(long_items.max())}, outside a catalogue of {num_items} "
-            "items. Pass item indices, e.g. `tokenizer.item_indices(ids)`, and -1 for items that are not in it."
-        )
-    count = len(config.behaviors)
+    long_items = check_items("long_items", long_items, batch_size, num_items)
+    shape, count = tuple(long_items.shape), len(config.behaviors)
     if long_behaviors is None and count == 1:
         long_behaviors = torch.zeros_like(long_items)
     if long_behaviors is None or long_behaviors.shape != long_items.shape or not is_integer(long_behaviors):
@@ -83,7 +78,7 @@ def check_long_history(
             f"Expected integer long_behaviors of shape {shape} as long_items, found {found}. Pass an index into "
             f"{config.behaviors} for each item."
         )
-    long_items, long_behaviors = long_items.long(), long_behaviors.long()
+    long_behaviors = long_behaviors.long()
     strange = ((long_behaviors < 0) | (long_behaviors >= count)) & (long_items >= 0)
     if strange.any():
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from .configuration_unigrf import NEXT_TARGET
 from .layout_unigrf import ItemLayout
 from .subhistory_unigrf import LongHistory
-from .trie_unigrf import CatalogueTrie, is_integer
+from .trie_unigrf import CatalogueTrie, check_items
 
 
 @dataclass
@@ -137,25 +137,17 @@ def given_items(
     if negative_items is None and favorite_items is None:
         return None
     none = number.new_empty(len(number), 0)
-    negative_items, favorite_items = (none if one is None else one for one in (negative_items, favorite_items))
-    for name, items in (("negative_items", negative_items), ("favorite_items", favorite_items)):
-        if items.dim() != 2 or len(items) != len(number) or not is_integer(items):
-            raise ValueError(
-                f"Expected integer {name} of shape ({len(number)}, m), one list a row, found {items.dtype} of shape "
-                f"{tuple(items.shape)}."
-            )
-        if items.numel() and (items.min() < -1 or items.max() >= num_items):
-            raise ValueError(
-                f"Expected {name} between 0 and {num_items - 1}, or -1 for none, found {int(items.min())} to "
-                f"{int(items.max())}."
-            )
+    negative_items, favorite_items = (
+        none if items is None else check_items(name, items, len(number), num_items)
+        for name, items in (("negative_items", negative_items), ("favorite_items", favorite_items))
+    )
     if number.max() > 1:
         raise ValueError(
             f"negative_items and favorite_items belong to one user, but a row holds {int(number.max())} histories. Put "
             "each history into a row of its own."
         )
     targets, ends, _ = last_items(supervised, len(number))
-    return GivenItems(negative_items.long(), favorite_items.long(), ends.masked_fill(targets < 0, -1), targets)
+    return GivenItems(negative_items, favorite_items, ends.masked_fill(targets < 0, -1), targets)
 
 
 @dataclass

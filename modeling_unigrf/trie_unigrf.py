@@ -283,6 +283,25 @@ def is_integer(items: torch.Tensor) -> bool:
     return not items.is_floating_point() and items.dtype != torch.bool
 
 
+def check_items(
+    name: str, items: torch.Tensor | None, batch_size: int, num_items: int, lowest: int = -1
+) -> torch.LongTensor:
+    """Item indices `[batch_size, N]` as integers; `ValueError` unless they are from `lowest` (-1: none) to the catalogue's last."""
+    none = " and -1 where there is none" if lowest < 0 else ""
+    shape = None if items is None else tuple(items.shape)
+    if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(items):
+        found = "none" if shape is None else f"{items.dtype} of shape {shape}"
+        raise ValueError(
+            f"Expected integer {name} of shape ({batch_size}, N), one row a history, found {found}. Pass item indices{none}."
+        )
+    if items.numel() and not lowest <= int(items.min()) <= int(items.max()) < num_items:
+        raise ValueError(
+            f"{name} range from {int(items.min())} to {int(items.max())}, outside a catalogue of {num_items} items. Pass "
+            f"item indices, e.g. `tokenizer.item_indices(ids)`{none}."
+        )
+    return items.long()
+
+
 def item_list(items, device: torch.device) -> torch.LongTensor:
     """Item indices as a tensor; raises `ValueError` for a mask or for fractions."""
     items = torch.as_tensor(items, device=device)

@@ -117,11 +117,11 @@ def test_a_favorite_is_no_random_candidate_of_the_ranking():
 def test_given_items_that_fit_nothing_are_refused():
     model = build_model()
     batch, _ = labelled(model, [3, 2])
-    with pytest.raises(ValueError, match="one list a row"):
+    with pytest.raises(ValueError, match="one row a history"):
         model(**batch, negative_items=torch.tensor([[1]]))
     with pytest.raises(ValueError, match="Expected integer negative_items"):
         model(**batch, negative_items=torch.tensor([[1.0], [2.0]]))
-    with pytest.raises(ValueError, match="between 0 and 29"):
+    with pytest.raises(ValueError, match="favorite_items range from 1 to 30, outside"):
         model(**batch, favorite_items=torch.tensor([[1], [30]]))
     packed = {name: torch.cat([one[:, -11:], one[:, -11:]], dim=1)[1:] for name, one in batch.items()}
     with pytest.raises(ValueError, match="2 histories"):

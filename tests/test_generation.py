@@ -188,6 +188,15 @@ def test_histories_that_no_item_can_follow_are_refused():
         )
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 11\) as input_ids, found \(2, 10\)"):
+        model.recommend(input_ids, mask[:, 1:])
+    cache = model(input_ids, mask, use_cache=True).cache
+    with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, found one of 11"):
+        model.recommend(input_ids[:, :6], mask[:, :6], cache=cache)
+    begun = model.layout.item_tokens(model.catalogue.item_codes[0].long())
+    ragged = torch.stack([torch.cat([input_ids[0], begun[:1]]), torch.cat([input_ids[1, 1:], begun[:2]])])
+    with pytest.raises(ValueError, match=r"unfinished items of \[1, 2\] codes"):
+        model.generate(ragged, num_beams=3)
     gpt2 = build_model("gpt2")
     for items in (51, 60):  # the next item does not fit, or not even the history
         long_ids, long_mask, _ = random_histories(gpt2, [items])

@@ -115,11 +115,6 @@ def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
     expected = torch.zeros(2, 30).scatter(1, best.item_indices, best.item_scores)
     torch.testing.assert_close(difference[..., 0], expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(difference[..., 1:], torch.zeros(2, 30, 2), atol=2e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"0 or more, found {'negatives_per_item': -1.0}"):
-        build_model(negatives_per_item=-1.0)
-    for changed in ({"rank_by_item_score": False}, {"detach_item_score": True}):
-        with pytest.raises(ValueError, match="needs item_loss_weight"):
-            build_model(**changed)
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -149,8 +144,9 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         model.rank(input_ids, mask, torch.tensor([[1.0], [2.0]]))
     with pytest.raises(ValueError, match="Expected integer candidates"):
         model.rank(input_ids, mask, torch.tensor([[True], [True]]))
-    with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
-        model.rank(input_ids, mask, torch.tensor([[1], [30]]))
+    for outside in (30, -1):
+        with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
+            model.rank(input_ids, mask, torch.tensor([[1], [outside]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
         model.rank(input_ids, mask, torch.tensor([[1], [3]]), cache=prefill(model, input_ids[:, :-5], mask[:, :-5]))
     with pytest.raises(ValueError, match="ranking_target among"):
@@ -188,8 +184,15 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
 def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    code = model.catalogue.item_codes[0].tolist()
+    code, level = model.catalogue.item_codes[0].tolist(), model.layout.level_slice(2)
+
+    def learnt_rows():
+        return model.get_input_embeddings().weight, model.lm_head.weight, model.item_encoder.table.weight
+
+    means = [rows[part].mean(dim=0) for rows, part in zip(learnt_rows(), (level, level, slice(None)), strict=True)]
     model.add_items(torch.tensor([[*code[:2], 3], [*code[:2], 2]]), torch.randn(2, 6))
+    for rows, mean in zip(learnt_rows(), means, strict=True):
+        torch.testing.assert_close(rows[-2:], mean.expand(2, -1))
     assert model.config.codebook_sizes == [4, 3, 4]
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
     best = model.recommend(input_ids, mask, num_beams=14, num_return_sequences=14)
@@ -213,3 +216,11 @@ def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
     with pytest.raises(ValueError, match="6-wide"):
         model.set_catalogue(before)
     assert torch.equal(model.catalogue.item_codes, before)
+
+
+def test_a_catalogue_that_is_changed_in_place_is_read_anew():
+    model = build_model()
+    before, items = model.catalogue.item_codes.clone(), torch.arange(30)
+    assert torch.equal(model.catalogue.trie.lookup(before), items)
+    model.load_state_dict({**model.state_dict(), "catalogue.item_codes": before.flip(0)})
+    assert torch.equal(model.catalogue.trie.lookup(before), items.flip(0))

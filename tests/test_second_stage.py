@@ -291,17 +291,18 @@ def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
 
 
 def test_candidates_that_do_not_fit_are_refused():
-    model = build_model()
+    model = build_model(num_train_beams=4)
     input_ids, mask, _ = random_histories(model, [3, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
-    for candidates, message in (
-        (torch.tensor([[1, 2]]), "one row a history"),
-        (torch.tensor([[1.0], [2.0]]), "integer candidates"),
-        (torch.tensor([[1], [30]]), "outside a catalogue of 30"),
-        (torch.tensor([[1], [-2]]), "outside a catalogue of 30"),
+    for items, message in (
+        (torch.tensor([[1, 2]]), "integer {} of shape .* one row a history"),
+        (torch.tensor([[1.0], [2.0]]), "integer {} of shape"),
+        (torch.tensor([[1], [30]]), "{} range .* outside a catalogue of 30"),
+        (torch.tensor([[1], [-2]]), "{} range .* outside a catalogue of 30"),
     ):
-        with pytest.raises(ValueError, match=message):
-            model(input_ids, mask, labels=labels, candidates=candidates)
+        for name in ("candidates", "blocked_items"):
+            with pytest.raises(ValueError, match=message.format(name)):
+                model(input_ids, mask, labels=labels, **{name: items})
     candidates = torch.tensor([[1], [2]])
     with pytest.raises(ValueError, match="Leave them out"):
         square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()

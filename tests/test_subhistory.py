@@ -309,16 +309,7 @@ def test_one_behaviour_needs_no_long_behaviors():
     assert torch.equal(found, expected)
 
 
-def test_configs_that_contradict_themselves_are_refused():
-    for fields, message in (
-        ({"num_retrieved_items": 3}, "needs item embeddings"),
-        ({"num_retrieved_items": 3, "item_table_size": 9}, "needs item embeddings"),
-        ({"num_retrieved_items": 3, "item_embedding_dim": 6, "read_item_embeddings": False}, "item vectors to read"),
-        ({"num_retrieved_items": -1}, "0 or more"),
-        ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            UniGRFConfig(**fields)
+def test_embeddings_that_do_not_fit_are_refused():
     model = build_model(num_retrieved_items=5)
     for embeddings in (torch.zeros(30, 5), torch.full((30, 6), torch.nan)):
         with pytest.raises(ValueError, match=r"shape \(30, 6\)|NaN"):

@@ -306,6 +306,36 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
     torch.testing.assert_close(padded.loss, out.loss, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("place", "reader", "fields"),
+    [
+        ("embedding_dropout", "llama", {"embedding_dropout": 0.5}),
+        ("embedding_dropout", "llama", {"embedding_dropout": 0.5, "history_item_vectors": True}),
+        ("ranking_head.dropout", "llama", {"ranking_dropout": 0.5}),
+        ("ranking_head.dropout", "llama", {"ranking_dropout": 0.5, "embeddings": False}),
+        ("model.language_model.dropout", "hstu", {}),
+        ("model.language_model.layers.1.dropout", "hstu", {}),
+    ],
+)
+@torch.no_grad()
+def test_dropout_is_drawn_in_training_alone(place, reader, fields):
+    model = build_model(reader, **fields)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and name != place:
+            module.p = 0.0
+    kept = model(**batch).loss
+    assert model(**batch).loss == kept
+    drawn = [model.train()(**batch).loss for _ in range(2)]
+    assert drawn[0] != drawn[1]
+    if place == "embedding_dropout":
+        model.config.embedding_dropout = 0.0
+    else:
+        model.get_submodule(place).p = 0.0
+    torch.testing.assert_close(model(**batch).loss, kept)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backbone, attention):
     model = build_model(backbone, negatives_per_item=2.5)
@@ -336,6 +366,21 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     prior = torch.tensor([model.config.log_odds_of_next, 0.0, 0.0])
     assert model.config.log_odds_of_next == pytest.approx(np.log(29 / 2.5))
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
+
+
+def test_random_negatives_are_as_many_and_where_the_log_odds_of_next_say():
+    model = build_model(codebook_sizes=(30,), negatives_per_item=200.0)
+    input_ids, mask, items = random_histories(model, [4, 1])
+    seen = watch_negatives(model)
+    model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100))
+    negatives = seen["negatives"]
+    for row, own in enumerate(items):
+        ends, counts = negatives.history_ends[row][negatives.usable[row]].unique(return_counts=True)
+        assert ends.tolist() == list(range(8 - 2 * len(own), 8, 2)), "<bos>, and all behaviours but the last"
+        # But for the draws that hit the item that came next.
+        assert counts.sum() == pytest.approx(200 * 29 / 30 * len(own), rel=0.05)
+        assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(own), rel=0.2)
+    assert negatives.items.flatten().bincount(minlength=30).min() > 20, "of all items"
 
 
 def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
@@ -486,6 +531,49 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
     assert model.config.log_odds_of_next == pytest.approx(np.log(199 / 4)), "of the catalogue that it has"
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codebook_sizes": []}, "one positive codebook size"),
+        ({"codebook_sizes": [4, 0]}, "one positive codebook size"),
+        ({"codebook_sizes": [4, 4], "code_offsets": [5]}, "one code offset a level"),
+        ({"behaviors": []}, "at least one behaviour"),
+        ({"behaviors": ["view", "like"], "behavior_token_ids": [4]}, "one token id a behaviour"),
+        ({"behaviors": ["next"]}, "may not be called 'next'"),
+        ({"behavior_token_ids": [2]}, "Token ids overlap"),
+        ({"codebook_sizes": [4, 4], "code_offsets": [5, 8]}, "Token ids overlap"),
+        ({"codebook_sizes": [4, 4], "vocab_size": 12}, "at least 13 tokens .* found vocab_size=12"),
+        ({"num_items": 0}, "found num_items=0"),
+        ({"ranking_targets": []}, "ranking targets among"),
+        ({"ranking_targets": ["share"]}, "ranking targets among"),
+        ({"ranking_target": "interact"}, "a ranking_target among"),
+        ({"retrieval_behaviors": []}, "retrieval_behaviors among"),
+        ({"behaviors": ["view"], "retrieval_behaviors": ["like"]}, "retrieval_behaviors among"),
+        ({"item_loss_weight": 1.0}, "item_loss_weight=1.0 needs the ranking target 'next' and item vectors"),
+        ({"history_item_vectors": True}, "history_item_vectors needs item vectors"),
+        ({"rank_by_item_score": False}, "needs item_loss_weight"),
+        ({"detach_item_score": True}, "needs item_loss_weight"),
+        ({"negatives_per_item": -1.0}, r"0 or more, found {'negatives_per_item': -1.0}"),
+        ({"given_negative_weight": 0.5}, "given_negative_weight >= 1"),
+        ({"code_similarity": "l2"}, "code_similarity 'dot' or 'cosine'"),
+        ({"code_temperature": 0.0}, "a positive code_temperature"),
+        ({"code_negatives": -1}, "code_negatives >= 0"),
+        ({"num_train_beams": -1}, "num_train_beams of 0 or more"),
+        ({"num_retrieved_items": -1}, "num_retrieved_items and num_train_beams of 0 or more"),
+        ({"num_retrieved_items": 3}, "needs item embeddings"),
+        ({"num_retrieved_items": 3, "item_table_size": 9}, "needs item embeddings"),
+        ({"num_retrieved_items": 3, "item_embedding_dim": 6, "read_item_embeddings": False}, "item vectors to read"),
+        ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
+        ({"max_long_items": 0}, "max_long_items of 1 or more"),
+        ({"max_items": 0}, "max_items of 1 or more"),
+        ({"max_items": 0, "text_config": {"model_type": "bloom"}}, "max_items of 1 or more"),  # without positions
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        UniGRFConfig(**fields)
+
+
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2, 3])
@@ -523,8 +611,6 @@ def test_retrieval_learns_the_items_with_its_behaviours_alone_and_ranking_all(ba
     labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no item's behaviour is known
     for model in (plain, chosen):
         torch.testing.assert_close(model(input_ids, mask, labels=labels).generation_loss, whole.generation_loss)
-    with pytest.raises(ValueError, match="retrieval_behaviors among"):
-        UniGRFConfig(behaviors=["view"], retrieval_behaviors=["like"])
 
 
 def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
