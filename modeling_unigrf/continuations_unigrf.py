@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from threading import Lock
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 MAX_SCORES = 2**24  # attention scores held at a time: 64 MiB
 # A name of this module's own: code loaded from a repository must not replace that of an installed package, or the reverse.
 SHARED_PREFIX = f"shared_prefix@{__name__}"
+TRIAL = Lock()
 
 
 @dataclass
@@ -276,16 +278,20 @@ def shares_prefix(backbone: nn.Module) -> bool:
     keyword arguments reach the attention.
     """
     config = backbone.language_model.config
-    if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
-        token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-        cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
-        trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
-        # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
-        with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
-            backbone(token, cache=cache, use_cache=True)
-            config._attn_implementation = SHARED_PREFIX
-            backbone(token, seen, cache=cache, use_cache=True, continuations=trial)
-        backbone.hands_down_arguments = trial.handed_down
-        if not trial.handed_down:
-            config._attn_implementation = "sdpa"
-    return config._attn_implementation == SHARED_PREFIX
+    with TRIAL:  # of which no other thread may see half
+        if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
+            token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+            cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
+            trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
+            succeeded = False
+            # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
+            with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
+                backbone(token, cache=cache, use_cache=True)
+                config._attn_implementation = SHARED_PREFIX
+                try:
+                    backbone(token, seen, cache=cache, use_cache=True, continuations=trial)
+                    backbone.hands_down_arguments = succeeded = trial.handed_down
+                finally:
+                    if not succeeded:
+                        config._attn_implementation = "sdpa"
+        return config._attn_implementation == SHARED_PREFIX

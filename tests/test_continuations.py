@@ -1,5 +1,7 @@
 """Continuations: each is read as if it were alone behind its history, in both ways of attending."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 from conftest import BACKBONES, build_model, random_histories
@@ -50,16 +52,29 @@ def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, wa
     )
 
 
-def test_a_backbone_that_hands_nothing_down_is_found_out(monkeypatch):
+def test_a_backbone_that_hands_nothing_down_is_found_out_also_by_two_threads_and_after_a_failure(monkeypatch):
     model = build_model()
-    forward = model.model.language_model.forward
-    monkeypatch.setattr(
-        model.model.language_model, "forward", lambda *args, continuations=None, **kwargs: forward(*args, **kwargs)
-    )
-    assert not shares_prefix(model.model)
+    backbone, threads, asked_beside = model.model.language_model, ThreadPoolExecutor(1), []
+    forward, last = backbone.forward, backbone.layers[1].forward
+
+    def hands_nothing_down(*args, continuations=None, **kwargs):
+        if continuations is not None:  # in the middle of the trial
+            asked_beside.append(threads.submit(shares_prefix, model.model))
+            wait(asked_beside, timeout=0.05)
+        return forward(*args, **kwargs)
+
+    def fails(*args, continuations=None, **kwargs):
+        return last(*args, **kwargs) if continuations is None else 1 / 0
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(backbone.layers[1], "forward", fails)
+        shares_prefix(model.model)
+    assert backbone.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(backbone, "forward", hands_nothing_down)
     input_ids, mask, _ = random_histories(model, [4, 2])
     found = model.recommend(input_ids, mask, num_beams=12)
-    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert not shares_prefix(model.model) and not asked_beside[0].result()
+    assert backbone.config._attn_implementation == "sdpa"
     shared = build_model()
     torch.testing.assert_close(found.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
     assert shares_prefix(shared.model)
