@@ -97,22 +97,23 @@ def shared_prefix_attention(
         block = queries[:, :, :, part]
         scores = (block.flatten(2, 4) @ history_keys).float()
         if continuations.padding is not None:
-            scores.masked_fill_(continuations.padding, -torch.inf)
-        # Never -inf, also where nothing of the history is seen.
-        top = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+            # Not -inf, also where nothing of the history is seen.
+            scores.masked_fill_(continuations.padding, torch.finfo(scores.dtype).min)
+        top = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(top).exp_()
-        norm = weights.sum(dim=-1, keepdim=True).view(*block.shape[:-1], 1)
-        from_history = (weights.to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
-        top = top.view_as(norm)
+        norm = weights.sum(dim=-1, keepdim=True)
+        # Of a sum that is not divided yet, a float16 could hold too little.
+        from_history = (weights.div_(norm).to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
+        top, norm = (one.view(*block.shape[:-1], 1) for one in (top, norm))
 
         own_scores = (block @ own_keys[:, :, :, part].transpose(-1, -2)).float()
         if hidden is not None:
             own_scores = own_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
         both = torch.maximum(top, own_scores.amax(dim=-1, keepdim=True))
-        own_weights, shrunk = (own_scores - both).exp(), (top - both).exp()
-        norm = shrunk * norm + own_weights.sum(dim=-1, keepdim=True)
-        from_own = own_weights.to(value.dtype) @ own_values[:, :, :, part]
-        outputs.append(torch.addcmul(from_own * (1 / norm), from_history, shrunk / norm).to(value.dtype))
+        own_weights, norm = (own_scores - both).exp(), norm * (top - both).exp()
+        total = norm + own_weights.sum(dim=-1, keepdim=True)
+        from_own = (own_weights / total).to(value.dtype) @ own_values[:, :, :, part]
+        outputs.append(torch.addcmul(from_own, from_history, norm / total).to(value.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     return output.reshape(batch_size, num_heads, count * steps, -1).transpose(1, 2).contiguous(), None
 

@@ -8,7 +8,13 @@ from conftest import BACKBONES, build_model, random_histories
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, continuations_unigrf
-from modeling_unigrf.continuations_unigrf import read_continuations, shares_prefix, sliding_window
+from modeling_unigrf.continuations_unigrf import (
+    Continuations,
+    read_continuations,
+    shared_prefix_attention,
+    shares_prefix,
+    sliding_window,
+)
 
 
 def one_by_one(model, input_ids, mask, continuations):
@@ -78,6 +84,20 @@ def test_a_backbone_that_hands_nothing_down_is_found_out_also_by_two_threads_and
     shared = build_model()
     torch.testing.assert_close(found.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
     assert shares_prefix(shared.model)
+
+
+def test_sums_over_a_long_history_fit_into_a_float16():
+    length, count = 2048, 3
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, n, 8, generator=generator) for n in (count, length + count))
+    query *= 0.01  # all are seen alike
+    value = 40.0 + torch.randn(key.shape, generator=generator)  # of which 2,048 add up to more than 65,504
+    own_keys = (length + torch.arange(count)).view(1, count, 1)
+    states, history = [one.half() for one in (query, key, value)], torch.ones(1, length, dtype=torch.bool)
+    found, _ = shared_prefix_attention(None, *states, None, continuations=Continuations(history, own_keys))
+    mask = torch.cat([history.expand(count, -1), torch.eye(count, dtype=torch.bool)], dim=1)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in states), mask)
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
 
 
 def test_training_after_inference_is_training_as_before():
