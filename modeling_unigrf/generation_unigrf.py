@@ -105,6 +105,29 @@ class Beams:
 class UniGRFGenerationMixin(GenerationMixin):
     """What `UniGRFForCausalLM` can do at inference beyond a forward. Needs `layout`, `catalogue`, `model` and heads."""
 
+    @property
+    def _generation_defaults(self) -> dict:
+        """What `generation_config` has where nobody set it."""
+        return {
+            "max_new_tokens": self.config.num_levels,
+            "num_beams": 10,
+            "do_sample": False,
+            "length_penalty": 0.0,
+            "pad_token_id": self.config.pad_token_id,
+            "eos_token_id": self.config.eos_token_id,  # never generated; without it the Trainer would "align" it
+            "bos_token_id": self.config.bos_token_id,
+        }
+
+    @property
+    def _num_beams(self) -> int:
+        return self.generation_config.num_beams or self._generation_defaults["num_beams"]
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """As `from_pretrained` calls it. A folder may have no `generation_config.json`, or one that says little."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config.update(**self._generation_defaults, defaults_only=True)
+        self.generation_config._from_model_config = False
+
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         """Ours first; another catalogue's, if `generate` was given one."""
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -440,7 +463,7 @@ class UniGRFGenerationMixin(GenerationMixin):
 
     def max_return_sequences(self, num_beams: int | None = None) -> int:
         """How many items `recommend` returns at most of so many beams (by default its own number), by the config's defaults."""
-        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        num_beams = self._num_beams if num_beams is None else num_beams
         return min(num_beams, self.config.num_ranked_beams or num_beams) + self.config.union_items
 
     @torch.no_grad()
@@ -474,7 +497,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
             attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
             num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
-                default.
+                default, or ten.
             num_return_sequences (`int`, *optional*): Items returned, at most `num_beams` (or `num_ranked_beams`) `+ union_items`;
                 by default ten, or as many as that.
             ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
@@ -507,7 +530,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             ValueError: on histories that no item can follow, unknown targets or items, lists that leave no item.
         """
         targets = self.config.ranking_targets
-        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        num_beams = self._num_beams if num_beams is None else num_beams
         union_items = self.config.union_items if union_items is None else union_items
         num_ranked_beams = self.config.num_ranked_beams if num_ranked_beams is None else num_ranked_beams
         num_ranked = min(num_beams, num_ranked_beams) if num_ranked_beams else num_beams

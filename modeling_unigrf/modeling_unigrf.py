@@ -186,15 +186,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         # Explicit, so that nothing is inherited from a backbone's own file; without `_from_model_config = False`
         # transformers would drop it on save.
-        self.generation_config = GenerationConfig(
-            max_new_tokens=config.num_levels,
-            num_beams=10,
-            do_sample=False,
-            length_penalty=0.0,
-            pad_token_id=config.pad_token_id,
-            eos_token_id=config.eos_token_id,  # never generated; without it the Trainer would "align" it
-            bos_token_id=config.bos_token_id,
-        )
+        self.generation_config = GenerationConfig(**self._generation_defaults)
         self.generation_config._from_model_config = False
         self.post_init()
 

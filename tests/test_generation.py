@@ -146,6 +146,22 @@ def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the
     assert torch.equal(loaded.generate(input_ids, **arguments), expected)
 
 
+def test_what_no_generation_config_says_is_as_in_a_new_model(tmp_path):
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    expected, best = model.generate(input_ids, attention_mask=mask), model.recommend(input_ids, mask)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    for one in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(one.generate(input_ids, attention_mask=mask), expected)
+        assert one.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
+    model.generation_config = GenerationConfig(max_new_tokens=4)
+    assert torch.equal(model.recommend(input_ids, mask).item_indices, best.item_indices)
+    assert model.max_return_sequences() == 10
+
+
 def test_generation_keeps_no_state_between_calls_and_none_between_rows():
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # a batch that is no codebook's size
