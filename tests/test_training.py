@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from test_second_stage import second_stage_rows
 from transformers import AutoConfig, Trainer, TrainerState, TrainingArguments
 
-from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, supervision_unigrf, training_unigrf
+from modeling_unigrf import (
+    HSTUConfig,
+    UniGRFCausalLMOutput,
+    UniGRFConfig,
+    UniGRFForCausalLM,
+    supervision_unigrf,
+    training_unigrf,
+)
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 
 ROOT = Path(__file__).parents[1]
@@ -484,6 +491,17 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
     model = UniGRFForCausalLM(config)
     model.set_catalogue(random_codes(200, [4, 4, 4, 4], torch.Generator().manual_seed(0)))
     assert model.config.log_odds_of_next == pytest.approx(np.log(199 / 4)), "of the catalogue that it has"
+
+
+def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
+    text_config = HSTUConfig(dropout=0, layer_norm_eps=1)
+    lists = {"code_offsets": (6, 8), "behavior_token_ids": (4, 5), "ranking_targets": ("next",)}
+    lists |= {"codebook_sizes": (2, 2), "behaviors": ("dislike", "like"), "retrieval_behaviors": ("like",)}
+    config = UniGRFConfig(text_config=text_config, ranking_weight=1, embedding_dropout=0, **lists)
+    assert {name: tuple(getattr(config, name)) for name in lists} == lists
+    config.save_pretrained(tmp_path)
+    assert UniGRFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert UniGRFConfig.from_pretrained(tmp_path, ranking_weight=2).ranking_weight == 2
 
 
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
