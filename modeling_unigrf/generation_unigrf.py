@@ -8,6 +8,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     EosTokenCriteria,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -147,7 +148,14 @@ class UniGRFGenerationMixin(GenerationMixin):
         criteria.append(ItemComplete(self.layout))
         return criteria
 
-    def generate(self, inputs: torch.LongTensor | None = None, catalogue: CatalogueTrie | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        catalogue: CatalogueTrie | None = None,
+        **kwargs,
+    ):
         """
         `GenerationMixin.generate`: the next item of each history, among the items that exist, without a logits processor of yours.
         Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
@@ -177,7 +185,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             self._check_catalogue(catalogue)
             processor = TrieLogitsProcessor(self.layout, catalogue, self.config.pad_token_id)
             kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)
 
     def _check_catalogue(self, catalogue: CatalogueTrie) -> None:
         """Refuses a part of the catalogue that was made before the model was moved; raises `ValueError`."""

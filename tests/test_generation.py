@@ -139,7 +139,7 @@ def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8}
     expected = model.generate(input_ids, **arguments)
     base = GenerationConfig(top_k=2, temperature=0.1, top_p=0.3)
-    assert torch.equal(model.generate(input_ids, generation_config=base, **arguments), expected)
+    assert torch.equal(model.generate(input_ids, base, **arguments), expected), "in its place of stock `generate`"
     model.save_pretrained(tmp_path)
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.length_penalty == 0.0 and loaded.generation_config.top_k is None
