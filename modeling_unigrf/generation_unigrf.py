@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Generation: constrained beam search on one cache, as `generate` and, with the ranking on top, as `recommend`."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -60,17 +61,18 @@ class TrieLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`input_ids [n, T]`, `scores [n, vocab_size]` (logits or log-probabilities) -> `[n, vocab_size]`."""
-        lengths, prefix = self.layout.prefix(input_ids)
+        lengths, prefix, broken = self.layout.unfinished(input_ids)
+        path = self.trie.nodes_of(nn.functional.pad(prefix, (0, 1), value=-1))
+        nodes = nn.functional.pad(path, (1, 0)).gather(1, lengths.clamp(min=0)[:, None])[:, 0]
+        # A finished row, or a beam for which stock search found no item; `generate` fills both up.
+        done = broken | (lengths < 0) | (nodes < 0)
         out = torch.full_like(scores, -torch.inf)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            if not 0 <= length < self.layout.num_levels:
-                out[rows, self.pad_token_id] = 0.0  # a finished row; `generate` fills it up
-                continue
-            nodes = self.trie.descend(prefix[rows], length)
+        out[done, self.pad_token_id] = 0.0
+        for length in lengths[~done].unique().tolist():
+            rows = (~done & (lengths == length)).nonzero()[:, 0]
             level = self.layout.level_slice(length)
             log_probs = scores[rows, level].log_softmax(dim=-1)
-            parent, _, code = self.trie.levels[length].children(nodes)
+            parent, _, code = self.trie.levels[length].children(nodes[rows])
             out[rows[parent], code + level.start] = log_probs[parent, code]
         return out
 
@@ -178,13 +180,18 @@ class UniGRFGenerationMixin(GenerationMixin):
                     f"Expected no {name} in `generate`, which does not read any, found some. Use `recommend(..., blocked_items=..., "
                     "allowed_items=...)`, or `generate(..., catalogue=model.catalogue.subset(items))`."
                 )
+        trie = self.catalogue.trie
+        if catalogue is not None:
+            self._check_catalogue(catalogue)
+            trie = catalogue
+            processor = TrieLogitsProcessor(self.layout, trie, self.config.pad_token_id)
+            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             self._check_histories(input_ids, kwargs.get("attention_mask"), whole_items=False)
-        if catalogue is not None:
-            self._check_catalogue(catalogue)
-            processor = TrieLogitsProcessor(self.layout, catalogue, self.config.pad_token_id)
-            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
+            lengths, prefix = self.layout.prefix(input_ids)
+            for length in lengths.unique().tolist():
+                trie.descend(prefix[lengths == length], length)  # raises where no item begins so
         return super().generate(inputs, generation_config, **kwargs)
 
     def _check_catalogue(self, catalogue: CatalogueTrie) -> None:
@@ -426,7 +433,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             unsupported.append(type(cache).__name__)
         if unsupported:
             logger.warning_once(f"{', '.join(unsupported)}: stock beam search is used, which is many times slower.")
-            return super()._beam_search(
+            return self._stock_beam_search(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
             )
         num_beams, num_return = generation_config.num_beams, generation_config.num_return_sequences
@@ -468,6 +475,23 @@ class UniGRFGenerationMixin(GenerationMixin):
             sequences_scores=scores.flatten() if generation_config.output_scores else None,
             cache=cache,
         )
+
+    def _stock_beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
+        """
+        Stock beam search. Of fewer items than beams it makes the same ones again or none at all, of scores about -1e9: these
+        are filled up, and their scores say so.
+        """
+        config = copy(generation_config)
+        config.return_dict_in_generate = config.output_scores = True
+        found = super()._beam_search(input_ids, logits_processor, stopping_criteria, config, *args, **kwargs)
+        nothing = found.sequences_scores < -1e8
+        found.sequences[nothing, input_ids.shape[1] :] = self.config.pad_token_id
+        found.sequences_scores[nothing] = -torch.inf
+        if not generation_config.return_dict_in_generate:
+            return found.sequences
+        if not generation_config.output_scores:
+            found = type(found)(**{name: one for name, one in found.items() if "scores" not in name})
+        return found
 
     def max_return_sequences(self, num_beams: int | None = None) -> int:
         """How many items `recommend` returns at most of so many beams (by default its own number), by the config's defaults."""

@@ -182,8 +182,9 @@ def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
     assert set(items.tolist()) == set((codes[:, 0] == codes[0, 0]).nonzero()[:, 0].tolist())
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
     prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
-    with pytest.raises(ValueError, match="no item of the catalogue begins"):
-        model.generate(prefix, num_beams=4)
+    for num_beams in (1, 4):
+        with pytest.raises(ValueError, match="no item of the catalogue begins"):
+            model.generate(prefix, num_beams=num_beams)
     wrong_level = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[1]]])], dim=1)
     with pytest.raises(ValueError, match="no beginning of an item"):
         model.generate(wrong_level, num_beams=4)
@@ -325,6 +326,24 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
     with pytest.raises(ValueError, match="Expected a `DynamicCache"):
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
+
+
+@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=str)
+def test_stock_beam_search_has_no_more_beams_than_items_either(stock):
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    market = [1, 2, 3]
+    arguments = {"attention_mask": mask, "num_beams": 7, "num_return_sequences": 7}
+    arguments |= {"catalogue": model.catalogue.subset(market), **stock}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
+        items = generated_items(model, found.sequences, input_ids.shape[1]).view(2, 7)
+        assert items[:, :3].sort().values.tolist() == [market] * 2 and (items[:, 3:] == -1).all()
+        assert (found.sequences_scores.view(2, 7) == -torch.inf).equal(items == -1)
+        assert (found.sequences.view(2, 7, -1)[:, 3:, -4:] == model.config.pad_token_id).all()
+    plain = model.generate(input_ids, return_dict_in_generate=True, **arguments)
+    assert plain.scores is plain.sequences_scores is None
 
 
 def test_padding_takes_no_positions():
