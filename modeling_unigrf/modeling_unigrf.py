@@ -96,11 +96,14 @@ class UniGRFModel(UniGRFPreTrainedModel):
         is_hstu = config.text_config.model_type == HSTUConfig.model_type
         self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
         parameters = inspect.signature(self.language_model.forward).parameters
-        if not {"position_ids", "cache"} <= parameters.keys() or config.text_config.model_type in PLACED_BY_ROW:
+        text_config = config.text_config
+        strange = set(getattr(text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        strange |= {"alibi"} if getattr(text_config, "alibi", False) else set()
+        if not {"position_ids", "cache"} <= parameters.keys() or text_config.model_type in PLACED_BY_ROW or strange:
             raise ValueError(
                 "Expected a decoder-only backbone that places its tokens by `position_ids`, keeps a `cache` and takes 4-D masks, "
-                f"since beams and candidates are packed into one row; found {config.text_config.model_type!r}. Take one of llama, "
-                "qwen3, gpt2, mistral, hstu and their like."
+                f"since beams and candidates are packed into one row; found {text_config.model_type!r}"
+                f"{f' with {sorted(strange)}' if strange else ''}. Take one of llama, qwen3, gpt2, mistral, hstu and their like."
             )
         self.post_init()
 

@@ -356,11 +356,20 @@ def test_padding_takes_no_positions():
         model.recommend(*random_histories(model, [51])[:2])
 
 
-def test_backbones_that_place_tokens_by_their_row_are_refused():
-    for model_type in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt"):
-        text_config = {"model_type": model_type, "hidden_size": 16, "num_attention_heads": 2}
-        with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'"):
-            UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        *((name, "") for name in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt")),
+        ("falcon", r" with \['alibi'\]"),
+        ("llama4_text", r" with \['chunked_attention'\]"),
+        ("recurrent_gemma", r" with \['linear_attention'\]"),
+    ],
+)
+def test_backbones_that_place_tokens_by_their_row_or_do_not_attend_are_refused(model_type, found):
+    text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text_config |= {"alibi": True} if model_type == "falcon" else {}
+    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{found}"):
+        UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
 def test_a_catalogue_that_was_set_in_inference_mode_is_searched_too():
