@@ -25,6 +25,7 @@ from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
 from .training_unigrf import softmax_over_items
+from .trie_unigrf import CatalogueTrie
 
 
 @dataclass
@@ -277,25 +278,21 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         sizes = list(self.config.codebook_sizes)
         grown = [*sizes[:-1], max(sizes[-1], int(item_codes[:, -1].max()) + 1)]
         a_row_an_item = self.config.item_table_size == self.config.num_items  # a smaller table is shared by hashing
-        parts = [self.item_encoder] if a_row_an_item else []
+        parts = [self.item_encoder, self.item_encoder.table] if a_row_an_item else []
         parts += [self.get_input_embeddings(), self.lm_head] if grown != sizes else []
         if not all(isinstance(part, nn.Embedding | nn.Linear | UniGRFItemEncoder) for part in parts):
             raise ValueError(
                 f"These items need new rows in {[type(part).__name__ for part in parts]}, which an adapter holds. Merge the "
                 "adapter first (`merge_and_unload()`), then add the items."
             )
-        old_trie_sizes, old.codebook_sizes = old.codebook_sizes, grown
-        try:
-            old.replace(all_codes, all_embeddings)
-        except ValueError:
-            old.codebook_sizes = old_trie_sizes
-            raise
+        trie = CatalogueTrie(all_codes, grown)  # raises on shared or impossible spellings, before anything is changed
         if grown != sizes:
             self._grow_last_level(grown)
         if a_row_an_item:
             self.item_encoder.add_rows(len(item_codes))
-            self.config.item_table_size = self.catalogue.num_items
-        self.config.num_items = self.catalogue.num_items
+            self.config.item_table_size = len(all_codes)
+        old.put(all_codes, all_embeddings, trie)
+        self.config.num_items = len(all_codes)
 
     def _grow_last_level(self, codebook_sizes: list[int]) -> None:
         level = self.layout.level_slice(self.config.num_levels - 1)

@@ -456,8 +456,22 @@ def test_what_an_adapter_would_hide_or_break_is_refused():
         model.add_items(new, vector)
     assert (model.catalogue.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
     merged = adapted.merge_and_unload()
+    merged.item_encoder.requires_grad_(False)
     merged.add_items(new, vector)
-    assert merged.config.num_items == 13
+    assert merged.config.num_items == 13 and not merged.item_encoder.table.weight.requires_grad
+
+    for of_table in (
+        {"target_modules": ["table"]},
+        {"trainable_token_indices": {"table": [3]}, "target_modules": ["q_proj"]},
+    ):
+        model = build_model(num_items=12)
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalogue.item_codes
+        get_peft_model(model, LoraConfig(**of_table))
+        torch.testing.assert_close(model(input_ids, mask, labels=input_ids).loss, expected)
+        with pytest.raises(ValueError, match="Merge the adapter first"):
+            model.add_items((before[:1] + 1) % torch.tensor([4, 3, 3, 2]), vector)
+        assert model.catalogue.item_codes is before and len(before) == model.config.num_items
 
     model = build_model(codebook_sizes=(30,), code_similarity="cosine")
     input_ids, mask, _ = random_histories(model, [4, 2])
