@@ -170,14 +170,15 @@ def attention_mask_4d(
 
 
 @contextmanager
-def kept_as_found(cache: Cache) -> Iterator[Cache]:
-    """Whatever is appended to the cache inside is taken off again, also if something fails."""
-    lengths = [layer.get_seq_length() for layer in cache.layers]
+def kept_as_found(cache: Cache, unless_it_works: bool = False) -> Iterator[Cache]:
+    """Whatever is appended to the cache inside is taken off again, also (or only) if something fails."""
+    lengths, stays = [layer.get_seq_length() for layer in cache.layers], False
     try:
         yield cache
+        stays = unless_it_works
     finally:
         # Layer by layer: if one failed, those behind it have nothing to be taken off.
-        for layer, length in zip_longest(cache.layers, lengths, fillvalue=0):
+        for layer, length in () if stays else zip_longest(cache.layers, lengths, fillvalue=0):
             if more := layer.get_seq_length() - length:
                 layer.crop(-more)
 

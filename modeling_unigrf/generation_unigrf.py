@@ -295,7 +295,7 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
-            cache (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards.
+            cache (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards, unless this fails.
             timestamps (`torch.LongTensor` of shape `(batch_size, T)`), request_timestamps (`torch.LongTensor` of shape
                 `(batch_size,)`, *optional*): As `recommend` takes them, both or none.
         """
@@ -311,7 +311,8 @@ class UniGRFGenerationMixin(GenerationMixin):
             arguments = {} if vectors is None else {"item_vectors": vectors[:, cached:]}
             if times is not None:
                 arguments |= {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
-            outputs = self.model(input_ids[:, cached:], attention_mask, cache=cache, use_cache=True, **arguments)
+            with kept_as_found(cache, unless_it_works=True):
+                outputs = self.model(input_ids[:, cached:], attention_mask, cache=cache, use_cache=True, **arguments)
             return outputs.last_hidden_state[:, -1]
         before = attention_mask.bool().clone()
         before[:, -1] = False

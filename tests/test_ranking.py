@@ -59,15 +59,20 @@ def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_u
     torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
 
 
-def test_the_cache_is_left_as_it_was_also_when_ranking_fails(monkeypatch):
+def test_the_cache_is_left_as_it_was_also_when_ranking_or_reading_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    cache = prefill(model, input_ids, mask)
+    cache, part = prefill(model, input_ids, mask), prefill(model, input_ids[:, :6], mask[:, :6])
     monkeypatch.setattr(
         model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
     )  # after the first one's
     with pytest.raises(ZeroDivisionError):
         model.rank(input_ids, mask, torch.tensor([[0], [1]]), cache=cache)
+    for one in (part, DynamicCache()):
+        before = one.get_seq_length()
+        with pytest.raises(ZeroDivisionError):
+            model.recommend(input_ids, mask, cache=one)
+        assert {layer.get_seq_length() for layer in one.layers} == {before}
     assert [layer.get_seq_length() for layer in cache.layers] == [input_ids.shape[1]] * 2
 
 
