@@ -23,8 +23,11 @@ class UniGRFItemEncoder(nn.Module):
 
     def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
         """Item indices `[...]` and their embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part."""
-        # The dtype of the bias: quantized weights (bitsandbytes) have one that holds no embedding.
-        vectors = None if self.proj is None else self.proj(embeddings.to(self.proj.bias.dtype))
+        vectors = None
+        if self.proj is not None:
+            # The dtype of the bias: quantized weights (bitsandbytes) have one that holds no embedding. torch's own quantized
+            # layers, whose bias is a method, take floats as they are.
+            vectors = self.proj(embeddings.to(getattr(self.proj.bias, "dtype", embeddings.dtype)))
         if self.table is None:
             return vectors
         learned = self.table(items % self.num_rows)

@@ -96,11 +96,19 @@ def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
         torch.testing.assert_close(best.ranking_scores, ranks.gather(1, best.item_indices), atol=2e-5, rtol=1e-4)
 
 
-def test_recommend_in_bfloat16_agrees_with_float32():
+@pytest.mark.parametrize(
+    "rougher",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8),
+    ],
+    ids=["bfloat16", "int8"],
+)
+def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
     model = build_model(num_items=60, embeddings=True)
     input_ids, mask, _ = random_histories(model, [6, 3, 2, 1])
     exact = model.recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
-    rough = model.to(torch.bfloat16).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
+    rough = rougher(model).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
     by_item = [
         scores[items.argsort()]
         for items, scores in ((exact.item_indices, exact.scores), (rough.item_indices, rough.scores))
