@@ -238,7 +238,7 @@ class UniGRFConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self.text_config, name, getattr(self, name))
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
-        self._check_spelling()
+        self.check_spelling()
         self.check_training()
 
     @property
@@ -291,7 +291,7 @@ class UniGRFConfig(PreTrainedConfig):
     num_attention_heads = _of_backbone("num_attention_heads")
     use_cache = _of_backbone("use_cache")
 
-    def _check_spelling(self):
+    def check_spelling(self):
         """Refuses items that cannot be spelt (here: `@strict` validators lose the `ValueError`)."""
         if not self.codebook_sizes or min(self.codebook_sizes) < 1 or len(self.code_offsets) != self.num_levels:
             raise ValueError(

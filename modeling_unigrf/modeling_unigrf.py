@@ -174,7 +174,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
     """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
 
     def __init__(self, config: UniGRFConfig):
-        config.check_training()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
+        config.check_spelling()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
+        config.check_training()
         super().__init__(config)
         self.model = UniGRFModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -518,6 +518,13 @@ def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
     assert UniGRFConfig.from_pretrained(tmp_path, ranking_weight=2).ranking_weight == 2
 
 
+@pytest.mark.parametrize("changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=str)
+def test_a_spelling_that_is_changed_at_load_is_checked_as_a_new_one(changed, tmp_path):
+    build_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Token ids overlap"):
+        UniGRFForCausalLM.from_pretrained(tmp_path, **changed)
+
+
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2, 3])
