@@ -119,8 +119,12 @@ class UniGRFCatalogue(nn.Module):
         """Sets all items at once; nothing changes if they are refused (see `check` and `CatalogueTrie`)."""
         self.check(item_codes, item_embeddings)
         item_codes = item_codes.to(self.item_codes.device, torch.int32)
-        trie = CatalogueTrie(item_codes, self.codebook_sizes)  # raises on shared or impossible spellings
-        self.item_codes = item_codes
+        # The trie raises on shared or impossible spellings.
+        self.put(item_codes, item_embeddings, CatalogueTrie(item_codes, self.codebook_sizes))
+
+    def put(self, item_codes: torch.IntTensor, item_embeddings: torch.Tensor | None, trie: CatalogueTrie) -> None:
+        """Sets all items, checked, and their trie."""
+        self.codebook_sizes, self.item_codes = trie.codebook_sizes, item_codes
         self._keep(trie)
         if item_embeddings is not None:
             self.item_embeddings = item_embeddings.to(self.item_embeddings)

@@ -45,9 +45,9 @@ class HSTUConfig(PreTrainedConfig):
     head_dim: int | None = None
     max_position_embeddings: int = 512
     num_time_buckets: int = 0
-    dropout: float = 0.2
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    dropout: float | int = 0.2
+    layer_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1

@@ -171,45 +171,45 @@ class UniGRFConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     codebook_sizes: list[int] | tuple[int, ...] = (256, 256, 256, 1)
-    code_offsets: list[int] | None = None
+    code_offsets: list[int] | tuple[int, ...] | None = None
     behaviors: list[str] | tuple[str, ...] = ("interact",)
-    behavior_token_ids: list[int] | None = None
+    behavior_token_ids: list[int] | tuple[int, ...] | None = None
     code_similarity: str = "dot"
-    code_temperature: float = 1.0
+    code_temperature: float | int = 1.0
     code_negatives: int = 0
     share_code_negatives: bool = True
-    given_negative_weight: float = 30.0
-    ranking_targets: list[str] | None = None
+    given_negative_weight: float | int = 30.0
+    ranking_targets: list[str] | tuple[str, ...] | None = None
     num_items: int = 1
     item_embedding_dim: int = 0
     int8_item_embeddings: bool = False
     read_item_embeddings: bool = True
     item_table_size: int = 0
     history_item_vectors: bool = False
-    negatives_per_item: float = 0.0
+    negatives_per_item: float | int = 0.0
     max_items: int | None = None
     num_retrieved_items: int = 0
     exclude_candidate: bool = False
     num_train_beams: int = 0
     inject_target: bool = True
     detach_history: bool = False
-    generation_loss_weight: float = 1.0
-    ranking_loss_weight: float = 1.0
-    item_loss_weight: float = 0.0
-    candidate_loss_weight: float = 10.0
+    generation_loss_weight: float | int = 1.0
+    ranking_loss_weight: float | int = 1.0
+    item_loss_weight: float | int = 0.0
+    candidate_loss_weight: float | int = 10.0
     exclude_history: bool = True
     max_long_items: int | None = None
     ranking_target: str | None = None
-    ranking_weight: float = 1.0
-    item_weight: float = 0.0
+    ranking_weight: float | int = 1.0
+    item_weight: float | int = 0.0
     union_items: int = 0
     num_ranked_beams: int = 0
     rank_by_item_score: bool = True
     detach_item_score: bool = False
-    retrieval_behaviors: list[str] | None = None
-    ranking_dropout: float = 0.0
-    embedding_dropout: float = 0.0
-    initializer_range: float = 0.02
+    retrieval_behaviors: list[str] | tuple[str, ...] | None = None
+    ranking_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
     pad_token_id: int = 0
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -217,7 +217,9 @@ class UniGRFConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         vocab_size = kwargs.pop("vocab_size", None)
-        self.codebook_sizes, self.behaviors = list(self.codebook_sizes), list(self.behaviors)
+        for name, value in vars(self).items():
+            if isinstance(value, tuple):  # as a saved config would have them
+                setattr(self, name, list(value))
         if self.behavior_token_ids is None:
             self.behavior_token_ids = list(range(4, 4 + len(self.behaviors)))
         if self.code_offsets is None:
@@ -237,7 +239,7 @@ class UniGRFConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self.text_config, name, getattr(self, name))
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
-        self._check_spelling()
+        self.check_spelling()
         self.check_training()
 
     @property
@@ -291,7 +293,7 @@ class UniGRFConfig(PreTrainedConfig):
     num_attention_heads = _of_backbone("num_attention_heads")
     use_cache = _of_backbone("use_cache")
 
-    def _check_spelling(self):
+    def check_spelling(self):
         """Refuses items that cannot be spelt (here: `@strict` validators lose the `ValueError`)."""
         if not self.codebook_sizes or min(self.codebook_sizes) < 1 or len(self.code_offsets) != self.num_levels:
             raise ValueError(

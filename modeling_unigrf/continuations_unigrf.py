@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from threading import Lock
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 MAX_SCORES = 2**24  # attention scores held at a time: 64 MiB
 # A name of this module's own: code loaded from a repository must not replace that of an installed package, or the reverse.
 SHARED_PREFIX = f"shared_prefix@{__name__}"
+TRIAL = Lock()
 
 
 @dataclass
@@ -95,22 +97,23 @@ def shared_prefix_attention(
         block = queries[:, :, :, part]
         scores = (block.flatten(2, 4) @ history_keys).float()
         if continuations.padding is not None:
-            scores.masked_fill_(continuations.padding, -torch.inf)
-        # Never -inf, also where nothing of the history is seen.
-        top = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+            # Not -inf, also where nothing of the history is seen.
+            scores.masked_fill_(continuations.padding, torch.finfo(scores.dtype).min)
+        top = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(top).exp_()
-        norm = weights.sum(dim=-1, keepdim=True).view(*block.shape[:-1], 1)
-        from_history = (weights.to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
-        top = top.view_as(norm)
+        norm = weights.sum(dim=-1, keepdim=True)
+        # Of a sum that is not divided yet, a float16 could hold too little.
+        from_history = (weights.div_(norm).to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
+        top, norm = (one.view(*block.shape[:-1], 1) for one in (top, norm))
 
         own_scores = (block @ own_keys[:, :, :, part].transpose(-1, -2)).float()
         if hidden is not None:
             own_scores = own_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
         both = torch.maximum(top, own_scores.amax(dim=-1, keepdim=True))
-        own_weights, shrunk = (own_scores - both).exp(), (top - both).exp()
-        norm = shrunk * norm + own_weights.sum(dim=-1, keepdim=True)
-        from_own = own_weights.to(value.dtype) @ own_values[:, :, :, part]
-        outputs.append(torch.addcmul(from_own * (1 / norm), from_history, shrunk / norm).to(value.dtype))
+        own_weights, norm = (own_scores - both).exp(), norm * (top - both).exp()
+        total = norm + own_weights.sum(dim=-1, keepdim=True)
+        from_own = (own_weights / total).to(value.dtype) @ own_values[:, :, :, part]
+        outputs.append(torch.addcmul(from_own, from_history, norm / total).to(value.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     return output.reshape(batch_size, num_heads, count * steps, -1).transpose(1, 2).contiguous(), None
 
@@ -167,14 +170,15 @@ def attention_mask_4d(
 
 
 @contextmanager
-def kept_as_found(cache: Cache) -> Iterator[Cache]:
-    """Whatever is appended to the cache inside is taken off again, also if something fails."""
-    lengths = [layer.get_seq_length() for layer in cache.layers]
+def kept_as_found(cache: Cache, unless_it_works: bool = False) -> Iterator[Cache]:
+    """Whatever is appended to the cache inside is taken off again, also (or only) if something fails."""
+    lengths, stays = [layer.get_seq_length() for layer in cache.layers], False
     try:
         yield cache
+        stays = unless_it_works
     finally:
         # Layer by layer: if one failed, those behind it have nothing to be taken off.
-        for layer, length in zip_longest(cache.layers, lengths, fillvalue=0):
+        for layer, length in () if stays else zip_longest(cache.layers, lengths, fillvalue=0):
             if more := layer.get_seq_length() - length:
                 layer.crop(-more)
 
@@ -276,16 +280,20 @@ def shares_prefix(backbone: nn.Module) -> bool:
     keyword arguments reach the attention.
     """
     config = backbone.language_model.config
-    if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
-        token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-        cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
-        trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
-        # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
-        with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
-            backbone(token, cache=cache, use_cache=True)
-            config._attn_implementation = SHARED_PREFIX
-            backbone(token, seen, cache=cache, use_cache=True, continuations=trial)
-        backbone.hands_down_arguments = trial.handed_down
-        if not trial.handed_down:
-            config._attn_implementation = "sdpa"
-    return config._attn_implementation == SHARED_PREFIX
+    with TRIAL:  # of which no other thread may see half
+        if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
+            token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+            cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
+            trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
+            succeeded = False
+            # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
+            with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
+                backbone(token, cache=cache, use_cache=True)
+                config._attn_implementation = SHARED_PREFIX
+                try:
+                    backbone(token, seen, cache=cache, use_cache=True, continuations=trial)
+                    backbone.hands_down_arguments = succeeded = trial.handed_down
+                finally:
+                    if not succeeded:
+                        config._attn_implementation = "sdpa"
+        return config._attn_implementation == SHARED_PREFIX

@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Generation: constrained beam search on one cache, as `generate` and, with the ranking on top, as `recommend`."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     EosTokenCriteria,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -59,17 +61,18 @@ class TrieLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`input_ids [n, T]`, `scores [n, vocab_size]` (logits or log-probabilities) -> `[n, vocab_size]`."""
-        lengths, prefix = self.layout.prefix(input_ids)
+        lengths, prefix, broken = self.layout.unfinished(input_ids)
+        path = self.trie.nodes_of(nn.functional.pad(prefix, (0, 1), value=-1))
+        nodes = nn.functional.pad(path, (1, 0)).gather(1, lengths.clamp(min=0)[:, None])[:, 0]
+        # A finished row, or a beam for which stock search found no item; `generate` fills both up.
+        done = broken | (lengths < 0) | (nodes < 0)
         out = torch.full_like(scores, -torch.inf)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            if not 0 <= length < self.layout.num_levels:
-                out[rows, self.pad_token_id] = 0.0  # a finished row; `generate` fills it up
-                continue
-            nodes = self.trie.descend(prefix[rows], length)
+        out[done, self.pad_token_id] = 0.0
+        for length in lengths[~done].unique().tolist():
+            rows = (~done & (lengths == length)).nonzero()[:, 0]
             level = self.layout.level_slice(length)
             log_probs = scores[rows, level].log_softmax(dim=-1)
-            parent, _, code = self.trie.levels[length].children(nodes)
+            parent, _, code = self.trie.levels[length].children(nodes[rows])
             out[rows[parent], code + level.start] = log_probs[parent, code]
         return out
 
@@ -105,6 +108,29 @@ class Beams:
 class UniGRFGenerationMixin(GenerationMixin):
     """What `UniGRFForCausalLM` can do at inference beyond a forward. Needs `layout`, `catalogue`, `model` and heads."""
 
+    @property
+    def _generation_defaults(self) -> dict:
+        """What `generation_config` has where nobody set it."""
+        return {
+            "max_new_tokens": self.config.num_levels,
+            "num_beams": 10,
+            "do_sample": False,
+            "length_penalty": 0.0,
+            "pad_token_id": self.config.pad_token_id,
+            "eos_token_id": self.config.eos_token_id,  # never generated; without it the Trainer would "align" it
+            "bos_token_id": self.config.bos_token_id,
+        }
+
+    @property
+    def _num_beams(self) -> int:
+        return self.generation_config.num_beams or self._generation_defaults["num_beams"]
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """As `from_pretrained` calls it. A folder may have no `generation_config.json`, or one that says little."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config.update(**self._generation_defaults, defaults_only=True)
+        self.generation_config._from_model_config = False
+
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         """Ours first; another catalogue's, if `generate` was given one."""
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -124,7 +150,14 @@ class UniGRFGenerationMixin(GenerationMixin):
         criteria.append(ItemComplete(self.layout))
         return criteria
 
-    def generate(self, inputs: torch.LongTensor | None = None, catalogue: CatalogueTrie | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        catalogue: CatalogueTrie | None = None,
+        **kwargs,
+    ):
         """
         `GenerationMixin.generate`: the next item of each history, among the items that exist, without a logits processor of yours.
         Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
@@ -147,14 +180,19 @@ class UniGRFGenerationMixin(GenerationMixin):
                     f"Expected no {name} in `generate`, which does not read any, found some. Use `recommend(..., blocked_items=..., "
                     "allowed_items=...)`, or `generate(..., catalogue=model.catalogue.subset(items))`."
                 )
+        trie = self.catalogue.trie
+        if catalogue is not None:
+            self._check_catalogue(catalogue)
+            trie = catalogue
+            processor = TrieLogitsProcessor(self.layout, trie, self.config.pad_token_id)
+            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             self._check_histories(input_ids, kwargs.get("attention_mask"), whole_items=False)
-        if catalogue is not None:
-            self._check_catalogue(catalogue)
-            processor = TrieLogitsProcessor(self.layout, catalogue, self.config.pad_token_id)
-            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
-        return super().generate(inputs, **kwargs)
+            lengths, prefix = self.layout.prefix(input_ids)
+            for length in lengths.unique().tolist():
+                trie.descend(prefix[lengths == length], length)  # raises where no item begins so
+        return super().generate(inputs, generation_config, **kwargs)
 
     def _check_catalogue(self, catalogue: CatalogueTrie) -> None:
         """Refuses a part of the catalogue that was made before the model was moved; raises `ValueError`."""
@@ -257,7 +295,7 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
-            cache (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards.
+            cache (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards, unless this fails.
             timestamps (`torch.LongTensor` of shape `(batch_size, T)`), request_timestamps (`torch.LongTensor` of shape
                 `(batch_size,)`, *optional*): As `recommend` takes them, both or none.
         """
@@ -273,7 +311,8 @@ class UniGRFGenerationMixin(GenerationMixin):
             arguments = {} if vectors is None else {"item_vectors": vectors[:, cached:]}
             if times is not None:
                 arguments |= {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
-            outputs = self.model(input_ids[:, cached:], attention_mask, cache=cache, use_cache=True, **arguments)
+            with kept_as_found(cache, unless_it_works=True):
+                outputs = self.model(input_ids[:, cached:], attention_mask, cache=cache, use_cache=True, **arguments)
             return outputs.last_hidden_state[:, -1]
         before = attention_mask.bool().clone()
         before[:, -1] = False
@@ -395,7 +434,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             unsupported.append(type(cache).__name__)
         if unsupported:
             logger.warning_once(f"{', '.join(unsupported)}: stock beam search is used, which is many times slower.")
-            return super()._beam_search(
+            return self._stock_beam_search(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
             )
         num_beams, num_return = generation_config.num_beams, generation_config.num_return_sequences
@@ -438,9 +477,26 @@ class UniGRFGenerationMixin(GenerationMixin):
             cache=cache,
         )
 
+    def _stock_beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
+        """
+        Stock beam search. Of fewer items than beams it makes the same ones again or none at all, of scores about -1e9: these
+        are filled up, and their scores say so.
+        """
+        config = copy(generation_config)
+        config.return_dict_in_generate = config.output_scores = True
+        found = super()._beam_search(input_ids, logits_processor, stopping_criteria, config, *args, **kwargs)
+        nothing = found.sequences_scores < -1e8
+        found.sequences[nothing, input_ids.shape[1] :] = self.config.pad_token_id
+        found.sequences_scores[nothing] = -torch.inf
+        if not generation_config.return_dict_in_generate:
+            return found.sequences
+        if not generation_config.output_scores:
+            found = type(found)(**{name: one for name, one in found.items() if "scores" not in name})
+        return found
+
     def max_return_sequences(self, num_beams: int | None = None) -> int:
         """How many items `recommend` returns at most of so many beams (by default its own number), by the config's defaults."""
-        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        num_beams = self._num_beams if num_beams is None else num_beams
         return min(num_beams, self.config.num_ranked_beams or num_beams) + self.config.union_items
 
     @torch.no_grad()
@@ -474,7 +530,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
             attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
             num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
-                default.
+                default, or ten.
             num_return_sequences (`int`, *optional*): Items returned, at most `num_beams` (or `num_ranked_beams`) `+ union_items`;
                 by default ten, or as many as that.
             ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
@@ -507,7 +563,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             ValueError: on histories that no item can follow, unknown targets or items, lists that leave no item.
         """
         targets = self.config.ranking_targets
-        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        num_beams = self._num_beams if num_beams is None else num_beams
         union_items = self.config.union_items if union_items is None else union_items
         num_ranked_beams = self.config.num_ranked_beams if num_ranked_beams is None else num_ranked_beams
         num_ranked = min(num_beams, num_ranked_beams) if num_ranked_beams else num_beams

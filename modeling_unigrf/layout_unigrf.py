@@ -88,6 +88,18 @@ class ItemLayout:
         Raises:
             ValueError: if the last codes of a row do not follow a bos or behaviour as levels 0, 1, ...
         """
+        length, codes, broken = self.unfinished(input_ids)
+        if broken.any():
+            row = int(broken.nonzero()[0])
+            window = input_ids[row, -(self.num_levels + 1) :]
+            raise ValueError(
+                f"Row {row} ends in the tokens {window.tolist()}, which are no beginning of an item: expected a bos or behaviour "
+                f"token, then codes of levels 0, 1, ... in order; found levels {self.token_levels(window).tolist()}."
+            )
+        return length, codes
+
+    def unfinished(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+        """As `prefix`, and in place of its error which rows are so, `[B]`."""
         window = input_ids[:, -(self.num_levels + 1) :]
         levels = self.token_levels(window)
         length = levels[:, -1] + 1
@@ -97,19 +109,13 @@ class ItemLayout:
         inside = expected >= HISTORY_END
         broken = (inside & (levels != expected)).any(dim=1) | (length > width - 1)
         broken &= (length >= 0) & (length < self.num_levels)
-        if broken.any():
-            row = int(broken.nonzero()[0])
-            raise ValueError(
-                f"Row {row} ends in the tokens {window[row].tolist()}, which are no beginning of an item: expected a bos "
-                f"or behaviour token, then codes of levels 0, 1, ... in order; found levels {levels[row].tolist()}."
-            )
         codes = torch.full((window.shape[0], self.num_levels - 1), -1, dtype=torch.long, device=window.device)
         for level in range(min(self.num_levels - 1, width)):
             source = width - length + level
             here = (level < length) & (length < self.num_levels)
             tokens = window.gather(1, source.clamp(0, width - 1)[:, None])[:, 0]
             codes[:, level] = torch.where(here, tokens - self.code_offsets[level], codes[:, level])
-        return length, codes
+        return length, codes, broken
 
     def history_ends(self, last: torch.LongTensor) -> torch.LongTensor:
         """Positions of items' last codes -> positions of the bos or behaviour before them (negative: there is none)."""

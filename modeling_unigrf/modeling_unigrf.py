@@ -26,7 +26,7 @@ from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
 from .training_unigrf import softmax_over_items
-from .trie_unigrf import check_items
+from .trie_unigrf import CatalogueTrie, check_items
 
 
 @dataclass
@@ -98,11 +98,14 @@ class UniGRFModel(UniGRFPreTrainedModel):
         is_hstu = config.text_config.model_type == HSTUConfig.model_type
         self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
         parameters = inspect.signature(self.language_model.forward).parameters
-        if not {"position_ids", "cache"} <= parameters.keys() or config.text_config.model_type in PLACED_BY_ROW:
+        text_config = config.text_config
+        strange = set(getattr(text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        strange |= {"alibi"} if getattr(text_config, "alibi", False) else set()
+        if not {"position_ids", "cache"} <= parameters.keys() or text_config.model_type in PLACED_BY_ROW or strange:
             raise ValueError(
                 "Expected a decoder-only backbone that places its tokens by `position_ids`, keeps a `cache` and takes 4-D masks, "
-                f"since beams and candidates are packed into one row; found {config.text_config.model_type!r}. Take one of llama, "
-                "qwen3, gpt2, mistral, hstu and their like."
+                f"since beams and candidates are packed into one row; found {text_config.model_type!r}"
+                f"{f' with {sorted(strange)}' if strange else ''}. Take one of llama, qwen3, gpt2, mistral, hstu and their like."
             )
         self.post_init()
 
@@ -172,7 +175,8 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
     """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
 
     def __init__(self, config: UniGRFConfig):
-        config.check_training()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
+        config.check_spelling()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
+        config.check_training()
         super().__init__(config)
         self.model = UniGRFModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -188,15 +192,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         # Explicit, so that nothing is inherited from a backbone's own file; without `_from_model_config = False`
         # transformers would drop it on save.
-        self.generation_config = GenerationConfig(
-            max_new_tokens=config.num_levels,
-            num_beams=10,
-            do_sample=False,
-            length_penalty=0.0,
-            pad_token_id=config.pad_token_id,
-            eos_token_id=config.eos_token_id,  # never generated; without it the Trainer would "align" it
-            bos_token_id=config.bos_token_id,
-        )
+        self.generation_config = GenerationConfig(**self._generation_defaults)
         self.generation_config._from_model_config = False
         self.post_init()
 
@@ -284,25 +280,21 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         sizes = list(self.config.codebook_sizes)
         grown = [*sizes[:-1], max(sizes[-1], int(item_codes[:, -1].max()) + 1)]
         a_row_an_item = self.config.item_table_size == self.config.num_items  # a smaller table is shared by hashing
-        parts = [self.item_encoder] if a_row_an_item else []
+        parts = [self.item_encoder, self.item_encoder.table] if a_row_an_item else []
         parts += [self.get_input_embeddings(), self.lm_head] if grown != sizes else []
         if not all(isinstance(part, nn.Embedding | nn.Linear | UniGRFItemEncoder) for part in parts):
             raise ValueError(
                 f"These items need new rows in {[type(part).__name__ for part in parts]}, which an adapter holds. Merge the "
                 "adapter first (`merge_and_unload()`), then add the items."
             )
-        old_trie_sizes, old.codebook_sizes = old.codebook_sizes, grown
-        try:
-            old.replace(all_codes, all_embeddings)
-        except ValueError:
-            old.codebook_sizes = old_trie_sizes
-            raise
+        trie = CatalogueTrie(all_codes, grown)  # raises on shared or impossible spellings, before anything is changed
         if grown != sizes:
             self._grow_last_level(grown)
         if a_row_an_item:
             self.item_encoder.add_rows(len(item_codes))
-            self.config.item_table_size = self.catalogue.num_items
-        self.config.num_items = self.catalogue.num_items
+            self.config.item_table_size = len(all_codes)
+        old.put(all_codes, all_embeddings, trie)
+        self.config.num_items = len(all_codes)
 
     def _grow_last_level(self, codebook_sizes: list[int]) -> None:
         level = self.layout.level_slice(self.config.num_levels - 1)

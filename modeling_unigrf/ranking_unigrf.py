@@ -19,21 +19,26 @@ class UniGRFItemEncoder(nn.Module):
         width, dim, rows = config.hidden_size, config.item_embedding_dim, config.item_table_size
         self.proj = nn.Linear(dim, width) if dim and config.read_item_embeddings else None
         self.table = nn.Embedding(rows, width) if rows else None
+        self.num_rows = rows  # here, since an adapter's wrapper of the table has no such number
 
     def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
         """Item indices `[...]` and their embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part."""
-        # The dtype of the bias: quantized weights (bitsandbytes) have one that holds no embedding.
-        vectors = None if self.proj is None else self.proj(embeddings.to(self.proj.bias.dtype))
+        vectors = None
+        if self.proj is not None:
+            # The dtype of the bias: quantized weights (bitsandbytes) have one that holds no embedding. torch's own quantized
+            # layers, whose bias is a method, take floats as they are.
+            vectors = self.proj(embeddings.to(getattr(self.proj.bias, "dtype", embeddings.dtype)))
         if self.table is None:
             return vectors
-        learned = self.table(items % self.table.num_embeddings)
+        learned = self.table(items % self.num_rows)
         return learned if vectors is None else vectors + learned
 
     def add_rows(self, count: int) -> None:
         """Appends rows for new items, each the mean of the others: an item of which nothing was learnt yet."""
         rows = self.table.weight.data
-        self.table.weight = nn.Parameter(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
-        self.table.num_embeddings = len(self.table.weight)
+        rows = torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)])
+        self.table.weight = nn.Parameter(rows, requires_grad=self.table.weight.requires_grad)
+        self.table.num_embeddings = self.num_rows = len(rows)
 
 
 class UniGRFRankingHead(nn.Module):

@@ -1,12 +1,20 @@
 """Continuations: each is read as if it were alone behind its history, in both ways of attending."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 from conftest import BACKBONES, build_model, random_histories
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, continuations_unigrf
-from modeling_unigrf.continuations_unigrf import read_continuations, shares_prefix, sliding_window
+from modeling_unigrf.continuations_unigrf import (
+    Continuations,
+    read_continuations,
+    shared_prefix_attention,
+    shares_prefix,
+    sliding_window,
+)
 
 
 def one_by_one(model, input_ids, mask, continuations):
@@ -50,19 +58,46 @@ def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, wa
     )
 
 
-def test_a_backbone_that_hands_nothing_down_is_found_out(monkeypatch):
+def test_a_backbone_that_hands_nothing_down_is_found_out_also_by_two_threads_and_after_a_failure(monkeypatch):
     model = build_model()
-    forward = model.model.language_model.forward
-    monkeypatch.setattr(
-        model.model.language_model, "forward", lambda *args, continuations=None, **kwargs: forward(*args, **kwargs)
-    )
-    assert not shares_prefix(model.model)
+    backbone, threads, asked_beside = model.model.language_model, ThreadPoolExecutor(1), []
+    forward, last = backbone.forward, backbone.layers[1].forward
+
+    def hands_nothing_down(*args, continuations=None, **kwargs):
+        if continuations is not None:  # in the middle of the trial
+            asked_beside.append(threads.submit(shares_prefix, model.model))
+            wait(asked_beside, timeout=0.05)
+        return forward(*args, **kwargs)
+
+    def fails(*args, continuations=None, **kwargs):
+        return last(*args, **kwargs) if continuations is None else 1 / 0
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(backbone.layers[1], "forward", fails)
+        shares_prefix(model.model)
+    assert backbone.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(backbone, "forward", hands_nothing_down)
     input_ids, mask, _ = random_histories(model, [4, 2])
     found = model.recommend(input_ids, mask, num_beams=12)
-    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert not shares_prefix(model.model) and not asked_beside[0].result()
+    assert backbone.config._attn_implementation == "sdpa"
     shared = build_model()
     torch.testing.assert_close(found.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
     assert shares_prefix(shared.model)
+
+
+def test_sums_over_a_long_history_fit_into_a_float16():
+    length, count = 2048, 3
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, n, 8, generator=generator) for n in (count, length + count))
+    query *= 0.01  # all are seen alike
+    value = 40.0 + torch.randn(key.shape, generator=generator)  # of which 2,048 add up to more than 65,504
+    own_keys = (length + torch.arange(count)).view(1, count, 1)
+    states, history = [one.half() for one in (query, key, value)], torch.ones(1, length, dtype=torch.bool)
+    found, _ = shared_prefix_attention(None, *states, None, continuations=Continuations(history, own_keys))
+    mask = torch.cat([history.expand(count, -1), torch.eye(count, dtype=torch.bool)], dim=1)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in states), mask)
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
 
 
 def test_training_after_inference_is_training_as_before():

@@ -139,11 +139,27 @@ def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8}
     expected = model.generate(input_ids, **arguments)
     base = GenerationConfig(top_k=2, temperature=0.1, top_p=0.3)
-    assert torch.equal(model.generate(input_ids, generation_config=base, **arguments), expected)
+    assert torch.equal(model.generate(input_ids, base, **arguments), expected), "in its place of stock `generate`"
     model.save_pretrained(tmp_path)
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.length_penalty == 0.0 and loaded.generation_config.top_k is None
     assert torch.equal(loaded.generate(input_ids, **arguments), expected)
+
+
+def test_what_no_generation_config_says_is_as_in_a_new_model(tmp_path):
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    expected, best = model.generate(input_ids, attention_mask=mask), model.recommend(input_ids, mask)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    for one in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(one.generate(input_ids, attention_mask=mask), expected)
+        assert one.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
+    model.generation_config = GenerationConfig(max_new_tokens=4)
+    assert torch.equal(model.recommend(input_ids, mask).item_indices, best.item_indices)
+    assert model.max_return_sequences() == 10
 
 
 def test_generation_keeps_no_state_between_calls_and_none_between_rows():
@@ -166,8 +182,9 @@ def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
     assert set(items.tolist()) == set((codes[:, 0] == codes[0, 0]).nonzero()[:, 0].tolist())
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
     prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
-    with pytest.raises(ValueError, match="no item of the catalogue begins"):
-        model.generate(prefix, num_beams=4)
+    for num_beams in (1, 4):
+        with pytest.raises(ValueError, match="no item of the catalogue begins"):
+            model.generate(prefix, num_beams=num_beams)
     wrong_level = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[1]]])], dim=1)
     with pytest.raises(ValueError, match="no beginning of an item"):
         model.generate(wrong_level, num_beams=4)
@@ -320,6 +337,24 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
 
 
+@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=str)
+def test_stock_beam_search_has_no_more_beams_than_items_either(stock):
+    model = build_model(num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    market = [1, 2, 3]
+    arguments = {"attention_mask": mask, "num_beams": 7, "num_return_sequences": 7}
+    arguments |= {"catalogue": model.catalogue.subset(market), **stock}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
+        items = generated_items(model, found.sequences, input_ids.shape[1]).view(2, 7)
+        assert items[:, :3].sort().values.tolist() == [market] * 2 and (items[:, 3:] == -1).all()
+        assert (found.sequences_scores.view(2, 7) == -torch.inf).equal(items == -1)
+        assert (found.sequences.view(2, 7, -1)[:, 3:, -4:] == model.config.pad_token_id).all()
+    plain = model.generate(input_ids, return_dict_in_generate=True, **arguments)
+    assert plain.scores is plain.sequences_scores is None
+
+
 def test_padding_takes_no_positions():
     model = build_model("gpt2")  # of 256 positions
     input_ids, mask, _ = random_histories(model, [3])
@@ -330,11 +365,20 @@ def test_padding_takes_no_positions():
         model.recommend(*random_histories(model, [51])[:2])
 
 
-def test_backbones_that_place_tokens_by_their_row_are_refused():
-    for model_type in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt"):
-        text_config = {"model_type": model_type, "hidden_size": 16, "num_attention_heads": 2}
-        with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'"):
-            UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        *((name, "") for name in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt")),
+        ("falcon", r" with \['alibi'\]"),
+        ("llama4_text", r" with \['chunked_attention'\]"),
+        ("recurrent_gemma", r" with \['linear_attention'\]"),
+    ],
+)
+def test_backbones_that_place_tokens_by_their_row_or_do_not_attend_are_refused(model_type, found):
+    text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text_config |= {"alibi": True} if model_type == "falcon" else {}
+    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{found}"):
+        UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
 def test_a_catalogue_that_was_set_in_inference_mode_is_searched_too():

@@ -59,15 +59,20 @@ def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_u
     torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
 
 
-def test_the_cache_is_left_as_it_was_also_when_ranking_fails(monkeypatch):
+def test_the_cache_is_left_as_it_was_also_when_ranking_or_reading_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    cache = prefill(model, input_ids, mask)
+    cache, part = prefill(model, input_ids, mask), prefill(model, input_ids[:, :6], mask[:, :6])
     monkeypatch.setattr(
         model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
     )  # after the first one's
     with pytest.raises(ZeroDivisionError):
         model.rank(input_ids, mask, torch.tensor([[0], [1]]), cache=cache)
+    for one in (part, DynamicCache()):
+        before = one.get_seq_length()
+        with pytest.raises(ZeroDivisionError):
+            model.recommend(input_ids, mask, cache=one)
+        assert {layer.get_seq_length() for layer in one.layers} == {before}
     assert [layer.get_seq_length() for layer in cache.layers] == [input_ids.shape[1]] * 2
 
 
@@ -91,11 +96,19 @@ def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
         torch.testing.assert_close(best.ranking_scores, ranks.gather(1, best.item_indices), atol=2e-5, rtol=1e-4)
 
 
-def test_recommend_in_bfloat16_agrees_with_float32():
+@pytest.mark.parametrize(
+    "rougher",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8),
+    ],
+    ids=["bfloat16", "int8"],
+)
+def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
     model = build_model(num_items=60, embeddings=True)
     input_ids, mask, _ = random_histories(model, [6, 3, 2, 1])
     exact = model.recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
-    rough = model.to(torch.bfloat16).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
+    rough = rougher(model).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
     by_item = [
         scores[items.argsort()]
         for items, scores in ((exact.item_indices, exact.scores), (rough.item_indices, rough.scores))

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from test_second_stage import second_stage_rows
 from transformers import AutoConfig, Trainer, TrainerState, TrainingArguments
 
-from modeling_unigrf import UniGRFCausalLMOutput, UniGRFConfig, UniGRFForCausalLM, supervision_unigrf, training_unigrf
+from modeling_unigrf import (
+    HSTUConfig,
+    UniGRFCausalLMOutput,
+    UniGRFConfig,
+    UniGRFForCausalLM,
+    supervision_unigrf,
+    training_unigrf,
+)
 from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts
 
 ROOT = Path(__file__).parents[1]
@@ -494,8 +501,22 @@ def test_what_an_adapter_would_hide_or_break_is_refused():
         model.add_items(new, vector)
     assert (model.catalogue.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
     merged = adapted.merge_and_unload()
+    merged.item_encoder.requires_grad_(False)
     merged.add_items(new, vector)
-    assert merged.config.num_items == 13
+    assert merged.config.num_items == 13 and not merged.item_encoder.table.weight.requires_grad
+
+    for of_table in (
+        {"target_modules": ["table"]},
+        {"trainable_token_indices": {"table": [3]}, "target_modules": ["q_proj"]},
+    ):
+        model = build_model(num_items=12)
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalogue.item_codes
+        get_peft_model(model, LoraConfig(**of_table))
+        torch.testing.assert_close(model(input_ids, mask, labels=input_ids).loss, expected)
+        with pytest.raises(ValueError, match="Merge the adapter first"):
+            model.add_items((before[:1] + 1) % torch.tensor([4, 3, 3, 2]), vector)
+        assert model.catalogue.item_codes is before and len(before) == model.config.num_items
 
     model = build_model(codebook_sizes=(30,), code_similarity="cosine")
     input_ids, mask, _ = random_histories(model, [4, 2])
@@ -572,6 +593,24 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
 def test_configs_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         UniGRFConfig(**fields)
+
+
+def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
+    text_config = HSTUConfig(dropout=0, layer_norm_eps=1)
+    lists = {"code_offsets": (6, 8), "behavior_token_ids": (4, 5), "ranking_targets": ("next",)}
+    lists |= {"codebook_sizes": (2, 2), "behaviors": ("dislike", "like"), "retrieval_behaviors": ("like",)}
+    config = UniGRFConfig(text_config=text_config, ranking_weight=1, embedding_dropout=0, **lists)
+    assert {name: tuple(getattr(config, name)) for name in lists} == lists
+    config.save_pretrained(tmp_path)
+    assert UniGRFConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert UniGRFConfig.from_pretrained(tmp_path, ranking_weight=2).ranking_weight == 2
+
+
+@pytest.mark.parametrize("changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=str)
+def test_a_spelling_that_is_changed_at_load_is_checked_as_a_new_one(changed, tmp_path):
+    build_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Token ids overlap"):
+        UniGRFForCausalLM.from_pretrained(tmp_path, **changed)
 
 
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
