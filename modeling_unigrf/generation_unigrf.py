@@ -525,7 +525,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"union_items={union_items}. Ask for fewer items, or search for more."
             )
         item_weight = self.config.item_weight if item_weight is None else item_weight
-        if (item_weight or union_items) and self.ranking_head.history_query is None:
+        if (item_weight or union_items) and not self.ranking_head.has_item_scores:
             raise ValueError(
                 f"item_weight={item_weight} and union_items={union_items} need an item-level score, which this model does not "
                 'have. Train one with the ranking target "next" and item_embedding_dim or item_table_size.'
@@ -594,7 +594,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         weight = self.config.ranking_weight if ranking_weight is None else ranking_weight
         scores = generation_scores + weight * ranking_scores if weight else generation_scores
         columns = {"generation_scores": generation_scores, "ranking_scores": ranking_scores}
-        if self.ranking_head.history_query is not None:
+        if self.ranking_head.has_item_scores:
             item_scores = self.ranking_head.item_scores(history_states[:, None], self.item_vectors(items)).float()
             columns["item_scores"] = item_scores.masked_fill(generation_scores == -torch.inf, -torch.inf)
             scores = scores + item_weight * columns["item_scores"] if item_weight else scores
