@@ -554,8 +554,8 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         cache = DynamicCache() if cache is None else cache
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
-        times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        history_mask = attention_mask.bool()
         with kept_as_found(cache):
             beams = self._search_items(
                 input_ids,
@@ -577,13 +577,13 @@ class UniGRFGenerationMixin(GenerationMixin):
                 items, generation_scores = items.gather(1, kept), generation_scores.gather(1, kept)
                 keys = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[2]))
             # The search has read all codes of the candidates but the last.
-            states = read_candidates(self, items, attention_mask.bool(), keys, cache, long_history, times)[:, :, -1]
+            states = read_candidates(self, items, history_mask, keys, cache, long_history, asked_for)[:, :, -1]
             if union_items:
                 more = best_by_item_score(self, history_states, union_items, trie, item_filter)
                 known = (more[..., None] == items[:, None]) & (generation_scores > -torch.inf)[:, None]
                 new = (more >= 0) & ~known.any(dim=2)
                 more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
-                more_states = read_candidates(self, more, attention_mask.bool(), nothing, cache, long_history, times)
+                more_states = read_candidates(self, more, history_mask, nothing, cache, long_history, asked_for)
                 log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)
                 items, states = torch.cat([items, more], dim=1), torch.cat([states, more_states[:, :, -1]], dim=1)
                 generation_scores = torch.cat([generation_scores, log_probs], dim=1)

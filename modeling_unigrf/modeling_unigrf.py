@@ -526,7 +526,6 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         )
         length = input_ids.shape[1]
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
-        times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         if cache is None:
             cache = DynamicCache()
             history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
@@ -550,7 +549,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                     nothing.expand(-1, pack.shape[1], -1),
                     cache,
                     long_history,
-                    times,
+                    asked_for,
                 )
             logits.append(self.ranking_logits(states[:, :, -1], history_states, pack))
         return torch.cat(logits, dim=1)
