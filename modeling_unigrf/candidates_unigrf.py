@@ -53,7 +53,7 @@ def read_candidates(
     earlier_keys: torch.LongTensor,
     cache: DynamicCache,
     long_history: LongHistory | None,
-    timestamps: torch.LongTensor | None = None,
+    request_timestamps: torch.LongTensor | None = None,
 ) -> torch.FloatTensor:
     """
     Runs what the cache lacks of candidates: their last codes and, with `config.num_retrieved_items`, their blocks, whose
@@ -63,20 +63,21 @@ def read_candidates(
         items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What they see of the cache's first T tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache their first m codes are.
-        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): As `read_continuations` takes them. The
-            retrieved items of a block have times of their own, its other two those of the codes.
+        request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is, and with it all
+            of a candidate but the retrieved items, which have times of their own.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2, hidden_size)`.
     """
     codes = model.catalogue.item_codes[items].long()
     tokens = model.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
+    timestamps = None if request_timestamps is None else request_timestamps[:, None].expand(-1, 2)
     if long_history is None:
         return read_continuations(model.model, tokens, history_mask, earlier_keys, cache, timestamps)[0]
     block, there, times = block_inputs(model, items, long_history)
     token_times = None
-    if timestamps is not None:
-        own = timestamps[:, :1, None].expand(*items.shape, tokens.shape[2] + 2)
+    if request_timestamps is not None:
+        own = request_timestamps[:, None, None].expand(*items.shape, tokens.shape[2] + 2)
         token_times = torch.cat([own[..., :-1], times, own[..., -1:]], dim=2)
     inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
     mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
@@ -199,8 +200,7 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
             f"config.max_history_items is {config.max_history_items}."
         )
 
-    asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])
-    times = None if asked_for is None else asked_for.expand(-1, 2)
+    asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])[:, 0]
     history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
     if candidates is None and not config.num_train_beams and NEXT_TARGET in config.ranking_targets:
         raise ValueError(
@@ -208,9 +208,8 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
             "`candidates` nor config.num_train_beams. Set num_train_beams, e.g. to 20, for the model's own beams."
         )
     if candidates is None and config.num_train_beams:
-        when = None if asked_for is None else asked_for[:, 0]
         candidates = beam_candidates(
-            model, config.num_train_beams, history_states, history_mask, cache, supervision.blocked_items, when
+            model, config.num_train_beams, history_states, history_mask, cache, supervision.blocked_items, asked_for
         )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
@@ -223,7 +222,7 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
     for pack in items.split(CANDIDATES_AT_ONCE, dim=1):
         with kept_as_found(cache):
             nothing = pack.new_empty(*pack.shape, 0)
-            read = read_candidates(model, pack, history_mask, nothing, cache, supervision.long_history, times)
+            read = read_candidates(model, pack, history_mask, nothing, cache, supervision.long_history, asked_for)
             states.append(read[:, :, -1])
     logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_vectors(items))
     is_target = candidates == targets[:, None]

@@ -281,7 +281,7 @@ def shares_prefix(backbone: nn.Module) -> bool:
     """
     config = backbone.language_model.config
     with TRIAL:  # of which no other thread may see half
-        if config._attn_implementation == "sdpa" and getattr(backbone, "hands_down_arguments", True):
+        if config._attn_implementation == "sdpa" and backbone.hands_down_arguments:
             token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
             cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
             trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])

@@ -581,7 +581,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"union_items={union_items}. Ask for fewer items, or search for more."
             )
         item_weight = self.config.item_weight if item_weight is None else item_weight
-        if (item_weight or union_items) and self.ranking_head.history_query is None:
+        if (item_weight or union_items) and not self.ranking_head.has_item_scores:
             raise ValueError(
                 f"item_weight={item_weight} and union_items={union_items} need an item-level score, which this model does not "
                 'have. Train one with the ranking target "next" and item_embedding_dim or item_table_size.'
@@ -610,8 +610,8 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         cache = DynamicCache() if cache is None else cache
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
-        times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        history_mask = attention_mask.bool()
         with kept_as_found(cache):
             beams = self._search_items(
                 input_ids,
@@ -633,13 +633,13 @@ class UniGRFGenerationMixin(GenerationMixin):
                 items, generation_scores = items.gather(1, kept), generation_scores.gather(1, kept)
                 keys = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[2]))
             # The search has read all codes of the candidates but the last.
-            states = read_candidates(self, items, attention_mask.bool(), keys, cache, long_history, times)[:, :, -1]
+            states = read_candidates(self, items, history_mask, keys, cache, long_history, asked_for)[:, :, -1]
             if union_items:
                 more = best_by_item_score(self, history_states, union_items, trie, item_filter)
                 known = (more[..., None] == items[:, None]) & (generation_scores > -torch.inf)[:, None]
                 new = (more >= 0) & ~known.any(dim=2)
                 more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
-                more_states = read_candidates(self, more, attention_mask.bool(), nothing, cache, long_history, times)
+                more_states = read_candidates(self, more, history_mask, nothing, cache, long_history, asked_for)
                 log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)
                 items, states = torch.cat([items, more], dim=1), torch.cat([states, more_states[:, :, -1]], dim=1)
                 generation_scores = torch.cat([generation_scores, log_probs], dim=1)
@@ -650,7 +650,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         weight = self.config.ranking_weight if ranking_weight is None else ranking_weight
         scores = generation_scores + weight * ranking_scores if weight else generation_scores
         columns = {"generation_scores": generation_scores, "ranking_scores": ranking_scores}
-        if self.ranking_head.history_query is not None:
+        if self.ranking_head.has_item_scores:
             item_scores = self.ranking_head.item_scores(history_states[:, None], self.item_vectors(items)).float()
             columns["item_scores"] = item_scores.masked_fill(generation_scores == -torch.inf, -torch.inf)
             scores = scores + item_weight * columns["item_scores"] if item_weight else scores

@@ -121,6 +121,10 @@ class ItemLayout:
         """Positions of items' last codes -> positions of the bos or behaviour before them (negative: there is none)."""
         return last - self.num_levels
 
+    def code_positions(self, history_ends: torch.LongTensor) -> torch.LongTensor:
+        """Positions of bos or behaviours `[n]` -> where the codes of the items behind them are predicted, `[n, L]`."""
+        return history_ends[:, None] + torch.arange(self.num_levels, device=history_ends.device)
+
     def ranking_states(self, states: torch.Tensor) -> torch.Tensor:
         """Of candidates packed in one row, `[B, N * L, hidden_size]`, the states that rank them, `[B, N, hidden_size]`."""
         return states[:, self.num_levels - 1 :: self.num_levels]

@@ -92,6 +92,9 @@ PLACED_BY_ROW = ("gpt_neo", "opt")
 class UniGRFModel(UniGRFPreTrainedModel):
     """The backbone alone: hidden states and cache of a token sequence."""
 
+    # Whether keyword arguments reach the backbone's attention: `shares_prefix` tries.
+    hands_down_arguments: bool = True
+
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
         # Our own backbone by its type: a copy of this code that was loaded from a folder has classes of its own.
@@ -187,9 +190,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         # The same everywhere: DDP would send it round before each forward, and what was written is a trie to be built again.
         self._ddp_params_and_buffers_to_ignore = ["catalogue.item_codes", "catalogue.item_embeddings"]
         if config.tie_word_embeddings:
-            embeddings = self.model.get_input_embeddings()
-            name = next(name for name, module in self.named_modules() if module is embeddings)
-            self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+            self._tied_weights_keys = {"lm_head.weight": f"{self._embeddings_name}.weight"}
         # Explicit, so that nothing is inherited from a backbone's own file; without `_from_model_config = False`
         # transformers would drop it on save.
         self.generation_config = GenerationConfig(**self._generation_defaults)
@@ -201,16 +202,20 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         return ItemLayout(self.config)
 
     @property
+    def _embeddings_name(self) -> str:
+        """Where the token embeddings are: each backbone calls them in its own way."""
+        embeddings = self.get_input_embeddings()
+        return next(name for name, module in self.named_modules() if module is embeddings)
+
+    @property
     def modules_to_save(self) -> list[str]:
         """
         For `peft.LoraConfig(modules_to_save=...)`: heads, code embeddings and what item vectors are made of, all that is
         task-specific. For an adapter of a model that is trained already, a large item table may be left out of it.
         """
-        embeddings = self.get_input_embeddings()
-        name = next(name for name, module in self.named_modules() if module is embeddings)
         items = ["item_encoder"] if self.config.has_item_vectors else []
         block = [] if self.candidate_block is None else ["candidate_block"]
-        return ["ranking_head", "lm_head", name.rpartition(".")[2], *items, *block]
+        return ["ranking_head", "lm_head", self._embeddings_name.rpartition(".")[2], *items, *block]
 
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices `[...]` -> what the model reads of them beyond their codes, `[..., hidden_size]`; None: nothing."""
@@ -513,7 +518,6 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         )
         length = input_ids.shape[1]
         asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
-        times = None if asked_for is None else asked_for[:, None].expand(-1, 2)
         if cache is None:
             cache = DynamicCache()
             history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
@@ -522,7 +526,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
             raise ValueError(
                 f"Expected a cache of the {length} tokens of input_ids, found one of {cache.get_seq_length()}."
             )
-        if history_states is None and self.ranking_head.history_query is not None:
+        if history_states is None and self.ranking_head.has_item_scores:
             history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
         if candidates_per_pack is None:
             candidates_per_pack = 64 if candidates.device.type == "cpu" else 1024
@@ -537,7 +541,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
                     nothing.expand(-1, pack.shape[1], -1),
                     cache,
                     long_history,
-                    times,
+                    asked_for,
                 )
             logits.append(self.ranking_logits(states[:, :, -1], history_states, pack))
         return torch.cat(logits, dim=1)

@@ -59,7 +59,12 @@ class UniGRFRankingHead(nn.Module):
         self.next_target = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
         self.history_query = nn.Linear(width, width) if has_vectors and self.next_target is not None else None
         self.detaches_item_score = config.detach_item_score
-        self.adds_item_score = config.rank_by_item_score and self.history_query is not None
+        self.adds_item_score = config.rank_by_item_score and self.has_item_scores
+
+    @property
+    def has_item_scores(self) -> bool:
+        """Whether items have a score of their own, by the history's end alone (`item_scores`)."""
+        return self.history_query is not None
 
     def item_scores(self, history_states: torch.Tensor, item_vectors: torch.Tensor) -> torch.Tensor:
         """States at the history's end and vectors of the items, both `[..., hidden_size]` -> scores `[...]`."""

@@ -77,9 +77,8 @@ def retrieval_positives(
         return targets, supervised, 1.0
     ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
     positive = torch.isin(supervised.behaviors, targets.new_tensor([ids[name] for name in config.retrieval_behaviors]))
-    left_out = [one[~positive][:, None] for one in (supervised.rows, supervised.history_ends)]
-    steps = torch.arange(layout.num_levels, device=targets.device)
-    codes = targets.index_put((left_out[0], left_out[1] + steps), targets.new_tensor(-100))
+    rows, ends = supervised.rows[~positive], supervised.history_ends[~positive]
+    codes = targets.index_put((rows[:, None], layout.code_positions(ends)), targets.new_tensor(-100))
     kept, count = ((layout.token_levels(one) >= 0).sum() for one in (codes, targets))
     return codes, SupervisedItems(*(one[positive] for one in vars(supervised).values())), kept / count.clamp(min=1)
 
@@ -396,11 +395,8 @@ def candidate_loss(
     layout = model.layout
     count, ends = given.negatives.shape[1], given.last_ends.clamp(min=0)
     has_last = (given.last_ends >= 0) & (targets.gather(1, ends[:, None])[:, 0] != -100)
-    rows, steps = (
-        torch.arange(len(ends), device=ends.device)[:, None],
-        torch.arange(layout.num_levels, device=ends.device),
-    )
-    of_target = hidden_states[rows, ends[:, None] + steps]
+    rows = torch.arange(len(ends), device=ends.device)
+    of_target = hidden_states[rows[:, None], layout.code_positions(ends)]
     packed = hidden_states[:, -negatives.tokens.shape[1] :].unflatten(1, (-1, layout.num_levels))[:, -count:]
     states = torch.cat([of_target[:, None, 1:], packed[:, :, :-1]], dim=1)
     items = torch.cat([given.targets.clamp(min=0)[:, None], negatives.items[:, -count:]], dim=1)

@@ -140,7 +140,7 @@ class CatalogueTrie:
             item_codes = item_codes[items]
         if len(item_codes) == 0:
             raise ValueError("Expected a catalogue of at least one item, found none.")
-        self.num_items, self.num_levels = item_codes.shape
+        self.num_items = len(item_codes)
         sizes = item_codes.new_tensor(self.codebook_sizes)
         bad = ((item_codes < 0) | (item_codes >= sizes)).any(dim=1)
         if bad.any():

@@ -15,9 +15,6 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.subhistory_unigrf import retrieve
-from tokenization import SemanticIdTokenizer
-
-PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # for its padding alone
 
 
 def long_histories(model, lengths, seed=5):
@@ -291,7 +288,6 @@ def test_long_histories_that_do_not_fit_are_refused_everywhere(items, behaviors,
 def test_a_model_without_sub_histories_is_the_old_one_and_says_so():
     model = build_model()
     assert not any("candidate_block" in name for name in model.state_dict())
-    assert model.config.max_history_items == build_model(num_retrieved_items=0).config.max_history_items
     input_ids, mask, _ = random_histories(model, [3, 2])
     with pytest.raises(ValueError, match="num_retrieved_items=0 does not read"):
         model.recommend(input_ids, mask, **long_histories(model, [3, 2]))
