@@ -525,6 +525,16 @@ def test_a_spelling_that_is_changed_at_load_is_checked_as_a_new_one(changed, tmp
         UniGRFForCausalLM.from_pretrained(tmp_path, **changed)
 
 
+def test_tokens_that_spell_items_are_not_taken_away():
+    model = build_model()
+    needed = model.config.num_spelling_tokens
+    assert model.resize_token_embeddings(needed + 3).num_embeddings == needed + 3
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=f"at least the {needed} tokens"):
+            part.resize_token_embeddings(needed - 1)
+    assert model.resize_token_embeddings(needed).num_embeddings == needed
+
+
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2, 3])
