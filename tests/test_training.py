@@ -244,6 +244,8 @@ def test_the_gradient_norm_form_balances_the_gradients():
     assert model(**batch).gradient_norms is None
     with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
         AdaptiveWeighter(form="other")
+    model.measures_gradients, model.config.ranking_loss_weight = True, 0.0
+    torch.testing.assert_close(model(**batch).gradient_norms, torch.stack([expected, torch.tensor(0.0)]))
 
 
 def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
