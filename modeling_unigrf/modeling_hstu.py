@@ -152,6 +152,10 @@ class HSTUModel(HSTUPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if use_cache and cache is None:
             cache = DynamicCache()
         if cache is not None:

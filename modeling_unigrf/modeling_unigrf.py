@@ -84,6 +84,21 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """
+        As every model of transformers.
+
+        Raises:
+            ValueError: if tokens that spell items would be left out.
+        """
+        needed = self.config.num_spelling_tokens
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"Expected at least the {needed} tokens that spell the items, found new_num_tokens={new_num_tokens}. Take "
+                "`len(tokenizer)`."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
 
 # Backbones that take position_ids and go by a token's place in its row all the same.
 PLACED_BY_ROW = ("gpt_neo", "opt")

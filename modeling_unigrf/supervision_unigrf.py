@@ -219,6 +219,8 @@ class UniGRFSupervisionMixin:
         if self.training and self.measures_gradients:
             gradients = [
                 torch.autograd.grad(losses[name], hidden_states, retain_graph=True, allow_unused=True)[0]
+                if name in losses
+                else None
                 for name in ("generation_loss", "ranking_loss")
             ]
             norms["gradient_norms"] = torch.stack(

@@ -134,6 +134,16 @@ def test_any_dynamic_cache_will_do_and_no_other():
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="static")
 
 
+def test_what_a_forward_returns_beside_its_output_is_told_by_the_config_too():
+    model, tokens = build(), torch.randint(1, 30, (1, 5))
+    asked = model(tokens, output_hidden_states=True, output_attentions=True)
+    model.config.output_hidden_states = model.config.output_attentions = True
+    by_config, neither = model(tokens), model(tokens, output_hidden_states=False, output_attentions=False)
+    for name in ("hidden_states", "attentions"):
+        torch.testing.assert_close(by_config[name], asked[name])
+        assert name not in neither
+
+
 def test_the_old_name_of_the_cache_still_reaches_it():
     cache = DynamicCache()
     with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):

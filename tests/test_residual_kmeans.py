@@ -150,7 +150,7 @@ def test_a_truncated_or_missing_file_is_refused_by_name(quantizer, tmp_path):
 def test_principal_components_are_part_of_the_quantiser(tmp_path):
     rng = np.random.default_rng(3)
     embeddings = (rng.normal(size=(300, 8)) @ rng.normal(size=(8, 40)) + 5).astype(np.float32)
-    quantizer = ResidualKMeans((32, 32, 32), pca_dim=8).fit(embeddings)
+    quantizer = ResidualKMeans((32, 32, 32), pca_dim=np.int64(8)).fit(embeddings)
     codes = quantizer.encode(embeddings)
     assert quantizer.embedding_dim == 40 and quantizer.codebooks[0].shape == (32, 8)
     error = np.square(quantizer.decode(codes) - embeddings).sum() / np.square(embeddings - embeddings.mean(0)).sum()

@@ -244,6 +244,8 @@ def test_the_gradient_norm_form_balances_the_gradients():
     assert model(**batch).gradient_norms is None
     with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
         AdaptiveWeighter(form="other")
+    model.measures_gradients, model.config.ranking_loss_weight = True, 0.0
+    torch.testing.assert_close(model(**batch).gradient_norms, torch.stack([expected, torch.tensor(0.0)]))
 
 
 def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
@@ -611,6 +613,16 @@ def test_a_spelling_that_is_changed_at_load_is_checked_as_a_new_one(changed, tmp
     build_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Token ids overlap"):
         UniGRFForCausalLM.from_pretrained(tmp_path, **changed)
+
+
+def test_tokens_that_spell_items_are_not_taken_away():
+    model = build_model()
+    needed = model.config.num_spelling_tokens
+    assert model.resize_token_embeddings(needed + 3).num_embeddings == needed + 3
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=f"at least the {needed} tokens"):
+            part.resize_token_embeddings(needed - 1)
+    assert model.resize_token_embeddings(needed).num_embeddings == needed
 
 
 def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):

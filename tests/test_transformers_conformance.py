@@ -67,6 +67,7 @@ class UniGRFModelTester:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 128,
             },
+            vocab_size=64,  # more than spell the items, so that it can be made smaller
             codebook_sizes=[8, 8, 4],
             behaviors=["dislike", "like"],
             num_items=20,
@@ -102,3 +103,10 @@ class UniGRFModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
         if return_labels and model_class is UniGRFForCausalLM:
             inputs_dict["labels"] = inputs_dict["input_ids"].clone()
         return inputs_dict
+
+    def test_resize_tokens_embeddings(self):
+        # Its last part has 4 tokens, too few to spell items.
+        for model_class in (UniGRFModel, UniGRFForCausalLM):
+            self.all_model_classes = (model_class,)
+            with self.assertRaisesRegex(ValueError, r"at least.* 26 tokens .*found .*=4\b"):
+                super().test_resize_tokens_embeddings()

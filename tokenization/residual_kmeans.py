@@ -63,7 +63,7 @@ class ResidualKMeans:
         if not 0 <= seed < 2**31 - len(self.codebook_sizes):  # faiss takes a C int, and each level adds its index
             raise ValueError(f"expected a seed >= 0 that fits in 31 bits, found {seed}")
         self.normalize = bool(normalize)
-        self.pca_dim = pca_dim
+        self.pca_dim = None if pca_dim is None else int(pca_dim)
         self.num_iterations = int(num_iterations)
         self.max_points_per_centroid = int(max_points_per_centroid)
         self.seed = int(seed)
