@@ -163,7 +163,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
 
         With `num_beams=K, num_return_sequences=R` the best items come first, as many as there are and at most R a row;
-        `output_scores=True, return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities.
+        `output_scores=True, return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities, but neither the
+        `scores` of every step nor `beam_indices`, which stock beam search has.
 
         Args:
             catalogue (`CatalogueTrie`, *optional*): Generate only items of this part of the catalogue, made by
