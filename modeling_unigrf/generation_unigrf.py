@@ -163,7 +163,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
 
         With `num_beams=K, num_return_sequences=R` the best items come first, as many as there are and at most R a row;
-        `output_scores=True, return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities.
+        `output_scores=True, return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities, but neither the
+        `scores` of every step nor `beam_indices`, which stock beam search has.
 
         Args:
             catalogue (`CatalogueTrie`, *optional*): Generate only items of this part of the catalogue, made by
@@ -422,6 +423,14 @@ class UniGRFGenerationMixin(GenerationMixin):
             for name in ("do_sample", "output_attentions", "output_hidden_states", "output_logits")
             if getattr(generation_config, name)
         ]
+        if getattr(self.prepare_inputs_for_generation, "__self__", None) is not self:
+            # PEFT puts its virtual tokens before a history there, and before every step again if there is a cache.
+            unsupported.append("prompt learning")
+            model_kwargs = {**model_kwargs, "use_cache": False}
+            model_kwargs.pop("cache", None)
+        hooks = (hook for module in self.modules() for hook in module._forward_pre_hooks.values())
+        if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
+            unsupported.append("adapter_names")  # PEFT's, one a beam
         cache = model_kwargs.get("cache")
         if synced_gpus:
             unsupported.append("synced_gpus")
@@ -524,7 +533,8 @@ class UniGRFGenerationMixin(GenerationMixin):
     ) -> UniGRFRecommendation:
         """
         The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
-        `log P(item | history) + ranking_weight * log sigmoid(rank)` (RecoChain, inference).
+        `log P(item | history) + ranking_weight * log sigmoid(rank)` (RecoChain, inference). PEFT's prompt learning has no effect
+        here and in `rank`: only its own `forward` and `generate` put the virtual tokens before a history.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.

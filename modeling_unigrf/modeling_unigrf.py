@@ -202,7 +202,7 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
         self.catalogue = UniGRFCatalogue(config)
-        # The same everywhere: DDP would send it round before each forward, and what was written is a trie to be built again.
+        # The same everywhere: DDP would send it round before each forward, and does so under PEFT, whose names have a prefix.
         self._ddp_params_and_buffers_to_ignore = ["catalogue.item_codes", "catalogue.item_embeddings"]
         if config.tie_word_embeddings:
             self._tied_weights_keys = {"lm_head.weight": f"{self._embeddings_name}.weight"}

@@ -473,6 +473,36 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
     assert torch.equal(reloaded.generate(input_ids=input_ids, attention_mask=mask, num_beams=4), generated)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_virtual_tokens_and_adapters_of_single_rows_reach_the_beams():
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
+    input_ids, mask, _ = random_histories(model, [3, 3])
+    arguments = {"input_ids": input_ids, "attention_mask": mask, "num_beams": 12, "num_return_sequences": 12}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True}
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    found = prompted.generate(**arguments)
+    with torch.no_grad():
+        logits = prompted(input_ids=found.sequences, attention_mask=torch.ones_like(found.sequences)).logits
+    expected = 0.0
+    for level, tokens in enumerate(found.sequences[:, -3:].T):
+        codes = model.layout.level_slice(level)
+        log_probs = logits[:, level - 4, codes].log_softmax(dim=-1)
+        expected = expected + log_probs.gather(1, tokens[:, None] - codes.start)[:, 0]
+    torch.testing.assert_close(found.sequences_scores, expected, atol=2e-5, rtol=1e-4)
+
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
+    plain = model.generate(**arguments).sequences_scores
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with_it, mixed = (
+        adapted.generate(**arguments, **one).sequences_scores
+        for one in ({}, {"adapter_names": ["default", "__base__"]})
+    )
+    torch.testing.assert_close(mixed, torch.cat([with_it[:12], plain[12:]]), atol=2e-5, rtol=1e-4)
+    assert ((with_it - plain).view(2, 12).abs().amax(dim=1) > 1e-2).all()
+
+
 def test_the_adaptive_weights_reach_a_model_with_an_adapter():
     from peft import LoraConfig, get_peft_model
 

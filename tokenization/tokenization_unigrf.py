@@ -291,10 +291,11 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
     def decode_indices(self, token_ids: np.ndarray | torch.Tensor | Sequence) -> np.ndarray | list[np.ndarray]:
         """Catalogue rows of the items in token ids: [T] -> int64 [n], or [B, T] -> B of them.
 
-        Special tokens and behaviours are skipped between items.
+        The tokenizer's own special tokens and behaviours are skipped between items.
 
         Raises:
-            ValueError: codes that are not whole items in level order, or that spell no item of the catalogue.
+            ValueError: codes that are not whole items in level order, or that spell no item of the catalogue; tokens that
+                were added.
         """
         return decode_rows(self._layout, self._catalogue, token_ids)
 
