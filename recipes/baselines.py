@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 from datasets import DatasetDict, load_from_disk
 from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from recipes.measure import load_metric
 from recipes.prepare import prepared
 
 Histories = Sequence[Sequence[int]]
@@ -30,7 +30,6 @@ GRID: dict[str, tuple[Any, ...]] = {
     "shrink": (0.0, 10.0, 50.0),
     "window": (3, 5, 10, 20, None),
 }
-METRICS = Path(__file__).parent / "metrics"
 BLOCK = 1024  # rows that are dense at a time: bounds memory at four times BLOCK x num_items floats
 
 
@@ -41,11 +40,6 @@ class BaselineArguments:
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the results; printed either way."})
     k: int = field(default=50, metadata={"help": "Length of the ranked lists, in items."})
-
-
-def load_metric(name: str) -> evaluate.EvaluationModule:
-    """A metric of ours, which keeps no file, so that two runs at a time do not wait for each other's lock."""
-    return evaluate.load(str(METRICS / name), keep_in_memory=True)
 
 
 class Ranker:

@@ -11,24 +11,22 @@ recipes.recommend serve what was measured. A model without a ranking loss is mea
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
-from modeling_unigrf import UniGRFConfig
-from recipes.baselines import baseline_results, load_metric
-from recipes.histories import encode, padded
+from recipes.baselines import baseline_results
+from recipes.measure import Measurement, candidates, invalid_items, keep_choice, like_auc, lists_and_ranks, load_metric
 from recipes.prepare import check_same_items, prepared
 from recipes.recommend import weights_hash
-from recipes.runs import whole_file, write_json
-from recipes.training_rows import columns_read, unseen_targets
+from recipes.runs import write_json
+from recipes.training_rows import unseen_targets
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
 SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "union_items", "num_ranked_beams")
@@ -75,85 +73,6 @@ class EvaluateArguments:
     )
 
 
-def batches(model, tokenizer, split: Dataset, args: EvaluateArguments, desc: str):
-    """
-    Yields `(rows [b], inputs)` of users with histories of similar length, under a progress bar: what `recommend` reads of
-    them, with times (of the request: the target's) if the model reads them.
-    """
-    names = list(columns_read(split, model.config.reads_times))
-    read = slice(-args.max_items if args.max_items else None, None)
-    order = np.argsort([len(items[read]) for items in split["items"]], kind="stable")
-    for start in tqdm(range(0, len(order), args.batch_size), desc=desc, unit="batch"):
-        rows = order[start : start + args.batch_size]
-        users = [split[int(row)] for row in rows]
-        columns = {name: [np.array(user[name][read]) for user in users] for name in names}
-        if "timestamps" in columns:
-            columns["request_timestamps"] = [user["target_timestamp"] for user in users]
-        yield rows, encode(tokenizer, **columns).to(model.device)
-
-
-def long_histories(model, split: Dataset, rows: np.ndarray, args: EvaluateArguments) -> dict[str, torch.Tensor]:
-    """`long_items`, `long_behaviors` and, with times, `long_timestamps [b, H]` of some users, for a model that reads them."""
-    if not model.config.num_retrieved_items:
-        return {}
-    users, kept = [split[int(row)] for row in rows], slice(-args.max_long_items if args.max_long_items else None, None)
-    return {
-        f"long_{name}": padded([user[name][kept] for user in users]).to(model.device)
-        for name in columns_read(split, model.config.reads_times)
-    }
-
-
-def candidates(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, torch.Tensor]:
-    """All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `item_scores` if there are some."""
-    names = ["item_indices", "generation_scores", "ranking_scores"]
-    if model.ranking_head.history_query is not None:
-        names.append("item_scores")
-    columns = {name: [None] * len(split) for name in names}
-    for rows, inputs in batches(model, tokenizer, split, args, f"beams of {num_beams}"):
-        found = model.recommend(
-            **inputs,
-            num_beams=num_beams,
-            num_return_sequences=num_beams + args.union_items,
-            ranking_weight=0.0,
-            ranking_target=args.ranking_target,
-            exclude_history=False,
-            blocked_items=[split[int(row)]["items"] for row in rows] if args.exclude_history else None,
-            item_weight=0.0,
-            union_items=args.union_items,
-            num_ranked_beams=0,
-            **long_histories(model, split, rows, args),
-        )
-        for name, column in columns.items():
-            for row, values in zip(rows, found[name].cpu(), strict=True):
-                column[row] = values
-    return {name: torch.stack(column) for name, column in columns.items()}
-
-
-def lists_and_ranks(
-    found, weight: float, targets: torch.Tensor, length: int, item_weight: float = 0.0, num_ranked: int = 0
-) -> tuple[list, list[int | None]]:
-    """
-    Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there).
-    `num_ranked`: as if `recommend` had ranked only so many, the best by the other scores.
-    """
-    scores = found["generation_scores"]
-    absent = scores == -torch.inf
-    scores = scores + item_weight * found["item_scores"] if item_weight else scores
-    if num_ranked:
-        unranked = torch.ones_like(scores, dtype=torch.bool).scatter_(
-            1, scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices, False
-        )
-        absent = absent | unranked
-        scores = scores.masked_fill(unranked, -torch.inf)
-    scores = scores + weight * found["ranking_scores"] if weight else scores
-    scores = scores.masked_fill(absent, -torch.inf)  # of any weights
-    scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
-    lists = found["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1)
-    hits = lists == targets[:, None]
-    ranks = [int(row.int().argmax()) + 1 if row.any() else None for row in hits]
-    return lists.tolist(), ranks
-
-
 def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | None:
     """
     The behaviour whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behaviour or
@@ -172,51 +91,6 @@ def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | No
         print(f"no AUC: of all held-out interactions, all or none are of the behaviour {like!r}")
         return None
     return like
-
-
-def like_auc(model, tokenizer, split: Dataset, like: str, args: EvaluateArguments) -> dict[str, float]:
-    """AUC over users of the score of target `like`, for the held-out interaction."""
-    index, behavior = model.config.ranking_targets.index(like), tokenizer.behaviors.index(like)
-    scores = np.zeros(len(split))
-    targets = torch.tensor(split["target"][:]).long()
-    for rows, inputs in batches(model, tokenizer, split, args, "AUC"):
-        logits = model.rank(
-            **inputs,
-            candidates=targets[rows][:, None].to(model.device),
-            **long_histories(model, split, rows, args),
-        )
-        scores[rows] = logits[:, 0, index].cpu()
-    labels = [int(one == behavior) for one in split["target_behavior"][:]]
-    auc = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=labels)["auc"]
-    return {"auc": auc, "share_of_likes": float(np.mean(labels)), "interactions": len(labels)}
-
-
-def invalid_items(model, tokenizer, split: Dataset, num_beams: int, args: EvaluateArguments) -> dict[str, int]:
-    """Runs plain `generate` and counts, by the tokenizer's own table, the generated items that do not exist."""
-    checked = invalid = 0
-    for _, inputs in batches(model, tokenizer, split, args, "generated items"):
-        sequences = model.generate(**inputs, num_beams=num_beams, num_return_sequences=min(10, num_beams))
-        for tokens in sequences[:, inputs["input_ids"].shape[1] :].cpu():
-            checked += 1
-            try:
-                invalid += len(tokenizer.decode_indices(tokens)) != 1
-            except ValueError:
-                invalid += 1
-    return {"checked": checked, "invalid": invalid}
-
-
-def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float | str | None) -> None:
-    """
-    Writes what was chosen into the checkpoint's own config, of which `chosen` are fields: the defaults of `recommend` and of
-    the pipeline.
-    """
-    UniGRFConfig.from_pretrained(checkpoint, **chosen).check_training()
-    # The JSON alone: `save_pretrained` would put this code's configuration beside the folder's own model.
-    file = Path(checkpoint) / "config.json"
-    text = json.dumps(json.loads(file.read_text()) | chosen, indent=2, sort_keys=True) + "\n"
-    with whole_file(file) as unfinished:
-        unfinished.write_text(text)
-    GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
 
 
 def interactions_of(checkpoint: str | Path, record: dict) -> str:
@@ -261,6 +135,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         )
     if is_ranker and not args.ranking_weights:
         raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
+    how = Measurement(**{one.name: getattr(args, one.name) for one in fields(Measurement)})
     trained_on = interactions_of(args.checkpoint, record)
     if trained_on == OTHER_INTERACTIONS:
         print(
@@ -280,7 +155,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     item_weights = args.item_weights if model.ranking_head.history_query is not None else [0.0]
     tried = []
     for num_beams in args.num_beams:
-        found = candidates(model, tokenizer, dataset["validation"], num_beams, args)
+        found = candidates(model, tokenizer, dataset["validation"], num_beams, how)
         for weight, item_weight in product([0.0, *args.ranking_weights], item_weights):
             values, _ = measure(found, weight, targets["validation"], item_weight)
             tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
@@ -291,10 +166,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         if len(values) > 1 and best[name] == max(values):
             print(f"validation chose {name}={best[name]}, the largest that was tried: a larger one may be better")
 
-    found = candidates(model, tokenizer, dataset["test"], num_beams, args)
+    found = candidates(model, tokenizer, dataset["test"], num_beams, how)
     beams = found
     if args.union_items:  # these are no beams
-        beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(args, union_items=0))
+        beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(how, union_items=0))
     generation, generation_ranks = measure(beams, 0.0, targets["test"])
     ranked, ranked_ranks = measure(found, weight, targets["test"], item_weight)
     if baselines is None and args.baselines:
@@ -304,7 +179,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     baselines = baselines or {}
     repeats = np.array([user["target"] in user["items"] for user in dataset["test"]])
     ordered_by = record.get("ordered_by", "timestamp")  # folders of before it was told
-    checked = invalid_items(model, tokenizer, dataset["test"], num_beams, args)
+    checked = invalid_items(model, tokenizer, dataset["test"], num_beams, how)
     metrics = {
         "protocol": {
             "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
@@ -339,7 +214,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "generation": generation,
         "ranked": ranked,
         "beam holds the target": float((beams["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()),
-        "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, args),
+        "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, how),
         "invalid_items": checked["invalid"],
         "generated_items_checked": checked["checked"],
         "weights": weights_hash(model),  # which model this is about

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
-from recipes.evaluate import EvaluateArguments, candidates, keep_choice, lists_and_ranks
+from recipes.measure import Measurement, candidates, keep_choice, lists_and_ranks
 from recipes.recochain_report import COLUMNS, collect
 from recipes.runs import command, made_by, one_process, write_json
 from tokenization import SemanticIdTokenizer
@@ -282,17 +282,14 @@ def search(
         "validation": some_users(dataset["validation"], args.validation_users),
         "test": some_users(dataset["test"], args.test_users),
     }
-    asked = EvaluateArguments(
-        checkpoint=str(checkpoint),
-        data_dir=args.data_dir,
-        output_dir=args.output_dir,
+    how = Measurement(
         max_items=row_of(args)["window"],
         max_long_items=args.max_long_items,
         union_items=union_items,
         exclude_history=args.exclude_history,
         batch_size=max(1, args.candidates_at_once // (num_beams + union_items)),
     )
-    return splits, {name: candidates(model, tokenizer, split, num_beams, asked) for name, split in splits.items()}
+    return splits, {name: candidates(model, tokenizer, split, num_beams, how) for name, split in splits.items()}
 
 
 def measure(

@@ -26,10 +26,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.baselines import load_metric
 from recipes.callbacks import AdaptiveWeighter, LossParts, SavedTensors
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
+from recipes.measure import load_metric
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
 from recipes.runs import begin, command, last_checkpoint, made_by, one_device, one_process, write_json

@@ -20,8 +20,7 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
-from recipes.baselines import load_metric
-from recipes.evaluate import EvaluateArguments, candidates
+from recipes.measure import Measurement, candidates, load_metric
 from recipes.reproduce_recochain import SMALL
 from recipes.runs import command, made_by, one_process, rounded
 from tokenization import SemanticIdTokenizer
@@ -77,17 +76,11 @@ def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, floa
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
-    asked = EvaluateArguments(
-        checkpoint=str(checkpoint),
-        data_dir=args.data_dir,
-        output_dir=args.output_dir,
-        max_items=args.max_items,
-        exclude_history=args.exclude_history,
-    )
+    how = Measurement(max_items=args.max_items, exclude_history=args.exclude_history)
     metric = load_metric("next_item")
     found = {}
     for name in ("validation", "test"):
-        lists = candidates(model, tokenizer, dataset[name], 10, asked)["item_indices"]  # with one code: the best ten
+        lists = candidates(model, tokenizer, dataset[name], 10, how)["item_indices"]  # with one code: the best ten
         found[name] = metric.compute(predictions=lists.tolist(), references=dataset[name]["target"][:])
     return found
 

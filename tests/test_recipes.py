@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
 from recipes import (
+    measure,
     push_to_hub,
     recochain_report,
     reproduce_recochain,
@@ -35,6 +36,7 @@ from recipes import (
 )
 from recipes.embeddings import weights_of
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
+from recipes.measure import Measurement
 from recipes.prepare import PrepareArguments, check_same_items, prepare
 from recipes.results import WRITTEN, with_tables
 from recipes.runs import Stages, made_by
@@ -138,7 +140,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     split = load_from_disk(str(prepared / "dataset"))["test"].select(range(3))
     with monkeypatch.context() as patched:
         patched.setattr(model, "generate", lambda input_ids, **kwargs: spelt_wrong(input_ids, tokenizer))
-        counted = evaluate_recipe.invalid_items(model, tokenizer, split, 5, selecting)
+        counted = measure.invalid_items(model, tokenizer, split, 5, Measurement())
     assert counted == {"checked": 3, "invalid": 2}
 
     split = load_from_disk(str(prepared / "dataset"))["test"]
@@ -341,18 +343,17 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
     targets = torch.tensor(dataset["test"]["target"][:]).long()
     measured = replace(measured, union_items=0)
-    found = evaluate_recipe.candidates(model, tokenizer, dataset["test"], 5, measured)
-    lists, _ = evaluate_recipe.lists_and_ranks(found, 1.0, targets, 3, 0.5, num_ranked=3)
-    for rows, inputs in evaluate_recipe.batches(
-        model, tokenizer, dataset["test"], measured, "as recommend lists them"
-    ):
+    how = Measurement(max_items=4, max_long_items=12)
+    found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
+    lists, _ = measure.lists_and_ranks(found, 1.0, targets, 3, 0.5, num_ranked=3)
+    for rows, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
             num_return_sequences=3,
             ranking_weight=1.0,
             item_weight=0.5,
             blocked_items=[dataset["test"][int(row)]["items"] for row in rows],
-            **evaluate_recipe.long_histories(model, dataset["test"], rows, measured),
+            **measure.long_histories(model, dataset["test"], rows, how),
         )
         assert best.item_indices.tolist() == [lists[row] for row in rows]
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)

@@ -10,7 +10,8 @@ from datasets import load_from_disk
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import train, training_rows
-from recipes.evaluate import EvaluateArguments, batches, candidates, evaluate_checkpoint, invalid_items, like_auc
+from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
+from recipes.measure import Measurement, batches, candidates, invalid_items, like_auc
 from recipes.prepare import PrepareArguments, prepare
 from recipes.training_rows import Collator
 from tokenization import SemanticIdTokenizer
@@ -163,16 +164,16 @@ def requests(tokenizer, split, max_items):
 def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
     tokenizer, splits, model = world
     split, asked = splits["test"], {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
-    args = EvaluateArguments("", "", "", max_items=4, batch_size=5)
-    found = candidates(model, tokenizer, split, 20, args)
+    how = Measurement(max_items=4, batch_size=5)
+    found = candidates(model, tokenizer, split, 20, how)
     calls = []
     rank, generate = model.rank, model.generate
     monkeypatch.setattr(model, "rank", lambda *args, **kwargs: calls.append(rank(*args, **kwargs)) or calls[-1])
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(kwargs) or generate(*args, **kwargs))
-    assert 0 <= like_auc(model, tokenizer, split, "like", args)["auc"] <= 1
+    assert 0 <= like_auc(model, tokenizer, split, "like", how)["auc"] <= 1
     ranked = torch.cat(calls)[:, 0]
-    order = np.concatenate([rows for rows, _ in batches(model, tokenizer, split, args, "")])
-    assert invalid_items(model, tokenizer, split, 3, args)["invalid"] == 0
+    order = np.concatenate([rows for rows, _ in batches(model, tokenizer, split, how, "")])
+    assert invalid_items(model, tokenizer, split, 3, how)["invalid"] == 0
     assert {"timestamps", "request_timestamps"} <= set(calls[-1])
     differ = 0
     for row, (user, request) in enumerate(requests(tokenizer, split, 4)):
