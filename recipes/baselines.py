@@ -20,7 +20,8 @@ from scipy import sparse
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from recipes.measure import load_metric
+from recipes.measure import ranks_as_json
+from recipes.metrics.next_item.next_item import mean_values, target_ranks
 from recipes.prepare import prepared
 
 Histories = Sequence[Sequence[int]]
@@ -161,18 +162,13 @@ def baseline_results(
         `validation` and `test` (the values of the metric next_item) and `ranks` (of every test target, 1 = first; None
         where it is not among the `k`).
     """
-    metric = load_metric("next_item")
     train = dataset["train"]["items"][:]
-    splits = {
-        name: (dataset[name]["items"][:], np.array(dataset[name]["target"][:])) for name in ("validation", "test")
-    }
+    splits = {name: (dataset[name]["items"][:], dataset[name]["target"][:]) for name in ("validation", "test")}
 
-    def measure(ranker: Ranker, split: str) -> tuple[dict[str, float], list[int | None]]:
+    def measure(ranker: Ranker, split: str) -> tuple[dict[str, float], np.ndarray]:
         histories, targets = splits[split]
-        lists = ranker.top_items(histories, k, exclude_history=exclude_history)
-        found = lists == targets[:, None]
-        ranks = [int(row.argmax()) + 1 if row.any() else None for row in found]
-        return metric.compute(predictions=lists.tolist(), references=targets.tolist()), ranks
+        ranks = target_ranks(ranker.top_items(histories, k, exclude_history=exclude_history).tolist(), targets)
+        return mean_values(ranks), ranks
 
     best, settings = -1.0, {}
     fits = list(itertools.product(GRID["neighbours"], GRID["shrink"]))
@@ -191,7 +187,7 @@ def baseline_results(
         validation, _ = measure(ranker.fit(train), "validation")
         test, ranks = measure(ranker, "test")
         chosen = settings if name == "item_knn" else {}
-        results[name] = {"settings": chosen, "validation": validation, "test": test, "ranks": ranks}
+        results[name] = {"settings": chosen, "validation": validation, "test": test, "ranks": ranks_as_json(ranks)}
     return results
 
 

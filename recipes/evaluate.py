@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
 from recipes.baselines import baseline_results
-from recipes.measure import Measurement, candidates, invalid_items, keep_choice, like_auc, lists_and_ranks, load_metric
+from recipes.measure import Measurement, candidates, fused_lists, invalid_items, keep_choice, like_auc, ranks_as_json
+from recipes.metrics.next_item.next_item import mean_values, target_ranks
 from recipes.prepare import check_same_items, prepared
 from recipes.recommend import weights_hash
 from recipes.runs import write_json
@@ -143,13 +144,12 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         )
     dataset = load_from_disk(str(data_dir / "dataset"))
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
-    metric = load_metric("next_item")
 
     def measure(found, weight, targets, item_weight=0.0):
         # Generation alone lists all that it found.
         num_ranked = args.num_ranked_beams if weight or item_weight else 0
-        lists, ranks = lists_and_ranks(found, weight, targets, args.list_length, item_weight, num_ranked)
-        return metric.compute(predictions=lists, references=targets.tolist()), ranks
+        ranks = target_ranks(fused_lists(found, weight, args.list_length, item_weight, num_ranked), targets)
+        return mean_values(ranks), ranks
 
     targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
     item_weights = args.item_weights if model.ranking_head.history_query is not None else [0.0]
@@ -220,7 +220,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "weights": weights_hash(model),  # which model this is about
     }
     ranks = {name: result["ranks"] for name, result in baselines.items()}
-    ranks |= {"generation": generation_ranks, "ranked": ranked_ranks}
+    ranks |= {"generation": ranks_as_json(generation_ranks), "ranked": ranks_as_json(ranked_ranks)}
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", metrics)
     (output_dir / "ranks.json").write_text(json.dumps(ranks))

@@ -104,12 +104,12 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measuremen
     return {name: torch.stack(column) for name, column in columns.items()}
 
 
-def lists_and_ranks(
-    found, weight: float, targets: torch.Tensor, length: int, item_weight: float = 0.0, num_ranked: int = 0
-) -> tuple[list, list[int | None]]:
+def fused_lists(
+    found: dict[str, torch.Tensor], weight: float, length: int, item_weight: float = 0.0, num_ranked: int = 0
+) -> list[list[int]]:
     """
-    Lists of items by the fused score, cut to `length`, and the rank of each target in its list (None: not there).
-    `num_ranked`: as if `recommend` had ranked only so many, the best by the other scores.
+    Items of every user by the fused score, best first, cut to `length` and padded by -1. `num_ranked`: as if `recommend` had
+    ranked only so many, the best by the other scores.
     """
     scores = found["generation_scores"]
     absent = scores == -torch.inf
@@ -123,10 +123,12 @@ def lists_and_ranks(
     scores = scores + weight * found["ranking_scores"] if weight else scores
     scores = scores.masked_fill(absent, -torch.inf)  # of any weights
     scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
-    lists = found["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1)
-    hits = lists == targets[:, None]
-    ranks = [int(row.int().argmax()) + 1 if row.any() else None for row in hits]
-    return lists.tolist(), ranks
+    return found["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1).tolist()
+
+
+def ranks_as_json(ranks: np.ndarray) -> list[int | None]:
+    """Ranks in lists of items, None for infinity: the target is not there."""
+    return [int(rank) if rank < np.inf else None for rank in ranks]
 
 
 def like_auc(model, tokenizer, split: Dataset, like: str, how: Measurement) -> dict[str, float]:

@@ -25,7 +25,8 @@ from transformers import HfArgumentParser
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
-from recipes.measure import Measurement, candidates, keep_choice, lists_and_ranks
+from recipes.measure import Measurement, candidates, fused_lists, keep_choice
+from recipes.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.recochain_report import COLUMNS, collect
 from recipes.runs import command, made_by, one_process, write_json
 from tokenization import SemanticIdTokenizer
@@ -224,13 +225,6 @@ def some_users(split: Dataset, count: int) -> Dataset:
     return split.select(np.sort(np.random.default_rng(0).permutation(len(split))[:count]))
 
 
-def values(ranks: list[int | None]) -> dict[str, np.ndarray]:
-    """Of every user each of `COLUMNS`, from the target's rank in the list (None: not there)."""
-    places = np.array([np.inf if rank is None else rank for rank in ranks])
-    found = {f"recall@{k}": (places <= k).astype(float) for k in (5, 10)}
-    return found | {f"ndcg@{k}": (places <= k) / np.log2(places + 1) for k in (5, 10)}
-
-
 def means(of_users: dict[str, np.ndarray], chosen: np.ndarray | slice = slice(None)) -> dict[str, float]:
     """Over all users, or those chosen."""
     return {name: float(column[chosen].mean()) for name, column in of_users.items()}
@@ -298,13 +292,14 @@ def measure(
     found: dict[str, dict[str, torch.Tensor]],
     num_ranked: int = 0,
 ) -> dict:
-    """Generation, ranked and oracle of what `search` returned, and what validation chose; `num_ranked` as `lists_and_ranks`."""
+    """Generation, ranked and oracle of what `search` returned, and what validation chose; `num_ranked` as `fused_lists`."""
     targets = {name: torch.tensor(split["target"][:]).long() for name, split in splits.items()}
     repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
 
     def ranked(split: str, weight: float, item_weight: float = 0.0) -> dict[str, np.ndarray]:
         kept = num_ranked if weight or item_weight else 0  # generation alone lists all that it found
-        return values(lists_and_ranks(found[split], weight, targets[split], 10, item_weight, kept)[1])
+        lists = fused_lists(found[split], weight, 10, item_weight, kept)
+        return recall_and_ndcg(target_ranks(lists, targets[split]))
 
     def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
         return max(pairs, key=lambda pair: ranked("validation", *pair)["ndcg@10"].mean())
@@ -315,7 +310,7 @@ def measure(
     lists = {"generation": (0.0, 0.0), "ranked at weight 1": (1.0, 0.0), **chosen}
     of_users = {name: ranked("test", *weights) for name, weights in lists.items()}
     alone = {**found["test"], "generation_scores": found["test"]["item_scores"]}
-    of_users["item score alone"] = values(lists_and_ranks(alone, 0.0, targets["test"], 10)[1])
+    of_users["item score alone"] = recall_and_ndcg(target_ranks(fused_lists(alone, 0.0, 10), targets["test"]))
     cells = {name: means(one) for name, one in of_users.items()}
     for kind, of_kind in (("repeat", repeats), ("explore", ~repeats)):
         for name in ("generation", "ranked") if 0 < of_kind.mean() < 1 else ():

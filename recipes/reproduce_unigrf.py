@@ -30,6 +30,7 @@ from recipes.callbacks import AdaptiveWeighter, LossParts, SavedTensors
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.measure import load_metric
+from recipes.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
 from recipes.runs import begin, command, last_checkpoint, made_by, one_device, one_process, write_json
@@ -196,16 +197,15 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "ranking_target": liked[0],
             }
             best = model.recommend(**padded, **beams, blocked_items=own, cache=cache)
-            hits = (best.item_indices == targets[:, None]).cpu().numpy()
-            ranks[batch] = np.where(hits.any(axis=1), 1 + hits.argmax(axis=1), np.inf)
+            ranks[batch] = target_ranks(best.item_indices.tolist(), targets.tolist())
         if is_ranked:
             ranking = model.rank(**padded, candidates=targets[:, None], cache=cache, history_states=states)
             # Of any of the behaviours that are likes.
             scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
     found = {}
-    for k in (10, 50):
-        found[f"hr@{k}"] = float(np.mean(ranks <= k))
-        found[f"ndcg@{k}"] = float(np.mean((ranks <= k) / np.log2(ranks + 1)))
+    for k in (10, 50):  # where one item is to be found, HR is recall
+        of_users = recall_and_ndcg(ranks, [k])
+        found |= {name.replace("recall", "hr"): float(np.mean(values)) for name, values in of_users.items()}
     found["mrr"] = float(np.mean(1 / ranks))
     if not is_ranked:
         return found

@@ -341,11 +341,10 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert model.config.num_ranked_beams == 3
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
-    targets = torch.tensor(dataset["test"]["target"][:]).long()
     measured = replace(measured, union_items=0)
     how = Measurement(max_items=4, max_long_items=12)
     found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
-    lists, _ = measure.lists_and_ranks(found, 1.0, targets, 3, 0.5, num_ranked=3)
+    lists = measure.fused_lists(found, 1.0, 3, 0.5, num_ranked=3)
     for rows, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,

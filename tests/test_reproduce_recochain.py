@@ -200,11 +200,11 @@ def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared,
 
 
 def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
-    ranks = [1, None, 7, 3]
-    found = reproduce_recochain.values(ranks)
+    ranks = np.array([1, np.inf, 7, 3])
+    found = reproduce_recochain.recall_and_ndcg(ranks)
     assert found["recall@5"].tolist() == [1, 0, 0, 1] and found["recall@10"].tolist() == [1, 0, 1, 1]
     assert found["ndcg@10"].tolist() == pytest.approx([1, 0, 1 / 3, 0.5])
-    other = reproduce_recochain.values([1, 2, 7, None])
+    other = reproduce_recochain.recall_and_ndcg(np.array([1, 2, 7, np.inf]))
     gain = reproduce_recochain.gain(found, other)["recall@5"]
     assert gain["difference"] == 0 and gain["standard error"] == pytest.approx((2 / 4) ** 0.5 / 2)
     log_probs = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.2, 0.0]]).log()

@@ -1,4 +1,9 @@
-"""Recall, NDCG and reciprocal rank of the one next item, over ranked lists of items."""
+"""Recall, NDCG and reciprocal rank of the one next item, over ranked lists of items.
+
+The recipes take its functions, so that no formula is written twice; it imports none of them, since `evaluate` loads the file alone.
+"""
+
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -48,11 +53,18 @@ class NextItem(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        ranks = target_ranks(predictions, references)
-        results = {f"recall@{k}": np.mean(ranks <= k) for k in (5, 10)}
-        results |= {f"ndcg@{k}": np.mean((ranks <= k) / np.log2(ranks + 1)) for k in (5, 10)}
-        results["mrr"] = np.mean(1 / ranks)
-        return {name: float(value) for name, value in results.items()}
+        return mean_values(target_ranks(predictions, references))
+
+
+def mean_values(ranks: np.ndarray) -> dict[str, float]:
+    """What the metric returns, of the targets' ranks."""
+    return {name: float(np.mean(values)) for name, values in {**recall_and_ndcg(ranks), "mrr": 1 / ranks}.items()}
+
+
+def recall_and_ndcg(ranks: np.ndarray, at: Sequence[int] = (5, 10)) -> dict[str, np.ndarray]:
+    """recall@k and ndcg@k of every list, each float64 `[N]`, of the targets' ranks."""
+    values = {f"recall@{k}": (ranks <= k).astype(float) for k in at}
+    return values | {f"ndcg@{k}": (ranks <= k) / np.log2(ranks + 1) for k in at}
 
 
 def target_ranks(predictions: list[list[int]], references: list[int]) -> np.ndarray:
