@@ -146,9 +146,8 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
 
     def measure(found, weight, targets, item_weight=0.0):
-        # Generation alone lists all that it found.
-        num_ranked = args.num_ranked_beams if weight or item_weight else 0
-        ranks = target_ranks(fused_lists(found, weight, args.list_length, item_weight, num_ranked), targets)
+        lists = fused_lists(found, weight, args.list_length, item_weight, args.num_ranked_beams)
+        ranks = target_ranks(lists, targets)
         return mean_values(ranks), ranks
 
     targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}

@@ -109,8 +109,12 @@ def fused_lists(
 ) -> list[list[int]]:
     """
     Items of every user by the fused score, best first, cut to `length` and padded by -1. `num_ranked`: as if `recommend` had
-    ranked only so many, the best by the other scores.
+    ranked only so many, the best by the other scores; generation alone, without weights, lists all that it found.
+
+    The fusion of `recommend` a second time, which a test holds equal to it: a hundred pairs of weights are tried on candidates
+    that were searched for once.
     """
+    num_ranked = num_ranked if weight or item_weight else 0
     scores = found["generation_scores"]
     absent = scores == -torch.inf
     scores = scores + item_weight * found["item_scores"] if item_weight else scores

@@ -297,8 +297,7 @@ def measure(
     repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
 
     def ranked(split: str, weight: float, item_weight: float = 0.0) -> dict[str, np.ndarray]:
-        kept = num_ranked if weight or item_weight else 0  # generation alone lists all that it found
-        lists = fused_lists(found[split], weight, 10, item_weight, kept)
+        lists = fused_lists(found[split], weight, 10, item_weight, num_ranked)
         return recall_and_ndcg(target_ranks(lists, targets[split]))
 
     def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
