@@ -451,8 +451,7 @@ def main(args: BenchmarkArguments) -> None:
         run_candidates(args, figures, dtypes)
     if "ranking" in parts:
         run_ranking(args, figures, dtypes)
-    asked = {name: value for name, value in vars(args).items() if name != "output"}
-    made = made_by(command("recipes.benchmark_decoding", asked, vars(BenchmarkArguments())))
+    made = made_by(command("recipes.benchmark_decoding", args))
     if args.parts:
         figures.data |= {f"{part} made by": made for part in parts}
     else:

@@ -352,9 +352,7 @@ def run(args: ReproduceArguments) -> None:
         start = time.perf_counter()
         splits, found = search(args, checkpoint, num_beams, union_items)
         seconds = time.perf_counter() - start
-        asked_for = {**vars(args), "data_dir": "path/to/data"}
-        del asked_for["output_dir"]
-        made = made_by(command("recipes.reproduce_recochain", asked_for, vars(ReproduceArguments(data_dir=""))))
+        made = made_by(command("recipes.reproduce_recochain", args, data_dir="path/to/data"))
         for file, asked in missing.items():
             result = {**measure(args, splits, found, asked["ranked"]), "seconds": seconds}
             write_json(file, {"arguments": asked, **result, "made by": made})

@@ -372,9 +372,7 @@ def run(args: ReproduceArguments) -> None:
         "targets never in training": unseen,
         "tokens a user": float(np.mean([len(ids) for ids in held_out["test"]["input_ids"][:]])),
         "history": history,
-        "made by": made_by(
-            command("recipes.reproduce_unigrf", {"data": "path/to/ml-1m", **work}, vars(ReproduceArguments()))
-        ),
+        "made by": made_by(command("recipes.reproduce_unigrf", args, data="path/to/ml-1m")),
     }
     write_json(file, result)
     print({name: round(value, 4) for name, value in result["test"].items()})

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -160,12 +161,17 @@ def made_by(command: str) -> dict[str, str]:
     }
 
 
-def command(module: str, asked: dict, defaults: dict) -> str:
-    """The command line of a run, as `HfArgumentParser` reads it: what it asked for that differs from the defaults."""
+def command(module: str, args: object, **paths: str) -> str:
+    """
+    The command line of a run, as `HfArgumentParser` reads it: what the dataclass `args` says that differs from its defaults,
+    with `paths` instead of this machine's (data_dir="path/to/data") and not where it wrote to.
+    """
     words = ["python", "-m", module]
-    for name, value in asked.items():
-        if value != defaults[name]:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    for one in fields(args):
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        value = paths.get(one.name, getattr(args, one.name))
+        if one.name not in ("output_dir", "output") and value != default:
+            words += [f"--{one.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

@@ -102,8 +102,6 @@ def run(args: SasrecArguments) -> dict:
     best = max(tried, key=lambda one: one["validation"]["ndcg@10"])
     chosen = {name: best[name] for name in ("learning_rate", "dropout")}
     tests = [best["test"], *(measure(args, trained(args, **chosen, seed=seed))["test"] for seed in args.seeds[1:])]
-    asked = {**vars(args), "data_dir": "path/to/atomic"}
-    del asked["output_dir"]
     result = {
         "chosen": chosen,
         "tried": [
@@ -111,7 +109,7 @@ def run(args: SasrecArguments) -> dict:
         ],
         "seeds": args.seeds,
         "tests": tests,
-        "made by": made_by(command("recipes.sasrec", asked, vars(SasrecArguments("", "")))),
+        "made by": made_by(command("recipes.sasrec", args, data_dir="path/to/atomic")),
     }
     (Path(args.output_dir) / "sasrec.json").write_text(json.dumps(rounded(result), indent=1))
     return result

@@ -197,9 +197,11 @@ def test_collected_runs_replace_their_own_stay_without_a_folder_and_are_not_mixe
     assert [[one["value"] for one in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
         runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda one: key(one)[:1])
-    defaults = {"row": "a", "beams": [1], "seed": 0}
-    line = runs.command("recipes.one", {"row": "a b", "beams": [2, 3], "seed": 0}, defaults)
-    assert line == "python -m recipes.one --row 'a b' --beams 2 3"
+    asked = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
+    asked += [("seed", int, 0), ("output_dir", str, "runs")]
+    args = dataclasses.make_dataclass("Arguments", asked)("mine", row="a b", beams=[2, 3], output_dir="mine")
+    line = runs.command("recipes.one", args, data_dir="path/to/data")
+    assert line == "python -m recipes.one --data_dir path/to/data --row 'a b' --beams 2 3"
 
 
 def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movielens, tmp_path, monkeypatch):
