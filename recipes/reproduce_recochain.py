@@ -29,9 +29,10 @@ from recipes.measure import Measurement, candidates, fused_lists, keep_choice
 from recipes.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.recochain_report import COLUMNS, collect
 from recipes.runs import command, made_by, one_process, write_json
+from recipes.starting_model import LLAMA
 from tokenization import SemanticIdTokenizer
 
-SMALL = {**train.LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
+SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
 BASE = {
     "window": 7,
     "batch_share": 1.0,  # of stage I's rows a step

@@ -34,7 +34,8 @@ from recipes.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.movielens import LIKED_FROM, movielens_1m
 from recipes.prepare import TARGETS, leave_one_out
 from recipes.runs import begin, command, last_checkpoint, made_by, one_device, one_process, write_json
-from recipes.train import CONFIG_FIELDS, ENHANCER_OPTIONS, named
+from recipes.starting_model import CONFIG_FIELDS, named
+from recipes.train import ENHANCER_OPTIONS
 from recipes.training_rows import columns_read, held_out_rows, history_rows, unseen_targets
 from recipes.unigrf_report import collect
 from tokenization import ResidualKMeans, SemanticIdTokenizer

@@ -39,6 +39,7 @@ from recipes.embeddings import weights_of
 from recipes.hardware import PeakMemory
 from recipes.histories import padded
 from recipes.runs import begin, last_checkpoint, one_device, write_json
+from recipes.starting_model import CONFIG_FIELDS, from_json, named
 from recipes.taobao_clicks import RECENT, last_distinct
 from recipes.taobao_tables import (
     BATCH_USERS,
@@ -51,7 +52,6 @@ from recipes.taobao_tables import (
     table_shards,
     user_histories,
 )
-from recipes.train import CONFIG_FIELDS, from_json, named
 from tokenization import SemanticIdTokenizer
 from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
 from tokenization.vocabulary_layout import PAD, VocabularyLayout
