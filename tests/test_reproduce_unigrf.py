@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import reproduce_unigrf, runs, unigrf_report
+from recipes import reproduce_unigrf, unigrf_report
 from recipes.training_rows import held_out_rows
 
 
@@ -178,30 +178,6 @@ def test_what_could_not_be_measured_is_refused_before_it_is_trained(movielens, t
 def test_a_table_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         unigrf_report.collect(tmp_path)
-
-
-def test_collected_runs_replace_their_own_stay_without_a_folder_and_are_not_mixed(tmp_path):
-    def run(row: str, seed: int, value: float, **others) -> dict:
-        return {"arguments": {"row": row, "seed": seed, **others}, "value": value}
-
-    def key(one: dict) -> tuple:
-        return one["arguments"]["row"], one["arguments"]["seed"]
-
-    file = tmp_path / "kept.json"
-    for found in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
-        runs.write(file, {"protocol": "one", "runs": runs.merged(file, found, key)})
-    kept = json.loads(file.read_text())
-    assert kept == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
-    assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "a line each"
-    rows = runs.by_row(kept["runs"], lambda one: key(one)[:1])
-    assert [[one["value"] for one in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
-    with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
-        runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda one: key(one)[:1])
-    asked = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
-    asked += [("seed", int, 0), ("output_dir", str, "runs")]
-    args = dataclasses.make_dataclass("Arguments", asked)("mine", row="a b", beams=[2, 3], output_dir="mine")
-    line = runs.command("recipes.one", args, data_dir="path/to/data")
-    assert line == "python -m recipes.one --data_dir path/to/data --row 'a b' --beams 2 3"
 
 
 def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movielens, tmp_path, monkeypatch):
