@@ -239,6 +239,15 @@ class UniGRFForCausalLM(
         block = [] if self.candidate_block is None else ["candidate_block"]
         return ["ranking_head", "lm_head", self._embeddings_name.rpartition(".")[2], *items, *block]
 
+    def freeze_base_model(self) -> None:
+        """
+        Leaves to training what ranks alone: `ranking_head`, but for its item-level score, and `candidate_block`. Generation and
+        the item-level score stay exactly what they are, so that a stage II costs them nothing.
+        """
+        for name, parameter in self.named_parameters():
+            of_ranking = name.startswith(("ranking_head.", "candidate_block."))
+            parameter.requires_grad_(of_ranking and not name.startswith("ranking_head.history_query."))
+
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices `[...]` -> what the model reads of them beyond their codes, `[..., hidden_size]`; None: nothing."""
         return self.item_encoder(items, self.catalogue.embeddings_of(items))
