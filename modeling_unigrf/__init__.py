@@ -6,10 +6,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig
-from .generation_unigrf import UniGRFRecommendation
 from .modeling_hstu import HSTUModel
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
 from .pipeline_unigrf import RecommendationPipeline
+from .recommendation_unigrf import UniGRFRecommendation
 from .trie_unigrf import CatalogueTrie, ItemFilter
 
 AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Generation: constrained beam search on one cache, as `generate` and, with the ranking on top, as `recommend`."""
+"""Generation: constrained beam search on one cache, behind `generate`."""
 
 from copy import copy
 from dataclasses import dataclass
@@ -17,37 +17,12 @@ from transformers.generation import (
     StoppingCriteria,
 )
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
-from .candidates_unigrf import best_by_item_score, read_candidates
 from .continuations_unigrf import check_cache, kept_as_found, read_continuations
-from .training_unigrf import item_log_probs
-from .trie_unigrf import CatalogueTrie, ItemFilter, item_list
+from .trie_unigrf import CatalogueTrie, ItemFilter
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class UniGRFRecommendation(ModelOutput):
-    """
-    The best items of each request, best first. A request with fewer items than asked for is padded with item -1 and
-    scores of -inf.
-
-    Args:
-        item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Rows of the catalogue.
-        scores (`torch.FloatTensor` of shape `(batch_size, R)`): `generation_scores + ranking_weight * ranking_scores`, and
-            `item_weight * item_scores`, if there are any.
-        generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
-        ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target.
-        item_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The item-level score: the logit of the item
-            among all items, by the history's end and the item's vector. None without item vectors or target `"next"`.
-    """
-
-    item_indices: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
-    generation_scores: torch.FloatTensor | None = None
-    ranking_scores: torch.FloatTensor | None = None
-    item_scores: torch.FloatTensor | None = None
 
 
 class TrieLogitsProcessor(LogitsProcessor):
@@ -502,177 +477,3 @@ class UniGRFGenerationMixin(GenerationMixin):
         if not generation_config.output_scores:
             found = type(found)(**{name: one for name, one in found.items() if "scores" not in name})
         return found
-
-    def max_return_sequences(self, num_beams: int | None = None) -> int:
-        """How many items `recommend` returns at most of so many beams (by default its own number), by the config's defaults."""
-        num_beams = self._num_beams if num_beams is None else num_beams
-        return min(num_beams, self.config.num_ranked_beams or num_beams) + self.config.union_items
-
-    @torch.no_grad()
-    def recommend(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        num_beams: int | None = None,
-        num_return_sequences: int | None = None,
-        ranking_weight: float | None = None,
-        ranking_target: str | None = None,
-        exclude_history: bool | None = None,
-        allowed_items: list | None = None,
-        blocked_items: list | None = None,
-        catalogue: CatalogueTrie | None = None,
-        cache: DynamicCache | None = None,
-        timestamps: torch.LongTensor | None = None,
-        request_timestamps: torch.LongTensor | None = None,
-        long_items: torch.LongTensor | None = None,
-        long_behaviors: torch.LongTensor | None = None,
-        long_timestamps: torch.LongTensor | None = None,
-        item_weight: float | None = None,
-        union_items: int | None = None,
-        num_ranked_beams: int | None = None,
-    ) -> UniGRFRecommendation:
-        """
-        The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
-        `log P(item | history) + ranking_weight * log sigmoid(rank)` (RecoChain, inference). PEFT's prompt learning has no effect
-        here and in `rank`: only its own `forward` and `generate` put the virtual tokens before a history.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
-            num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
-                default, or ten.
-            num_return_sequences (`int`, *optional*): Items returned, at most `num_beams` (or `num_ranked_beams`) `+ union_items`;
-                by default ten, or as many as that.
-            ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
-            ranking_target (`str`, *optional*): One of `config.ranking_targets`; `config.ranking_target` by default, or the first.
-            exclude_history (`bool`, *optional*): Leave out the items of the history itself; `config.exclude_history` by default.
-            allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): Per
-                request. They hold inside the search: a beam never spends itself on an item that may not be shown.
-            catalogue (`CatalogueTrie`, *optional*): Recommend only items of this part of the catalogue (a market, a
-                surface), made by `model.catalogue.subset(items)`; the histories may hold any item.
-            cache (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
-                all of them afterwards.
-            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): When each token's event was, for a backbone
-                that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
-            request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for; by
-                default at the time of the last event.
-            long_items, long_behaviors, long_timestamps (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
-                `config.num_retrieved_items`.
-            item_weight (`float`, *optional*): Of the item-level score in `scores`; `config.item_weight` by default.
-            union_items (`int`, *optional*): Rank this many items of the best item-level score as well, whether or not the
-                beams found them: a pass over the vectors of the whole catalogue, which no beam's early codes can spoil.
-                `config.union_items` by default.
-            num_ranked_beams (`int`, *optional*): Rank and return only this many of the beams, the best without their ranking:
-                by `log P + item_weight * item score`. A sub-history costs several times what the search does, but only for
-                these. 0: all; `config.num_ranked_beams` by default.
-
-        Returns:
-            `UniGRFRecommendation`
-
-        Raises:
-            ValueError: on histories that no item can follow, unknown targets or items, lists that leave no item.
-        """
-        targets = self.config.ranking_targets
-        num_beams = self._num_beams if num_beams is None else num_beams
-        union_items = self.config.union_items if union_items is None else union_items
-        num_ranked_beams = self.config.num_ranked_beams if num_ranked_beams is None else num_ranked_beams
-        num_ranked = min(num_beams, num_ranked_beams) if num_ranked_beams else num_beams
-        ranking_target = ranking_target or self.config.ranking_target or targets[0]
-        exclude_history = self.config.exclude_history if exclude_history is None else exclude_history
-        if num_return_sequences is None:
-            num_return_sequences = min(10, num_ranked + union_items)
-        if ranking_target not in targets:
-            raise ValueError(f"Expected a ranking_target among {targets}, found {ranking_target!r}.")
-        is_possible = num_beams >= 1 and min(union_items, num_ranked) >= 0
-        if not is_possible or not 1 <= num_return_sequences <= num_ranked + union_items:
-            raise ValueError(
-                "Expected num_beams >= 1 and 1 <= num_return_sequences <= num_beams (or num_ranked_beams, if not 0) + union_items, "
-                f"found num_return_sequences={num_return_sequences}, num_beams={num_beams}, num_ranked_beams={num_ranked_beams}, "
-                f"union_items={union_items}. Ask for fewer items, or search for more."
-            )
-        item_weight = self.config.item_weight if item_weight is None else item_weight
-        if (item_weight or union_items) and not self.ranking_head.has_item_scores:
-            raise ValueError(
-                f"item_weight={item_weight} and union_items={union_items} need an item-level score, which this model does not "
-                'have. Train one with the ranking target "next" and item_embedding_dim or item_table_size.'
-            )
-        for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
-            if lists is not None and len(lists) != len(input_ids):
-                raise ValueError(
-                    f"Expected {name} with one list for each of {len(input_ids)} requests, found {len(lists)}."
-                )
-        attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
-        long_history = self._long_history(
-            len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
-        )
-        if exclude_history:
-            own = [history_items[rows == row] for row in range(len(input_ids))]
-            more = [[]] * len(own) if blocked_items is None else blocked_items
-            blocked_items = [
-                torch.cat([mine, item_list(one, rows.device)]) for mine, one in zip(own, more, strict=True)
-            ]
-        if catalogue is not None:
-            self._check_catalogue(catalogue)
-        trie = self.catalogue.trie if catalogue is None else catalogue
-        item_filter = None
-        if allowed_items is not None or blocked_items is not None:
-            item_filter = ItemFilter(trie, self.catalogue.item_codes, allowed_items, blocked_items)
-
-        cache = DynamicCache() if cache is None else cache
-        asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
-        history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
-        history_mask = attention_mask.bool()
-        with kept_as_found(cache):
-            beams = self._search_items(
-                input_ids,
-                attention_mask,
-                history_states,
-                cache,
-                num_beams,
-                trie,
-                item_filter,
-                request_timestamps=asked_for,
-            )
-            items, keys, generation_scores = trie.leaf_items[beams.nodes].long(), beams.keys, beams.scores
-            if num_ranked < items.shape[1]:
-                unranked = generation_scores
-                if item_weight:
-                    vectors = self.item_vectors(items)
-                    unranked = unranked + item_weight * self.ranking_head.item_scores(history_states[:, None], vectors)
-                kept = unranked.topk(num_ranked, dim=1).indices
-                items, generation_scores = items.gather(1, kept), generation_scores.gather(1, kept)
-                keys = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[2]))
-            # The search has read all codes of the candidates but the last.
-            states = read_candidates(self, items, history_mask, keys, cache, long_history, asked_for)[:, :, -1]
-            if union_items:
-                more = best_by_item_score(self, history_states, union_items, trie, item_filter)
-                known = (more[..., None] == items[:, None]) & (generation_scores > -torch.inf)[:, None]
-                new = (more >= 0) & ~known.any(dim=2)
-                more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
-                more_states = read_candidates(self, more, history_mask, nothing, cache, long_history, asked_for)
-                log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)
-                items, states = torch.cat([items, more], dim=1), torch.cat([states, more_states[:, :, -1]], dim=1)
-                generation_scores = torch.cat([generation_scores, log_probs], dim=1)
-        logits = self.ranking_logits(states, history_states, items)
-        ranking_scores = nn.functional.logsigmoid(logits[..., targets.index(ranking_target)]).masked_fill(
-            generation_scores == -torch.inf, -torch.inf
-        )
-        weight = self.config.ranking_weight if ranking_weight is None else ranking_weight
-        scores = generation_scores + weight * ranking_scores if weight else generation_scores
-        columns = {"generation_scores": generation_scores, "ranking_scores": ranking_scores}
-        if self.ranking_head.has_item_scores:
-            item_scores = self.ranking_head.item_scores(history_states[:, None], self.item_vectors(items)).float()
-            columns["item_scores"] = item_scores.masked_fill(generation_scores == -torch.inf, -torch.inf)
-            scores = scores + item_weight * columns["item_scores"] if item_weight else scores
-        scores = scores.masked_fill(generation_scores == -torch.inf, -torch.inf)  # of any weights
-        best_scores, best = scores.topk(min(num_return_sequences, scores.shape[1]), dim=1)
-        missing = num_return_sequences - best.shape[1]
-        return UniGRFRecommendation(
-            item_indices=nn.functional.pad(
-                items.gather(1, best).masked_fill(best_scores == -torch.inf, -1), (0, missing), value=-1
-            ),
-            **{
-                name: nn.functional.pad(column.gather(1, best), (0, missing), value=-torch.inf)
-                for name, column in {"scores": scores, **columns}.items()
-            },
-        )

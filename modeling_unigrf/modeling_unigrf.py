@@ -23,6 +23,7 @@ from .generation_unigrf import UniGRFGenerationMixin
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
+from .recommendation_unigrf import UniGRFRecommendationMixin
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
 from .training_unigrf import softmax_over_items
@@ -102,6 +103,8 @@ class UniGRFPreTrainedModel(PreTrainedModel):
 
 # Backbones that take position_ids and go by a token's place in its row all the same.
 PLACED_BY_ROW = ("gpt_neo", "opt")
+# Fields of a backbone's config, and what they say of one that goes by places in a row or sees later tokens.
+REFUSED = {"alibi": (True,), "is_decoder": (False,), "use_bidirectional_attention": (True, "all")}
 
 
 class UniGRFModel(UniGRFPreTrainedModel):
@@ -118,7 +121,9 @@ class UniGRFModel(UniGRFPreTrainedModel):
         parameters = inspect.signature(self.language_model.forward).parameters
         text_config = config.text_config
         strange = set(getattr(text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-        strange |= {"alibi"} if getattr(text_config, "alibi", False) else set()
+        for name, values in REFUSED.items():
+            value = getattr(text_config, name, None)
+            strange |= {f"{name}={value}"} if value in values else set()
         if not {"position_ids", "cache"} <= parameters.keys() or text_config.model_type in PLACED_BY_ROW or strange:
             raise ValueError(
                 "Expected a decoder-only backbone that places its tokens by `position_ids`, keeps a `cache` and takes 4-D masks, "
@@ -189,7 +194,9 @@ class UniGRFModel(UniGRFPreTrainedModel):
         )
 
 
-class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGenerationMixin):
+class UniGRFForCausalLM(
+    UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFRecommendationMixin, UniGRFGenerationMixin
+):
     """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
 
     def __init__(self, config: UniGRFConfig):
@@ -231,6 +238,15 @@ class UniGRFForCausalLM(UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFGen
         items = ["item_encoder"] if self.config.has_item_vectors else []
         block = [] if self.candidate_block is None else ["candidate_block"]
         return ["ranking_head", "lm_head", self._embeddings_name.rpartition(".")[2], *items, *block]
+
+    def freeze_base_model(self) -> None:
+        """
+        Leaves to training what ranks alone: `ranking_head`, but for its item-level score, and `candidate_block`. Generation and
+        the item-level score stay exactly what they are, so that a stage II costs them nothing.
+        """
+        for name, parameter in self.named_parameters():
+            of_ranking = name.startswith(("ranking_head.", "candidate_block."))
+            parameter.requires_grad_(of_ranking and not name.startswith("ranking_head.history_query."))
 
     def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices `[...]` -> what the model reads of them beyond their codes, `[..., hidden_size]`; None: nothing."""

@@ -349,26 +349,18 @@ class KeptBeams(SavedTensors):
         rows = rows.cpu()
         is_old = (self.searched_at[rows] < 0) | (self.step - self.searched_at[rows] >= self.every_steps)
         if is_old.any():
-            self._refresh(rows[is_old].numpy())
+            self.items[rows[is_old]] = self._search(rows[is_old].numpy())
             self.searched_at[rows[is_old]] = self.step
         return args, kwargs | {"candidates": self.items[rows].to(model.device)}
-
-    @torch.no_grad()
-    def _refresh(self, rows: np.ndarray) -> None:
-        """Searches for some rows."""
-        was_training = self.model.training
-        self.model.eval()
-        items = self._search(rows).cpu()
-        self.items[rows] = torch.nn.functional.pad(items, (0, self.items.shape[1] - items.shape[1]), value=-1)
-        self.model.train(was_training)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
         if not self.every_steps and epoch % self.every_epochs == 0 and self.made_at != epoch:
             self._propose(args, epoch)
 
+    @torch.no_grad()
     def _search(self, rows: np.ndarray) -> torch.LongTensor:
-        """The candidates of some rows, `[b, num_beams]` or as many as there are: after all but their last item, when that came."""
+        """The candidates of some rows, `[b, num_beams]`, -1: none: after all but their last item, when that came."""
         model, some, end = self.model, [self.rows[int(row)] for row in rows], -self.model.layout.num_levels - 1
 
         def histories(name: str, padding: int) -> torch.LongTensor:
@@ -381,21 +373,18 @@ class KeptBeams(SavedTensors):
         if "blocked_items" in self.rows.column_names:
             blocked = padded([row["blocked_items"] for row in some]).to(model.device)
         mask, cache = input_ids != model.config.pad_token_id, DynamicCache()
+        num_beams, was_training = self.items.shape[1], model.training
+        model.eval()
         states = model.read_history(input_ids, mask.long(), cache, *times)
-        return beam_candidates(model, self.items.shape[1], states, mask, cache, blocked, times[1])
+        items = beam_candidates(model, num_beams, states, mask, cache, blocked, times[1]).cpu()
+        model.train(was_training)
+        return torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)
 
-    @torch.no_grad()
     def _propose(self, args, epoch: int) -> None:
         """Searches for all rows, each process its part of them."""
-        model, num_beams, parts = self.model, self.items.shape[1], []
-        was_training = model.training
-        model.eval()
         lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
-        for rows in self.my_batches(lengths, self.batch_size, args, "candidates"):
-            items = self._search(rows).cpu()
-            parts.append((rows, torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)))
-        for of_process in gather_object([parts]):
+        batches = self.my_batches(lengths, self.batch_size, args, "candidates")
+        for of_process in gather_object([[(rows, self._search(rows)) for rows in batches]]):
             for rows, items in of_process:
                 self.items[rows] = items
         self.made_at = epoch
-        model.train(was_training)

@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoConfig
+from datasets import Dataset
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes.callbacks import AdaptiveWeighter
 from recipes.prepare import PrepareArguments, prepare
 
 torch.set_num_threads(1)
@@ -113,6 +115,55 @@ def watch_negatives(model):
 @pytest.fixture(params=list(BACKBONES))
 def backbone(request):
     return request.param
+
+
+def collate(rows):
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, fill)
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
+
+
+def histories_dataset(model, count, seed=0, lengths=(1, 2, 5, 3)):
+    rows = []
+    for index in range(count):
+        ids, mask, _ = random_histories(model, [lengths[index % len(lengths)]], seed=seed + index)
+        rows.append({"input_ids": ids[0].tolist(), "attention_mask": mask[0].tolist(), "labels": ids[0].tolist()})
+    return Dataset.from_list(rows)
+
+
+def run_trainer(folder, model, dataset, resume=None, callbacks=None, collator=collate, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_grad_norm": 1e9,
+        **arguments,
+    }
+    model.train()
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), **arguments),
+        data_collator=collator,
+        train_dataset=dataset,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    name = "ranking_weight" if callbacks and isinstance(callbacks[0], AdaptiveWeighter) else "loss"
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def assert_same_weights(first, second, tolerance=0.0):
+    second = dict(second)
+    for name, tensor in first:
+        torch.testing.assert_close(
+            tensor, second[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

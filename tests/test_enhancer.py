@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, random_histories, watch_negatives
+from conftest import build_model, collate, random_histories, run_trainer, watch_negatives
 from datasets import Dataset
-from test_training import collate, run_trainer
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainerState
 

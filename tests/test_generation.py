@@ -367,14 +367,18 @@ def test_padding_takes_no_positions():
     ("model_type", "found"),
     [
         *((name, "") for name in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt")),
-        ("falcon", r" with \['alibi'\]"),
+        ("falcon", r" with \['alibi=True'\]"),
         ("llama4_text", r" with \['chunked_attention'\]"),
         ("recurrent_gemma", r" with \['linear_attention'\]"),
+        ("bert", r" with \['is_decoder=False'\]"),
+        ("gemma3_text", r" with \['use_bidirectional_attention=True'\]"),
     ],
 )
-def test_backbones_that_place_tokens_by_their_row_or_do_not_attend_are_refused(model_type, found):
+def test_backbones_that_place_tokens_by_their_row_or_attend_otherwise_are_refused(model_type, found):
     text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    text_config |= {"alibi": True} if model_type == "falcon" else {}
+    text_config |= {"falcon": {"alibi": True}, "gemma3_text": {"use_bidirectional_attention": True}}.get(
+        model_type, {}
+    )
     with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{found}"):
         UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_model, random_histories
+from conftest import build_model, random_histories, run_trainer
 from datasets import Dataset
 from test_subhistory import long_histories
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -483,3 +483,18 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
     assert not torch.equal(kept.items, before)
     with pytest.raises(ValueError, match="a column `row`"):
         KeptBeams(model, rows.remove_columns("row"), num_beams=4)
+
+
+def test_a_frozen_base_model_learns_to_rank_and_nothing_else(tmp_path):
+    model = build_model(num_retrieved_items=3, num_train_beams=6, item_loss_weight=1.0, embedding_dropout=0.1)
+    input_ids, mask, _ = random_histories(model, [4, 2, 1])
+    asked = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "union_items": 5}
+    asked |= long_histories(model, [7, 0, 2])
+    before = model.recommend(input_ids, mask, **asked)
+    model.freeze_base_model()
+    losses = run_trainer(tmp_path, model, second_stage_rows(model), collator=Collator(PAD), max_steps=8)
+    assert losses[-1] != losses[0]
+    after = model.eval().recommend(input_ids, mask, **asked)
+    for name in ("item_indices", "generation_scores", "item_scores"):
+        torch.testing.assert_close(after[name], before[name])
+    assert not torch.isclose(after.ranking_scores, before.ranking_scores).any()
