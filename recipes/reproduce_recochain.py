@@ -46,6 +46,7 @@ BASE = {
     "inject": True,
     "item_score": True,  # the item-level score is a part of the ranking
     "detach_item_score": False,
+    "freeze": False,  # stage II trains what ranks alone
     "paper": False,  # the ranking's loss is the paper's: of what comes next alone, beside the sum of an item's codes
 }
 # What a row changes.
@@ -64,6 +65,9 @@ ROWS: dict[str, dict] = {
     "not-injected-k0": {"inject": False, "retrieved": 0},
     "item-score-detached": {"detach_item_score": True},
     "item-score-detached-not-injected-k0": {"detach_item_score": True, "inject": False, "retrieved": 0},
+    "frozen": {"freeze": True},
+    "frozen-k0": {"freeze": True, "retrieved": 0},
+    "frozen-not-injected-k0": {"freeze": True, "inject": False, "retrieved": 0},
     "no-item-score": {"item_score": False},
     "no-item-score-k0": {"item_score": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
@@ -199,6 +203,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--num_retrieved_items={row['retrieved']}",
         f"--exclude_candidate={row['exclude']}",
         f"--detach_history={row['detach']}",
+        f"--freeze_base_model={row['freeze']}",
         f"--num_train_beams={args.num_train_beams}",
         config_fields(row, stage=2),
         # The paper sums its loss of codes over an item's levels; ours is their mean.

@@ -44,6 +44,12 @@ class ModelArguments:
     )
     beams_kept_steps: int = field(default=0, metadata={"help": "The same in steps: searched for when the row comes."})
     detach_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
+    freeze_base_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Of init_from, what ranks alone is trained; generation and item-level score stay as they are."
+        },
+    )
     text_config: str = field(
         default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
     )

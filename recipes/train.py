@@ -79,6 +79,10 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
     given = {name for name, value in asdict(model_args).items() if value != getattr(ModelArguments, name)}
     if model_args.beams_kept_epochs and model_args.beams_kept_steps:
         raise ValueError("Expected beams_kept_epochs or beams_kept_steps, found both. Leave one out.")
+    if model_args.freeze_base_model and model_args.adaptive_weights:
+        raise ValueError(
+            "Expected freeze_base_model or adaptive_weights, found both: of two losses only one is trained then."
+        )
     if model_args.enhancer and model_args.second_stage:
         raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
     for name, is_asked, needed, is_there in (
@@ -92,6 +96,8 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
             model_args.second_stage,
         ),
         ("exclude_candidate", model_args.exclude_candidate, "num_retrieved_items", model_args.num_retrieved_items > 0),
+        ("freeze_base_model", model_args.freeze_base_model, "init_from", model_args.init_from is not None),
+        ("freeze_base_model", model_args.freeze_base_model, "ranking_loss_weight", model_args.ranking_loss_weight > 0),
         *((name, name in given, "adaptive_weights", model_args.adaptive_weights) for name in ADAPTIVE),
         *((name, name in given, "enhancer", model_args.enhancer) for name in ENHANCING),
         ("enhancer", model_args.enhancer, "ranking_loss_weight", model_args.ranking_loss_weight > 0),
@@ -127,6 +133,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
     model = build_model(model_args, tokenizer, embeddings, data_args.max_items, max_long_items or None)
+    if model_args.freeze_base_model:
+        model.freeze_base_model()
     with_times = model.config.reads_times
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = 1 + (data_args.max_items + 1) * (tokenizer.num_levels + 1)

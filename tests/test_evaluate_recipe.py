@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import GRID, TINY, preferring
 from datasets import load_from_disk
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
@@ -177,6 +178,10 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert (model.config.negatives_per_item, model.config.log_odds_of_next) == (0.0, 0.0)
     assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
+    frozen = [*shared, f"--output_dir={tmp_path / 'three'}", *second, "--freeze_base_model=True"]
+    before, after = (load_file(one / "model.safetensors") for one in (first, train.train(*train.parse(frozen))))
+    learnt = {name.split(".")[0] for name in after if name not in before or not torch.equal(after[name], before[name])}
+    assert learnt == {"ranking_head", "candidate_block"}, "of what the first stage made nothing"
     told = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
     assert told == weights_of(first) != weights_of(checkpoint)
     measured = EvaluateArguments(

@@ -67,6 +67,12 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         (["--enhancer", "--ranking_loss_weight=0"], "ranking_loss_weight with enhancer"),
         (["--detach_history=True"], "num_train_beams or num_retrieved_items with detach_history"),
         (["--exclude_candidate=True"], "num_retrieved_items with exclude_candidate"),
+        (["--freeze_base_model"], "init_from with freeze_base_model"),
+        (
+            ["--freeze_base_model", "--init_from=x", "--ranking_loss_weight=0"],
+            "ranking_loss_weight with freeze_base_model",
+        ),
+        (["--freeze_base_model", "--adaptive_weights"], "freeze_base_model or adaptive_weights"),
         (["--adaptive_window=5"], "adaptive_weights with adaptive_window"),
         (["--config_fields={inject_target: false}"], "config_fields as JSON, found '{inject_target: false}'"),
         (["--text_config=[]"], "text_config as a JSON object"),
