@@ -99,8 +99,13 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         assert sum(row.startswith(beginning) for row in rows) == 1
     asked = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
     assert runs.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
-    several = {"runs": [{"gain": {"ranked": {"recall@5": {"relative": gain}}}} for gain in (0.1, 0.3)]}
-    assert recochain_report.gain_of(several, "recall@5") == (pytest.approx(20), pytest.approx(10 * 2**0.5))
+    several = [
+        {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
+    ]
+    row = {"runs": several, "test": {"generation": {"recall@5": 0.2}}}
+    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(10)), "over seeds"
+    row["runs"] = several[::2]
+    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(5)), "of two, over users"
 
 
 @pytest.mark.parametrize("row", reproduce_recochain.ROWS)
