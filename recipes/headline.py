@@ -3,6 +3,8 @@
 Everything else that was measured, with seeds, settings and what did not work, is in `recipes/results/README.md`.
 """
 
+from statistics import mean
+
 from recipes import recochain_report, unigrf_report
 from recipes.decoding_report import CANDIDATES, OURS, REPEATED, cost
 from recipes.runs import plus_minus
@@ -57,7 +59,9 @@ def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
 
 
 def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
-    row = one(recochain_report.rows_of(data), row="item-score-detached-not-injected-k0", beams=20, union=20)
+    # What validation chose of the rows with items beside the beams.
+    rows = [row for row in recochain_report.rows_of(data) if (row["beams"], row["union"]) == (20, 20)]
+    row = max(rows, key=lambda row: mean(run["validation ndcg@10"] for run in row["runs"]))
     published = recochain_report.PUBLISHED["recochain_beauty"]
     beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
     ranked = {name: row[name]["ranked, three scores"] for name in ("test", "std")}
