@@ -10,7 +10,7 @@ from .modeling_hstu import HSTUModel
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
 from .pipeline_unigrf import RecommendationPipeline
 from .recommendation_unigrf import UniGRFRecommendation
-from .trie_unigrf import CatalogueTrie, ItemFilter
+from .trie_unigrf import CatalogTrie, ItemFilter
 
 AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)
 AutoModel.register(HSTUConfig, HSTUModel)
@@ -22,7 +22,7 @@ UniGRFForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 PIPELINE_REGISTRY.register_pipeline("recommendation", RecommendationPipeline, pt_model=AutoModelForCausalLM)
 
 __all__ = [
-    "CatalogueTrie",
+    "CatalogTrie",
     "HSTUConfig",
     "HSTUModel",
     "ItemFilter",

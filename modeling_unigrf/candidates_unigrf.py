@@ -10,10 +10,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .configuration_unigrf import NEXT_TARGET
-from .continuations_unigrf import kept_as_found, read_continuations
+from .shared_prefix_unigrf import cache_rollback, read_branches
 from .subhistory_unigrf import LongHistory, retrieve
 from .training_unigrf import Supervision, last_items, ranking_loss
-from .trie_unigrf import CatalogueTrie, ItemFilter, check_items
+from .trie_unigrf import CatalogTrie, ItemFilter, check_items
 
 LEAVES_AT_ONCE = 2**16  # items whose vectors are held at a time
 CANDIDATES_AT_ONCE = 64  # of a row, in training, where the attention of a pack grows with its square
@@ -28,7 +28,7 @@ def block_inputs(
     """
     config = model.config
     places = retrieve(
-        model.catalogue.item_embeddings,
+        model.catalog.content_embeddings,
         long_history.items,
         items,
         config.num_retrieved_items,
@@ -40,9 +40,11 @@ def block_inputs(
         for one in (long_history.items, long_history.behaviors, long_history.timestamps)
     )
     # A slot that stands empty may name an item of -1, or none at all.
-    vectors = model.item_vectors(retrieved.clamp(min=0))
+    vectors = model.item_representations(retrieved.clamp(min=0))
     behavior_ids = behaviors.new_tensor(config.behavior_token_ids)[behaviors]
-    block = model.candidate_block(model.item_vectors(items), vectors, model.get_input_embeddings()(behavior_ids))
+    block = model.candidate_block(
+        model.item_representations(items), vectors, model.get_input_embeddings()(behavior_ids)
+    )
     return block, nn.functional.pad(places >= 0, (1, 1), value=True), times
 
 
@@ -53,7 +55,7 @@ def read_candidates(
     earlier_keys: torch.LongTensor,
     cache: DynamicCache,
     long_history: LongHistory | None,
-    request_timestamps: torch.LongTensor | None = None,
+    query_time: torch.LongTensor | None = None,
 ) -> torch.FloatTensor:
     """
     Runs what the cache lacks of candidates: their last codes and, with `config.num_retrieved_items`, their blocks, whose
@@ -63,34 +65,34 @@ def read_candidates(
         items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What they see of the cache's first T tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache their first m codes are.
-        request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is, and with it all
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is, and with it all
             of a candidate but the retrieved items, which have times of their own.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2, hidden_size)`.
     """
-    codes = model.catalogue.item_codes[items].long()
+    codes = model.catalog.item_codes[items].long()
     tokens = model.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
-    timestamps = None if request_timestamps is None else request_timestamps[:, None].expand(-1, 2)
+    timestamps = None if query_time is None else query_time[:, None].expand(-1, 2)
     if long_history is None:
-        return read_continuations(model.model, tokens, history_mask, earlier_keys, cache, timestamps)[0]
+        return read_branches(model.model, tokens, history_mask, earlier_keys, cache, timestamps)[0]
     block, there, times = block_inputs(model, items, long_history)
     token_times = None
-    if request_timestamps is not None:
-        own = request_timestamps[:, None, None].expand(*items.shape, tokens.shape[2] + 2)
+    if query_time is not None:
+        own = query_time[:, None, None].expand(*items.shape, tokens.shape[2] + 2)
         token_times = torch.cat([own[..., :-1], times, own[..., -1:]], dim=2)
     inputs = torch.cat([model.get_input_embeddings()(tokens), block], dim=2)
     mask = nn.functional.pad(there, (tokens.shape[2], 0), value=True)
-    return read_continuations(
-        model.model, None, history_mask, earlier_keys, cache, timestamps, inputs, mask, token_times
-    )[0]
+    return read_branches(model.model, None, history_mask, earlier_keys, cache, timestamps, inputs, mask, token_times)[
+        0
+    ]
 
 
-def best_by_item_score(
-    model, history_states: torch.FloatTensor, count: int, trie: CatalogueTrie, item_filter: ItemFilter | None
+def top_dense_items(
+    model, history_states: torch.FloatTensor, count: int, trie: CatalogTrie, item_filter: ItemFilter | None
 ) -> torch.LongTensor:
     """
-    The items of a catalogue with the best item-level score (`ranking_head.item_scores`), among those that the filter leaves:
+    The items of a catalog with the best item-level score (`ranking_head.dense_scores`), among those that the filter leaves:
     `[batch_size, count]` or as many as there are; -1: none.
 
     Args:
@@ -101,7 +103,7 @@ def best_by_item_score(
     best_items = best.long()
     for leaves in torch.arange(trie.num_items, device=queries.device).split(LEAVES_AT_ONCE):
         items = trie.leaf_items[leaves].long()
-        scores = (queries @ model.item_vectors(items).T).float()
+        scores = (queries @ model.item_representations(items).T).float()
         if item_filter is not None and item_filter.concerns(level):
             scores.masked_fill_(~item_filter.alive(level, leaves.expand(len(scores), -1)), -torch.inf)
         scores, items = torch.cat([best, scores], dim=1), torch.cat([best_items, items.expand_as(scores)], dim=1)
@@ -126,7 +128,7 @@ def beam_candidates(
     history_mask: torch.BoolTensor,
     cache: DynamicCache,
     blocked_items: torch.LongTensor | None = None,
-    request_timestamps: torch.LongTensor | None = None,
+    query_time: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
     The items of the model's own beam search, `[batch_size, num_beams]` or as many as there are; -1: none.
@@ -135,12 +137,12 @@ def beam_candidates(
         history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The histories on the cache, which is left as it is.
         blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that are not proposed; -1: none.
-        request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
     """
-    trie, item_filter = model.catalogue.trie, None
+    trie, item_filter = model.catalog.trie, None
     if blocked_items is not None:
-        rows = check_items("blocked_items", blocked_items, len(history_mask), model.catalogue.num_items)
-        item_filter = ItemFilter(trie, model.catalogue.item_codes, blocked=[row[row >= 0] for row in rows])
+        rows = check_items("blocked_items", blocked_items, len(history_mask), model.catalog.num_items)
+        item_filter = ItemFilter(trie, model.catalog.item_codes, blocked=[row[row >= 0] for row in rows])
     # The search reads of the tokens only whether they end in an unfinished item: a bare <bos> says that they do not.
     ends = torch.full_like(history_mask[:, :1], model.config.bos_token_id, dtype=torch.long)
     beams = model._search_items(
@@ -151,7 +153,7 @@ def beam_candidates(
         num_beams,
         trie,
         item_filter,
-        request_timestamps=request_timestamps,
+        query_time=query_time,
     )
     return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)
 
@@ -178,13 +180,13 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
         hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
 
     Raises:
-        ValueError: if candidates or blocked items are outside the catalogue, candidates do not fit into the backbone's positions,
+        ValueError: if candidates or blocked items are outside the catalog, candidates do not fit into the backbone's positions,
             or nothing is on the cache.
     """
     config, layout, number, cache = model.config, model.layout, supervision.number, supervision.cache
-    candidates, next_timestamps, batch_size = supervision.candidates, supervision.next_timestamps, len(number)
+    candidates, target_timestamps, batch_size = supervision.candidates, supervision.target_timestamps, len(number)
     if candidates is not None:
-        candidates = check_items("candidates", candidates, batch_size, model.catalogue.num_items)
+        candidates = check_items("candidates", candidates, batch_size, model.catalog.num_items)
     if cache.get_seq_length() < number.shape[1]:
         raise ValueError(
             f"Expected the cache of {number.shape[1]} tokens, on which candidates are ranked, found one of "
@@ -200,7 +202,7 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
             f"config.max_history_items is {config.max_history_items}."
         )
 
-    asked_for = None if next_timestamps is None else next_timestamps.gather(1, ends[:, None])[:, 0]
+    query_time = None if target_timestamps is None else target_timestamps.gather(1, ends[:, None])[:, 0]
     history_states = hidden_states[torch.arange(batch_size, device=number.device), ends]
     if candidates is None and not config.num_train_beams and NEXT_TARGET in config.ranking_targets:
         raise ValueError(
@@ -209,22 +211,22 @@ def second_stage_loss(model, supervision: Supervision, hidden_states: torch.Floa
         )
     if candidates is None and config.num_train_beams:
         candidates = beam_candidates(
-            model, config.num_train_beams, history_states, history_mask, cache, supervision.blocked_items, asked_for
+            model, config.num_train_beams, history_states, history_mask, cache, supervision.blocked_items, query_time
         )
     if candidates is None or candidates.shape[1] == 0:
         candidates = targets[:, None]
     if config.inject_target:
         candidates = with_targets(candidates, targets, model._generator(number.device))
-    if config.detach_history:
+    if config.stop_gradient_history:
         cache, history_states = detached(cache), history_states.detach()
     items = candidates.clamp(min=0)
     states = []
     for pack in items.split(CANDIDATES_AT_ONCE, dim=1):
-        with kept_as_found(cache):
+        with cache_rollback(cache):
             nothing = pack.new_empty(*pack.shape, 0)
-            read = read_candidates(model, pack, history_mask, nothing, cache, supervision.long_history, asked_for)
+            read = read_candidates(model, pack, history_mask, nothing, cache, supervision.long_history, query_time)
             states.append(read[:, :, -1])
-    logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_vectors(items))
+    logits = model.ranking_head(torch.cat(states, dim=1), history_states[:, None], model.item_representations(items))
     is_target = candidates == targets[:, None]
     usable = (candidates >= 0) & (targets >= 0)[:, None]
     positive, negative = usable & is_target, usable & ~is_target

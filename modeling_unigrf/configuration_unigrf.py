@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""What an item is: how many codes spell it, which token ids they have, and which behaviours follow it."""
+"""What an item is: how many codes spell it, which token ids they have, and which behaviors follow it."""
 
 from copy import deepcopy
 from itertools import accumulate, pairwise
@@ -35,7 +35,7 @@ class UniGRFConfig(PreTrainedConfig):
     r"""
     Configuration of a UniGRF model: one decoder-only backbone that generates and ranks items spelled as semantic ids.
 
-    A history is the token sequence `<bos> s_1 .. s_L b  s_1 .. s_L b ...`: L codes an item, then the behaviour on it.
+    A history is the token sequence `<bos> s_1 .. s_L b  s_1 .. s_L b ...`: L codes an item, then the behavior on it.
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -45,11 +45,11 @@ class UniGRFConfig(PreTrainedConfig):
         codebook_sizes (`list[int]`, defaults to `[256, 256, 256, 1]`):
             Number of codes of each level; the last level makes every item's spelling unique. One level: atomic ids.
         code_offsets (`list[int]`, *optional*):
-            Token id of code 0 of each level. Defaults to consecutive levels after the behaviours.
+            Token id of code 0 of each level. Defaults to consecutive levels after the behaviors.
         behaviors (`list[str]`, defaults to `["interact"]`):
-            Names of the behaviours that may follow an item.
+            Names of the behaviors that may follow an item.
         behavior_token_ids (`list[int]`, *optional*):
-            Token id of each behaviour. Defaults to consecutive ids from 4 (after pad, bos, eos, unk).
+            Token id of each behavior. Defaults to consecutive ids from 4 (after pad, bos, eos, unk).
         code_similarity (`str`, defaults to `"dot"`):
             How a code's logit comes from the output and the code's row of `lm_head`: `"dot"`, or `"cosine"` of both (UniGRF
             with atomic ids: cosine, `code_temperature=0.05`, `tie_word_embeddings=True`).
@@ -61,24 +61,24 @@ class UniGRFConfig(PreTrainedConfig):
         share_code_negatives (`bool`, defaults to `True`):
             The same negatives for all positions of a batch, or others for each.
         given_negative_weight (`float`, defaults to 30.0):
-            How often each of the `negative_items` that `forward` is given counts in a softmax of all atomic ids. (UniGRF
+            How often each of the `hard_negatives` that `forward` is given counts in a softmax of all atomic ids. (UniGRF
             puts 8 of them among 120 of MovieLens-1M's 3,706 items, each of which so stands for 30.)
         ranking_targets (`list[str]`, *optional*):
-            What the ranking head scores: `"next"` (is this the next item?) and any of `behaviors` (which behaviour will
-            follow, if the item is shown?). Defaults to `"next"` and, if there are two behaviours or more, each of them.
+            What the ranking head scores: `"next"` (is this the next item?) and any of `behaviors` (which behavior will
+            follow, if the item is shown?). Defaults to `"next"` and, if there are two behaviors or more, each of them.
         num_items (`int`, defaults to 1):
-            Number of items of the catalogue, which is saved with the model.
-        item_embedding_dim (`int`, defaults to 0):
+            Number of items of the catalog, which is saved with the model.
+        content_embedding_dim (`int`, defaults to 0):
             Width of the item embeddings that item vectors are made of; the ranking head reads these. 0 for none.
-        int8_item_embeddings (`bool`, defaults to `False`):
-            Keep the item embeddings as int8, 127 for 1, in a quarter of the memory: for catalogues of many millions.
-        read_item_embeddings (`bool`, defaults to `True`):
+        int8_content_embeddings (`bool`, defaults to `False`):
+            Keep the item embeddings as int8, 127 for 1, in a quarter of the memory: for catalogs of many millions.
+        project_content_embeddings (`bool`, defaults to `True`):
             Whether item vectors have a part that is made of the embeddings; else these only choose sub-histories.
-        item_table_size (`int`, defaults to 0):
-            Rows of a learned table that item vectors have as a second part; item i has row `i % item_table_size`. As many as
+        embedding_table_size (`int`, defaults to 0):
+            Rows of a learned table that item vectors have as a second part; item i has row `i % embedding_table_size`. As many as
             items: a row for each, and `add_items` appends rows. Fewer: shared by hashing. 0 for none.
-        history_item_vectors (`bool`, defaults to `False`):
-            Read every item of a history by its vector, too, which is added to the behaviour behind its codes (RecoChain,
+        history_item_representations (`bool`, defaults to `False`):
+            Read every item of a history by its vector, too, which is added to the behavior behind its codes (RecoChain,
             section 1: the ITEM of a history block). Codes are shared between items; this is the item's own.
         negatives_per_item (`float`, defaults to 0.0):
             Random candidates for each supervised item, packed behind the histories in training, to train the `"next"`
@@ -89,7 +89,7 @@ class UniGRFConfig(PreTrainedConfig):
         num_retrieved_items (`int`, defaults to 0):
             Sub-history of a candidate: this many items of the user's long history (`long_items`), those of the greatest
             cosine of item embeddings, which ranking reads behind the candidate's codes (RecoChain, section 1). 0: the
-            candidate is ranked from its last code. Needs `item_embedding_dim`.
+            candidate is ranked from its last code. Needs `content_embedding_dim`.
         exclude_candidate (`bool`, defaults to `False`):
             Leave the candidate itself out of its sub-history.
         num_train_beams (`int`, defaults to 0):
@@ -97,20 +97,20 @@ class UniGRFConfig(PreTrainedConfig):
             (RecoChain, stage II), the true one among them. Takes the place of `negatives_per_item`.
         inject_target (`bool`, defaults to `True`):
             Let the true item take the place of a random one of these where the search missed it. Without it the ranking is
-            trained on exactly what it will be asked to rank, but rows whose true item was missed give no positive (of behaviours,
+            trained on exactly what it will be asked to rank, but rows whose true item was missed give no positive (of behaviors,
             neither). With it, an injected item is one that no search proposed: where most true items are missed, the model learns to
-            recognise that.
-        detach_history (`bool`, defaults to `False`):
+            recognize that.
+        stop_gradient_history (`bool`, defaults to `False`):
             Keep the gradient of that ranking out of the history's keys, values and states.
         generation_loss_weight (`float`, defaults to 1.0):
             Weight of the generation loss; 0 for a ranker alone, which then does not compute it.
         ranking_loss_weight (`float`, defaults to 1.0):
             Weight of the ranking loss; 0 for a retriever alone, which then neither packs candidates nor computes it.
-        item_loss_weight (`float`, defaults to 0.0):
+        dense_loss_weight (`float`, defaults to 0.0):
             Weight of a softmax over items, which trains the part of the `"next"` score that compares the history's end with
-            item vectors. Needs `item_embedding_dim` or `item_table_size`.
-        candidate_loss_weight (`float`, defaults to 10.0):
-            Weight of the softmax of a row's last item, of several codes, among the `negative_items` that `forward` is given: as
+            item vectors. Needs `content_embedding_dim` or `embedding_table_size`.
+        contrastive_loss_weight (`float`, defaults to 10.0):
+            Weight of the softmax of a row's last item, of several codes, among the `hard_negatives` that `forward` is given: as
             many codes as it counts for.
         exclude_history (`bool`, defaults to `True`):
             Default of `recommend` and the pipeline: no item of the history is recommended.
@@ -121,19 +121,19 @@ class UniGRFConfig(PreTrainedConfig):
             Default of the ranking target that `recommend` orders by; the first of `ranking_targets`, if not given.
         ranking_weight (`float`, defaults to 1.0):
             Default weight of the ranking score in `recommend`: `log P + ranking_weight * log sigmoid(rank)`.
-        item_weight (`float`, defaults to 0.0):
-            Default weight in `recommend` of the item-level score alone: the part of `"next"` that `item_loss_weight` trains.
-        union_items (`int`, defaults to 0):
+        dense_weight (`float`, defaults to 0.0):
+            Default weight in `recommend` of the item-level score alone: the part of `"next"` that `dense_loss_weight` trains.
+        num_dense_candidates (`int`, defaults to 0):
             Default number in `recommend` of items of the best item-level score that are ranked beside the beams.
-        num_ranked_beams (`int`, defaults to 0):
+        rerank_top_k (`int`, defaults to 0):
             Default number in `recommend` of beams that are ranked, the best by the other scores; 0: all.
-        rank_by_item_score (`bool`, defaults to `True`):
+        rank_by_dense_score (`bool`, defaults to `True`):
             Whether the item-level score is a part of the `"next"` logit, or only a score beside it.
-        detach_item_score (`bool`, defaults to `False`):
-            Keep the gradient of the ranking out of the item-level score, which `item_loss_weight` trains: a ranking of what a
+        stop_gradient_dense_score (`bool`, defaults to `False`):
+            Keep the gradient of the ranking out of the item-level score, which `dense_loss_weight` trains: a ranking of what a
             search found presses down the scores of just these items.
         retrieval_behaviors (`list[str]`, *optional*):
-            Which behaviours on an item make it a positive of retrieval: in the means of the losses of codes and of items all others
+            Which behaviors on an item make it a positive of retrieval: in the means of the losses of codes and of items all others
             count 0. By default every next item is one (UniGRF, section on retrieval).
         ranking_dropout (`float`, defaults to 0.0):
             Dropout in the ranking head.
@@ -152,8 +152,8 @@ class UniGRFConfig(PreTrainedConfig):
         "cache",
         "generation_loss",
         "ranking_loss",
-        "item_loss",
-        "candidate_loss",
+        "dense_loss",
+        "contrastive_loss",
         "gradient_norms",
     ]
     sub_configs_defaults = {
@@ -181,31 +181,31 @@ class UniGRFConfig(PreTrainedConfig):
     given_negative_weight: float | int = 30.0
     ranking_targets: list[str] | tuple[str, ...] | None = None
     num_items: int = 1
-    item_embedding_dim: int = 0
-    int8_item_embeddings: bool = False
-    read_item_embeddings: bool = True
-    item_table_size: int = 0
-    history_item_vectors: bool = False
+    content_embedding_dim: int = 0
+    int8_content_embeddings: bool = False
+    project_content_embeddings: bool = True
+    embedding_table_size: int = 0
+    history_item_representations: bool = False
     negatives_per_item: float | int = 0.0
     max_items: int | None = None
     num_retrieved_items: int = 0
     exclude_candidate: bool = False
     num_train_beams: int = 0
     inject_target: bool = True
-    detach_history: bool = False
+    stop_gradient_history: bool = False
     generation_loss_weight: float | int = 1.0
     ranking_loss_weight: float | int = 1.0
-    item_loss_weight: float | int = 0.0
-    candidate_loss_weight: float | int = 10.0
+    dense_loss_weight: float | int = 0.0
+    contrastive_loss_weight: float | int = 10.0
     exclude_history: bool = True
     max_long_items: int | None = None
     ranking_target: str | None = None
     ranking_weight: float | int = 1.0
-    item_weight: float | int = 0.0
-    union_items: int = 0
-    num_ranked_beams: int = 0
-    rank_by_item_score: bool = True
-    detach_item_score: bool = False
+    dense_weight: float | int = 0.0
+    num_dense_candidates: int = 0
+    rerank_top_k: int = 0
+    rank_by_dense_score: bool = True
+    stop_gradient_dense_score: bool = False
     retrieval_behaviors: list[str] | tuple[str, ...] | None = None
     ranking_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
@@ -249,7 +249,7 @@ class UniGRFConfig(PreTrainedConfig):
 
     @property
     def num_spelling_tokens(self) -> int:
-        """Number of token ids that specials, behaviours and codes need."""
+        """Number of token ids that specials, behaviors and codes need."""
         # Not strict: that there are as many of both is checked later, and said better.
         ends = [offset + size for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=False)]
         return max([3, *self.behavior_token_ids, *(end - 1 for end in ends)]) + 1
@@ -263,7 +263,7 @@ class UniGRFConfig(PreTrainedConfig):
         return (positions - 1 - self.num_levels - self.num_block_tokens) // (self.num_levels + 1)
 
     @property
-    def log_odds_of_next(self) -> float:
+    def next_logit_bias(self) -> float:
         """
         How much rarer the next item is among all items than among the candidates of training, 0 without random ones. `rank`
         subtracts it from the `"next"` logit (prior correction for case-control sampling: King and Zeng 2001, section 4.1),
@@ -277,9 +277,9 @@ class UniGRFConfig(PreTrainedConfig):
         return getattr(self.text_config, "num_time_buckets", 0) > 0
 
     @property
-    def has_item_vectors(self) -> bool:
+    def has_item_representations(self) -> bool:
         """Whether anything is known of an item beyond its codes."""
-        return (self.item_embedding_dim > 0 and self.read_item_embeddings) or self.item_table_size > 0
+        return (self.content_embedding_dim > 0 and self.project_content_embeddings) or self.embedding_table_size > 0
 
     @property
     def num_block_tokens(self) -> int:
@@ -302,16 +302,16 @@ class UniGRFConfig(PreTrainedConfig):
             )
         if not self.behaviors or len(self.behaviors) != len(self.behavior_token_ids):
             raise ValueError(
-                f"Expected one token id a behaviour and at least one behaviour, found behaviors={self.behaviors} and "
+                f"Expected one token id a behavior and at least one behavior, found behaviors={self.behaviors} and "
                 f"behavior_token_ids={self.behavior_token_ids}."
             )
         if NEXT_TARGET in self.behaviors:
-            raise ValueError(f"A behaviour may not be called {NEXT_TARGET!r}: that is a ranking target. Rename it.")
+            raise ValueError(f"A behavior may not be called {NEXT_TARGET!r}: that is a ranking target. Rename it.")
         singles = [self.pad_token_id, self.bos_token_id, self.eos_token_id, *self.behavior_token_ids]
         spans = sorted([*((i, 1) for i in singles), *zip(self.code_offsets, self.codebook_sizes, strict=True)])
         if any(start + length > following for (start, length), (following, _) in pairwise(spans)):
             raise ValueError(
-                f"Token ids overlap: special tokens {singles[:3]}, behaviours {self.behavior_token_ids}, levels starting "
+                f"Token ids overlap: special tokens {singles[:3]}, behaviors {self.behavior_token_ids}, levels starting "
                 f"at {self.code_offsets} with {self.codebook_sizes} codes. Take these fields from the tokenizer "
                 "(`UniGRFConfig(**tokenizer.config_fields())`)."
             )
@@ -321,7 +321,7 @@ class UniGRFConfig(PreTrainedConfig):
                 f"vocab_size={self.vocab_size}."
             )
         if self.num_items < 1:
-            raise ValueError(f"Expected a catalogue of at least one item, found num_items={self.num_items}.")
+            raise ValueError(f"Expected a catalog of at least one item, found num_items={self.num_items}.")
 
     def check_training(self):
         """Refuses losses and candidates that do not fit each other; raises `ValueError`."""
@@ -339,27 +339,27 @@ class UniGRFConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected retrieval_behaviors among {self.behaviors}, found {self.retrieval_behaviors}. Leave them out for all."
             )
-        has_vectors = self.has_item_vectors and NEXT_TARGET in self.ranking_targets
-        if self.item_loss_weight and not has_vectors:
+        has_vectors = self.has_item_representations and NEXT_TARGET in self.ranking_targets
+        if self.dense_loss_weight and not has_vectors:
             raise ValueError(
-                f"item_loss_weight={self.item_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
-                "item_embedding_dim or item_table_size."
+                f"dense_loss_weight={self.dense_loss_weight} needs the ranking target {NEXT_TARGET!r} and item vectors: set "
+                "content_embedding_dim or embedding_table_size."
             )
-        if self.history_item_vectors and not self.has_item_vectors:
+        if self.history_item_representations and not self.has_item_representations:
             raise ValueError(
-                "history_item_vectors needs item vectors, found none: set item_embedding_dim or item_table_size, or leave it out."
+                "history_item_representations needs item vectors, found none: set content_embedding_dim or embedding_table_size, or leave it out."
             )
-        if not (self.rank_by_item_score or self.item_loss_weight):
+        if not (self.rank_by_dense_score or self.dense_loss_weight):
             raise ValueError(
-                "rank_by_item_score=False needs item_loss_weight: nothing else would train the item-level score then."
+                "rank_by_dense_score=False needs dense_loss_weight: nothing else would train the item-level score then."
             )
-        if self.detach_item_score and not (self.rank_by_item_score and self.item_loss_weight):
+        if self.stop_gradient_dense_score and not (self.rank_by_dense_score and self.dense_loss_weight):
             raise ValueError(
-                "detach_item_score needs item_loss_weight, which trains the score then, and rank_by_item_score. Set them, or leave it out."
+                "stop_gradient_dense_score needs dense_loss_weight, which trains the score then, and rank_by_dense_score. Set them, or leave it out."
             )
         amounts = (
             "negatives_per_item",
-            *(f"{loss}_loss_weight" for loss in ("generation", "ranking", "item", "candidate")),
+            *(f"{loss}_loss_weight" for loss in ("generation", "ranking", "dense", "contrastive")),
         )
         if below := {name: getattr(self, name) for name in amounts if getattr(self, name) < 0}:
             raise ValueError(f"Expected numbers of 0 or more, found {below}.")
@@ -377,10 +377,10 @@ class UniGRFConfig(PreTrainedConfig):
                 f"Expected num_retrieved_items and num_train_beams of 0 or more, found {self.num_retrieved_items} and "
                 f"{self.num_train_beams}."
             )
-        if self.num_retrieved_items and not (self.item_embedding_dim and self.has_item_vectors):
+        if self.num_retrieved_items and not (self.content_embedding_dim and self.has_item_representations):
             raise ValueError(
                 f"num_retrieved_items={self.num_retrieved_items} needs item embeddings to compare and item vectors to read: "
-                "set item_embedding_dim and, with read_item_embeddings=False, item_table_size."
+                "set content_embedding_dim and, with project_content_embeddings=False, embedding_table_size."
             )
         for name, most in (("max_items", "as many as fit"), ("max_long_items", "all of a long history")):
             if (value := getattr(self, name)) is not None and value < 1:

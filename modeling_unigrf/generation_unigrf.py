@@ -19,8 +19,8 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import logging
 
-from .continuations_unigrf import check_cache, kept_as_found, read_continuations
-from .trie_unigrf import CatalogueTrie, ItemFilter
+from .shared_prefix_unigrf import cache_rollback, check_cache, read_branches
+from .trie_unigrf import CatalogTrie, ItemFilter
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class TrieLogitsProcessor(LogitsProcessor):
     node is found again from the unfinished item at the end of each row.
     """
 
-    def __init__(self, layout, trie: CatalogueTrie, pad_token_id: int):
+    def __init__(self, layout, trie: CatalogTrie, pad_token_id: int):
         self.layout, self.trie, self.pad_token_id = layout, trie, pad_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -81,7 +81,7 @@ class Beams:
 
 
 class UniGRFGenerationMixin(GenerationMixin):
-    """What `UniGRFForCausalLM` can do at inference beyond a forward. Needs `layout`, `catalogue`, `model` and heads."""
+    """What `UniGRFForCausalLM` can do at inference beyond a forward. Needs `layout`, `catalog`, `model` and heads."""
 
     @property
     def _generation_defaults(self) -> dict:
@@ -107,10 +107,10 @@ class UniGRFGenerationMixin(GenerationMixin):
         self.generation_config._from_model_config = False
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        """Ours first; another catalogue's, if `generate` was given one."""
+        """Ours first; another catalog's, if `generate` was given one."""
         processors = super()._get_logits_processor(*args, **kwargs)
         first = [one for one in processors if isinstance(one, TrieLogitsProcessor)]
-        first = first or [TrieLogitsProcessor(self.layout, self.catalogue.trie, self.config.pad_token_id)]
+        first = first or [TrieLogitsProcessor(self.layout, self.catalog.trie, self.config.pad_token_id)]
         return LogitsProcessorList([*first, *(one for one in processors if not isinstance(one, TrieLogitsProcessor))])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -130,36 +130,36 @@ class UniGRFGenerationMixin(GenerationMixin):
         inputs: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        catalogue: CatalogueTrie | None = None,
+        catalog: CatalogTrie | None = None,
         **kwargs,
     ):
         """
         `GenerationMixin.generate`: the next item of each history, among the items that exist, without a logits processor of yours.
-        Every row must end in a bos, a behaviour or the first codes of an item; the rest of that item is generated.
+        Every row must end in a bos, a behavior or the first codes of an item; the rest of that item is generated.
 
         With `num_beams=K, num_return_sequences=R` the best items come first, as many as there are and at most R a row;
         `output_scores=True, return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities, but neither the
         `scores` of every step nor `beam_indices`, which stock beam search has.
 
         Args:
-            catalogue (`CatalogueTrie`, *optional*): Generate only items of this part of the catalogue, made by
-                `model.catalogue.subset(items)`; the histories may hold any item.
+            catalog (`CatalogTrie`, *optional*): Generate only items of this part of the catalog, made by
+                `model.catalog.subset(items)`; the histories may hold any item.
 
         Raises:
             ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist; on items to block, which
-                `recommend` takes; on a `catalogue` of another device.
+                `recommend` takes; on a `catalog` of another device.
         """
         # Of `forward`, which reads them in training: nothing here would.
-        for name in ("blocked_items", "candidates", "negative_items", "favorite_items"):
+        for name in ("blocked_items", "candidates", "hard_negatives", "excluded_positives"):
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"Expected no {name} in `generate`, which does not read any, found some. Use `recommend(..., blocked_items=..., "
-                    "allowed_items=...)`, or `generate(..., catalogue=model.catalogue.subset(items))`."
+                    "allowed_items=...)`, or `generate(..., catalog=model.catalog.subset(items))`."
                 )
-        trie = self.catalogue.trie
-        if catalogue is not None:
-            self._check_catalogue(catalogue)
-            trie = catalogue
+        trie = self.catalog.trie
+        if catalog is not None:
+            self._check_catalog(catalog)
+            trie = catalog
             processor = TrieLogitsProcessor(self.layout, trie, self.config.pad_token_id)
             kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
         input_ids = kwargs.get("input_ids", inputs)
@@ -170,12 +170,12 @@ class UniGRFGenerationMixin(GenerationMixin):
                 trie.descend(prefix[lengths == length], length)  # raises where no item begins so
         return super().generate(inputs, generation_config, **kwargs)
 
-    def _check_catalogue(self, catalogue: CatalogueTrie) -> None:
-        """Refuses a part of the catalogue that was made before the model was moved; raises `ValueError`."""
-        if catalogue.leaf_items.device != self.catalogue.item_codes.device:
+    def _check_catalog(self, catalog: CatalogTrie) -> None:
+        """Refuses a part of the catalog that was made before the model was moved; raises `ValueError`."""
+        if catalog.leaf_items.device != self.catalog.item_codes.device:
             raise ValueError(
-                f"Expected a catalogue on {self.catalogue.item_codes.device} as the model, found one on "
-                f"{catalogue.leaf_items.device}. Make it with `model.catalogue.subset(items)` after the model was moved."
+                f"Expected a catalog on {self.catalog.item_codes.device} as the model, found one on "
+                f"{catalog.leaf_items.device}. Make it with `model.catalog.subset(items)` after the model was moved."
             )
 
     def _check_histories(
@@ -203,7 +203,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             row = int((~allowed).nonzero()[0])
             raise ValueError(
                 f"Row {row} ends in token {int(input_ids[row, -1])}, after which no item begins: a history ends in <bos> or "
-                f"in a behaviour, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behaviour."
+                f"in a behavior, tokens {self.layout.history_end_ids}. Pad on the left, and give every item its behavior."
             )
         needed = int(attention_mask.sum(dim=1).max()) + self.layout.num_levels - int(lengths.min())
         needed += self.config.num_block_tokens if whole_items else 0
@@ -214,33 +214,33 @@ class UniGRFGenerationMixin(GenerationMixin):
                 "(`tokenizer.encode_history(..., max_items=...)`)."
             )
         rows, codes = self.layout.history_codes(input_ids)
-        items = self.catalogue.trie.lookup(codes)
+        items = self.catalog.trie.lookup(codes)
         unknown = items < 0
         if unknown.any():
             first = int(unknown.nonzero()[0])
             raise ValueError(
-                f"{int(unknown.sum())} items of the histories are not in the catalogue; the first is spelt "
+                f"{int(unknown.sum())} items of the histories are not in the catalog; the first is spelt "
                 f"{codes[first].tolist()} in row {int(rows[first])}. Tokenizer and model do not belong together, or the history "
                 "was cut inside an item."
             )
         return attention_mask, rows, items
 
-    def prepare_inputs_for_generation(self, input_ids, timestamps=None, request_timestamps=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, timestamps=None, query_time=None, **kwargs):
         """As every decoder of transformers; all codes of the next item have the request's time."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if timestamps is not None:
-            asked_for = timestamps[:, -1:] if request_timestamps is None else request_timestamps[:, None]
-            times = torch.cat([timestamps, asked_for.expand(-1, input_ids.shape[1] + 1 - timestamps.shape[1])], dim=1)
+            query_time = timestamps[:, -1:] if query_time is None else query_time[:, None]
+            times = torch.cat([timestamps, query_time.expand(-1, input_ids.shape[1] + 1 - timestamps.shape[1])], dim=1)
             length = inputs["input_ids"].shape[1]
-            inputs |= {"timestamps": times[:, -length - 1 : -1], "next_timestamps": times[:, -length:]}
+            inputs |= {"timestamps": times[:, -length - 1 : -1], "target_timestamps": times[:, -length:]}
         return inputs
 
     @staticmethod
     def _check_timestamps(
-        input_ids: torch.LongTensor, timestamps: torch.LongTensor | None, request_timestamps: torch.LongTensor | None
+        input_ids: torch.LongTensor, timestamps: torch.LongTensor | None, query_time: torch.LongTensor | None
     ) -> torch.LongTensor | None:
-        """`request_timestamps [B]`, by default the last token's; None without `timestamps [B, T]`; raises `ValueError`."""
-        if timestamps is None and request_timestamps is None:
+        """`query_time [B]`, by default the last token's; None without `timestamps [B, T]`; raises `ValueError`."""
+        if timestamps is None and query_time is None:
             return None
         if timestamps is None or timestamps.shape != input_ids.shape:
             found = "none" if timestamps is None else tuple(timestamps.shape)
@@ -248,22 +248,21 @@ class UniGRFGenerationMixin(GenerationMixin):
                 f"Expected timestamps of shape {tuple(input_ids.shape)} as input_ids, found {found}. "
                 "`tokenizer.encode_history(..., timestamps=...)` makes them."
             )
-        if request_timestamps is None:
+        if query_time is None:
             return timestamps[:, -1]
-        if request_timestamps.shape != input_ids.shape[:1]:
+        if query_time.shape != input_ids.shape[:1]:
             raise ValueError(
-                f"Expected request_timestamps of shape ({len(input_ids)},), one a row, found "
-                f"{tuple(request_timestamps.shape)}."
+                f"Expected query_time of shape ({len(input_ids)},), one a row, found {tuple(query_time.shape)}."
             )
-        return request_timestamps
+        return query_time
 
-    def read_history(
+    def prefill(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
         cache: DynamicCache,
         timestamps: torch.LongTensor | None = None,
-        request_timestamps: torch.LongTensor | None = None,
+        query_time: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
         Runs what the cache lacks of the histories; the output at their last token, `[batch_size, hidden_size]`. If it
@@ -272,7 +271,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
             cache (`DynamicCache`): With the first of their tokens, all or none; holds all of them afterwards, unless this fails.
-            timestamps (`torch.LongTensor` of shape `(batch_size, T)`), request_timestamps (`torch.LongTensor` of shape
+            timestamps (`torch.LongTensor` of shape `(batch_size, T)`), query_time (`torch.LongTensor` of shape
                 `(batch_size,)`, *optional*): As `recommend` takes them, both or none.
         """
         check_cache(cache)
@@ -281,13 +280,13 @@ class UniGRFGenerationMixin(GenerationMixin):
             raise ValueError(f"Expected a cache of at most the {length} tokens of input_ids, found one of {cached}.")
         times = None
         if timestamps is not None:
-            times = torch.cat([timestamps, request_timestamps[:, None]], dim=1)
-        vectors = self.history_item_vectors(input_ids)
+            times = torch.cat([timestamps, query_time[:, None]], dim=1)
+        vectors = self.history_item_representations(input_ids)
         if cached < length:
-            arguments = {} if vectors is None else {"item_vectors": vectors[:, cached:]}
+            arguments = {} if vectors is None else {"item_representations": vectors[:, cached:]}
             if times is not None:
-                arguments |= {"timestamps": times[:, cached:-1], "next_timestamps": times[:, cached + 1 :]}
-            with kept_as_found(cache, unless_it_works=True):
+                arguments |= {"timestamps": times[:, cached:-1], "target_timestamps": times[:, cached + 1 :]}
+            with cache_rollback(cache, unless_it_works=True):
                 outputs = self.model(input_ids[:, cached:], attention_mask, cache=cache, use_cache=True, **arguments)
             return outputs.last_hidden_state[:, -1]
         before = attention_mask.bool().clone()
@@ -295,8 +294,8 @@ class UniGRFGenerationMixin(GenerationMixin):
         nothing = input_ids.new_empty(len(input_ids), 1, 0)
         tokens = self.get_input_embeddings()(input_ids[:, -1:])
         tokens = tokens if vectors is None else tokens + vectors[:, -1:]
-        with kept_as_found(cache):
-            states, _ = read_continuations(
+        with cache_rollback(cache):
+            states, _ = read_branches(
                 self.model,
                 None,
                 before,
@@ -314,11 +313,11 @@ class UniGRFGenerationMixin(GenerationMixin):
         history_states: torch.FloatTensor,
         cache: DynamicCache,
         num_beams: int,
-        trie: CatalogueTrie,
+        trie: CatalogTrie,
         item_filter: ItemFilter | None = None,
         logits_processor: LogitsProcessorList | None = None,
         max_steps: int | None = None,
-        request_timestamps: torch.LongTensor | None = None,
+        query_time: torch.LongTensor | None = None,
     ) -> Beams:
         """
         Beam search over the items: a step runs one token a beam on the histories' cache, on which nothing is copied or
@@ -331,9 +330,9 @@ class UniGRFGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*): The user's own, called as stock beam search does, on
                 `[batch_size * num_beams, T + steps]` tokens and log-probabilities over the vocabulary.
             max_steps (`int`, *optional*): Stop before the items are whole.
-            request_timestamps (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
+            query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is.
         """
-        times = None if request_timestamps is None else request_timestamps[:, None].expand(-1, 2)
+        times = None if query_time is None else query_time[:, None].expand(-1, 2)
         layout, history_mask = self.layout, attention_mask.bool()
         lengths, prefix = layout.prefix(input_ids)
         begun = int(lengths[0])
@@ -349,7 +348,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         for level in range(begun, last):
             if level > begun:
                 tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
-                states, beams.keys = read_continuations(self.model, tokens, history_mask, beams.keys, cache, times)
+                states, beams.keys = read_branches(self.model, tokens, history_mask, beams.keys, cache, times)
                 states = states[:, :, 0]
             log_probs = self.code_logits(states, layout.level_slice(level)).float().log_softmax(dim=-1)
             if logits_processor:
@@ -369,7 +368,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         processors,
         input_ids,
         beams: Beams,
-        trie: CatalogueTrie,
+        trie: CatalogTrie,
         level: int,
         log_probs: torch.Tensor,
         num_beams: int,
@@ -425,13 +424,13 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = input_ids[::num_beams]
         attention_mask = model_kwargs.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[::num_beams]
-        timestamps, asked_for = (
+        timestamps, query_time = (
             None if model_kwargs.get(name) is None else model_kwargs[name][::num_beams]
-            for name in ("timestamps", "request_timestamps")
+            for name in ("timestamps", "query_time")
         )
-        asked_for = self._check_timestamps(input_ids, timestamps, asked_for)
-        history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
-        with kept_as_found(cache):
+        query_time = self._check_timestamps(input_ids, timestamps, query_time)
+        history_states = self.prefill(input_ids, attention_mask, cache, timestamps, query_time)
+        with cache_rollback(cache):
             beams = self._search_items(
                 input_ids,
                 attention_mask,
@@ -443,7 +442,7 @@ class UniGRFGenerationMixin(GenerationMixin):
                     one for one in logits_processor if not isinstance(one, TrieLogitsProcessor)
                 ),
                 max_steps=generation_config.max_length - input_ids.shape[1],
-                request_timestamps=asked_for,
+                query_time=query_time,
             )
         keep = min(num_return, beams.nodes.shape[1])
         steps = beams.codes.shape[2]

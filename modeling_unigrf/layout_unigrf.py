@@ -5,14 +5,14 @@
 
 | input token              | what its output is read for                                  |
 |--------------------------|--------------------------------------------------------------|
-| `<bos>` or a behaviour b | code s_1 of the next item                                    |
+| `<bos>` or a behavior b | code s_1 of the next item                                    |
 | code s_l, l < L          | code s_{l+1}                                                 |
-| code s_L                 | the ranking of the item: it sees the item, not its behaviour |
+| code s_L                 | the ranking of the item: it sees the item, not its behavior |
 
 In training a row may hold several histories, each beginning with its `<bos>`: they do not see each other.
 
-Heads, search and losses ask this file for levels, positions and masks. That the codes of an item are neighbours and its
-behaviour stands right behind them is also known to `UniGRFForCausalLM.history_item_vectors`, to `candidate_loss`, to the
+Heads, search and losses ask this file for levels, positions and masks. That the codes of an item are neighbors and its
+behavior stands right behind them is also known to `UniGRFForCausalLM.history_item_representations`, to `contrastive_loss`, to the
 pipeline's long histories, to the tokenizer, which spells it, and to the recipes that cut rows: another order of the same tokens
 changes these, too.
 """
@@ -35,7 +35,7 @@ class ItemLayout:
         self.behavior_token_ids = list(config.behavior_token_ids)
 
     def token_levels(self, token_ids: torch.LongTensor) -> torch.LongTensor:
-        """Level of each token (any shape): 0 .. L-1 for a code, -1 for bos and behaviours, -2 for all others."""
+        """Level of each token (any shape): 0 .. L-1 for a code, -1 for bos and behaviors, -2 for all others."""
         levels = torch.full_like(token_ids, PAD)
         for token_id in self.history_end_ids:
             levels = levels.masked_fill(token_ids == token_id, HISTORY_END)
@@ -86,14 +86,14 @@ class ItemLayout:
             token that is no part of a history.
 
         Raises:
-            ValueError: if the last codes of a row do not follow a bos or behaviour as levels 0, 1, ...
+            ValueError: if the last codes of a row do not follow a bos or behavior as levels 0, 1, ...
         """
         length, codes, broken = self.unfinished(input_ids)
         if broken.any():
             row = int(broken.nonzero()[0])
             window = input_ids[row, -(self.num_levels + 1) :]
             raise ValueError(
-                f"Row {row} ends in the tokens {window.tolist()}, which are no beginning of an item: expected a bos or behaviour "
+                f"Row {row} ends in the tokens {window.tolist()}, which are no beginning of an item: expected a bos or behavior "
                 f"token, then codes of levels 0, 1, ... in order; found levels {self.token_levels(window).tolist()}."
             )
         return length, codes
@@ -104,7 +104,7 @@ class ItemLayout:
         levels = self.token_levels(window)
         length = levels[:, -1] + 1
         width = window.shape[1]
-        # Token i from the end must have the level that counts down to the bos or behaviour before the item.
+        # Token i from the end must have the level that counts down to the bos or behavior before the item.
         expected = length[:, None] - torch.arange(width, 0, -1, device=window.device)
         inside = expected >= HISTORY_END
         broken = (inside & (levels != expected)).any(dim=1) | (length > width - 1)
@@ -118,11 +118,11 @@ class ItemLayout:
         return length, codes, broken
 
     def history_ends(self, last: torch.LongTensor) -> torch.LongTensor:
-        """Positions of items' last codes -> positions of the bos or behaviour before them (negative: there is none)."""
+        """Positions of items' last codes -> positions of the bos or behavior before them (negative: there is none)."""
         return last - self.num_levels
 
     def code_positions(self, history_ends: torch.LongTensor) -> torch.LongTensor:
-        """Positions of bos or behaviours `[n]` -> where the codes of the items behind them are predicted, `[n, L]`."""
+        """Positions of bos or behaviors `[n]` -> where the codes of the items behind them are predicted, `[n, L]`."""
         return history_ends[:, None] + torch.arange(self.num_levels, device=history_ends.device)
 
     def ranking_states(self, states: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ class ItemLayout:
         start = (tokens == self.bos_token_id) | (seen & ~nn.functional.pad(seen, (1, 0))[:, :-1])
         return start.cumsum(dim=1), place - torch.where(start, place, 0).cummax(dim=1).values
 
-    def next_timestamps(self, timestamps: torch.LongTensor, number: torch.LongTensor) -> torch.LongTensor:
+    def target_timestamps(self, timestamps: torch.LongTensor, number: torch.LongTensor) -> torch.LongTensor:
         """
         When the event is that each token's output is asked for: that of the token after it in its history; the last one's
         own. `timestamps [B, T]`, `number [B, T]` from `histories` -> `[B, T]`.

@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_hstu import HSTUConfig
-from .continuations_unigrf import check_cache
+from .shared_prefix_unigrf import check_cache
 
 UNKNOWN_TIME = -1
 
@@ -77,7 +77,7 @@ class HSTULayer(nn.Module):
         value, query, key = (one.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for one in vqk)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to renormalise.
+        # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to renormalize.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
         weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
         attended = (weights @ (value / self.longest)).transpose(1, 2).flatten(2)
@@ -128,7 +128,7 @@ class HSTUModel(HSTUPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         timestamps: torch.LongTensor | None = None,
-        next_timestamps: torch.LongTensor | None = None,
+        target_timestamps: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -139,7 +139,7 @@ class HSTUModel(HSTUPreTrainedModel):
         Args:
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
                 in seconds from any origin; negative where not known. Without them the time bias is off.
-            next_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When the event is that
+            target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When the event is that
                 each token's output is asked for. By default that of the token after it and, for the last one, its own.
 
         Raises:
@@ -183,8 +183,8 @@ class HSTUModel(HSTUPreTrainedModel):
         position_ids = position_ids.expand(batch_size, -1)
         if timestamps is None:
             timestamps = torch.full_like(position_ids, UNKNOWN_TIME)
-        if next_timestamps is None:
-            next_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
+        if target_timestamps is None:
+            target_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
         places = torch.stack([position_ids, timestamps], dim=-1)[:, None]
         if cache is not None:
             places, _ = cache.update(places, places[..., :0], self.config.num_hidden_layers)
@@ -197,9 +197,9 @@ class HSTUModel(HSTUPreTrainedModel):
         if ((distance == between) | ~visible[:, 0]).all():
             distance = between
         seconds = None
-        if self.config.num_time_buckets and (next_timestamps >= 0).any() and (key_times >= 0).any():
-            seconds = (next_timestamps[:, :, None] - key_times[:, None]).abs()
-            unknown = (next_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
+        if self.config.num_time_buckets and (target_timestamps >= 0).any() and (key_times >= 0).any():
+            seconds = (target_timestamps[:, :, None] - key_times[:, None]).abs()
+            unknown = (target_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
             seconds = seconds.masked_fill(unknown, UNKNOWN_TIME)
 
         hidden_states = inputs_embeds * self.config.hidden_size**0.5 + self.embed_positions(position_ids)

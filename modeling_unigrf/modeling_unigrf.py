@@ -15,19 +15,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .candidates_unigrf import read_candidates
-from .catalogue_unigrf import UniGRFCatalogue, first_spellings
+from .catalog_unigrf import UniGRFCatalog, first_spellings
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
-from .continuations_unigrf import check_cache, kept_as_found
 from .generation_unigrf import UniGRFGenerationMixin
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .ranking_unigrf import UniGRFItemEncoder, UniGRFRankingHead
 from .recommendation_unigrf import UniGRFRecommendationMixin
+from .shared_prefix_unigrf import cache_rollback, check_cache
 from .subhistory_unigrf import LongHistory, UniGRFCandidateBlock, check_long_history
 from .supervision_unigrf import UniGRFSupervisionMixin
 from .training_unigrf import softmax_over_items
-from .trie_unigrf import CatalogueTrie, check_items
+from .trie_unigrf import CatalogTrie, check_items
 
 
 @dataclass
@@ -35,7 +35,7 @@ class UniGRFCausalLMOutput(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`): `generation_loss_weight * generation_loss + ranking_loss_weight *`
-            `ranking_loss + item_loss_weight * item_loss + candidate_loss_weight * candidate_loss`, in training times
+            `ranking_loss + dense_loss_weight * dense_loss + contrastive_loss_weight * contrastive_loss`, in training times
             `model.task_weights` (ranking: the second).
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token; a code's
             probability is the softmax over its own level's slice. None in training with labels: they would cost more than the
@@ -46,18 +46,18 @@ class UniGRFCausalLMOutput(CausalLMOutputWithPast):
             `config.generation_loss_weight`.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy, with
             `config.ranking_loss_weight`.
-        item_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items (or a sample of 8,192), with
-            `config.item_loss_weight`.
-        candidate_loss (`torch.FloatTensor` of shape `()`): Cross-entropy of each row's last supervised item among
-            itself and the row's `negative_items`, by their log-probabilities as sequences.
-        gradient_norms (`torch.FloatTensor` of shape `(2,)`): Of generation and ranking loss, towards the backbone's output; in
+        dense_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of the next item among all items (or a sample of 8,192), with
+            `config.dense_loss_weight`.
+        contrastive_loss (`torch.FloatTensor` of shape `()`): Cross-entropy of each row's last supervised item among
+            itself and the row's `hard_negatives`, by their log-probabilities as sequences.
+        gradient_norms (`torch.FloatTensor` of shape `(2,)`): Of generation and ranking loss, toward the backbone's output; in
             training with `model.measures_gradients`.
     """
 
     generation_loss: torch.FloatTensor | None = None
     ranking_loss: torch.FloatTensor | None = None
-    item_loss: torch.FloatTensor | None = None
-    candidate_loss: torch.FloatTensor | None = None
+    dense_loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
     gradient_norms: torch.FloatTensor | None = None
 
 
@@ -78,10 +78,10 @@ class UniGRFPreTrainedModel(PreTrainedModel):
                     init.normal_(child.weight, mean=0.0, std=self.config.initializer_range)
                 if isinstance(child, nn.Linear):
                     init.zeros_(child.bias)
-        elif isinstance(module, UniGRFCatalogue):
+        elif isinstance(module, UniGRFCatalog):
             init.copy_(module.item_codes, first_spellings(module.num_items, module.codebook_sizes))
-            if module.item_embeddings is not None:
-                init.zeros_(module.item_embeddings)
+            if module.content_embeddings is not None:
+                init.zeros_(module.content_embeddings)
         else:
             super()._init_weights(module)
 
@@ -149,14 +149,14 @@ class UniGRFModel(UniGRFPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         timestamps: torch.LongTensor | None = None,
-        item_vectors: torch.FloatTensor | None = None,
+        item_representations: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         As every decoder of transformers. `position_ids` not given are counted on the 2-D `attention_mask`, so that a
-        left-padded row is read exactly as it would be alone. With `config.history_item_vectors`, `input_ids` that hold
-        behaviours come with `item_vectors [batch_size, sequence_length, hidden_size]`, from
-        `UniGRFForCausalLM.history_item_vectors`, which are added to their embeddings.
+        left-padded row is read exactly as it would be alone. With `config.history_item_representations`, `input_ids` that hold
+        behaviors come with `item_representations [batch_size, sequence_length, hidden_size]`, from
+        `UniGRFForCausalLM.history_item_representations`, which are added to their embeddings.
 
         Raises:
             ValueError: on timestamps for a backbone that does not read them, or without the item vectors.
@@ -171,16 +171,16 @@ class UniGRFModel(UniGRFPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        if self.config.history_item_vectors and input_ids is not None and item_vectors is None:
+        if self.config.history_item_representations and input_ids is not None and item_representations is None:
             behaviors = input_ids.new_tensor(self.config.behavior_token_ids)
             if torch.isin(input_ids, behaviors).any():
                 raise ValueError(
-                    "Expected the vectors of the histories' items (config.history_item_vectors), found none. Call "
-                    "`UniGRFForCausalLM`, or pass item_vectors=model.history_item_vectors(input_ids)."
+                    "Expected the vectors of the histories' items (config.history_item_representations), found none. Call "
+                    "`UniGRFForCausalLM`, or pass item_representations=model.history_item_representations(input_ids)."
                 )
-        if item_vectors is not None or (self.training and self.config.embedding_dropout):
+        if item_representations is not None or (self.training and self.config.embedding_dropout):
             inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            inputs_embeds = inputs_embeds if item_vectors is None else inputs_embeds + item_vectors
+            inputs_embeds = inputs_embeds if item_representations is None else inputs_embeds + item_representations
             inputs_embeds = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
             input_ids = None
         return self.language_model(
@@ -197,7 +197,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
 class UniGRFForCausalLM(
     UniGRFPreTrainedModel, UniGRFSupervisionMixin, UniGRFRecommendationMixin, UniGRFGenerationMixin
 ):
-    """Generation and ranking of items by one backbone. The catalogue is part of the model and saved with it."""
+    """Generation and ranking of items by one backbone. The catalog is part of the model and saved with it."""
 
     def __init__(self, config: UniGRFConfig):
         config.check_spelling()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a config that was checked
@@ -208,9 +208,9 @@ class UniGRFForCausalLM(
         self.item_encoder = UniGRFItemEncoder(config)
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
-        self.catalogue = UniGRFCatalogue(config)
+        self.catalog = UniGRFCatalog(config)
         # The same everywhere: DDP would send it round before each forward, and does so under PEFT, whose names have a prefix.
-        self._ddp_params_and_buffers_to_ignore = ["catalogue.item_codes", "catalogue.item_embeddings"]
+        self._ddp_params_and_buffers_to_ignore = ["catalog.item_codes", "catalog.content_embeddings"]
         if config.tie_word_embeddings:
             self._tied_weights_keys = {"lm_head.weight": f"{self._embeddings_name}.weight"}
         # Explicit, so that nothing is inherited from a backbone's own file; without `_from_model_config = False`
@@ -235,7 +235,7 @@ class UniGRFForCausalLM(
         For `peft.LoraConfig(modules_to_save=...)`: heads, code embeddings and what item vectors are made of, all that is
         task-specific. For an adapter of a model that is trained already, a large item table may be left out of it.
         """
-        items = ["item_encoder"] if self.config.has_item_vectors else []
+        items = ["item_encoder"] if self.config.has_item_representations else []
         block = [] if self.candidate_block is None else ["candidate_block"]
         return ["ranking_head", "lm_head", self._embeddings_name.rpartition(".")[2], *items, *block]
 
@@ -248,74 +248,76 @@ class UniGRFForCausalLM(
             of_ranking = name.startswith(("ranking_head.", "candidate_block."))
             parameter.requires_grad_(of_ranking and not name.startswith("ranking_head.history_query."))
 
-    def item_vectors(self, items: torch.LongTensor) -> torch.Tensor | None:
+    def item_representations(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices `[...]` -> what the model reads of them beyond their codes, `[..., hidden_size]`; None: nothing."""
-        return self.item_encoder(items, self.catalogue.embeddings_of(items))
+        return self.item_encoder(items, self.catalog.embeddings_of(items))
 
-    def history_item_vectors(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
+    def history_item_representations(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
         """
-        With `config.history_item_vectors`: what `UniGRFModel` adds to the embeddings of tokens `[B, T]`,
-        `[B, T, hidden_size]`: at every behaviour the vector of the item before it (zeros if the catalogue lacks it).
+        With `config.history_item_representations`: what `UniGRFModel` adds to the embeddings of tokens `[B, T]`,
+        `[B, T, hidden_size]`: at every behavior the vector of the item before it (zeros if the catalog lacks it).
 
         Raises:
             ValueError: if a row begins behind an item's codes.
         """
-        if not self.config.history_item_vectors:
+        if not self.config.history_item_representations:
             return None
         where = torch.isin(input_ids, input_ids.new_tensor(self.config.behavior_token_ids)).nonzero()
         if len(where) and int(where[:, 1].min()) < self.layout.num_levels:
             row, position = where[where[:, 1].argmin()].tolist()
             raise ValueError(
-                f"Row {row} has a behaviour at position {position}, without the {self.layout.num_levels} codes of its item. "
+                f"Row {row} has a behavior at position {position}, without the {self.layout.num_levels} codes of its item. "
                 "Begin with a <bos> or a whole item, also behind a cache."
             )
-        items = self.catalogue.trie.lookup(self.layout.codes_before(input_ids, where - where.new_tensor([0, 1])))
-        vectors = self.item_vectors(items.clamp(min=0)) * (items >= 0)[:, None]
+        items = self.catalog.trie.lookup(self.layout.codes_before(input_ids, where - where.new_tensor([0, 1])))
+        vectors = self.item_representations(items.clamp(min=0)) * (items >= 0)[:, None]
         added = vectors.new_zeros(*input_ids.shape, self.config.hidden_size)
         return added.index_put(tuple(where.unbind(dim=1)), vectors)
 
-    def set_catalogue(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
+    def set_catalog(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None = None) -> None:
         """
         Sets the items that exist. Call it once, before training, with the tokenizer's `item_codes`.
 
         Args:
             item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Row = item index.
-            item_embeddings (`torch.FloatTensor` of shape `(num_items, config.item_embedding_dim)`, *optional*): As int8 with
-                `config.int8_item_embeddings`; may then be a mapped file, which is read where items are looked up.
+            content_embeddings (`torch.FloatTensor` of shape `(num_items, config.content_embedding_dim)`, *optional*): As int8 with
+                `config.int8_content_embeddings`; may then be a mapped file, which is read where items are looked up.
 
         Raises:
             ValueError: on shared or impossible spellings, wrong shapes, NaN. Nothing is changed then.
         """
-        item_embeddings = None if item_embeddings is None else torch.as_tensor(item_embeddings)
-        self.catalogue.replace(torch.as_tensor(item_codes), item_embeddings)
-        self.config.num_items = self.catalogue.num_items
+        content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
+        self.catalog.replace(torch.as_tensor(item_codes), content_embeddings)
+        self.config.num_items = self.catalog.num_items
 
-    def add_items(self, item_codes: torch.Tensor, item_embeddings: torch.Tensor | None = None) -> None:
+    def add_items(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None = None) -> None:
         """
         Adds items behind the existing ones; the model generates and ranks them at once, without training.
 
         The last codebook grows if a code asks for it (new rows of the vocabulary, started at the mean of the level's
         rows); generation scores of the old items change only then, since the level's softmax has more alternatives. The
-        `"next"` logit of all falls with `config.log_odds_of_next`: one of more items comes next.
+        `"next"` logit of all falls with `config.next_logit_bias`: one of more items comes next.
 
         Args:
             item_codes (`torch.IntTensor` of shape `(n, num_levels)`): As `tokenizer.add_items` returns them.
-            item_embeddings (`torch.FloatTensor` of shape `(n, config.item_embedding_dim)`, *optional*): As of `set_catalogue`.
+            content_embeddings (`torch.FloatTensor` of shape `(n, config.content_embedding_dim)`, *optional*): As of `set_catalog`.
 
         Raises:
-            ValueError: as `set_catalogue`, or if rows have to be added that an adapter holds. Nothing is changed then.
+            ValueError: as `set_catalog`, or if rows have to be added that an adapter holds. Nothing is changed then.
         """
         item_codes = torch.as_tensor(item_codes)
-        item_embeddings = None if item_embeddings is None else torch.as_tensor(item_embeddings)
-        self.catalogue.check(item_codes, item_embeddings)
-        old = self.catalogue
+        content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
+        self.catalog.check(item_codes, content_embeddings)
+        old = self.catalog
         all_codes = torch.cat([old.item_codes, item_codes.to(old.item_codes)])
         all_embeddings = None
-        if item_embeddings is not None:
-            all_embeddings = torch.cat([old.item_embeddings, item_embeddings.to(old.item_embeddings)])
+        if content_embeddings is not None:
+            all_embeddings = torch.cat([old.content_embeddings, content_embeddings.to(old.content_embeddings)])
         sizes = list(self.config.codebook_sizes)
         grown = [*sizes[:-1], max(sizes[-1], int(item_codes[:, -1].max()) + 1)]
-        a_row_an_item = self.config.item_table_size == self.config.num_items  # a smaller table is shared by hashing
+        a_row_an_item = (
+            self.config.embedding_table_size == self.config.num_items
+        )  # a smaller table is shared by hashing
         parts = [self.item_encoder, self.item_encoder.table] if a_row_an_item else []
         parts += [self.get_input_embeddings(), self.lm_head] if grown != sizes else []
         if not all(isinstance(part, nn.Embedding | nn.Linear | UniGRFItemEncoder) for part in parts):
@@ -323,12 +325,12 @@ class UniGRFForCausalLM(
                 f"These items need new rows in {[type(part).__name__ for part in parts]}, which an adapter holds. Merge the "
                 "adapter first (`merge_and_unload()`), then add the items."
             )
-        trie = CatalogueTrie(all_codes, grown)  # raises on shared or impossible spellings, before anything is changed
+        trie = CatalogTrie(all_codes, grown)  # raises on shared or impossible spellings, before anything is changed
         if grown != sizes:
             self._grow_last_level(grown)
         if a_row_an_item:
             self.item_encoder.add_rows(len(item_codes))
-            self.config.item_table_size = len(all_codes)
+            self.config.embedding_table_size = len(all_codes)
         old.put(all_codes, all_embeddings, trie)
         self.config.num_items = len(all_codes)
 
@@ -355,10 +357,10 @@ class UniGRFForCausalLM(
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
-        negative_items: torch.LongTensor | None = None,
-        favorite_items: torch.LongTensor | None = None,
+        hard_negatives: torch.LongTensor | None = None,
+        excluded_positives: torch.LongTensor | None = None,
         timestamps: torch.LongTensor | None = None,
-        next_timestamps: torch.LongTensor | None = None,
+        target_timestamps: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         long_timestamps: torch.LongTensor | None = None,
@@ -368,36 +370,36 @@ class UniGRFForCausalLM(
     ) -> UniGRFCausalLMOutput:
         """
         Next-token prediction, where the next token chooses the head: a code is predicted by `lm_head` among its level's
-        codes, a behaviour by the ranking head as binary targets (UniGRF, section 3.1: the output at an item predicts the
-        behaviour, the output at a behaviour the next item).
+        codes, a behavior by the ranking head as binary targets (UniGRF, section 3.1: the output at an item predicts the
+        behavior, the output at a behavior the next item).
 
         With `config.num_retrieved_items`, `config.num_train_beams` or `candidates` the ranking loss is that of RecoChain's
-        stage II instead: of the candidates for the LAST supervised item of each row, and of that one item's behaviour.
+        stage II instead: of the candidates for the LAST supervised item of each row, and of that one item's behavior.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): With labels, a row may hold several
                 histories, each with its `<bos>`: they are read as if each were alone.
             attention_mask (of shape `(batch_size, sequence_length)` or a 4-D mask)
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100 where
-                nothing is to be learnt; shifted inside. Not with `label_smoothing_factor`: `Trainer` would then keep the
+                nothing is to be learned; shifted inside. Not with `label_smoothing_factor`: `Trainer` would then keep the
                 labels to itself, and smooth a loss over all tokens in place of these.
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): Positions of `logits`, the last ones or these; 0: all.
-                With atomic ids of a large catalogue, an evaluation that reads only the losses should ask for 1.
+                With atomic ids of a large catalog, an evaluation that reads only the losses should ask for 1.
             num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer` passes
                 it. The loss is then this micro-batch's share, so that accumulation does not change it. Candidates of a
                 second stage are weighted by that share, too, for want of a count of their own: exactly as without
                 accumulation if all micro-batches have as many supervised tokens a row, else rows beside longer ones count
                 more.
-            negative_items (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
+            hard_negatives (`torch.LongTensor` of shape `(batch_size, m)`, *optional*): With labels: items that the user of
                 each row should be told from the next one (UniGRF's hard-to-detect disliked items), -1 for none. Atomic ids, in
                 training: at every position they take the places of as many random `code_negatives`, or count
-                `config.given_negative_weight` times among all items. Several codes an item: `candidate_loss` sets the
+                `config.given_negative_weight` times among all items. Several codes an item: `contrastive_loss` sets the
                 row's last supervised item against them.
-            favorite_items (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
-                row among atomic ids (UniGRF's potential favourites), -1 for none.
+            excluded_positives (`torch.LongTensor` of shape `(batch_size, f)`, *optional*): Items that are no negatives of the
+                row among atomic ids (UniGRF's potential favorites), -1 for none.
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
                 for a backbone that reads times (`hstu` with `num_time_buckets`), in seconds; -1 where not known.
-            next_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
+            target_timestamps (the same, *optional*): When the event is that each token's output is asked for; by default that
                 of the token after it in its history, and the last one's own.
             long_items, long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): With labels and
                 `config.num_retrieved_items`: what the user did BEFORE the last supervised item of the row, and nothing from
@@ -411,8 +413,8 @@ class UniGRFForCausalLM(
                 the user had before the last supervised item. That item is ranked even if it is among them.
 
         Raises:
-            ValueError: if a supervised item is not in the catalogue, negatives or candidates are asked for together with a 4-D
-                mask, position_ids or a cache, negative_items for rows of several histories, or long histories, candidates
+            ValueError: if a supervised item is not in the catalog, negatives or candidates are asked for together with a 4-D
+                mask, position_ids or a cache, hard_negatives for rows of several histories, or long histories, candidates
                 or blocked items do not fit.
         """
         targets = kwargs.pop("shift_labels", None)  # given where the sequence is spread over devices
@@ -427,15 +429,15 @@ class UniGRFForCausalLM(
             "use_cache": use_cache,
         }
         if timestamps is not None:
-            inputs |= {"timestamps": timestamps, "next_timestamps": next_timestamps}
+            inputs |= {"timestamps": timestamps, "target_timestamps": target_timestamps}
         supervision = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
             longer = (long_items, long_behaviors, long_timestamps)
-            given = (negative_items, favorite_items, candidates, *longer, blocked_items)
+            given = (hard_negatives, excluded_positives, candidates, *longer, blocked_items)
             inputs, supervision = self._supervise(inputs, tokens, targets, *given)
         if "input_ids" in inputs:
-            inputs["item_vectors"] = self.history_item_vectors(inputs["input_ids"])
+            inputs["item_representations"] = self.history_item_representations(inputs["input_ids"])
 
         outputs = self.model(**inputs, **kwargs)
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)
@@ -493,7 +495,7 @@ class UniGRFForCausalLM(
         return (states if self.config.code_temperature == 1.0 else states / self.config.code_temperature), vectors
 
     def _long_history(self, batch_size: int, *given) -> LongHistory | None:
-        return check_long_history(self.config, self.catalogue.num_items, batch_size, *given)
+        return check_long_history(self.config, self.catalog.num_items, batch_size, *given)
 
     @torch.no_grad()
     def rank(
@@ -505,7 +507,7 @@ class UniGRFForCausalLM(
         history_states: torch.FloatTensor | None = None,
         candidates_per_pack: int | None = None,
         timestamps: torch.LongTensor | None = None,
-        request_timestamps: torch.LongTensor | None = None,
+        query_time: torch.LongTensor | None = None,
         long_items: torch.LongTensor | None = None,
         long_behaviors: torch.LongTensor | None = None,
         long_timestamps: torch.LongTensor | None = None,
@@ -525,7 +527,7 @@ class UniGRFForCausalLM(
                 the last token of the histories. Without it, that token is run again on the cache, if the head needs it.
             candidates_per_pack (`int`, *optional*): Candidates of a history that are run at a time: memory grows with it. By
                 default 64 on a CPU, where they stay in its caches, and 1,024 elsewhere, where a pack costs its launches.
-            timestamps, request_timestamps: As `recommend` takes them.
+            timestamps, query_time: As `recommend` takes them.
             long_items (`torch.LongTensor` of shape `(batch_size, H)`): With `config.num_retrieved_items`: all that the user did,
                 as item indices, oldest first; -1 where there is none (padding, unknown items). Any H, also 0.
             long_behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`; not needed if
@@ -536,35 +538,35 @@ class UniGRFForCausalLM(
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
             `config.ranking_targets`. `sigmoid` gives the probability that the item, of all items (of the beams, after a stage II
-            on these), comes next (`"next"`), or that the behaviour follows if it is shown.
+            on these), comes next (`"next"`), or that the behavior follows if it is shown.
 
         Raises:
-            ValueError: if a candidate is not in the catalogue, a history does not end in a bos or behaviour, the cache is not
+            ValueError: if a candidate is not in the catalog, a history does not end in a bos or behavior, the cache is not
                 of these histories, or the long histories do not fit.
         """
-        candidates = check_items("candidates", candidates, len(input_ids), self.catalogue.num_items, lowest=0)
+        candidates = check_items("candidates", candidates, len(input_ids), self.catalog.num_items, lowest=0)
         attention_mask, _, _ = self._check_histories(input_ids, attention_mask, whole_items=True)
         long_history = self._long_history(
             len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
         )
         length = input_ids.shape[1]
-        asked_for = self._check_timestamps(input_ids, timestamps, request_timestamps)
+        query_time = self._check_timestamps(input_ids, timestamps, query_time)
         if cache is None:
             cache = DynamicCache()
-            history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+            history_states = self.prefill(input_ids, attention_mask, cache, timestamps, query_time)
         check_cache(cache)
         if cache.get_seq_length() != length:
             raise ValueError(
                 f"Expected a cache of the {length} tokens of input_ids, found one of {cache.get_seq_length()}."
             )
-        if history_states is None and self.ranking_head.has_item_scores:
-            history_states = self.read_history(input_ids, attention_mask, cache, timestamps, asked_for)
+        if history_states is None and self.ranking_head.has_dense_scores:
+            history_states = self.prefill(input_ids, attention_mask, cache, timestamps, query_time)
         if candidates_per_pack is None:
             candidates_per_pack = 64 if candidates.device.type == "cpu" else 1024
         nothing, history_mask = candidates.new_empty(len(candidates), 1, 0), attention_mask.bool()
         logits = [torch.empty(len(candidates), 0, len(self.config.ranking_targets), device=self.device)]
         for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():
-            with kept_as_found(cache):
+            with cache_rollback(cache):
                 states = read_candidates(
                     self,
                     pack,
@@ -572,7 +574,7 @@ class UniGRFForCausalLM(
                     nothing.expand(-1, pack.shape[1], -1),
                     cache,
                     long_history,
-                    asked_for,
+                    query_time,
                 )
             logits.append(self.ranking_logits(states[:, :, -1], history_states, pack))
         return torch.cat(logits, dim=1)
@@ -590,7 +592,7 @@ class UniGRFForCausalLM(
             items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
         """
         ends = None if history_states is None else history_states[:, None]
-        logits = self.ranking_head(states, ends, self.item_vectors(items)).float()
+        logits = self.ranking_head(states, ends, self.item_representations(items)).float()
         targets = self.config.ranking_targets
-        prior = [self.config.log_odds_of_next if target == NEXT_TARGET else 0.0 for target in targets]
+        prior = [self.config.next_logit_bias if target == NEXT_TARGET else 0.0 for target in targets]
         return logits - torch.tensor(prior, device=logits.device)

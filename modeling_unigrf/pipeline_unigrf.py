@@ -4,13 +4,13 @@
 import torch
 from transformers import AutoModelForCausalLM, Pipeline
 
-REQUEST_KEYS = {"items", "behaviors", "timestamps", "request_timestamp", "allowed_items", "blocked_items"}
+REQUEST_KEYS = {"items", "behaviors", "timestamps", "query_time", "allowed_items", "blocked_items"}
 PREPROCESS = ("max_items", "unknown", "exclude_history")
-FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalogue")
-FORWARD += ("item_weight", "union_items", "num_ranked_beams")
+FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalog")
+FORWARD += ("dense_weight", "num_dense_candidates", "rerank_top_k")
 # Of what `recommend` returns, and what they are called in a row of the list.
 COLUMNS = {"scores": "score", "generation_scores": "generation_score", "ranking_scores": "ranking_score"}
-COLUMNS |= {"item_scores": "item_score"}
+COLUMNS |= {"dense_scores": "dense_score"}
 
 
 class RecommendationPipeline(Pipeline):
@@ -25,8 +25,8 @@ class RecommendationPipeline(Pipeline):
             with (`config.max_items`), or as many as fit.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
         exclude_history (`bool`, *optional*): Never recommend an item of the history; by default as the config says.
-        num_beams, num_return_sequences, ranking_weight, ranking_target, catalogue, item_weight, union_items,
-            num_ranked_beams: As in `UniGRFForCausalLM.recommend`.
+        num_beams, num_return_sequences, ranking_weight, ranking_target, catalog, dense_weight, num_dense_candidates,
+            rerank_top_k: As in `UniGRFForCausalLM.recommend`.
 
     A model with `num_retrieved_items` also searches the history beyond `max_items` (`config.max_long_items` of it).
     """
@@ -50,18 +50,18 @@ class RecommendationPipeline(Pipeline):
         """
         Args:
             inputs: one history or a list of them (or a torch `Dataset` or generator of them). A history is a list of item ids
-                or a dict with `items` and, if the model knows several behaviours, `behaviors`; for a model that reads times
-                also `timestamps`, seconds, and `request_timestamp`; the dict may restrict its own request by
+                or a dict with `items` and, if the model knows several behaviors, `behaviors`; for a model that reads times
+                also `timestamps`, seconds, and `query_time`; the dict may restrict its own request by
                 `allowed_items` and `blocked_items`, lists of item ids.
             batch_size (`int`, *optional*): Histories run together.
 
         Returns:
             A list of dicts for each history, best first: `item_id`, `title` (None without titles), `score`,
-            `generation_score` (`log P`), `ranking_score` (`log sigmoid`) and, of a model that has one, `item_score`. A list of
+            `generation_score` (`log P`), `ranking_score` (`log sigmoid`) and, of a model that has one, `dense_score`. A list of
             such lists for several histories.
 
         Raises:
-            ValueError: on unknown items or behaviours, empty histories, misspelt parameters, an allow-list without items.
+            ValueError: on unknown items or behaviors, empty histories, misspelt parameters, an allow-list without items.
         """
         if isinstance(inputs, (list, tuple)):
             if not inputs:
@@ -95,11 +95,11 @@ class RecommendationPipeline(Pipeline):
             )
         if config.reads_times and "timestamps" not in encoded:  # beside a request that has them
             encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
-        asked_for = request.get("request_timestamp")
-        if asked_for is not None:
-            encoded["request_timestamps"] = torch.tensor([asked_for]).long()
+        query_time = request.get("query_time")
+        if query_time is not None:
+            encoded["query_time"] = torch.tensor([query_time]).long()
         elif "timestamps" in encoded:
-            encoded["request_timestamps"] = encoded["timestamps"][:, -1]
+            encoded["query_time"] = encoded["timestamps"][:, -1]
         lists = {
             name: [] if request.get(name) is None else list(request[name])
             for name in ("allowed_items", "blocked_items")
@@ -116,7 +116,7 @@ class RecommendationPipeline(Pipeline):
         return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
 
     def _long_history(self, items, behaviors, timestamps, unknown) -> dict[str, torch.LongTensor]:
-        """Known items, their behaviours and times, each as `_indices`, so that padding is no item here either."""
+        """Known items, their behaviors and times, each as `_indices`, so that padding is no item here either."""
         encoded = self.tokenizer.encode_history(
             items,
             behaviors,

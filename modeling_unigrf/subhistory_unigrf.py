@@ -3,11 +3,11 @@
 
 A long history goes beyond what the backbone reads: thousands of items, `long_items [B, H]`, `long_behaviors [B, H]` and, for
 a backbone that reads times, `long_timestamps [B, H]`, oldest first. An index of -1 is no item (padding on either side, an
-item that the catalogue lacks) and is passed over wherever it stands. Behind a candidate's codes stands its block:
+item that the catalog lacks) and is passed over wherever it stands. Behind a candidate's codes stands its block:
 
     s_1 .. s_L  ITEM(c)  R_1 .. R_k  CAND(c)
 
-ITEM and CAND are the candidate's item vector, R the vectors of the retrieved items with the behaviours on them, oldest
+ITEM and CAND are the candidate's item vector, R the vectors of the retrieved items with the behaviors on them, oldest
 first; a learned segment tells the three apart. Ranking reads the output at CAND.
 """
 
@@ -53,7 +53,7 @@ def check_long_history(
     The long histories of a batch; None for a model that reads none. `is_timed`: the histories before them have timestamps.
 
     Raises:
-        ValueError: if they are missing or superfluous, of another shape, or hold items or behaviours that there are not.
+        ValueError: if they are missing or superfluous, of another shape, or hold items or behaviors that there are not.
     """
     if not config.num_retrieved_items:
         if any(one is not None for one in (long_items, long_behaviors, long_timestamps)):
@@ -107,7 +107,7 @@ def first_places(items: torch.LongTensor) -> torch.LongTensor:
 
 @torch.no_grad()
 def retrieve(
-    item_embeddings: torch.Tensor,
+    content_embeddings: torch.Tensor,
     long_items: torch.LongTensor,
     candidates: torch.LongTensor,
     num_retrieved: int,
@@ -118,7 +118,7 @@ def retrieve(
     of time. Of equal cosines (exact repeats above all) the later one is taken. Embeddings of zeros have cosines of 0.
 
     Args:
-        item_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)
+        content_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)
         long_items (`torch.LongTensor` of shape `(batch_size, H)`): -1 where there is no item.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`)
         exclude_candidate (`bool`): Leave the candidate itself out.
@@ -129,9 +129,9 @@ def retrieve(
     """
 
     def directions(items: torch.LongTensor) -> torch.Tensor:
-        return nn.functional.normalize(item_embeddings[items.clamp(min=0)].float(), dim=-1)
+        return nn.functional.normalize(content_embeddings[items.clamp(min=0)].float(), dim=-1)
 
-    (batch_size, length), count, width = long_items.shape, candidates.shape[1], item_embeddings.shape[1]
+    (batch_size, length), count, width = long_items.shape, candidates.shape[1], content_embeddings.shape[1]
     places = candidates.new_empty(batch_size, count, min(num_retrieved, length))
     if places.numel() == 0:
         return places
@@ -171,7 +171,7 @@ class UniGRFCandidateBlock(nn.Module):
         Args:
             candidates (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): Item vectors.
             retrieved (`torch.FloatTensor` of shape `(batch_size, N, k, hidden_size)`): Item vectors.
-            behaviors (the same): Embeddings of the behaviours on the retrieved items.
+            behaviors (the same): Embeddings of the behaviors on the retrieved items.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, k + 2, hidden_size)`

@@ -11,13 +11,13 @@ from transformers.utils import logging
 
 from .candidates_unigrf import second_stage_loss
 from .configuration_unigrf import NEXT_TARGET
-from .continuations_unigrf import attention_mask_4d
+from .shared_prefix_unigrf import attention_mask_4d
 from .training_unigrf import (
     GivenItems,
     Negatives,
     SupervisedItems,
     Supervision,
-    candidate_loss,
+    contrastive_loss,
     draw_negatives,
     generation_loss,
     given_items,
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 class UniGRFSupervisionMixin:
-    """What `UniGRFForCausalLM` does with labels. Needs `layout`, `catalogue`, `model` and heads."""
+    """What `UniGRFForCausalLM` does with labels. Needs `layout`, `catalog`, `model` and heads."""
 
     # Of the losses of retrieval and of ranking, on top of the config's: what a callback may change during training.
     task_weights: tuple[float, float] = (1.0, 1.0)
@@ -57,8 +57,8 @@ class UniGRFSupervisionMixin:
         inputs: dict,
         tokens: torch.LongTensor,
         targets: torch.LongTensor,
-        negative_items: torch.LongTensor | None,
-        favorite_items: torch.LongTensor | None,
+        hard_negatives: torch.LongTensor | None,
+        excluded_positives: torch.LongTensor | None,
         candidates: torch.LongTensor | None,
         long_items: torch.LongTensor | None,
         long_behaviors: torch.LongTensor | None,
@@ -66,19 +66,19 @@ class UniGRFSupervisionMixin:
         blocked_items: torch.LongTensor | None,
     ) -> tuple[dict, Supervision]:
         """The backbone's inputs as they are to be run, and what the losses need; arguments and errors as of `forward`."""
-        items = supervised_items(self.layout, self.catalogue.trie, tokens, targets)
+        items = supervised_items(self.layout, self.catalog.trie, tokens, targets)
         second_stage = self.config.ranking_loss_weight > 0 and (candidates is not None or self._second_stage)
         seen = inputs["attention_mask"]
         if not self.config.num_retrieved_items:  # which reads none, and says so
             self._long_history(len(tokens), long_items, long_behaviors, long_timestamps, "timestamps" in inputs)
         own = inputs["cache"] is not None or inputs["position_ids"] is not None
         if own or (seen is not None and seen.dim() != 2):
-            beside = any(one is not None for one in (negative_items, favorite_items))
+            beside = any(one is not None for one in (hard_negatives, excluded_positives))
             if second_stage or self._negatives_per_item or beside:
                 raise ValueError(
                     "Negatives and candidates are run behind the histories, which needs a 2-D attention_mask, and neither "
                     "position_ids nor a cache. Leave them out; or set config.negatives_per_item = 0 and leave "
-                    "negative_items, favorite_items and candidates out."
+                    "hard_negatives, excluded_positives and candidates out."
                 )
             return inputs, Supervision(targets, items)
 
@@ -90,7 +90,7 @@ class UniGRFSupervisionMixin:
             )
         seen = torch.ones_like(tokens) if seen is None else seen
         number, positions = self.layout.histories(tokens, seen)
-        given = given_items(negative_items, favorite_items, number, items, self.catalogue.num_items)
+        given = given_items(hard_negatives, excluded_positives, number, items, self.catalog.num_items)
         rows = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs}
         rows, mask, positions, negatives = self._pack(rows, number, positions, seen, items, given)
         inputs = inputs | rows
@@ -98,14 +98,14 @@ class UniGRFSupervisionMixin:
             inputs |= {"attention_mask": mask, "position_ids": positions, "use_cache": False}
         supervision = Supervision(targets, items, number, seen, given, negatives)
         if "timestamps" in inputs:
-            if inputs["next_timestamps"] is None:
-                inputs["next_timestamps"] = self.layout.next_timestamps(inputs["timestamps"], number)
+            if inputs["target_timestamps"] is None:
+                inputs["target_timestamps"] = self.layout.target_timestamps(inputs["timestamps"], number)
             if negatives is not None:  # each is asked for when the true next item came
-                asked_for = inputs["next_timestamps"].gather(1, negatives.history_ends)
-                asked_for = asked_for.repeat_interleave(self.config.num_levels, dim=1)
-                for name in ("timestamps", "next_timestamps"):
-                    inputs[name] = torch.cat([inputs[name], asked_for], dim=1)
-            supervision.next_timestamps = inputs["next_timestamps"]
+                query_time = inputs["target_timestamps"].gather(1, negatives.history_ends)
+                query_time = query_time.repeat_interleave(self.config.num_levels, dim=1)
+                for name in ("timestamps", "target_timestamps"):
+                    inputs[name] = torch.cat([inputs[name], query_time], dim=1)
+            supervision.target_timestamps = inputs["target_timestamps"]
         if second_stage:
             supervision.candidates, supervision.blocked_items = candidates, blocked_items
             supervision.long_history = self._long_history(
@@ -136,7 +136,7 @@ class UniGRFSupervisionMixin:
         mask = self.layout.history_mask(number, seen)
         negatives = None
         if appends:
-            codes, per_item = self.catalogue.item_codes, self._negatives_per_item
+            codes, per_item = self.catalog.item_codes, self._negatives_per_item
             generator = self._generator(number.device)
             negatives = draw_negatives(
                 self.layout, codes, supervised, position_ids, mask, per_item, favorites, given, generator
@@ -157,21 +157,23 @@ class UniGRFSupervisionMixin:
         logits = self.ranking_head(
             hidden_states[rows, last],
             hidden_states[rows, supervised.history_ends],
-            self.item_vectors(supervised.items),
+            self.item_representations(supervised.items),
         )
         negative_logits = None
         if negatives is not None:
             usable, appended = negatives.usable, negatives.tokens.shape[1]
             states = self.layout.ranking_states(hidden_states[:, -appended:])
             ends = hidden_states[usable.nonzero()[:, 0], negatives.history_ends[usable]]
-            negative_logits = self.ranking_head(states[usable], ends, self.item_vectors(negatives.items[usable]))
+            negative_logits = self.ranking_head(
+                states[usable], ends, self.item_representations(negatives.items[usable])
+            )
         return ranking_loss(self.config, logits, supervised.behaviors, negative_logits)
 
-    def _item_loss(self, hidden_states: torch.Tensor, supervised: SupervisedItems) -> torch.Tensor:
+    def _dense_loss(self, hidden_states: torch.Tensor, supervised: SupervisedItems) -> torch.Tensor:
         """Hidden states `[B, T, hidden_size]` -> cross-entropy of each supervised item among the items."""
         states = self.ranking_head.history_query(hidden_states[supervised.rows, supervised.history_ends])
-        num_items, generator = self.catalogue.num_items, self._generator(states.device)
-        return sampled_softmax_loss(states, supervised.items, self.item_vectors, num_items, generator)
+        num_items, generator = self.catalog.num_items, self._generator(states.device)
+        return sampled_softmax_loss(states, supervised.items, self.item_representations, num_items, generator)
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         """The global generator in training; a fixed one in evaluation, whose loss must not depend on what ran before."""
@@ -197,10 +199,10 @@ class UniGRFSupervisionMixin:
             losses["ranking_loss"] = second_stage_loss(self, supervision, of_histories)
         elif config.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision.items, supervision.negatives)
-        if config.item_loss_weight:
-            losses["item_loss"] = share * self._item_loss(hidden_states, retrieved)
+        if config.dense_loss_weight:
+            losses["dense_loss"] = share * self._dense_loss(hidden_states, retrieved)
         if self._appends(supervision.given):
-            losses["candidate_loss"] = share * candidate_loss(
+            losses["contrastive_loss"] = share * contrastive_loss(
                 self, hidden_states, code_targets, supervision.given, supervision.negatives
             )
         if not losses:

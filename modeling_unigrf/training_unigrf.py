@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""What is learnt from a batch of histories: which items are supervised, candidates beside them, and the losses."""
+"""What is learned from a batch of histories: which items are supervised, candidates beside them, and the losses."""
 
 import math
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from transformers.cache_utils import Cache
 from .configuration_unigrf import NEXT_TARGET
 from .layout_unigrf import ItemLayout
 from .subhistory_unigrf import LongHistory
-from .trie_unigrf import CatalogueTrie, check_items
+from .trie_unigrf import CatalogTrie, check_items
 
 
 @dataclass
 class SupervisedItems:
     """
-    The n items of a batch whose behaviour is a label.
+    The n items of a batch whose behavior is a label.
 
     Args:
         rows, positions (`torch.LongTensor` of shape `(n,)`): Row, and position of the item's last code.
         items (`torch.LongTensor` of shape `(n,)`): Item indices.
-        history_ends (`torch.LongTensor` of shape `(n,)`): Position of the bos or behaviour before the item.
-        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviours that follow.
+        history_ends (`torch.LongTensor` of shape `(n,)`): Position of the bos or behavior before the item.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors that follow.
     """
 
     rows: torch.LongTensor
@@ -35,14 +35,14 @@ class SupervisedItems:
 
 
 def supervised_items(
-    layout: ItemLayout, trie: CatalogueTrie, tokens: torch.LongTensor, targets: torch.LongTensor
+    layout: ItemLayout, trie: CatalogTrie, tokens: torch.LongTensor, targets: torch.LongTensor
 ) -> SupervisedItems:
     """
     Finds the supervised items of `tokens [B, T]`, whose next tokens are `targets [B, T]` (-100: not supervised): the last
-    codes whose target is a behaviour.
+    codes whose target is a behavior.
 
     Raises:
-        ValueError: if one of them is not in the catalogue.
+        ValueError: if one of them is not in the catalog.
     """
     is_behavior = torch.isin(targets, targets.new_tensor(layout.behavior_token_ids))
     is_behavior &= layout.token_levels(tokens) == layout.num_levels - 1
@@ -51,16 +51,16 @@ def supervised_items(
     ends = layout.history_ends(positions)
     if (ends < 0).any():
         raise ValueError(
-            f"Row {int(rows[(ends < 0).nonzero()[0, 0]])} begins with an item: expected a <bos> or behaviour before every "
+            f"Row {int(rows[(ends < 0).nonzero()[0, 0]])} begins with an item: expected a <bos> or behavior before every "
             "supervised item. Keep the <bos> of a cut history, or leave its first item out of the labels."
         )
     items = trie.lookup(layout.codes_before(tokens, where))
     if (items < 0).any():
         row, position = where[(items < 0).nonzero()[0, 0]].tolist()
         raise ValueError(
-            f"{int((items < 0).sum())} supervised items are not in the model's catalogue; the first ends at row {row}, "
+            f"{int((items < 0).sum())} supervised items are not in the model's catalog; the first ends at row {row}, "
             f"position {position}: {tokens[row, max(0, position - layout.num_levels + 1) : position + 1].tolist()}. Call "
-            "`model.set_catalogue(tokenizer.item_codes, ...)` with the tokenizer that spelt the histories."
+            "`model.set_catalog(tokenizer.item_codes, ...)` with the tokenizer that spelt the histories."
         )
     return SupervisedItems(rows, positions, items, ends, targets[is_behavior])
 
@@ -107,7 +107,7 @@ def last_items(
     supervised: SupervisedItems, batch_size: int
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
     """
-    The last supervised item of each row, -1 in a row without one, the end of the history before it, and the behaviour that
+    The last supervised item of each row, -1 in a row without one, the end of the history before it, and the behavior that
     follows, each `[batch_size]`.
     """
     is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
@@ -121,8 +121,8 @@ def last_items(
 
 
 def given_items(
-    negative_items: torch.LongTensor | None,
-    favorite_items: torch.LongTensor | None,
+    hard_negatives: torch.LongTensor | None,
+    excluded_positives: torch.LongTensor | None,
     number: torch.LongTensor,
     supervised: SupervisedItems,
     num_items: int,
@@ -131,22 +131,22 @@ def given_items(
     Checks what the caller gave, `[B, m]` and `[B, f]` item indices or None; `number [B, T]` counts the histories of a row.
 
     Raises:
-        ValueError: on other shapes, items outside the catalogue, or rows of several histories.
+        ValueError: on other shapes, items outside the catalog, or rows of several histories.
     """
-    if negative_items is None and favorite_items is None:
+    if hard_negatives is None and excluded_positives is None:
         return None
     none = number.new_empty(len(number), 0)
-    negative_items, favorite_items = (
+    hard_negatives, excluded_positives = (
         none if items is None else check_items(name, items, len(number), num_items)
-        for name, items in (("negative_items", negative_items), ("favorite_items", favorite_items))
+        for name, items in (("hard_negatives", hard_negatives), ("excluded_positives", excluded_positives))
     )
     if number.max() > 1:
         raise ValueError(
-            f"negative_items and favorite_items belong to one user, but a row holds {int(number.max())} histories. Put "
+            f"hard_negatives and excluded_positives belong to one user, but a row holds {int(number.max())} histories. Put "
             "each history into a row of its own."
         )
     targets, ends, _ = last_items(supervised, len(number))
-    return GivenItems(negative_items, favorite_items, ends.masked_fill(targets < 0, -1), targets)
+    return GivenItems(hard_negatives, excluded_positives, ends.masked_fill(targets < 0, -1), targets)
 
 
 @dataclass
@@ -245,7 +245,7 @@ class Supervision:
         cache (`Cache`, *optional*): Of the histories, for a second stage.
         candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*), long_history (*optional*), blocked_items
             (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Of a second stage.
-        next_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
+        target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
     """
 
     targets: torch.LongTensor
@@ -258,7 +258,7 @@ class Supervision:
     candidates: torch.LongTensor | None = None
     long_history: LongHistory | None = None
     blocked_items: torch.LongTensor | None = None
-    next_timestamps: torch.LongTensor | None = None
+    target_timestamps: torch.LongTensor | None = None
 
 
 def generation_loss(
@@ -285,7 +285,7 @@ def generation_loss(
         of_given = None
         if given is not None and model.training and layout.num_levels == 1:
             of_given = [
-                model.catalogue.item_codes[items.clamp(min=0), 0].long().masked_fill(items < 0, -1)
+                model.catalog.item_codes[items.clamp(min=0), 0].long().masked_fill(items < 0, -1)
                 for items in (given.negatives, given.favorites)
             ]
         is_whole = count == 0 or codes.stop - codes.start <= count
@@ -370,7 +370,7 @@ def item_log_probs(
     `log P(item | history)` `[B, N]`, from states at the ends of the histories `[B, hidden_size]` and at the items' codes
     `[B, N, >= L - 1, hidden_size]`.
     """
-    codes = model.catalogue.item_codes[items].long()
+    codes = model.catalog.item_codes[items].long()
     total = history_states.new_zeros(items.shape, dtype=torch.float32)
     for level in range(model.layout.num_levels):
         before = history_states[:, None] if level == 0 else states[:, :, level - 1]
@@ -379,7 +379,7 @@ def item_log_probs(
     return total
 
 
-def candidate_loss(
+def contrastive_loss(
     model, hidden_states: torch.Tensor, targets: torch.LongTensor, given: GivenItems, negatives: Negatives
 ) -> torch.Tensor:
     """
@@ -427,13 +427,13 @@ def softmax_over_items(
     )
 
 
-MAX_SOFTMAX_ITEMS = 8192  # a larger catalogue is sampled: the softmax costs time in proportion
+MAX_SOFTMAX_ITEMS = 8192  # a larger catalog is sampled: the softmax costs time in proportion
 
 
 def sampled_softmax_loss(
     states: torch.Tensor,
     items: torch.LongTensor,
-    item_vectors: Callable,
+    item_representations: Callable,
     num_items: int,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
@@ -444,16 +444,16 @@ def sampled_softmax_loss(
 
     Args:
         states (`torch.FloatTensor` of shape `(n, d)`), items (`torch.LongTensor` of shape `(n,)`)
-        item_vectors: item indices `[m]` -> vectors `[m, d]`.
+        item_representations: item indices `[m]` -> vectors `[m, d]`.
     """
     if num_items <= MAX_SOFTMAX_ITEMS:
-        vectors = item_vectors(torch.arange(num_items, device=states.device))
+        vectors = item_representations(torch.arange(num_items, device=states.device))
         total = softmax_over_items(states, vectors, items)
     else:
         sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device, generator=generator)
-        logits = (states @ item_vectors(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)
+        logits = (states @ item_representations(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)
         logits = logits.masked_fill(sample == items[:, None], -torch.inf)
-        own = (states * item_vectors(items)).sum(dim=1, keepdim=True).float()
+        own = (states * item_representations(items)).sum(dim=1, keepdim=True).float()
         total = -torch.cat([own, logits], dim=1).log_softmax(dim=1)[:, 0].sum()
     return total / max(1, len(items))
 
@@ -469,9 +469,9 @@ def ranking_loss(
     only target: beside others it counts as one of them).
 
     Args:
-        config (`UniGRFConfig`): Its ranking targets and behaviours.
+        config (`UniGRFConfig`): Its ranking targets and behaviors.
         logits (`torch.FloatTensor` of shape `(n, num_targets)`): Of the items that did come next.
-        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviours on them.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors on them.
         negative_logits (`torch.FloatTensor` of shape `(m, num_targets)`, *optional*): Of items that did not; they count
             for `"next"` only, since nobody knows how the user would have behaved.
     """

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Which spellings exist: a trie over the catalogue's codes in compressed sparse rows, and per-request item lists."""
+"""Which spellings exist: a trie over the catalog's codes in compressed sparse rows, and per-request item lists."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ DENSE_ENTRIES = 2**17  # a level's table of ranks may have this many entries, ho
 class TrieLevel:
     """
     The nodes of one level. A node's id is its rank among the level's prefixes in lexicographic order, so that the children
-    of a node are neighbours and no table of next states is needed.
+    of a node are neighbors and no table of next states is needed.
 
     Args:
         num_codes (`int`): Size of the level's codebook.
@@ -119,9 +119,9 @@ def lexicographic_order(item_codes: torch.Tensor, codebook_sizes: Sequence[int])
     return keys.argsort()
 
 
-class CatalogueTrie:
+class CatalogTrie:
     """
-    All spellings of a catalogue, sorted: levels of nodes, and under each node one contiguous range of leaves.
+    All spellings of a catalog, sorted: levels of nodes, and under each node one contiguous range of leaves.
 
     Args:
         item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`):
@@ -139,7 +139,7 @@ class CatalogueTrie:
             items = items.unique()
             item_codes = item_codes[items]
         if len(item_codes) == 0:
-            raise ValueError("Expected a catalogue of at least one item, found none.")
+            raise ValueError("Expected a catalog of at least one item, found none.")
         self.num_items = len(item_codes)
         sizes = item_codes.new_tensor(self.codebook_sizes)
         bad = ((item_codes < 0) | (item_codes >= sizes)).any(dim=1)
@@ -147,7 +147,7 @@ class CatalogueTrie:
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"Item {row} is spelt {item_codes[row].tolist()}, outside codebooks of {self.codebook_sizes} codes. The "
-                "catalogue and the config come from different tokenizers."
+                "catalog and the config come from different tokenizers."
             )
         order = lexicographic_order(item_codes, self.codebook_sizes)
         item_codes = item_codes[order]
@@ -215,7 +215,7 @@ class CatalogueTrie:
             if (nodes < 0).any():
                 row = int((nodes < 0).nonzero()[0])
                 raise ValueError(
-                    f"Row {row} ends in the codes {prefix[row, :length].tolist()}, with which no item of the catalogue "
+                    f"Row {row} ends in the codes {prefix[row, :length].tolist()}, with which no item of the catalog "
                     "begins. Was it spelt by another tokenizer?"
                 )
         return nodes
@@ -286,7 +286,7 @@ def is_integer(items: torch.Tensor) -> bool:
 def check_items(
     name: str, items: torch.Tensor | None, batch_size: int, num_items: int, lowest: int = -1
 ) -> torch.LongTensor:
-    """Item indices `[batch_size, N]` as integers; `ValueError` unless they are from `lowest` (-1: none) to the catalogue's last."""
+    """Item indices `[batch_size, N]` as integers; `ValueError` unless they are from `lowest` (-1: none) to the catalog's last."""
     none = " and -1 where there is none" if lowest < 0 else ""
     shape = None if items is None else tuple(items.shape)
     if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(items):
@@ -296,7 +296,7 @@ def check_items(
         )
     if items.numel() and not lowest <= int(items.min()) <= int(items.max()) < num_items:
         raise ValueError(
-            f"{name} range from {int(items.min())} to {int(items.max())}, outside a catalogue of {num_items} items. Pass "
+            f"{name} range from {int(items.min())} to {int(items.max())}, outside a catalog of {num_items} items. Pass "
             f"item indices, e.g. `tokenizer.item_indices(ids)`{none}."
         )
     return items.long()
@@ -317,20 +317,20 @@ class ItemFilter:
     Items allowed or blocked for each request, held inside the trie: no beam goes where no item may be shown.
 
     It keeps, for each level, the nodes that still lead to an allowed item, or those that lead to blocked items only: a
-    check is one binary search among them, and nothing has the catalogue's size.
+    check is one binary search among them, and nothing has the catalog's size.
 
     Args:
-        trie (`CatalogueTrie`)
+        trie (`CatalogTrie`)
         item_codes (`torch.IntTensor` of shape `(num_items, L)`): How the items of the lists are spelt.
         allowed (`list` of B item-index tensors or lists, *optional*): Only these items, for each request; those that the
             trie lacks cannot be shown.
         blocked (the same, *optional*): None of these items. Blocking wins over allowing.
 
     Raises:
-        ValueError: if a list names an index outside the catalogue, or leaves a request no item at all.
+        ValueError: if a list names an index outside the catalog, or leaves a request no item at all.
     """
 
-    def __init__(self, trie: CatalogueTrie, item_codes: torch.Tensor, allowed=None, blocked=None):
+    def __init__(self, trie: CatalogTrie, item_codes: torch.Tensor, allowed=None, blocked=None):
         self.is_allow_list = allowed is not None
         batch_size = len(allowed if self.is_allow_list else blocked)
         request, path = self._paths(trie, item_codes, allowed if self.is_allow_list else blocked)
@@ -341,7 +341,7 @@ class ItemFilter:
             request, path = request[left], path[left]
         nothing_left = request.bincount(minlength=batch_size) == (0 if self.is_allow_list else trie.num_items)
         if nothing_left.any():
-            why = "its allow-list is empty, or all in it is blocked or outside the catalogue"
+            why = "its allow-list is empty, or all in it is blocked or outside the catalog"
             raise ValueError(
                 f"Request {int(nothing_left.nonzero()[0])} leaves no item to recommend: "
                 f"{why if self.is_allow_list else 'everything is blocked'}. Leave it out."
@@ -356,7 +356,7 @@ class ItemFilter:
             self.keys.append(keys)
 
     @staticmethod
-    def _paths(trie: CatalogueTrie, item_codes: torch.Tensor, lists) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def _paths(trie: CatalogTrie, item_codes: torch.Tensor, lists) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Lists of items -> requests `[n]` and nodes `[n, L]` of the n different items that the trie has."""
         device = item_codes.device
         lists = [item_list(items, device).flatten() for items in lists]
@@ -367,7 +367,7 @@ class ItemFilter:
             )
             raise ValueError(
                 f"The item list of request {row} has indices from {int(lists[row].min())} to {int(lists[row].max())}, outside "
-                f"a catalogue of {len(item_codes)} items."
+                f"a catalog of {len(item_codes)} items."
             )
         lengths = torch.tensor([len(one) for one in lists], device=device)
         request = torch.arange(len(lists), device=device).repeat_interleave(lengths)

@@ -3,7 +3,7 @@
     python -m recipes.baselines --data_dir runs/demo/data --output_file runs/demo/baselines.json
 
 Both are fitted on the training histories only (the interactions that a model trains on), the settings of item-kNN are
-chosen by validation NDCG@10, and the test history is training + validation item. The whole catalogue is ranked; items
+chosen by validation NDCG@10, and the test history is training + validation item. The whole catalog is ranked; items
 of the history are left out.
 """
 
@@ -27,7 +27,7 @@ from recipes.prepare import prepared
 Histories = Sequence[Sequence[int]]
 
 GRID: dict[str, tuple[Any, ...]] = {
-    "neighbours": (50, 100, 200, 400, 1000, 10_000),
+    "neighbors": (50, 100, 200, 400, 1000, 10_000),
     "shrink": (0.0, 10.0, 50.0),
     "window": (3, 5, 10, 20, None),
 }
@@ -50,7 +50,7 @@ class Ranker:
         self.num_items = num_items
 
     def fit(self, histories: Histories) -> "Ranker":
-        """Learn from the training histories (catalogue indices, oldest first)."""
+        """Learn from the training histories (catalog indices, oldest first)."""
         raise NotImplementedError
 
     def scores(self, histories: Histories) -> np.ndarray:
@@ -58,7 +58,7 @@ class Ranker:
         raise NotImplementedError
 
     def top_items(self, histories: Histories, k: int = 50, *, exclude_history: bool = True) -> np.ndarray:
-        """Catalogue indices of the `k` best items, int64 `[B, min(k, num_items)]`, best first.
+        """Catalog indices of the `k` best items, int64 `[B, min(k, num_items)]`, best first.
 
         With `exclude_history` a history's own items are left out; -1 pads where fewer than `k` items remain.
         """
@@ -99,19 +99,19 @@ class Recency(Ranker):
 
 
 class ItemKNN(Ranker):
-    """Item-based nearest neighbours (Sarwar et al., WWW 2001, section 3; shrinkage as in Bell and Koren, KDD 2007).
+    """Item-based nearest neighbors (Sarwar et al., WWW 2001, section 3; shrinkage as in Bell and Koren, KDD 2007).
 
     Similarity of two items is `co / (sqrt(n_i * n_j) + shrink)`, with `co` the users that have both and `n` the users
-    that have each; an item keeps its `neighbours` most similar items. A candidate's score is the sum of its
+    that have each; an item keeps its `neighbors` most similar items. A candidate's score is the sum of its
     similarities to the last `window` items of the history, weighted 1, 1 - 1/window, ... from the last backwards;
     `window=None` takes the whole history with equal weights, which is the textbook's item-kNN.
     """
 
     def __init__(
-        self, num_items: int, *, neighbours: int = 100, shrink: float = 10.0, window: int | None = None
+        self, num_items: int, *, neighbors: int = 100, shrink: float = 10.0, window: int | None = None
     ) -> None:
         super().__init__(num_items)
-        self.neighbours, self.shrink, self.window = neighbours, shrink, window
+        self.neighbors, self.shrink, self.window = neighbors, shrink, window
 
     def fit(self, histories: Histories) -> "ItemKNN":
         rows, items, _ = _flatten(histories)
@@ -123,12 +123,12 @@ class ItemKNN(Ranker):
         for start in range(0, self.num_items, BLOCK):
             dense = together[start : start + BLOCK].toarray()
             dense /= np.outer(norms[start : start + BLOCK], norms) + self.shrink + 1e-12  # 1e-12: items nobody took
-            dense[np.arange(len(dense)), start + np.arange(len(dense))] = 0.0  # an item is no neighbour of itself
-            keep = _top(dense, self.neighbours)
+            dense[np.arange(len(dense)), start + np.arange(len(dense))] = 0.0  # an item is no neighbor of itself
+            keep = _top(dense, self.neighbors)
             values = np.take_along_axis(dense, keep, axis=1)
             rows = np.repeat(np.arange(len(dense)), keep.shape[1])
             blocks.append(_matrix(rows, keep.ravel(), values.ravel(), dense.shape))
-        self.similarity = sparse.vstack(blocks).tocsr()  # [num_items (candidate), num_items (its neighbours)]
+        self.similarity = sparse.vstack(blocks).tocsr()  # [num_items (candidate), num_items (its neighbors)]
         self.similarity.eliminate_zeros()
         return self
 
@@ -153,7 +153,7 @@ def baseline_results(
 
     Args:
         dataset: splits of [`recipes.prepare`]: `train` with `items`; `validation` and `test` with `items`, `target`.
-        num_items: size of the catalogue.
+        num_items: size of the catalog.
         k: length of the ranked lists, in items (mrr is over such a list).
         exclude_history: leave a history's own items out of its list; else recency is a third baseline.
 
@@ -171,13 +171,13 @@ def baseline_results(
         return mean_values(ranks), ranks
 
     best, settings = -1.0, {}
-    fits = list(itertools.product(GRID["neighbours"], GRID["shrink"]))
-    for neighbours, shrink in tqdm(fits, desc="item-kNN", unit="fit"):
-        knn = ItemKNN(num_items, neighbours=neighbours, shrink=shrink).fit(train)
+    fits = list(itertools.product(GRID["neighbors"], GRID["shrink"]))
+    for neighbors, shrink in tqdm(fits, desc="item-kNN", unit="fit"):
+        knn = ItemKNN(num_items, neighbors=neighbors, shrink=shrink).fit(train)
         for knn.window in GRID["window"]:  # the window needs no new fit
             reached = measure(knn, "validation")[0]["ndcg@10"]
             if reached > best:
-                best, settings = reached, {"neighbours": neighbours, "shrink": shrink, "window": knn.window}
+                best, settings = reached, {"neighbors": neighbors, "shrink": shrink, "window": knn.window}
 
     results = {}
     rankers: dict[str, Ranker] = {"popularity": Popularity(num_items), "item_knn": ItemKNN(num_items, **settings)}
@@ -218,7 +218,7 @@ def main() -> None:
     """Measure both baselines on a prepared folder."""
     parser = HfArgumentParser(BaselineArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
     (args,) = parser.parse_args_into_dataclasses()
-    num_items = prepared(args.data_dir)["counts"]["catalogue"]
+    num_items = prepared(args.data_dir)["counts"]["catalog"]
     results = baseline_results(load_from_disk(str(Path(args.data_dir) / "dataset")), num_items, args.k)
     for name, result in results.items():
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in result["test"].items())

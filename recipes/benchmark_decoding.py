@@ -3,10 +3,10 @@
     python -m recipes.benchmark_decoding                      # an hour on two CPU cores; what is measured is kept and skipped
     python -m recipes.benchmark_decoding --parts ranking      # minutes: what ranking adds (recipes/ranking_cost.py), anew
 
-A Llama of four layers, d = 256, with random weights, over made-up catalogues of 4 x 256 codes. Every figure is the median of
+A Llama of four layers, d = 256, with random weights, over made-up catalogs of 4 x 256 codes. Every figure is the median of
 `--repeats` runs, in turn with the other contenders, after a warm-up; a contender that has taken ten seconds is not run
-again, and a peer that would run more than `--stock_tokens` tokens at once is not run at all (on all catalogues but the
-first, a sixth of it: the catalogue is not what a peer's time depends on). CPU time is of all threads;
+again, and a peer that would run more than `--stock_tokens` tokens at once is not run at all (on all catalogs but the
+first, a sixth of it: the catalog is not what a peer's time depends on). CPU time is of all threads;
 memory is what the run adds to the process at its peak (resident set on Linux, allocated bytes on CUDA).
 
 The peers run in float32. Contenders of the search: transformers' `generate` with `prefix_allowed_tokens_fn` over nested
@@ -32,12 +32,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import CatalogueTrie, UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import CatalogTrie, UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 from recipes import ranking_cost
 from recipes.decoding_report import BY_DICT, BY_PROCESSOR, MATMULS, OURS, REPEATED, WHOLE, draw, ratios
 from recipes.hardware import PeakMemory, bf16_speed_up
-from recipes.peers import DictTrie, StaticTrie, random_catalogue
+from recipes.peers import DictTrie, StaticTrie, random_catalog
 from recipes.runs import command, made_by
 
 LLAMA = {
@@ -64,7 +64,7 @@ class BenchmarkArguments:
     history_items: list[int] = field(default_factory=lambda: [64, 512], metadata={"help": "Items of a history."})
     num_beams: list[int] = field(default_factory=lambda: [20, 50, 256], metadata={"help": "Beams and candidates."})
     users: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Histories a call."})
-    catalogues: list[int] = field(default_factory=lambda: [100_000, 10_000, 1_000_000], metadata={"help": "Items."})
+    catalogs: list[int] = field(default_factory=lambda: [100_000, 10_000, 1_000_000], metadata={"help": "Items."})
     trie_sizes: list[int] = field(
         default_factory=lambda: [10_000, 100_000, 1_000_000, 10_000_000],
         metadata={"help": "Items, for the trie alone."},
@@ -118,16 +118,16 @@ def build_model(codes: torch.Tensor, codebook_sizes: list[int], **config) -> Uni
     model = UniGRFForCausalLM(config).eval()
     with torch.no_grad():  # a spread as after training, so that beams are not all alike
         model.lm_head.weight.mul_(20)
-    width = config.item_embedding_dim
-    model.set_catalogue(codes, torch.randn(len(codes), width) if width else None)
+    width = config.content_embedding_dim
+    model.set_catalog(codes, torch.randn(len(codes), width) if width else None)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def histories(model: UniGRFForCausalLM, users: int, items: int) -> torch.LongTensor:
     """Token ids `[users, 1 + items * (L + 1)]` of random items."""
     generator = torch.Generator().manual_seed(1)
-    chosen = torch.randint(model.catalogue.num_items, (users, items), generator=generator)
-    tokens = model.layout.item_tokens(model.catalogue.item_codes.cpu()[chosen].long())
+    chosen = torch.randint(model.catalog.num_items, (users, items), generator=generator)
+    tokens = model.layout.item_tokens(model.catalog.item_codes.cpu()[chosen].long())
     behaviors = torch.full((users, items, 1), model.config.behavior_token_ids[0])
     bos = torch.full((users, 1), model.config.bos_token_id)
     return torch.cat([bos, torch.cat([tokens, behaviors], dim=2).flatten(1)], dim=1).to(model.device)
@@ -158,13 +158,13 @@ def contenders(model, stock, dict_trie, input_ids, num_beams: int, stock_tokens:
     mask, cache = torch.ones_like(input_ids), DynamicCache()
     states = model.model(input_ids, mask, cache=cache, use_cache=True).last_hidden_state[:, -1]
     generator = torch.Generator().manual_seed(2)
-    drawn = [torch.randperm(model.catalogue.num_items, generator=generator)[:num_beams] for _ in range(users)]
+    drawn = [torch.randperm(model.catalog.num_items, generator=generator)[:num_beams] for _ in range(users)]
     candidates = torch.stack(drawn).to(input_ids.device)
-    tokens = model.layout.item_tokens(model.catalogue.item_codes[candidates].long())
+    tokens = model.layout.item_tokens(model.catalog.item_codes[candidates].long())
     beams = {"num_beams": num_beams, "num_return_sequences": num_beams}
     stock_beams = {**beams, "attention_mask": mask, "max_new_tokens": levels, "do_sample": False, "pad_token_id": 0}
     stock_beams |= {"length_penalty": 0.0, "eos_token_id": None}
-    processor = TrieLogitsProcessor(model.layout, model.catalogue.trie, model.config.pad_token_id)
+    processor = TrieLogitsProcessor(model.layout, model.catalog.trie, model.config.pad_token_id)
 
     def whole_sequences():
         for user in range(users):
@@ -212,7 +212,7 @@ def same_items(model, stock, input_ids, num_beams: int) -> float:
     mask = torch.ones_like(input_ids)
     beams = {"attention_mask": mask, "num_beams": num_beams, "num_return_sequences": num_beams, "length_penalty": 0.0}
     found = model.generate(input_ids, **beams)
-    processor = TrieLogitsProcessor(model.layout, model.catalogue.trie, model.config.pad_token_id)
+    processor = TrieLogitsProcessor(model.layout, model.catalog.trie, model.config.pad_token_id)
     beams |= {"max_new_tokens": model.config.num_levels, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = stock.generate(input_ids, logits_processor=LogitsProcessorList([processor]), **beams)
     rows = [{tuple(row) for row in one.tolist()} for one in (found, expected)]
@@ -227,10 +227,10 @@ def repeat(call: Callable, count: int) -> None:
 
 def trie_rows(size: int, repeats: int) -> list[dict]:
     """The trie alone, 256 beams: a step from log-probabilities to the best children, for each level below the first."""
-    codes, num_beams = random_catalogue(size), 256
+    codes, num_beams = random_catalog(size), 256
     seconds, tries = {}, {}
     for name, build in (
-        (OURS, lambda: CatalogueTrie(codes, SIZES)),
+        (OURS, lambda: CatalogTrie(codes, SIZES)),
         ("STATIC", lambda: StaticTrie(codes, SIZES[0])),
         ("nested dicts", lambda: DictTrie(codes) if size <= 1_000_000 else None),
     ):
@@ -291,7 +291,7 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
 
 def many_codes(size: int) -> tuple[torch.Tensor, list[int]]:
     """Items of 17 codes, as long as a candidate with a sub-history of its own: the same, with 13 codes that say nothing."""
-    codes = random_catalogue(size)
+    codes = random_catalog(size)
     return nn.functional.pad(codes, (0, 13)), [*SIZES, *[1] * 13]
 
 
@@ -324,17 +324,17 @@ class Figures:
 def run_cells(args: BenchmarkArguments, figures: Figures, dtypes: list[str]) -> None:
     """Search, ranking and both, over the grid."""
     grid = list(product(args.history_items, args.num_beams, args.users))
-    for size in args.catalogues:
-        cells = grid + (RATIO_CELLS if size == args.catalogues[0] else [])
+    for size in args.catalogs:
+        cells = grid + (RATIO_CELLS if size == args.catalogs[0] else [])
         names = [dict(zip(("history_items", "num_beams", "users"), cell, strict=True)) for cell in cells]
         missing = [
-            [dtype for dtype in dtypes if not figures.has("rows", catalogue=size, levels=4, dtype=dtype, **name)]
+            [dtype for dtype in dtypes if not figures.has("rows", catalog=size, levels=4, dtype=dtype, **name)]
             for name in names
         ]
         left = [pair for pair in zip(names, missing, strict=True) if pair[1]]
         if not left:
             continue
-        codes = random_catalogue(size)
+        codes = random_catalog(size)
         model = build_model(codes, SIZES)
         dict_trie = DictTrie(model.layout.item_tokens(codes.long()))
         by_dtype = {name: deepcopy(model).to(getattr(torch, name)) for name in dtypes}
@@ -345,17 +345,17 @@ def run_cells(args: BenchmarkArguments, figures: Figures, dtypes: list[str]) -> 
                 stock = stock_model(one)
                 input_ids = histories(one, cell["users"], cell["history_items"])
                 with torch.no_grad():
-                    most = args.stock_tokens if size == args.catalogues[0] else args.stock_tokens // 6
+                    most = args.stock_tokens if size == args.catalogs[0] else args.stock_tokens // 6
                     here = contenders(one, stock, dict_trie, input_ids, cell["num_beams"], most)
                     if (
                         dtype == "float32" and cell["history_items"] == args.history_items[0] and cell["users"] == 1
                     ):  # in bfloat16 near ties swap
                         share = same_items(one, stock, input_ids, cell["num_beams"])
-                        figures.add("agreement", [{"catalogue": size, **cell, "dtype": dtype, "same_items": share}])
+                        figures.add("agreement", [{"catalog": size, **cell, "dtype": dtype, "same_items": share}])
                 if dtype != "float32":  # the peers' dtype
                     here = {name: call for name, call in here.items() if name.endswith((OURS, "floor"))}
                 calls |= {(name, dtype): call for name, call in here.items()}
-            add_cell(figures, calls, {"catalogue": size, "levels": 4, "tokens": input_ids.shape[1], **cell}, args)
+            add_cell(figures, calls, {"catalog": size, "levels": 4, "tokens": input_ids.shape[1], **cell}, args)
 
 
 def add_cell(figures: Figures, calls: dict, cell: dict, args: BenchmarkArguments) -> None:
@@ -372,7 +372,7 @@ def run_candidates(args: BenchmarkArguments, figures: Figures, dtypes: list[str]
     codes, sizes = many_codes(100_000)
     model = build_model(codes, sizes)
     for count in tqdm([16, 64, 256, 1024, 4096], desc="candidates of 17 tokens", unit="cell"):
-        cell = {"catalogue": 100_000, "levels": 17, "history_items": 28, "num_beams": count, "users": 1}
+        cell = {"catalog": 100_000, "levels": 17, "history_items": 28, "num_beams": count, "users": 1}
         if figures.has("rows", **cell):
             continue
         calls = {}
@@ -383,11 +383,11 @@ def run_candidates(args: BenchmarkArguments, figures: Figures, dtypes: list[str]
                 here = contenders(one, stock_model(one), None, input_ids, count, args.stock_tokens)
             calls |= {(name, dtype): call for name, call in here.items() if name.startswith("ranking")}
         add_cell(figures, calls, {"tokens": input_ids.shape[1], **cell}, args)
-    codes = random_catalogue(100_000)
+    codes = random_catalog(100_000)
     model = build_model(codes, SIZES)
     dict_trie = DictTrie(model.layout.item_tokens(codes.long()))
     for count in tqdm([16, 32, 64, 512], desc="beams", unit="cell"):
-        cell = {"catalogue": 100_000, "levels": 4, "history_items": 52, "num_beams": count, "users": 1}
+        cell = {"catalog": 100_000, "levels": 4, "history_items": 52, "num_beams": count, "users": 1}
         if figures.has("rows", **cell):
             continue
         calls = {}
@@ -403,13 +403,13 @@ def run_candidates(args: BenchmarkArguments, figures: Figures, dtypes: list[str]
 
 def run_ranking(args: BenchmarkArguments, figures: Figures, dtypes: list[str]) -> None:
     """What ranking adds to the search on a short window, and what long histories cost (`recipes.ranking_cost`)."""
-    size = args.catalogues[0]
-    codes = random_catalogue(size)
+    size = args.catalogs[0]
+    codes = random_catalog(size)
     for retrieved, length in tqdm(ranking_cost.CELLS, desc="ranking beside generation", unit="cell"):
-        cell = {"catalogue": size, "retrieved": retrieved, "long_items": length}
+        cell = {"catalog": size, "retrieved": retrieved, "long_items": length}
         if figures.has("ranking", **cell):
             continue
-        model = build_model(codes, SIZES, item_embedding_dim=128, num_retrieved_items=retrieved)
+        model = build_model(codes, SIZES, content_embedding_dim=128, num_retrieved_items=retrieved)
         by_dtype, rows = {name: deepcopy(model).to(getattr(torch, name)) for name in dtypes}, []
         for users in ranking_cost.USERS:
             calls = {}
@@ -443,7 +443,7 @@ def main(args: BenchmarkArguments) -> None:
     speed_up = bf16_speed_up()
     dtypes = args.dtypes or (["float32", "bfloat16"] if speed_up > 1 else ["float32"])
     print(f"bfloat16 matmuls run at {speed_up:.2f} times the speed of float32: measured in {dtypes}")
-    for size in tqdm(args.trie_sizes if "trie" in parts else [], desc="trie alone", unit="catalogue"):
+    for size in tqdm(args.trie_sizes if "trie" in parts else [], desc="trie alone", unit="catalog"):
         if not figures.has("trie", size=size):
             figures.add("trie", [{"size": size, **row} for row in trie_rows(size, args.repeats)])
     if "rows" in parts:

@@ -34,7 +34,7 @@ class LossParts(TrainerCallback):
             with label smoothing, for which the Trainer would leave all of them out.
     """
 
-    names = ("generation_loss", "ranking_loss", "item_loss", "candidate_loss")
+    names = ("generation_loss", "ranking_loss", "dense_loss", "contrastive_loss")
 
     def __init__(self, model: torch.nn.Module):
         self.parts: list[dict[str, torch.Tensor]] = []
@@ -84,14 +84,14 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
     dynamic weight averaging). With the mean losses of the last two windows, `r = last / the one before`, clamped to `bounds`,
     and `weights = 2 * softmax(r / temperature)` hold for the next window; the first two have weights of 1. With
     `form="gradient_norm"` the weights are proportional to `r / (mean gradient norm)`, and sum to 2, so that the weighted
-    gradients of both losses towards the backbone's output are as long as their losses are slow (GradNorm, Chen et al. 2018,
+    gradients of both losses toward the backbone's output are as long as their losses are slow (GradNorm, Chen et al. 2018,
     arXiv 1711.02257, section 3, solved for the weights instead of descended to).
 
     The weights are the same on all processes, are logged (those of the last step), and are saved with the Trainer's
     checkpoints: train with `restore_callback_states_from_checkpoint=True` to resume them.
 
     Args:
-        window_steps (`int`, *optional*): Optimiser steps of a window; an epoch by default.
+        window_steps (`int`, *optional*): Optimizer steps of a window; an epoch by default.
         temperature (`float`): Lower: further apart. At 2, a usual value, losses that fall by 5 % and not at all get weights
             of 0.99 and 1.01; at 0.1, of 0.76 and 1.24. Not used by `gradient_norm`.
         bounds (`tuple[float, float]`): Of the ratios: a loss that jumps, as when an enhancer is switched on, is not to rule the
@@ -193,9 +193,9 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
                 norms = torch.tensor([generation_norm, ranking_norm])
                 if not norms.all():
                     raise ValueError(
-                        f"Expected a gradient of both losses towards the backbone's output, found norms of {norms.tolist()} for "
+                        f"Expected a gradient of both losses toward the backbone's output, found norms of {norms.tolist()} for "
                         f"{self.names}: one of them does not reach the histories' states, as the candidates of stage II with "
-                        "detach_history. Use the form loss_ratio."
+                        "stop_gradient_history. Use the form loss_ratio."
                     )
                 shares = torch.tensor(ratios) / norms
                 shares = shares / shares.sum()
@@ -210,7 +210,7 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             state.log_history[-1].update(weights)
 
 
-class SavedTensors(TrainerCallback):
+class StatefulCallback(TrainerCallback):
     """
     Saves what a callback makes in some epochs with the Trainer's checkpoints, and takes it back when a training is resumed;
     `ValueError` if it is not there.
@@ -264,7 +264,7 @@ class SavedTensors(TrainerCallback):
 
 @dataclass
 class CandidateCollator:
-    """What `KeptBeams.collator` returns; a class, so that any kind of worker of a data loader can be handed it."""
+    """What `CachedCandidates.collator` returns; a class, so that any kind of worker of a data loader can be handed it."""
 
     collate: Callable
     items: torch.Tensor | None  # None: the model's own hook adds them, by the rows' numbers
@@ -277,13 +277,13 @@ class CandidateCollator:
         return batch | ({"row": numbers} if self.items is None else {"candidates": self.items[numbers]})
 
 
-class KeptBeams(SavedTensors):
+class CachedCandidates(StatefulCallback):
     """
     Stage II on candidates that are kept, in place of a search in every step: proposed for all rows every `every_epochs`
     epochs, or for a row when it comes and its own are `every_steps` steps old. Cheaper from two epochs on, and without the
     dropout that a search inside a training step has.
 
-        beams = KeptBeams(model, rows, num_beams=20, every_epochs=2)
+        beams = CachedCandidates(model, rows, num_beams=20, every_epochs=2)
         Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
 
     A row is seen once an epoch: with fewer steps than that between them, all are searched for when they come. They are saved
@@ -368,14 +368,14 @@ class KeptBeams(SavedTensors):
 
         input_ids, times, blocked = histories("input_ids", model.config.pad_token_id), (None, None), None
         if "timestamps" in self.rows.column_names:
-            asked_for = torch.tensor([row["timestamps"][end] for row in some]).to(model.device)
-            times = (histories("timestamps", -1), asked_for)
+            query_time = torch.tensor([row["timestamps"][end] for row in some]).to(model.device)
+            times = (histories("timestamps", -1), query_time)
         if "blocked_items" in self.rows.column_names:
             blocked = padded([row["blocked_items"] for row in some]).to(model.device)
         mask, cache = input_ids != model.config.pad_token_id, DynamicCache()
         num_beams, was_training = self.items.shape[1], model.training
         model.eval()
-        states = model.read_history(input_ids, mask.long(), cache, *times)
+        states = model.prefill(input_ids, mask.long(), cache, *times)
         items = beam_candidates(model, num_beams, states, mask, cache, blocked, times[1]).cpu()
         model.train(was_training)
         return torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)

@@ -10,9 +10,9 @@ BY_DICT = "transformers + prefix_allowed_tokens_fn"
 BY_PROCESSOR = "transformers + our logits processor"
 WHOLE, REPEATED, OURS = "whole sequences", "cache repeated", "ours"
 MATMULS = "matmuls of both, without the prefill"
-CATALOGUE = 100_000
+CATALOG = 100_000
 # Cells of the ratios: 52 items are 261 tokens, 102 are 511; 28 items of 17 codes are 505.
-SEARCH = {"history_items": 52, "num_beams": 256, "users": 1, "levels": 4, "catalogue": CATALOGUE}
+SEARCH = {"history_items": 52, "num_beams": 256, "users": 1, "levels": 4, "catalog": CATALOG}
 HALF, BATCH = {**SEARCH, "num_beams": 128}, {**SEARCH, "num_beams": 50, "users": 8}
 LONG = {**SEARCH, "history_items": 102}
 CANDIDATES = {**SEARCH, "history_items": 28, "levels": 17}
@@ -138,7 +138,7 @@ def table(data: dict) -> str:
         ]
     lines += [
         "",
-        f"Milliseconds a call, wall, {CATALOGUE:,} items, float32; `-`: not run, more than 150,000 tokens at once.",
+        f"Milliseconds a call, wall, {CATALOG:,} items, float32; `-`: not run, more than 150,000 tokens at once.",
         "",
     ]
     columns = {
@@ -155,10 +155,10 @@ def table(data: dict) -> str:
     cells = {
         (row["history_items"], row["num_beams"], row["users"]): row["tokens"]
         for row in data["rows"]
-        if (row["catalogue"], row["levels"], row["task"]) == (CATALOGUE, 4, "both")
+        if (row["catalog"], row["levels"], row["task"]) == (CATALOG, 4, "both")
     }
     for (items, beams, users), tokens in sorted(cells.items()):
-        cell = {"history_items": items, "num_beams": beams, "users": users, "levels": 4, "catalogue": CATALOGUE}
+        cell = {"history_items": items, "num_beams": beams, "users": users, "levels": 4, "catalog": CATALOG}
         values = [milliseconds(cost(data, "wall_ms", parts, "float32", cell)) for parts in columns.values()]
         lines.append(f"| {items} items, {tokens:,} tokens | {beams} | {users} | " + " | ".join(values) + " |")
     lines += trie_table(data) if data["trie"] else []

@@ -30,7 +30,7 @@ from tokenization import SemanticIdTokenizer
 # For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 TRAINING = [
-    "--passes=8",
+    "--crops_per_epoch=8",
     "--num_train_epochs=1",
     "--learning_rate=2e-3",
     "--warmup_steps=60",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def item_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def content_embeddings(args: "PrepareArguments", items: pd.DataFrame, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Embeddings of the items, written to `file`: given ones as they are, texts encoded (or reused from `file`).
 
     Returns:
@@ -98,7 +98,7 @@ def write_embeddings(embeddings: np.ndarray, file: Path, key: str = "") -> None:
 def encode_texts(
     texts: list[str], encoder: str, *, dtype: str = "bfloat16", max_tokens: int = 128, batch_size: int = 32
 ) -> np.ndarray:
-    """Mean of the last hidden states over the tokens of a text, L2-normalised: float32 `[len(texts), D]`.
+    """Mean of the last hidden states over the tokens of a text, L2-normalized: float32 `[len(texts), D]`.
 
     Args:
         texts: at least one text.

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.cache_utils import DynamicCache
 
-from recipes.callbacks import SavedTensors
+from recipes.callbacks import StatefulCallback
 from recipes.histories import encode, padded
 from tokenization import SemanticIdTokenizer
 
@@ -43,12 +43,12 @@ class PoolCollator:
         positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
         batch = self.collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
         if self.tensors["made_at"] >= 0:
-            batch["negative_items"], batch["favorite_items"] = negatives, favorites
+            batch["hard_negatives"], batch["excluded_positives"] = negatives, favorites
         return batch
 
     def _with(self, row: dict, favorite: int) -> dict:
         """
-        A row and, if its history ends with the user's, the codes of a favourite as what comes next (-1: none); when it comes
+        A row and, if its history ends with the user's, the codes of a favorite as what comes next (-1: none); when it comes
         is not known.
         """
         tokens = []
@@ -60,15 +60,15 @@ class PoolCollator:
         return {name: [*row[name], *values] for name, values in more.items()}
 
 
-class RankingDrivenEnhancer(SavedTensors):
+class RankingDrivenEnhancer(StatefulCallback):
     """
     Before an epoch, for each user at the last training position, without gradient: a pool of items is scored by retrieval
     and by ranking (our reading of UniGRF, section on the ranking-driven enhancer).
 
     - Hard-to-detect disliked items: the `num_negatives` with the highest `rho = minmax(log P) - penalty * p`, where p is the
-      ranking probability. They go to the model as `negative_items`.
-    - Potential favourites: at most `max_favorites` with `p > threshold`, the highest first. They are no hard negatives, go to
-      the model as `favorite_items` (no random negatives either) and, with `relabel`, the first of them also becomes the next
+      ranking probability. They go to the model as `hard_negatives`.
+    - Potential favorites: at most `max_favorites` with `p > threshold`, the highest first. They are no hard negatives, go to
+      the model as `excluded_positives` (no random negatives either) and, with `relabel`, the first of them also becomes the next
       item after a user's last training row.
 
     The pools are saved with the Trainer's checkpoints, and are the same on all processes. How many were found goes to the
@@ -77,7 +77,7 @@ class RankingDrivenEnhancer(SavedTensors):
 
     Args:
         model (`UniGRFForCausalLM`), tokenizer (`SemanticIdTokenizer`)
-        items, behaviors (`Sequence` of U integer arrays): Training history of each user: catalogue rows, and indices into
+        items, behaviors (`Sequence` of U integer arrays): Training history of each user: catalog rows, and indices into
             `tokenizer.behaviors`; the last item is the target, which is never in the pool, nor is anything before it.
         timestamps (the same, *optional*): When each item was, for a model that reads times; pools are asked for when the
             target was.
@@ -150,7 +150,7 @@ class RankingDrivenEnhancer(SavedTensors):
         if state.num_train_epochs <= self.warm_up_epochs:
             raise ValueError(
                 f"Expected more epochs than the {self.warm_up_epochs} of the enhancer's warm-up, found {state.num_train_epochs}: it "
-                "would do nothing. Train for more epochs (each of fewer passes), or lower warm_up_epochs."
+                "would do nothing. Train for more epochs (each of fewer crops), or lower warm_up_epochs."
             )
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -201,7 +201,7 @@ class RankingDrivenEnhancer(SavedTensors):
         columns = [column for column in (self.items, self.behaviors, self.timestamps) if column is not None]
         histories = [[np.asarray(column[user][before], dtype=np.int64) for user in users] for column in columns]
         requests = None if self.timestamps is None else [self.timestamps[user][-1] for user in users]
-        batch = encode(self.tokenizer, *histories, request_timestamps=requests).to(device)
+        batch = encode(self.tokenizer, *histories, query_time=requests).to(device)
         own = [torch.as_tensor(np.asarray(self.items[user], dtype=np.int64)) for user in users]
         if self.pool == "beam":
             best = model.recommend(
@@ -210,16 +210,16 @@ class RankingDrivenEnhancer(SavedTensors):
                 num_return_sequences=self.pool_size,
                 ranking_weight=0.0,
                 ranking_target=self.target,
-                item_weight=0.0,
-                union_items=0,
-                num_ranked_beams=0,
+                dense_weight=0.0,
+                num_dense_candidates=0,
+                rerank_top_k=0,
                 blocked_items=own,
             )
             usable = best.item_indices >= 0
             return best.item_indices.clamp(min=0), best.generation_scores, best.ranking_scores.exp(), usable
         earlier = self.negatives[users, : 0 if self.made_at < 0 else None]
         more = (len(users), self.pool_size - earlier.shape[1])
-        pool = torch.cat([earlier, torch.randint(model.catalogue.num_items, more, generator=generator)], dim=1)
+        pool = torch.cat([earlier, torch.randint(model.catalog.num_items, more, generator=generator)], dim=1)
         owned = padded(own)
         ordered, order = pool.sort(dim=1, stable=True)
         repeated = torch.zeros_like(pool, dtype=torch.bool)
@@ -227,9 +227,9 @@ class RankingDrivenEnhancer(SavedTensors):
         usable = (pool >= 0) & ~repeated & ~(pool[:, :, None] == owned[:, None]).any(dim=2)
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
-        states = model.read_history(**batch, cache=cache)
+        states = model.prefill(**batch, cache=cache)
         log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
-        retrieval = log_probs.gather(1, model.catalogue.item_codes[pool, 0].long())
+        retrieval = log_probs.gather(1, model.catalog.item_codes[pool, 0].long())
         ranking = model.rank(**batch, candidates=pool, cache=cache, history_states=states)
         index = model.config.ranking_targets.index(self.target)
         return pool, retrieval, ranking[..., index].sigmoid(), usable
@@ -242,7 +242,7 @@ class RankingDrivenEnhancer(SavedTensors):
         ranking: torch.Tensor,
         usable: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hard negatives `[b, m]`, favourites `[b, f]`, and sums over the users of what `FOUND` names."""
+        """Hard negatives `[b, m]`, favorites `[b, f]`, and sums over the users of what `FOUND` names."""
         if not (ranking.isfinite() & retrieval.isfinite())[usable].all():
             raise ValueError(
                 f"Expected finite scores of the enhancer's pool, found NaN or infinity for some of users {users[:3].tolist()} "

@@ -2,7 +2,7 @@
 
     python -m recipes.evaluate --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --output_dir runs/demo
 
-Leave-one-out, the whole catalogue, items are scored (never ids), a user's own history is left out inside the search (not so
+Leave-one-out, the whole catalog, items are scored (never ids), a user's own history is left out inside the search (not so
 where users come back to items: `--exclude_history False`).
 A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
 Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with the other
@@ -30,7 +30,7 @@ from recipes.runs import write_json
 from recipes.training_rows import unseen_targets
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
-SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "union_items", "num_ranked_beams")
+SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "num_dense_candidates", "rerank_top_k")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "The ranking target that orders the items; default: the checkpoint's."}
     )
     like: str | None = field(
-        default=None, metadata={"help": "The behaviour whose AUC is measured; by default `like`, if there is one."}
+        default=None, metadata={"help": "The behavior whose AUC is measured; by default `like`, if there is one."}
     )
     list_length: int = field(default=50, metadata={"help": "Items of a list; MRR counts within it."})
     max_items: int | None = field(
@@ -60,12 +60,12 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "Items of a history that sub-histories come from; default: as trained, or all."},
     )
-    item_weights: list[float] = field(
+    dense_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 1.0, 2.0],
         metadata={"help": "Weights of the item-level score to choose from, if the model has that score."},
     )
-    union_items: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
-    num_ranked_beams: int = field(default=0, metadata={"help": "Beams that are ranked, as in `recommend`; 0: all."})
+    num_dense_candidates: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
+    rerank_top_k: int = field(default=0, metadata={"help": "Beams that are ranked, as in `recommend`; 0: all."})
     batch_size: int = field(default=64, metadata={"help": "Users run together."})
     exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
     baselines: bool = field(
@@ -76,20 +76,20 @@ class EvaluateArguments:
 
 def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | None:
     """
-    The behaviour whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behaviour or
+    The behavior whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behavior or
     users all behaved alike; `ValueError` if one is named that is none, or that the model was not trained to rank by.
     """
     known = [name for name in tokenizer.behaviors if name in model.config.ranking_targets]
     if like is not None and like not in known:
         raise ValueError(
-            f"Expected --like to be a behaviour that the model ranks by, among {known}, found {like!r}. Name one of these."
+            f"Expected --like to be a behavior that the model ranks by, among {known}, found {like!r}. Name one of these."
         )
     like = "like" if like is None else like
     if like not in known:
-        print(f"no AUC: the model ranks by the behaviours {known}, name one of them by --like")
+        print(f"no AUC: the model ranks by the behaviors {known}, name one of them by --like")
         return None
     if len(set(np.asarray(split["target_behavior"][:]) == tokenizer.behaviors.index(like))) < 2:
-        print(f"no AUC: of all held-out interactions, all or none are of the behaviour {like!r}")
+        print(f"no AUC: of all held-out interactions, all or none are of the behavior {like!r}")
         return None
     return like
 
@@ -106,9 +106,9 @@ def interactions_of(checkpoint: str | Path, record: dict) -> str:
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
     """Measures everything, writes `metrics.json` and `ranks.json` into `args.output_dir` and returns the metrics."""
     data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
-    if args.num_ranked_beams and args.union_items:
+    if args.rerank_top_k and args.num_dense_candidates:
         raise ValueError(
-            f"Expected num_ranked_beams or union_items, found {args.num_ranked_beams} and {args.union_items}: which of the "
+            f"Expected rerank_top_k or num_dense_candidates, found {args.rerank_top_k} and {args.num_dense_candidates}: which of the "
             "candidates are beams is not told. Measure one at a time."
         )
     if not (Path(args.checkpoint) / "config.json").is_file():
@@ -145,32 +145,32 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     dataset = load_from_disk(str(data_dir / "dataset"))
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
 
-    def measure(found, weight, targets, item_weight=0.0):
-        lists = fused_lists(found, weight, args.list_length, item_weight, args.num_ranked_beams)
+    def measure(found, weight, targets, dense_weight=0.0):
+        lists = fused_lists(found, weight, args.list_length, dense_weight, args.rerank_top_k)
         ranks = target_ranks(lists, targets)
         return mean_values(ranks), ranks
 
     targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
-    item_weights = args.item_weights if model.ranking_head.history_query is not None else [0.0]
+    dense_weights = args.dense_weights if model.ranking_head.history_query is not None else [0.0]
     tried = []
     for num_beams in args.num_beams:
         found = candidates(model, tokenizer, dataset["validation"], num_beams, how)
-        for weight, item_weight in product([0.0, *args.ranking_weights], item_weights):
-            values, _ = measure(found, weight, targets["validation"], item_weight)
-            tried.append({"num_beams": num_beams, "ranking_weight": weight, "item_weight": item_weight, **values})
+        for weight, dense_weight in product([0.0, *args.ranking_weights], dense_weights):
+            values, _ = measure(found, weight, targets["validation"], dense_weight)
+            tried.append({"num_beams": num_beams, "ranking_weight": weight, "dense_weight": dense_weight, **values})
     best = max((one for one in tried if one["ranking_weight"] or not is_ranker), key=lambda one: one["ndcg@10"])
-    num_beams, weight, item_weight = best["num_beams"], best["ranking_weight"], best["item_weight"]
-    tried_values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "item_weight": item_weights}
+    num_beams, weight, dense_weight = best["num_beams"], best["ranking_weight"], best["dense_weight"]
+    tried_values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "dense_weight": dense_weights}
     for name, values in tried_values.items():
         if len(values) > 1 and best[name] == max(values):
             print(f"validation chose {name}={best[name]}, the largest that was tried: a larger one may be better")
 
     found = candidates(model, tokenizer, dataset["test"], num_beams, how)
     beams = found
-    if args.union_items:  # these are no beams
-        beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(how, union_items=0))
+    if args.num_dense_candidates:  # these are no beams
+        beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(how, num_dense_candidates=0))
     generation, generation_ranks = measure(beams, 0.0, targets["test"])
-    ranked, ranked_ranks = measure(found, weight, targets["test"], item_weight)
+    ranked, ranked_ranks = measure(found, weight, targets["test"], dense_weight)
     if baselines is None and args.baselines:
         baselines = baseline_results(
             dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
@@ -185,8 +185,8 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "filtering": f"users with at least {record['arguments']['min_interactions']} interactions; a user's "
             f"history {'is left out of' if args.exclude_history else 'may be in'} every list",
             "users": len(dataset["test"]),
-            "catalogue size": tokenizer.num_items,
-            "scored": f"items, over the whole catalogue, lists of {args.list_length}",
+            "catalog size": tokenizer.num_items,
+            "scored": f"items, over the whole catalog, lists of {args.list_length}",
             "history": f"the last {args.max_items} items" if args.max_items else "all items",
             "targets that are in the user's history": f"{repeats.mean():.1%}"
             + (", and so in no list" if args.exclude_history and repeats.any() else ""),
@@ -200,7 +200,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             "chosen on": "validation, ranked ndcg@10",
             "num_beams": num_beams,
             "ranking_weight": weight,
-            "item_weight": item_weight,
+            "dense_weight": dense_weight,
             **{name: getattr(args, name) for name in SERVED},
             **{
                 f"settings of {name}": str(result["settings"])
@@ -228,7 +228,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         args.checkpoint,
         num_beams,
         ranking_weight=weight,
-        item_weight=item_weight,
+        dense_weight=dense_weight,
         **{name: getattr(args, name) for name in SERVED},
     )
     return metrics

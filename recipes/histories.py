@@ -8,10 +8,10 @@ knows several, `behaviors` (a list of as many names). From a table of interactio
     users.agg(items=("item_id", list), behaviors=("behavior", list)).reset_index().to_parquet("histories.parquet")
 
 A model that reads times also reads `timestamps` (a list of as many numbers: seconds, null where not known; above:
-`timestamps=("timestamp", list)`) and, if there is one, `request_timestamp` (a number: when the next item is asked for, null
+`timestamps=("timestamp", list)`) and, if there is one, `query_time` (a number: when the next item is asked for, null
 where not known; without the column, when the last item was).
 
-The `dataset/` of recipes.prepare is none: it holds catalogue indices, and ends before the held-out interactions.
+The `dataset/` of recipes.prepare is none: it holds catalog indices, and ends before the held-out interactions.
 """
 
 import glob
@@ -33,10 +33,10 @@ from transformers import BatchEncoding
 from tokenization import SemanticIdTokenizer
 from tokenization.vocabulary_layout import UNKNOWN_TIME
 
-COLUMNS = ("user_id", "items", "behaviors", "timestamps", "request_timestamp")
+COLUMNS = ("user_id", "items", "behaviors", "timestamps", "query_time")
 TIMES = COLUMNS[3:]
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-UNKNOWN, EMPTY = "with items that the catalogue does not have", "without an item"
+UNKNOWN, EMPTY = "with items that the catalog does not have", "without an item"
 
 
 @dataclass
@@ -45,10 +45,10 @@ class Histories:
     Some rows, looked up.
 
     Args:
-        items (`list` of int64 arrays): Catalogue rows of each history's known items, oldest first.
+        items (`list` of int64 arrays): Catalog rows of each history's known items, oldest first.
         behaviors (`list` of int64 arrays): Indices into `tokenizer.behaviors`, one an item.
         timestamps (`list` of int64 arrays, *optional*): Seconds, one an item, -1 where not known.
-        request_timestamps (int64 `[N]`, *optional*): When each list is asked for, -1 where not known.
+        query_time (int64 `[N]`, *optional*): When each list is asked for, -1 where not known.
         answered (bool `[N]`): Whether there is an item to go by and, with `exclude_history`, one left to list.
         problems (`dict[str, np.ndarray]`): Numbers of the rows that have a problem, for each kind.
     """
@@ -56,13 +56,13 @@ class Histories:
     items: list[np.ndarray]
     behaviors: list[np.ndarray]
     timestamps: list[np.ndarray] | None
-    request_timestamps: np.ndarray | None
+    query_time: np.ndarray | None
     answered: np.ndarray
     problems: dict[str, np.ndarray]
 
 
 def padded(rows: list, value: int = -1, side: str = "right") -> torch.LongTensor:
-    """Rows of integers, of any lengths -> `[B, longest]`, filled up by a value: -1 is no item, no behaviour and no time."""
+    """Rows of integers, of any lengths -> `[B, longest]`, filled up by a value: -1 is no item, no behavior and no time."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
@@ -72,18 +72,18 @@ def encode(
     items: Sequence[np.ndarray],
     behaviors: Sequence[np.ndarray],
     timestamps: Sequence[np.ndarray] | None = None,
-    request_timestamps: Sequence[int] | None = None,
+    query_time: Sequence[int] | None = None,
 ) -> BatchEncoding:
     """
-    What `recommend`, `rank` and `generate` read of B histories of catalogue rows: `input_ids` and `attention_mask`, padded on
-    the left, and, as far as they are given, `timestamps`, each int64 `[B, T]`, and `request_timestamps [B]`.
+    What `recommend`, `rank` and `generate` read of B histories of catalog rows: `input_ids` and `attention_mask`, padded on
+    the left, and, as far as they are given, `timestamps`, each int64 `[B, T]`, and `query_time [B]`.
     """
     columns = {"input_ids": [tokenizer.encode_indices(*one) for one in zip(items, behaviors, strict=True)]}
     if timestamps is not None:
         columns["timestamps"] = [tokenizer.encode_times(times) for times in timestamps]
     batch = tokenizer.pad(columns, return_tensors="pt", padding_side="left")
-    if request_timestamps is not None:
-        batch["request_timestamps"] = torch.as_tensor(request_timestamps, dtype=torch.long)
+    if query_time is not None:
+        batch["query_time"] = torch.as_tensor(query_time, dtype=torch.long)
     return batch
 
 
@@ -118,7 +118,7 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
 def check_columns(dataset: Dataset, tokenizer: SemanticIdTokenizer, with_times: bool) -> list[str]:
     """The columns that are read. `ValueError` unless there are rows, with the columns and types of the module's docstring."""
     columns = [name for name in COLUMNS if with_times or name not in TIMES]
-    optional = {"request_timestamp", *(["behaviors"] if len(tokenizer.behaviors) == 1 else [])}
+    optional = {"query_time", *(["behaviors"] if len(tokenizer.behaviors) == 1 else [])}
     missing = [name for name in columns if name not in {*dataset.column_names, *optional}]
     if missing or len(dataset) == 0:
         raise ValueError(
@@ -128,12 +128,12 @@ def check_columns(dataset: Dataset, tokenizer: SemanticIdTokenizer, with_times: 
     columns = [name for name in columns if name in dataset.column_names]
     for name in columns[1:]:
         found = dataset.features.arrow_schema.field(name).type
-        value = found if name == "request_timestamp" else getattr(found, "value_type", pa.null())
+        value = found if name == "query_time" else getattr(found, "value_type", pa.null())
         of_names = pa.types.is_string(value) or pa.types.is_large_string(value)
         of_numbers = pa.types.is_integer(value) or pa.types.is_floating(value)
         if name in TIMES and not of_numbers:
             raise ValueError(
-                f"Expected seconds in the columns timestamps (lists of numbers) and request_timestamp (a number), found {name} "
+                f"Expected seconds in the columns timestamps (lists of numbers) and query_time (a number), found {name} "
                 f"of type {found}. Convert it."
             )
         if name not in TIMES and not (of_names or (name == "items" and pa.types.is_integer(value))):
@@ -152,10 +152,10 @@ def seconds(column: pa.Array) -> np.ndarray:
 
 
 def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_history: bool) -> Histories:
-    """Looks up the items and behaviours of some rows, and times if the table has them. What is wrong is told, not raised."""
+    """Looks up the items and behaviors of some rows, and times if the table has them. What is wrong is told, not raised."""
     column, count = table["items"].combine_chunks(), len(table)
     ids, row = pc.list_flatten(column).cast(pa.string()), pc.list_parent_indices(column).to_numpy()
-    # The tokenizer looks up every id once and Arrow spreads what it found: a cost of these rows, not of the catalogue.
+    # The tokenizer looks up every id once and Arrow spreads what it found: a cost of these rows, not of the catalog.
     found = tokenizer.item_indices(ids.unique().to_pylist(), unknown="skip")
     names = pa.array([tokenizer.item_ids[item] for item in found], pa.string())
     items = pa.array(found).take(pc.index_in(ids, value_set=names)).fill_null(-1).to_numpy()
@@ -168,8 +168,8 @@ def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_hist
     if "timestamps" in table.column_names:
         column = table["timestamps"].combine_chunks()
         timestamps, time_row = seconds(pc.list_flatten(column)), pc.list_parent_indices(column).to_numpy()
-    if "request_timestamp" in table.column_names:
-        requests = seconds(table["request_timestamp"].combine_chunks())
+    if "query_time" in table.column_names:
+        requests = seconds(table["query_time"].combine_chunks())
     lengths = np.bincount(row, minlength=count)
     uneven, uneven_times = (
         np.flatnonzero(lengths != np.bincount(one, minlength=count)) for one in (behavior_row, time_row)

@@ -1,6 +1,6 @@
 """What a model finds for the users of a split, and how its scores order it: for every recipe that measures a model.
 
-Leave-one-out, the whole catalogue. Candidates are searched for once, with all their scores, and any weights of the fusion then
+Leave-one-out, the whole catalog. Candidates are searched for once, with all their scores, and any weights of the fusion then
 tried on them; `keep_choice` writes the chosen ones into the checkpoint.
 """
 
@@ -32,7 +32,7 @@ class Measurement:
         max_items (`int`, *optional*): Items of a history that the model reads; None: all.
         max_long_items (`int`, *optional*): Items of a history that sub-histories come from; None: all.
         ranking_target (`str`, *optional*): The ranking target that orders the items; None: the checkpoint's.
-        union_items (`int`): Best items by the item-level score, added to the beams.
+        num_dense_candidates (`int`): Best items by the item-level score, added to the beams.
         exclude_history (`bool`): Whether a user's own items are no candidates.
         batch_size (`int`): Users run together.
     """
@@ -40,7 +40,7 @@ class Measurement:
     max_items: int | None = None
     max_long_items: int | None = None
     ranking_target: str | None = None
-    union_items: int = 0
+    num_dense_candidates: int = 0
     exclude_history: bool = True
     batch_size: int = 64
 
@@ -63,7 +63,7 @@ def batches(model, tokenizer, split: Dataset, how: Measurement, desc: str):
         users = [split[int(row)] for row in rows]
         columns = {name: [np.array(user[name][read]) for user in users] for name in names}
         if "timestamps" in columns:
-            columns["request_timestamps"] = [user["target_timestamp"] for user in users]
+            columns["query_time"] = [user["target_timestamp"] for user in users]
         yield rows, encode(tokenizer, **columns).to(model.device)
 
 
@@ -79,23 +79,23 @@ def long_histories(model, split: Dataset, rows: np.ndarray, how: Measurement) ->
 
 
 def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measurement) -> dict[str, torch.Tensor]:
-    """All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `item_scores` if there are some."""
+    """All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `dense_scores` if there are some."""
     names = ["item_indices", "generation_scores", "ranking_scores"]
     if model.ranking_head.history_query is not None:
-        names.append("item_scores")
+        names.append("dense_scores")
     columns = {name: [None] * len(split) for name in names}
     for rows, inputs in batches(model, tokenizer, split, how, f"beams of {num_beams}"):
         found = model.recommend(
             **inputs,
             num_beams=num_beams,
-            num_return_sequences=num_beams + how.union_items,
+            num_return_sequences=num_beams + how.num_dense_candidates,
             ranking_weight=0.0,
             ranking_target=how.ranking_target,
             exclude_history=False,
             blocked_items=[split[int(row)]["items"] for row in rows] if how.exclude_history else None,
-            item_weight=0.0,
-            union_items=how.union_items,
-            num_ranked_beams=0,
+            dense_weight=0.0,
+            num_dense_candidates=how.num_dense_candidates,
+            rerank_top_k=0,
             **long_histories(model, split, rows, how),
         )
         for name, column in columns.items():
@@ -105,7 +105,7 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measuremen
 
 
 def fused_lists(
-    found: dict[str, torch.Tensor], weight: float, length: int, item_weight: float = 0.0, num_ranked: int = 0
+    found: dict[str, torch.Tensor], weight: float, length: int, dense_weight: float = 0.0, num_ranked: int = 0
 ) -> list[list[int]]:
     """
     Items of every user by the fused score, best first, cut to `length` and padded by -1. `num_ranked`: as if `recommend` had
@@ -114,10 +114,10 @@ def fused_lists(
     The fusion of `recommend` a second time, which a test holds equal to it: a hundred pairs of weights are tried on candidates
     that were searched for once.
     """
-    num_ranked = num_ranked if weight or item_weight else 0
+    num_ranked = num_ranked if weight or dense_weight else 0
     scores = found["generation_scores"]
     absent = scores == -torch.inf
-    scores = scores + item_weight * found["item_scores"] if item_weight else scores
+    scores = scores + dense_weight * found["dense_scores"] if dense_weight else scores
     if num_ranked:
         unranked = torch.ones_like(scores, dtype=torch.bool).scatter_(
             1, scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices, False

@@ -76,7 +76,7 @@ def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]
 
 
 def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """MovieLens-1M: 1,000,209 ratings by 6,040 users; 3,883 movies in the catalogue, 3,706 of them rated.
+    """MovieLens-1M: 1,000,209 ratings by 6,040 users; 3,883 movies in the catalog, 3,706 of them rated.
 
     Args:
         path: GroupLens's folder with `ratings.dat` and `movies.dat`; or one with `movies.dat` and `interactions.parquet`

@@ -1,11 +1,11 @@
-"""What our search and trie are measured against: contenders of `recipes.benchmark_decoding`, and a made-up catalogue."""
+"""What our search and trie are measured against: contenders of `recipes.benchmark_decoding`, and a made-up catalog."""
 
 import math
 
 import torch
 
 
-def random_catalogue(num_items: int) -> torch.IntTensor:
+def random_catalog(num_items: int) -> torch.IntTensor:
     """
     Spellings as a residual k-means makes them, `[n, 4]`: codes of unequal popularity that depend on the codes before them,
     so that about 14 % of 100 thousand items and 40 % of a million share their first three codes with another; the last code

@@ -8,7 +8,7 @@ Interactions (CSV, TSV or Parquet): `user_id`, `item_id`, `timestamp` (a number,
 seconds), optionally `behavior` (else every interaction is an `interact`) and, where not all times are known (-1) or
 `timestamp` is left out, `position`, which then orders a user's interactions. Items: `item_id` and `text`, or the columns of
 `--text_template "{title}. {genres}"`, or a list column `embedding`, or `--embeddings rows.npy` row by row; optionally
-`title`. Every item of the items table is in the catalogue, also one that nobody took (its semantic id makes
+`title`. Every item of the items table is in the catalog, also one that nobody took (its semantic id makes
 it recommendable); an interaction with an item outside of it is an error.
 
 Split: leave-one-out. A user's last interaction is the test target, the one before it the validation target, the rest
@@ -19,9 +19,9 @@ is training; popularity is counted on training only. Output:
     dataset/                      DatasetDict: train (user_id, items, behaviors, timestamps); validation and test (the
                                   same of the history before the target, and target, target_behavior,
                                   target_timestamp)
-    prepare.json                  arguments, hashes of the inputs, counts, behaviours, codebook health
+    prepare.json                  arguments, hashes of the inputs, counts, behaviors, codebook health
 
-Items are catalogue indices (int32), behaviours indices into tokenizer.behaviors (int8). A second run with equal
+Items are catalog indices (int32), behaviors indices into tokenizer.behaviors (int8). A second run with equal
 arguments and input files does nothing; one with other codebooks encodes no text again. With `--tokenizer training/checkpoint`
 the codes of another folder stay and new items are added behind its own, so that `recipes.train --init_from training/checkpoint`
 goes on with newer data.
@@ -39,7 +39,7 @@ from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
-from recipes.embeddings import MINILM, item_embeddings, weights_of
+from recipes.embeddings import MINILM, content_embeddings, weights_of
 from recipes.runs import write_json
 from recipes.tables import check_rows, read_interactions, read_table, sha256
 from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
@@ -74,8 +74,8 @@ class PrepareArguments:
     max_text_tokens: int = field(default=128, metadata={"help": "Texts are cut to this many tokens."})
     min_interactions: int = field(default=3, metadata={"help": "Users with fewer are dropped; at least 3."})
     codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256], metadata={"help": "Codes a level."})
-    normalize: bool = field(default=False, metadata={"help": "Quantise L2-normalised embeddings."})
-    pca_dim: int | None = field(default=None, metadata={"help": "Quantise this many principal components."})
+    normalize: bool = field(default=False, metadata={"help": "Quantize L2-normalized embeddings."})
+    pca_dim: int | None = field(default=None, metadata={"help": "Quantize this many principal components."})
     atomic: bool = field(default=False, metadata={"help": "One code an item, its own: no codebooks (SASRec's ids)."})
     tokenizer: str | None = field(
         default=None,
@@ -97,7 +97,7 @@ def prepared(folder: str | Path) -> dict[str, Any]:
 
 
 def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None:
-    """`ValueError` unless a model's tokenizer spells the items and behaviours of a prepared folder by the same rows."""
+    """`ValueError` unless a model's tokenizer spells the items and behaviors of a prepared folder by the same rows."""
     ours = SemanticIdTokenizer.from_pretrained(Path(folder) / "tokenizer")
     check_same_spelling(tokenizer, ours, folder)
     same = tokenizer.item_ids[: ours.num_items] == ours.item_ids  # what was added to the model comes behind them
@@ -110,7 +110,7 @@ def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None
 
 def check_same_spelling(tokenizer: SemanticIdTokenizer, other: SemanticIdTokenizer, folder: str | Path) -> None:
     """
-    `ValueError` unless both have the same behaviours, levels and token ids; `other` is that of the folder. The last level, at
+    `ValueError` unless both have the same behaviors, levels and token ids; `other` is that of the folder. The last level, at
     the vocabulary's end, may differ in width: it grows where items are added to a group that fills it.
     """
     fields, others = ({**one.config_fields(), "codebook_sizes": one.codebook_sizes[:-1]} for one in (tokenizer, other))
@@ -208,7 +208,7 @@ def prepare(args: PrepareArguments) -> Path:
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     record_file.unlink(missing_ok=True)  # written last: a folder that has it is complete
-    embeddings, source = item_embeddings(args, items, output_dir / "item_embeddings.safetensors")
+    embeddings, source = content_embeddings(args, items, output_dir / "item_embeddings.safetensors")
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
     ids, provenance = items["item_id"].tolist(), {**source, "inputs": record["inputs"]}  # more is added there
     titles = items["title"].fillna("").astype(str).tolist() if "title" in items else None
@@ -236,7 +236,7 @@ def prepare(args: PrepareArguments) -> Path:
         "interactions": len(kept),
         "dropped_users": dropped_users,
         "dropped_interactions": len(interactions) - len(kept),
-        "catalogue": len(items),
+        "catalog": len(items),
         "items_in_training": int((np.bincount(train_items) > 0).sum()),
         "repeated_pairs": int(kept.duplicated(["user_id", "item_id"]).sum()),
         # Their order within the second (or day) is the file's: a limit of what a leave-one-out result means.
@@ -262,7 +262,7 @@ def leave_one_out(
 
     Args:
         users: str `[N]`, each user at least 3 times.
-        items: int `[N]`, catalogue indices.
+        items: int `[N]`, catalog indices.
         behaviors: int `[N]`, indices below 128.
         timestamps: int or float `[N]`, -1 where not known; stored as int64.
         positions: int or float `[N]`, by which each user's interactions are sorted.

@@ -130,7 +130,7 @@ def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
         results.append(
             EvalResult(
                 task_type="ranking",
-                task_name="Behaviour of the held-out interaction",
+                task_name="Behavior of the held-out interaction",
                 metric_type="roc_auc",
                 metric_name="AUC",
                 metric_value=metrics["ranking"]["auc"],

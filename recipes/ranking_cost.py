@@ -23,7 +23,7 @@ TRAINING_ROWS, TRAINING_CANDIDATES = 32, 20
 def long_history(model: UniGRFForCausalLM, rows: int, length: int) -> dict[str, torch.Tensor]:
     """`long_items [rows, length]`, random; nothing for a model that reads none."""
     generator = torch.Generator().manual_seed(3)
-    items = torch.randint(model.catalogue.num_items, (rows, length), generator=generator)
+    items = torch.randint(model.catalog.num_items, (rows, length), generator=generator)
     return {"long_items": items.to(model.device)} if model.config.num_retrieved_items else {}
 
 
@@ -31,15 +31,15 @@ def serving(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int) 
     """What is measured of histories `[B, T]` with long histories of so many items, by its name."""
     mask, beams = torch.ones_like(input_ids), {"num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS}
     longer = long_history(model, len(input_ids), length)
-    cut = {**beams, "num_return_sequences": RANKED, "num_ranked_beams": RANKED, "item_weight": 1.0}
+    cut = {**beams, "num_return_sequences": RANKED, "rerank_top_k": RANKED, "dense_weight": 1.0}
     calls = {
         "generate": lambda: model.generate(input_ids, attention_mask=mask, **beams),
         "recommend": lambda: model.recommend(input_ids, mask, **beams, **longer),
         "recommend, cut": lambda: model.recommend(input_ids, mask, **cut, **longer),
     }
     if longer:
-        candidates, _ = torch.randint(model.catalogue.num_items, (2, len(input_ids), NUM_BEAMS), device=model.device)
-        embeddings, items = model.catalogue.item_embeddings, longer["long_items"]
+        candidates, _ = torch.randint(model.catalog.num_items, (2, len(input_ids), NUM_BEAMS), device=model.device)
+        embeddings, items = model.catalog.content_embeddings, longer["long_items"]
         calls["retrieve"] = lambda: retrieve(embeddings, items, candidates, RETRIEVED)
     return calls
 
@@ -47,7 +47,7 @@ def serving(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int) 
 def training(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int) -> dict[str, Callable]:
     """A step of stage II on rows `[B, T]`, by its name."""
     longer = long_history(model, len(input_ids), length)
-    candidates = torch.randint(model.catalogue.num_items, (len(input_ids), TRAINING_CANDIDATES), device=model.device)
+    candidates = torch.randint(model.catalog.num_items, (len(input_ids), TRAINING_CANDIDATES), device=model.device)
 
     @torch.enable_grad()
     def step():

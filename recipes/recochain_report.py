@@ -45,7 +45,7 @@ PUBLISHED = {
 def row_of(run: dict) -> tuple:
     """Where a run stands in the table: those of codes alone last."""
     arguments = run["arguments"]
-    suffix = "" if arguments["history_item_vectors"] else CODES_ALONE
+    suffix = "" if arguments["history_item_representations"] else CODES_ALONE
     return bool(suffix), arguments["row"] + suffix, *(arguments[name] for name in ("beams", "union", "ranked"))
 
 
@@ -67,7 +67,7 @@ def collect(output_dir: Path, data_dir: Path, name: str) -> None:
     old = json.loads(file.read_text()) if file.exists() else {"baselines": {}, "beside": {}}
     excluded = runs[0]["arguments"]["exclude_history"]
     record = prepared(data_dir)
-    num_items = record["counts"]["catalogue"]
+    num_items = record["counts"]["catalog"]
     baselines = old["baselines"]
     if not baselines:  # minutes: the settings of item-kNN are chosen on validation
         found = baseline_results(load_from_disk(str(data_dir / "dataset")), num_items, 10, exclude_history=excluded)
@@ -234,7 +234,7 @@ def tried_table(data: dict) -> str:
         dropout = config.get("resid_pdrop", config.get("attention_dropout", 0))
         cells = [run["task"], f"{config['model_type']}, {layers} of {width}"]
         cells.append(f"{dropout:g}" + (" (attention)" if "attention_dropout" in config else ""))
-        names = ("embedding_dropout", "num_train_epochs", "learning_rate", "weight_decay", "item_loss_weight")
+        names = ("embedding_dropout", "num_train_epochs", "learning_rate", "weight_decay", "dense_loss_weight")
         cells += [f"{run[name]:g}" for name in names]
         cells += [f"{run[split][name]:.4f}" for split in ("validation", "test") for name in ("recall@10", "ndcg@10")]
         lines.append("| " + " | ".join(cells) + " |")

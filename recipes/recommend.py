@@ -9,7 +9,7 @@ known item gets empty lists. So does, with `--exclude_history`, a history of all
 are counted and reported. The output folder, which `datasets.load_dataset("parquet", data_dir=...)` and pandas read, has a
 file for every `--shard_size` rows; rows keep their order:
 
-    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores[, item_scores]: list<float>;
+    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores[, dense_scores]: list<float>;
                                   best first, shorter where there are fewer items than asked for
     .recommend.json               what was asked of what; hidden, since readers of a folder read all that they see
 
@@ -39,7 +39,7 @@ from recipes.runs import whole_file
 from tokenization import SemanticIdTokenizer
 
 # The last one, if the model has such a score.
-SCORES = ("scores", "generation_scores", "ranking_scores", "item_scores")
+SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores")
 
 
 @dataclass
@@ -120,7 +120,7 @@ def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, setting
     digest.update(weights_hash(model).encode())
     asked = asdict(settings)
     del asked["batch_size"]  # changes nothing but rounding
-    identity = {"model": digest.hexdigest(), "dtype": str(model.dtype), "catalogue": tokenizer.provenance["sha256"]}
+    identity = {"model": digest.hexdigest(), "dtype": str(model.dtype), "catalog": tokenizer.provenance["sha256"]}
     return identity | {"histories": dataset._fingerprint, "rows": len(dataset)} | asked
 
 
@@ -146,11 +146,11 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
     best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in names}
     bar.update(len(lengths) - len(order))
     parts = [one for one in (histories.items, histories.behaviors, histories.timestamps) if one is not None]
-    requests = histories.request_timestamps
+    requests = histories.query_time
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
         spelt = ([one[row][read] for row in rows] for one in parts)
-        batch = encode(tokenizer, *spelt, request_timestamps=None if requests is None else requests[rows])
+        batch = encode(tokenizer, *spelt, query_time=None if requests is None else requests[rows])
         batch = batch.to(model.device)
         longer = {}
         if model.config.num_retrieved_items:  # also what is not read
@@ -192,13 +192,13 @@ def recommend_dataset(
 
     Raises:
         ValueError: before the model runs; on settings out of range, missing columns, rows with problems (all are counted),
-            model and tokenizer of different catalogues, or an `output_dir` with other lists.
+            model and tokenizer of different catalogs, or an `output_dir` with other lists.
     """
     state, output_dir = PartialState(cpu=model.device.type == "cpu"), Path(output_dir)
     settings = resolved(settings, model.eval())
-    if not np.array_equal(model.catalogue.item_codes.cpu(), tokenizer.item_codes):
+    if not np.array_equal(model.catalog.item_codes.cpu(), tokenizer.item_codes):
         raise ValueError(
-            f"Expected model and tokenizer of one catalogue, found {model.config.num_items} items in the model and "
+            f"Expected model and tokenizer of one catalog, found {model.config.num_items} items in the model and "
             f"{tokenizer.num_items}, or others, in the tokenizer. Load both from one checkpoint."
         )
     columns = check_columns(dataset, tokenizer, model.config.reads_times)

@@ -23,9 +23,9 @@ TRAIN_LOSSES = {
     "loss": "training",
     "generation_loss": "training, generation",
     "ranking_loss": "training, ranking",
-    "item_loss": "training, items",
+    "dense_loss": "training, items",
 }
-# Okabe and Ito's palette: readable with any colour vision.
+# Okabe and Ito's palette: readable with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 MAX_K = 50
 
@@ -70,7 +70,7 @@ def write_report(
 
 {_table(("", *COLUMNS), rows)}
 
-Items outside the catalogue among the generated: {metrics["invalid_items"]:,}.
+Items outside the catalog among the generated: {metrics["invalid_items"]:,}.
 
 ![Recall@K of every method](recall_at_k.png)
 

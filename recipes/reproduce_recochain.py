@@ -4,7 +4,7 @@
     python -m recipes.reproduce_recochain --data_dir data --collect recochain    # recipes/results/recochain.json and .png
 
 Our reading (arXiv 2604.25787): stage I on generation and the item-level score, stage II on the model's own beams with
-sub-histories. Leave-one-out, items are scored over the whole catalogue; the weights of the fusion are chosen for every
+sub-histories. Leave-one-out, items are scored over the whole catalog; the weights of the fusion are chosen for every
 number of beams on validation by NDCG@10, test reports. `oracle` is what a perfect ranking of the candidates would reach.
 Where users come back to items (Taobao), their own may be listed (the default), recency is a baseline, and the results are
 also told for targets that are in the history (repeat) and that are not (explore); elsewhere `--exclude_history` keeps them
@@ -44,8 +44,8 @@ BASE = {
     "first_times": 1,  # as long as the arguments say, of each stage
     "second_times": 1,
     "inject": True,
-    "item_score": True,  # the item-level score is a part of the ranking
-    "detach_item_score": False,
+    "dense_score": True,  # the item-level score is a part of the ranking
+    "stop_gradient_dense_score": False,
     "freeze": False,  # stage II trains what ranks alone
     "paper": False,  # the ranking's loss is the paper's: of what comes next alone, beside the sum of an item's codes
 }
@@ -63,25 +63,25 @@ ROWS: dict[str, dict] = {
     "long-first-stage-k0": {"first_times": 4, "retrieved": 0},
     "not-injected": {"inject": False},
     "not-injected-k0": {"inject": False, "retrieved": 0},
-    "item-score-detached": {"detach_item_score": True},
-    "item-score-detached-not-injected-k0": {"detach_item_score": True, "inject": False, "retrieved": 0},
+    "item-score-detached": {"stop_gradient_dense_score": True},
+    "item-score-detached-not-injected-k0": {"stop_gradient_dense_score": True, "inject": False, "retrieved": 0},
     "frozen": {"freeze": True},
     "frozen-k0": {"freeze": True, "retrieved": 0},
     "frozen-not-injected-k0": {"freeze": True, "inject": False, "retrieved": 0},
-    "no-item-score": {"item_score": False},
-    "no-item-score-k0": {"item_score": False, "retrieved": 0},
+    "no-item-score": {"dense_score": False},
+    "no-item-score-k0": {"dense_score": False, "retrieved": 0},
     "no-learned-part": {"learned": False},
     "no-embedding-part": {"embedding": False},
-    "paper": {"paper": True, "item_score": False},
-    "paper-k0": {"paper": True, "item_score": False, "retrieved": 0},
+    "paper": {"paper": True, "dense_score": False},
+    "paper-k0": {"paper": True, "dense_score": False, "retrieved": 0},
 }
 APART = (
     "data_dir",
     "output_dir",
     "collect",
     "num_beams",
-    "union_items",
-    "num_ranked_beams",
+    "num_dense_candidates",
+    "rerank_top_k",
 )  # of the arguments: no part of what a run is
 
 
@@ -94,10 +94,10 @@ class ReproduceArguments:
     seed: int = field(default=0, metadata={"help": "Of weights, batches and dropout."})
     num_beams: list[int] = field(default_factory=lambda: [10, 20, 40, 256], metadata={"help": "Beams measured."})
     num_train_beams: int = field(default=20, metadata={"help": "Beams of stage II."})
-    union_items: int = field(
+    num_dense_candidates: int = field(
         default=0, metadata={"help": "Measure also with so many best items of the item-level score beside the beams."}
     )
-    num_ranked_beams: int = field(
+    rerank_top_k: int = field(
         default=0,
         metadata={"help": "Measure also with only so many of the beams ranked, the best by the other scores."},
     )
@@ -105,7 +105,7 @@ class ReproduceArguments:
         default_factory=lambda: [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0],
         metadata={"help": "To choose from."},
     )
-    item_weights: list[float] = field(
+    dense_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0],
         metadata={"help": "Of the item-level score as a third one, to choose from."},
     )
@@ -114,10 +114,12 @@ class ReproduceArguments:
     text_config: str = field(default=json.dumps(SMALL), metadata={"help": "The backbone, as JSON."})
     embedding_dropout: float = field(default=0.1, metadata={"help": "On token embeddings; more for small data."})
     epochs: float = field(default=1.0, metadata={"help": "Of stage I."})
-    passes: int = field(default=2, metadata={"help": "Passes an epoch of stage I, as in recipes.train."})
+    crops_per_epoch: int = field(
+        default=2, metadata={"help": "Crops of the histories in one epoch of stage I, as in recipes.train."}
+    )
     batch_size: int = field(default=128, metadata={"help": "Rows of a step of stage I."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of stage I."})
-    item_loss_weight: float | None = field(
+    dense_loss_weight: float | None = field(
         default=None, metadata={"help": "Of the softmax over items, in both stages; default: that of recipes.train."}
     )
     weight_decay: float | None = field(
@@ -130,7 +132,7 @@ class ReproduceArguments:
     second_batch_size: int = field(default=32, metadata={"help": "Rows of a step of stage II."})
     second_learning_rate: float = field(default=1e-3, metadata={"help": "Of stage II."})
     bf16: bool = field(default=False, metadata={"help": "Stage II in bfloat16; a stage I this small gains nothing."})
-    history_item_vectors: bool = field(
+    history_item_representations: bool = field(
         default=True, metadata={"help": "Histories are read by the items' vectors, too, as in recipes.train."}
     )
     window: int | None = field(default=None, metadata={"help": "Items of the generator, if not the row's."})
@@ -151,10 +153,13 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     row = row_of(args)
     shared = [f"--data_dir={args.data_dir}", f"--text_config={args.text_config}", f"--max_items={row['window']}"]
     shared += [f"--embedding_dropout={args.embedding_dropout}", f"--seed={args.seed}", "--save_total_limit=1"]
-    shared += [f"--read_item_embeddings={row['embedding']}", f"--history_item_vectors={args.history_item_vectors}"]
-    for name in ("item_loss_weight", "weight_decay"):
+    shared += [
+        f"--project_content_embeddings={row['embedding']}",
+        f"--history_item_representations={args.history_item_representations}",
+    ]
+    for name in ("dense_loss_weight", "weight_decay"):
         shared += [] if getattr(args, name) is None else [f"--{name}={getattr(args, name)}"]
-    return [*shared, *([] if row["learned"] else ["--item_table_size=0"])]
+    return [*shared, *([] if row["learned"] else ["--embedding_table_size=0"])]
 
 
 def config_fields(row: dict, stage: int) -> str:
@@ -162,8 +167,8 @@ def config_fields(row: dict, stage: int) -> str:
     fields = {"ranking_targets": [NEXT_TARGET]} if row["paper"] else {}
     if stage == 2:
         fields |= {} if row["inject"] else {"inject_target": False}
-        fields |= {} if row["item_score"] else {"rank_by_item_score": False}
-        fields |= {"detach_item_score": True} if row["detach_item_score"] else {}
+        fields |= {} if row["dense_score"] else {"rank_by_dense_score": False}
+        fields |= {"stop_gradient_dense_score": True} if row["stop_gradient_dense_score"] else {}
     return f"--config_fields={json.dumps(fields)}"
 
 
@@ -171,7 +176,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
     """Generation and the item-level score, once for all rows that share them; the folder of the model."""
     row = row_of(args)
     parts = "".join(name[0] for name in ("learned", "embedding") if row[name])
-    parts += ("h" if args.history_item_vectors else "") + ("p" if row["paper"] else "")
+    parts += ("h" if args.history_item_representations else "") + ("p" if row["paper"] else "")
     times = f"-times{row['first_times']}" if row["first_times"] != 1 else ""
     name = f"stage-one-window{row['window']}-{parts}{times}-{args.seed}"
     one = [
@@ -181,7 +186,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
         f"--num_train_epochs={args.epochs * row['first_times']}",
-        f"--passes={min(args.passes, row['window'])}",
+        f"--crops_per_epoch={min(args.crops_per_epoch, row['window'])}",
         f"--per_device_train_batch_size={max(1, int(args.batch_size * row['batch_share']))}",
         f"--learning_rate={args.learning_rate}",
     ]
@@ -202,7 +207,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--learning_rate={args.second_learning_rate}",
         f"--num_retrieved_items={row['retrieved']}",
         f"--exclude_candidate={row['exclude']}",
-        f"--detach_history={row['detach']}",
+        f"--stop_gradient_history={row['detach']}",
         f"--freeze_base_model={row['freeze']}",
         f"--num_train_beams={args.num_train_beams}",
         config_fields(row, stage=2),
@@ -220,7 +225,7 @@ def given(arguments: dict) -> dict:
 
 
 def folder_of(args: ReproduceArguments) -> Path:
-    codes_alone = "" if args.history_item_vectors else "-codes-alone"
+    codes_alone = "" if args.history_item_representations else "-codes-alone"
     return Path(args.output_dir) / f"{args.row}{codes_alone}-{args.seed}"
 
 
@@ -272,7 +277,7 @@ def calibration(found: dict[str, torch.Tensor], targets: torch.Tensor, num_bins:
 
 
 def search(
-    args: ReproduceArguments, checkpoint: Path, num_beams: int, union_items: int
+    args: ReproduceArguments, checkpoint: Path, num_beams: int, num_dense_candidates: int
 ) -> tuple[dict[str, Dataset], dict[str, dict[str, torch.Tensor]]]:
     """The users who choose and those who are measured, by split, and all their candidates."""
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
@@ -285,9 +290,9 @@ def search(
     how = Measurement(
         max_items=row_of(args)["window"],
         max_long_items=args.max_long_items,
-        union_items=union_items,
+        num_dense_candidates=num_dense_candidates,
         exclude_history=args.exclude_history,
-        batch_size=max(1, args.candidates_at_once // (num_beams + union_items)),
+        batch_size=max(1, args.candidates_at_once // (num_beams + num_dense_candidates)),
     )
     return splits, {name: candidates(model, tokenizer, split, num_beams, how) for name, split in splits.items()}
 
@@ -302,8 +307,8 @@ def measure(
     targets = {name: torch.tensor(split["target"][:]).long() for name, split in splits.items()}
     repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
 
-    def ranked(split: str, weight: float, item_weight: float = 0.0) -> dict[str, np.ndarray]:
-        lists = fused_lists(found[split], weight, 10, item_weight, num_ranked)
+    def ranked(split: str, weight: float, dense_weight: float = 0.0) -> dict[str, np.ndarray]:
+        lists = fused_lists(found[split], weight, 10, dense_weight, num_ranked)
         return recall_and_ndcg(target_ranks(lists, targets[split]))
 
     def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
@@ -311,10 +316,10 @@ def measure(
 
     # The paper's fusion has no third score: by default, what the item-level score says is in the ranking, too.
     chosen = {"ranked": best([(weight, 0.0) for weight in args.ranking_weights])}
-    chosen["ranked, three scores"] = best(list(product([0.0, *args.ranking_weights], args.item_weights)))
+    chosen["ranked, three scores"] = best(list(product([0.0, *args.ranking_weights], args.dense_weights)))
     lists = {"generation": (0.0, 0.0), "ranked at weight 1": (1.0, 0.0), **chosen}
     of_users = {name: ranked("test", *weights) for name, weights in lists.items()}
-    alone = {**found["test"], "generation_scores": found["test"]["item_scores"]}
+    alone = {**found["test"], "generation_scores": found["test"]["dense_scores"]}
     of_users["item score alone"] = recall_and_ndcg(target_ranks(fused_lists(alone, 0.0, 10), targets["test"]))
     cells = {name: means(one) for name, one in of_users.items()}
     for kind, of_kind in (("repeat", repeats), ("explore", ~repeats)):
@@ -341,13 +346,13 @@ def run(args: ReproduceArguments) -> None:
     one_process()
     work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None
     measured = []
-    for num_beams, union_items in product(args.num_beams, sorted({0, args.union_items})):
-        is_cut = args.num_ranked_beams < num_beams and not union_items
+    for num_beams, num_dense_candidates in product(args.num_beams, sorted({0, args.num_dense_candidates})):
+        is_cut = args.rerank_top_k < num_beams and not num_dense_candidates
         missing = {}
-        for num_ranked in sorted({0, args.num_ranked_beams if is_cut else 0}):
-            asked = {**work, "beams": num_beams, "union": union_items, "ranked": num_ranked}
+        for num_ranked in sorted({0, args.rerank_top_k if is_cut else 0}):
+            asked = {**work, "beams": num_beams, "union": num_dense_candidates, "ranked": num_ranked}
             suffix = f"-ranked-{num_ranked}" if num_ranked else ""
-            file = folder_of(args) / f"beams-{num_beams}-union-{union_items}{suffix}.json"
+            file = folder_of(args) / f"beams-{num_beams}-union-{num_dense_candidates}{suffix}.json"
             if file.exists() and given(json.loads(file.read_text())["arguments"]) == given(asked):
                 print(f"{file} is finished")
             else:
@@ -356,7 +361,7 @@ def run(args: ReproduceArguments) -> None:
             continue
         checkpoint = checkpoint or train_stages(args)
         start = time.perf_counter()
-        splits, found = search(args, checkpoint, num_beams, union_items)
+        splits, found = search(args, checkpoint, num_beams, num_dense_candidates)
         seconds = time.perf_counter() - start
         made = made_by(command("recipes.reproduce_recochain", args, data_dir="path/to/data"))
         for file, asked in missing.items():
@@ -370,9 +375,9 @@ def run(args: ReproduceArguments) -> None:
             checkpoint,
             asked["beams"],
             ranking_weight=weights["ranking"],
-            item_weight=weights["item score"],
-            union_items=asked["union"],
-            num_ranked_beams=asked["ranked"],
+            dense_weight=weights["item score"],
+            num_dense_candidates=asked["union"],
+            rerank_top_k=asked["ranked"],
             exclude_history=args.exclude_history,
         )
 

@@ -5,7 +5,7 @@
     python -m recipes.reproduce_unigrf --data path/to/ml-1m --refit True --epochs 13 --variant refit
     python -m recipes.reproduce_unigrf --collect          # recipes/results/unigrf_ml1m.json and .png, then recipes.results
 
-Leave-one-out over the rated movies, items are scored over the whole catalogue without the user's own; a like is a rating of 4
+Leave-one-out over the rated movies, items are scored over the whole catalog without the user's own; a like is a rating of 4
 or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC on validation (of
 what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a run that broke off goes on
 from its last checkpoint, a finished one is not run again. `--refit` trains on what was held out for validation too,
@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter, LossParts, SavedTensors
+from recipes.callbacks import AdaptiveWeighter, LossParts, StatefulCallback
 from recipes.embeddings import encode_texts, minilm_folder
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.measure import load_metric
@@ -102,7 +102,7 @@ class ReproduceArguments:
     )
     config_fields: str | None = field(default=None, metadata={"help": "More fields of UniGRFConfig, as JSON."})
     refit: bool = field(default=False, metadata={"help": "Train on the validation targets too, and choose nothing."})
-    relabel: bool = field(default=False, metadata={"help": "The enhancer's favourites become positives, too."})
+    relabel: bool = field(default=False, metadata={"help": "The enhancer's favorites become positives, too."})
     variant: str = field(
         default="", metadata={"help": "A name, and so a folder, for runs with other values of the arguments above."}
     )
@@ -178,11 +178,11 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
         histories = {name: [rows[int(row)][name][:-block] for row in batch] for name in read}
         padded = tokenizer.pad(histories, return_tensors="pt")
         if "timestamps" in read:
-            padded["request_timestamps"] = torch.tensor([rows[int(row)]["timestamps"][-1] for row in batch])
+            padded["query_time"] = torch.tensor([rows[int(row)]["timestamps"][-1] for row in batch])
         padded = padded.to(model.device)
         targets = torch.tensor(split[batch]["target"], device=model.device)
         cache, own = DynamicCache(), split[batch]["items"]
-        states = model.read_history(**padded, cache=cache)
+        states = model.prefill(**padded, cache=cache)
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])
@@ -201,7 +201,7 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
             ranks[batch] = target_ranks(best.item_indices.tolist(), targets.tolist())
         if is_ranked:
             ranking = model.rank(**padded, candidates=targets[:, None], cache=cache, history_states=states)
-            # Of any of the behaviours that are likes.
+            # Of any of the behaviors that are likes.
             scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
     found = {}
     for k in (10, 50):  # where one item is to be found, HR is recall
@@ -269,8 +269,8 @@ def run(args: ReproduceArguments) -> None:
     embeddings = None
     if args.ids == "semantic-vectors":
         embeddings = torch.from_numpy(np.load(Path(args.output_dir) / EMBEDDINGS))
-        options |= {"item_embedding_dim": embeddings.shape[1], "item_table_size": tokenizer.num_items}
-        options["history_item_vectors"] = True
+        options |= {"content_embedding_dim": embeddings.shape[1], "embedding_table_size": tokenizer.num_items}
+        options["history_item_representations"] = True
     is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
     config = UniGRFConfig(
         **tokenizer.config_fields(),
@@ -296,10 +296,10 @@ def run(args: ReproduceArguments) -> None:
     times = {"with_times": config.reads_times}
     # What precedes a user's test target ends in the validation target.
     histories = splits["test"].remove_columns(list(TARGETS.values())) if args.refit else splits["train"]
-    train_rows = history_rows(histories, tokenizer, MAX_ITEMS, passes=1, **times)
+    train_rows = history_rows(histories, tokenizer, MAX_ITEMS, crops_per_epoch=1, **times)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = UniGRFForCausalLM(config)
-    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
+    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
     collate = DataCollatorForSeq2Seq(tokenizer)
     callbacks = [LossParts(model), Stopwatch()]
     if weighter:
@@ -358,7 +358,7 @@ def run(args: ReproduceArguments) -> None:
     trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
     one_device(trainer.args)
     trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
-    saved = [callback.file for callback in callbacks if isinstance(callback, SavedTensors)]
+    saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
     tested = trainer.state.global_step if args.refit else trainer.state.best_global_step

@@ -59,7 +59,7 @@ def collect(runs: list[Path]) -> dict:
         "invalid items": sum(one["invalid_items"] for one in metrics),
         "generated items checked": sum(one["generated_items_checked"] for one in metrics),
         "chosen on validation": [
-            {name: one["selection"][name] for name in ("num_beams", "ranking_weight", "item_weight")}
+            {name: one["selection"][name] for name in ("num_beams", "ranking_weight", "dense_weight")}
             for one in metrics
         ],
         "seconds": [one["seconds"] for one in metrics],

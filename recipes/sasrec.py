@@ -61,11 +61,11 @@ def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: i
         f"--embedding_dropout={dropout}",
         f"--seed={seed}",
         "--ranking_loss_weight=0",
-        "--item_loss_weight=0",
+        "--dense_loss_weight=0",
         "--negatives_per_item=0",
-        "--read_item_embeddings=False",
-        "--item_table_size=0",
-        "--history_item_vectors=False",
+        "--project_content_embeddings=False",
+        "--embedding_table_size=0",
+        "--history_item_representations=False",
         "--save_total_limit=1",
     ]
     return train.train(*train.parse(options))

@@ -35,7 +35,7 @@ def main(args: ShowArguments) -> None:
         behaviors = [tokenizer.behaviors[behavior] for behavior in user["behaviors"]]
         request = {"items": [tokenizer.item_ids[item] for item in user["items"]], "behaviors": behaviors}
         if config.reads_times:
-            request |= {"timestamps": user["timestamps"], "request_timestamp": user["target_timestamp"]}
+            request |= {"timestamps": user["timestamps"], "query_time": user["target_timestamp"]}
         print(f"\nuser {user['user_id']}, the last 5 of {len(behaviors)} items:")
         for item, behavior in zip(user["items"][-5:], behaviors[-5:], strict=True):
             print(f"    {behavior:<10} {names[item]}")

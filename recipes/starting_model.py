@@ -39,11 +39,13 @@ class ModelArguments:
     )
     exclude_candidate: bool = field(default=False, metadata={"help": "The candidate itself is none of them."})
     num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
-    beams_kept_epochs: int = field(
+    candidate_refresh_epochs: int = field(
         default=0, metadata={"help": "Epochs that a row keeps its beams; 0: they are searched for in every step."}
     )
-    beams_kept_steps: int = field(default=0, metadata={"help": "The same in steps: searched for when the row comes."})
-    detach_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
+    candidate_refresh_steps: int = field(
+        default=0, metadata={"help": "The same in steps: searched for when the row comes."}
+    )
+    stop_gradient_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
     freeze_base_model: bool = field(
         default=False,
         metadata={
@@ -74,21 +76,21 @@ class ModelArguments:
         default=False, metadata={"help": "Correct the negatives of retrieval by what ranking says (UniGRF)."}
     )
     enhancer_target: str = field(default="like", metadata={"help": "The ranking target that says it."})
-    relabel: bool = field(default=False, metadata={"help": "Its favourites become positives, too."})
+    relabel: bool = field(default=False, metadata={"help": "Its favorites become positives, too."})
     enhancer_options: str = field(
         default="{}",
         metadata={"help": "More arguments of RankingDrivenEnhancer, as JSON: num_negatives, threshold, ..."},
     )
-    item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
+    dense_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
     ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
     embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
-    read_item_embeddings: bool = field(
+    project_content_embeddings: bool = field(
         default=True, metadata={"help": "Item vectors are made of item embeddings, too."}
     )
-    item_table_size: int | None = field(
+    embedding_table_size: int | None = field(
         default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
     )
-    history_item_vectors: bool = field(
+    history_item_representations: bool = field(
         default=True,
         metadata={"help": "Histories are read by the items' vectors, too; a model without any needs False."},
     )
@@ -136,11 +138,11 @@ def build_model(
         "num_retrieved_items": args.num_retrieved_items,
         "exclude_candidate": args.exclude_candidate,
         "num_train_beams": args.num_train_beams,
-        "detach_history": args.detach_history,
+        "stop_gradient_history": args.stop_gradient_history,
         "negatives_per_item": 0.0 if args.second_stage else args.negatives_per_item,
         "generation_loss_weight": args.generation_loss_weight,
         "ranking_loss_weight": args.ranking_loss_weight,
-        "item_loss_weight": args.item_loss_weight,
+        "dense_loss_weight": args.dense_loss_weight,
         "ranking_dropout": args.ranking_dropout,
         "embedding_dropout": args.embedding_dropout,
     }
@@ -154,26 +156,26 @@ def build_model(
         check_same_spelling(earlier, tokenizer, "data_dir")
         ids = earlier.item_ids
         same = tokenizer.item_ids[: len(ids)] == ids
-        if not same or not np.array_equal(model.catalogue.item_codes, tokenizer.item_codes[: len(ids)]):
+        if not same or not np.array_equal(model.catalog.item_codes, tokenizer.item_codes[: len(ids)]):
             raise ValueError(
                 f"Expected a checkpoint of the first of the {tokenizer.num_items} items in data_dir, found {len(ids)} items, or other "
                 f"ids or codes, in {args.init_from}. Start from a model that was trained on this data, or prepare the data with "
                 f"--tokenizer {args.init_from}."
             )
-        rows = model.config.item_table_size if args.item_table_size is None else args.item_table_size
+        rows = model.config.embedding_table_size if args.embedding_table_size is None else args.embedding_table_size
         asked = {
-            "read_item_embeddings": args.read_item_embeddings,
-            "history_item_vectors": args.history_item_vectors,
-            "item_table_size": rows,
+            "project_content_embeddings": args.project_content_embeddings,
+            "history_item_representations": args.history_item_representations,
+            "embedding_table_size": rows,
         }
         if changed := [name for name, value in asked.items() if getattr(model.config, name) != value]:
             raise ValueError(
                 f"Expected a checkpoint with { ({name: asked[name] for name in changed}) }, found "
                 f"{ ({name: getattr(model.config, name) for name in changed}) } in {args.init_from}, whose weights are made for "
-                "these. Ask for the same (read_item_embeddings, history_item_vectors, item_table_size)."
+                "these. Ask for the same (project_content_embeddings, history_item_representations, embedding_table_size)."
             )
-        if model.config.item_embedding_dim:
-            stored = model.catalogue.embeddings_of(torch.arange(len(ids)))
+        if model.config.content_embedding_dim:
+            stored = model.catalog.embeddings_of(torch.arange(len(ids)))
             found = f"some of width {embeddings.shape[1]}"
             if stored.shape[1] == embeddings.shape[1]:
                 now = embeddings[: len(ids)]
@@ -190,19 +192,19 @@ def build_model(
                 )
         if tokenizer.num_items > len(ids):
             new = slice(len(ids), None)
-            more = embeddings[new] if model.config.item_embedding_dim else None
+            more = embeddings[new] if model.config.content_embedding_dim else None
             model.add_items(torch.from_numpy(tokenizer.item_codes[new].copy()), more)
         return model
     fields["ranking_weight"] = 1.0 if args.ranking_loss_weight else 0.0
     config = UniGRFConfig(
         **tokenizer.config_fields(),
         text_config=from_json(args.text_config, "text_config"),
-        item_embedding_dim=embeddings.shape[1],
-        read_item_embeddings=args.read_item_embeddings,
-        item_table_size=tokenizer.num_items if args.item_table_size is None else args.item_table_size,
-        history_item_vectors=args.history_item_vectors,
+        content_embedding_dim=embeddings.shape[1],
+        project_content_embeddings=args.project_content_embeddings,
+        embedding_table_size=tokenizer.num_items if args.embedding_table_size is None else args.embedding_table_size,
+        history_item_representations=args.history_item_representations,
         **{**fields, **named(args.config_fields, CONFIG_FIELDS, "config_fields")},
     )
     model = UniGRFForCausalLM(config)
-    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
+    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
     return model

@@ -10,7 +10,7 @@ The tables and how they are read are in `recipes/taobao_tables.py`, the stages i
 `taobao_clicks.py`. Output, rows in the order of the sorted item ids:
 
     item_ids.npy             int64 [N]
-    item_embeddings.npy      int8 [N, 128], divide by 127
+    content_embeddings.npy      int8 [N, 128], divide by 127
     semantic_ids.safetensors codebooks of the residual k-means, fitted on a sample
     item_codes.npy           int32 [N, 4]; the last code is a running index inside a group of equal codes
     {train,test}_click_users.npy, {train,test}_click_items.npy    int64 and int32 [clicks], sorted by user
@@ -97,7 +97,7 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
     files = [_identity(tables, name) for name in (EMBEDDINGS, "item_features")]
     names = ("codebook_sizes", "points_per_code", "num_iterations", "seed")
     fitting = {name: asdict(args)[name] for name in names}
-    column, made = args.embedding_column, ["item_ids.npy", "item_embeddings.npy"]
+    column, made = args.embedding_column, ["item_ids.npy", "content_embeddings.npy"]
     stage("items", partial(write_items, tables, out, column), made, files=files, embedding_column=column)
     stage("codebooks", partial(fit, out, **fitting), ["semantic_ids.safetensors"], **fitting)
     stage("codes", partial(encode, out), ["item_codes.npy"])

@@ -31,7 +31,7 @@ CHUNK = 65_536  # items that are floats at a time: 34 MB
 
 
 def write_items(tables: Path, out: Path, embedding_column: str = EMBEDDING) -> dict:
-    """`item_ids.npy` and `item_embeddings.npy`. Of a repeated key the first row is kept."""
+    """`item_ids.npy` and `content_embeddings.npy`. Of a repeated key the first row is kept."""
     shards, rows = table_shards(tables, EMBEDDINGS, [ITEM, embedding_column])
     table_ids = np.empty(rows, np.int64)
     fill(table_ids, (scalars(batch, ITEM) for batch in progress(shards, [ITEM], rows, "item ids")))
@@ -42,7 +42,7 @@ def write_items(tables: Path, out: Path, embedding_column: str = EMBEDDING) -> d
         mapped[:] = item_ids
     del table_ids
     start = 0
-    with new_array(out / "item_embeddings.npy", np.int8, (len(item_ids), DIM)) as embeddings:
+    with new_array(out / "content_embeddings.npy", np.int8, (len(item_ids), DIM)) as embeddings:
         for batch in progress(shards, [embedding_column], rows, "embeddings"):
             values, _ = lists(batch, embedding_column, DIM)
             here = place[start : start + batch.num_rows]
@@ -70,7 +70,7 @@ def sort_ids(table_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fit(out: Path, codebook_sizes: list[int], points_per_code: int, num_iterations: int, seed: int) -> dict:
     """`semantic_ids.safetensors`, on a sample of items."""
     rng = np.random.default_rng(seed)
-    embeddings = np.load(out / "item_embeddings.npy", mmap_mode="r")
+    embeddings = np.load(out / "content_embeddings.npy", mmap_mode="r")
     points = min(points_per_code * max(codebook_sizes), len(embeddings))
     rows = np.sort(rng.choice(len(embeddings), points, replace=False, shuffle=False))
     quantizer = ResidualKMeans(
@@ -93,7 +93,7 @@ def encode(out: Path) -> dict:
     """`item_codes.npy` but for its last column. A tokenizer, which spells by the codes before, is removed."""
     if (out / "tokenizer").exists():
         shutil.rmtree(out / "tokenizer")
-    embeddings, quantizer = np.load(out / "item_embeddings.npy", mmap_mode="r"), ResidualKMeans.load(out)
+    embeddings, quantizer = np.load(out / "content_embeddings.npy", mmap_mode="r"), ResidualKMeans.load(out)
     with (
         new_array(out / "item_codes.npy", np.int32, (len(embeddings), quantizer.num_levels + 1)) as codes,
         tqdm(total=len(embeddings), desc="codes", unit="item", unit_scale=True) as bar,
@@ -120,7 +120,7 @@ def make_unique(out: Path, last_level_size: int) -> dict:
     del suffixes
     codes.flush()
     sample = np.linspace(0, len(codes) - 1, min(len(codes), CHUNK)).astype(np.int64)
-    embeddings = np.load(out / "item_embeddings.npy", mmap_mode="r")
+    embeddings = np.load(out / "content_embeddings.npy", mmap_mode="r")
     approximation = quantizer.decode(codes[sample, :-1])
     health = codebook_health(codes[:, :-1], quantizer.codebook_sizes, _floats(embeddings[sample]), approximation)
     print(health)

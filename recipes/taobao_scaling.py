@@ -5,10 +5,10 @@
     for run in runs/taobao-small runs/taobao; do
         python -m recipes.taobao --tables $run/tables --output_dir $run --points_per_code 64 --num_iterations 10 --tokenizer
         python -m recipes.taobao_train --tables $run/tables --data_dir $run --output_dir $run/training \
-            --item_loss_weight 0 --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
+            --dense_loss_weight 0 --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
         python -m recipes.taobao_train --tables $run/tables --data_dir $run --output_dir $run/second \
             --init_from $run/training/checkpoint --num_retrieved_items 10 --num_train_beams 20 \
-            --item_loss_weight 0 --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
+            --dense_loss_weight 0 --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
     done
     python -m recipes.taobao_scaling --runs runs/taobao-small runs/taobao --output_file recipes/results/taobao.json
 
@@ -138,7 +138,7 @@ def full_model(codes: np.ndarray) -> dict[str, float]:
         embeddings = np.zeros((FULL["items"], DIM), np.int8)  # never written to: no page of it is held
         model = build_model(TaobaoTrainArguments("", ""), codes, embeddings, SIZES)
     with PeakMemory() as after:
-        model.catalogue.trie  # noqa: B018 - built at first use
+        model.catalog.trie  # noqa: B018 - built at first use
     return {
         "cpu_seconds": round(time.process_time() - start, 1),
         "private_mb": max(round(peak.private / 2**20), round(after.private / 2**20)),

@@ -32,7 +32,7 @@ class SyntheticArguments:
     output_dir: str = field(metadata={"help": "Folder that receives the tables."})
     num_items: int = field(default=1_000_000, metadata={"help": "With an embedding; a tenth more are without."})
     num_users: int = field(default=200_000, metadata={"help": "A fifth of them are test users."})
-    num_clusters: int = field(default=2_000, metadata={"help": "Groups of like items; a user has five favourites."})
+    num_clusters: int = field(default=2_000, metadata={"help": "Groups of like items; a user has five favorites."})
     max_history: int = field(default=1_000, metadata={"help": "Length of most histories."})
     samples_per_user: float = field(default=11.0, metadata={"help": "Mean; 14 % of them are clicks."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
@@ -70,7 +70,7 @@ def in_text_order(ids: np.ndarray) -> np.ndarray:
 
 
 def write_embeddings(folder: Path, items: np.ndarray, num_clusters: int, rng: np.random.Generator) -> None:
-    """Unit vectors times 127, cut to int8: a centre, one of its 40 sub-centres, and noise; 2 % equal another one."""
+    """Unit vectors times 127, cut to int8: a center, one of its 40 sub-centers, and noise; 2 % equal another one."""
     top, sub = rng.normal(size=(num_clusters, DIM)), 0.6 * rng.normal(size=(num_clusters, 40, DIM))
     top, sub = top.astype(np.float32), sub.astype(np.float32)
     file, type_ = folder / f"{EMBEDDINGS}.parquet", pa.list_(pa.int8())
@@ -93,16 +93,16 @@ def write_embeddings(folder: Path, items: np.ndarray, num_clusters: int, rng: np
 
 
 def draw_steps(
-    favourites: np.ndarray, num_items: int, num_clusters: int, length: int, rng: np.random.Generator
+    favorites: np.ndarray, num_items: int, num_clusters: int, length: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Positions of items, int64 `[users, length]`: from one of a user's clusters for a while, popular ones first, or a
     repeat of what came a step or some steps before."""
-    count = len(favourites)
+    count = len(favorites)
     # A new interest at a tenth of the steps.
     change = np.where(rng.random((count, length)) < 0.1, np.arange(length), 0)
-    interest = rng.integers(0, favourites.shape[1], (count, length))
+    interest = rng.integers(0, favorites.shape[1], (count, length))
     interest = np.take_along_axis(interest, np.maximum.accumulate(change, axis=1), axis=1)
-    cluster = np.take_along_axis(favourites, interest, axis=1)
+    cluster = np.take_along_axis(favorites, interest, axis=1)
     size = -(-num_items // num_clusters)
     within = (size * rng.random((count, length)) ** 3).astype(np.int64)
     steps = np.minimum(within * num_clusters + cluster, num_items - 1)
@@ -124,16 +124,16 @@ def write_users(
     sample_users, sample_items, labels = [], [], []
     for start in tqdm(range(0, len(users), CHUNK_USERS), desc=f"{split} users"):
         some = users[start : start + CHUNK_USERS]
-        favourites = rng.integers(0, args.num_clusters, (len(some), 5))
-        steps = draw_steps(favourites, len(items), args.num_clusters, length, rng)
+        favorites = rng.integers(0, args.num_clusters, (len(some), 5))
+        steps = draw_steps(favorites, len(items), args.num_clusters, length, rng)
         padding = np.where(rng.random(len(some)) < 0.02, rng.integers(0, length, len(some)), 0)  # most are full
         histories[start : start + len(some)] = np.where(np.arange(length) < padding[:, None], 0, items[steps])
         counts = rng.geometric(1 / args.samples_per_user, len(some))
         row = np.repeat(np.arange(len(some)), counts)
         clicked = rng.random(len(row)) < 0.14
         within = (known // args.num_clusters * rng.random(len(row)) ** 3).astype(np.int64)
-        favourite = favourites[row, rng.integers(0, 5, len(row))]
-        shown = np.where(clicked, favourite, rng.integers(0, args.num_clusters, len(row)))
+        favorite = favorites[row, rng.integers(0, 5, len(row))]
+        shown = np.where(clicked, favorite, rng.integers(0, args.num_clusters, len(row)))
         target = np.minimum(within * args.num_clusters + shown, known - 1)
         again = steps[row, length - np.minimum(rng.geometric(0.1, len(row)), length)]
         target = np.where(clicked & (rng.random(len(row)) < 0.4) & (again < known), again, target)

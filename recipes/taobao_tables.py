@@ -44,7 +44,7 @@ TYPES = {
     HISTORY: pa.list_(pa.int64()),
 }
 BEHAVIORS = ("click",)
-PADDING, UNKNOWN = -2, -1  # in place of a catalogue index
+PADDING, UNKNOWN = -2, -1  # in place of a catalog index
 BATCH_ROWS = 16_384  # of scalars and embeddings
 BATCH_USERS = 256  # 2 MB of history
 
@@ -113,8 +113,8 @@ def lists(batch: pa.RecordBatch, name: str, width: int | None = None) -> tuple[n
 
 
 def find_items(item_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Catalogue indices int32 `[n]` of ids int64 `[n]`, by binary search in sorted ids `[N]`; `UNKNOWN`: not there."""
-    distinct, back = np.unique(wanted, return_inverse=True)  # sorted: neighbours stay in the cache
+    """Catalog indices int32 `[n]` of ids int64 `[n]`, by binary search in sorted ids `[N]`; `UNKNOWN`: not there."""
+    distinct, back = np.unique(wanted, return_inverse=True)  # sorted: neighbors stay in the cache
     at = np.searchsorted(item_ids, distinct)
     at[at == len(item_ids)] = 0
     return np.where(item_ids[at] == distinct, at, UNKNOWN).astype(np.int32)[back]
@@ -151,7 +151,7 @@ def user_histories(
 
 
 def spell(layout: VocabularyLayout, codes: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """`<bos> s1 .. sL b ...` of catalogue indices `[n]`: int64 `[1 + n * (L + 1)]`; `codes` is int32 `[N, L]`."""
+    """`<bos> s1 .. sL b ...` of catalog indices `[n]`: int64 `[1 + n * (L + 1)]`; `codes` is int32 `[N, L]`."""
     return layout.encode(codes[items], np.zeros(len(items), np.int64))
 
 

@@ -11,10 +11,10 @@ count. A row is the last `--max_items` items of a user and the clicked one (Reco
 `--num_retrieved_items` (the second command: RecoChain's stage II, from a stage I) it carries the last `--max_long_items`
 items as well, of which every candidate is ranked with its sub-history.
 
-In memory are the model, with its catalogue's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
+In memory are the model, with its catalog's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
 rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
-part of those vectors, has `--item_table_size` rows, shared by hashing. After training, when the model is saved, the
-first `--eval_rows` rows of the test split are read: Recall@5 of beam search and ranking over the whole catalogue beside
+part of those vectors, has `--embedding_table_size` rows, shared by hashing. After training, when the model is saved, the
+first `--eval_rows` rows of the test split are read: Recall@5 of beam search and ranking over the whole catalog beside
 that of the five last distinct items, each also for the clicks that repeat the history and those that explore. A second
 run of the same command resumes from the last checkpoint in `--output_dir` (one is kept; it holds the embeddings, too),
 evaluates what was trained, or does nothing if that is done; one with other arguments is refused.
@@ -78,14 +78,14 @@ class TaobaoTrainArguments:
     num_retrieved_items: int = field(default=0, metadata={"help": "Items of a candidate's sub-history."})
     num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
     text_config: str = field(default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON."})
-    item_table_size: int = field(default=65_536, metadata={"help": "Learned rows of items, shared by hashing."})
-    history_item_vectors: bool = field(
+    embedding_table_size: int = field(default=65_536, metadata={"help": "Learned rows of items, shared by hashing."})
+    history_item_representations: bool = field(
         default=True, metadata={"help": "Histories are read by the items' vectors, too, and not by codes alone."}
     )
     negatives_per_item: float = field(
         default=1.0, metadata={"help": "Random candidates an item, for `next`; none in stage II."}
     )
-    item_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over (a sample of) items."})
+    dense_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over (a sample of) items."})
     config_fields: str = field(
         default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON: inject_target, ..."}
     )
@@ -122,18 +122,18 @@ def build_model(
         "max_long_items": args.long_items or None,
         "exclude_history": False,  # users come back to items
         "negatives_per_item": 0.0 if second_stage else args.negatives_per_item,
-        "item_loss_weight": args.item_loss_weight,
+        "dense_loss_weight": args.dense_loss_weight,
         **named(args.config_fields, CONFIG_FIELDS, "config_fields"),
     }
     codes, embeddings = torch.from_numpy(np.array(codes)), torch.from_numpy(embeddings)
     if args.init_from is not None:
         model = UniGRFForCausalLM.from_pretrained(args.init_from, **fields)
-        if not torch.equal(model.catalogue.item_codes, codes):
+        if not torch.equal(model.catalog.item_codes, codes):
             raise ValueError(
                 f"expected a checkpoint of the {len(codes):,} items in {args.data_dir}, found {model.config.num_items:,} items, "
                 f"or other codes, in {args.init_from}: start from one that was trained on this data"
             )
-        model.set_catalogue(codes, embeddings)
+        model.set_catalog(codes, embeddings)
         return model
     layout = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes))
     config = UniGRFConfig(
@@ -143,21 +143,21 @@ def build_model(
         behaviors=list(BEHAVIORS),
         behavior_token_ids=list(layout.behavior_token_ids),
         num_items=len(codes),
-        item_embedding_dim=embeddings.shape[1],
-        int8_item_embeddings=True,
-        item_table_size=args.item_table_size,
-        history_item_vectors=args.history_item_vectors,
+        content_embedding_dim=embeddings.shape[1],
+        int8_content_embeddings=True,
+        embedding_table_size=args.embedding_table_size,
+        history_item_representations=args.history_item_representations,
         **fields,
     )
-    config.num_items = 1  # until the catalogue comes: one of all items need not be made up first
+    config.num_items = 1  # until the catalog comes: one of all items need not be made up first
     model = UniGRFForCausalLM(config)
-    model.set_catalogue(codes, embeddings)
+    model.set_catalog(codes, embeddings)
     return model
 
 
-def keep_embeddings(catalogue: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+def keep_embeddings(catalog: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
     """A hook before loading: a checkpoint's embeddings are the same, and would be written over the map, into private memory."""
-    state_dict[f"{prefix}item_embeddings"] = catalogue.item_embeddings
+    state_dict[f"{prefix}content_embeddings"] = catalog.content_embeddings
 
 
 def item_map(data_dir: Path, codes: np.ndarray) -> Path | None:
@@ -181,7 +181,7 @@ def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: i
     pairs = ((history, item) for _, history, clicks, _ in stream if len(history) for item in clicks)
     rows = list(islice(pairs, args.eval_rows))
     layout = VocabularyLayout(BEHAVIORS, tuple(model.config.codebook_sizes))
-    codes, lists = model.catalogue.item_codes.cpu().numpy(), []
+    codes, lists = model.catalog.item_codes.cpu().numpy(), []
     for start in tqdm(range(0, len(rows), batch_size), desc="evaluating"):
         batch = []
         for history, _ in rows[start : start + batch_size]:
@@ -252,7 +252,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     set_seed(training_args.seed)
     with PeakMemory() as peak:
         codes = np.load(data_dir / "item_codes.npy", mmap_mode="r")
-        embeddings = np.load(data_dir / "item_embeddings.npy", mmap_mode="c")  # torch has no read-only tensors
+        embeddings = np.load(data_dir / "content_embeddings.npy", mmap_mode="c")  # torch has no read-only tensors
         model = build_model(args, codes, embeddings, sizes)
     if not log:
         log = fit(model, args, training_args, sizes)
@@ -276,7 +276,7 @@ def fit(
 ) -> dict:
     """Trains the model, resuming where the last run stopped, and saves it; returns what `training_log.json` keeps of it."""
     data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
-    tokenizer = item_map(data_dir, model.catalogue.item_codes.numpy(force=True))
+    tokenizer = item_map(data_dir, model.catalog.item_codes.numpy(force=True))
     rows = stream_rows(args.tables, data_dir, "train", codebook_sizes, args.max_items, args.long_items)
     row_bytes = 24 * (1 + (args.max_items + 1) * (len(codebook_sizes) + 1)) + 4 * args.long_items
     print(
@@ -295,7 +295,7 @@ def fit(
     if last is not None and not training_args.ignore_data_skip:
         read = int(last.split("-")[-1]) * rows_a_step(training_args)
         print(f"going on from {last}: the {read:,} rows before it are read again first, and passed over", flush=True)
-    model.catalogue.register_load_state_dict_pre_hook(keep_embeddings)
+    model.catalog.register_load_state_dict_pre_hook(keep_embeddings)
     start = time.process_time()
     with PeakMemory() as peak:
         result = trainer.train(resume_from_checkpoint=last)

@@ -1,7 +1,7 @@
 """Trains generation and ranking in one model, with the stock `Trainer`, on a prepared folder.
 
     python -m recipes.train --data_dir runs/demo/data --output_dir runs/demo/training --bf16 \
-        --passes 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
+        --crops_per_epoch 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...     # several processes
     python -m recipes.train --init_from runs/demo/checkpoint --output_dir runs/demo/second_stage \
         --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
@@ -32,7 +32,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.callbacks import AdaptiveWeighter, KeptBeams, LossParts, SavedTensors
+from recipes.callbacks import AdaptiveWeighter, CachedCandidates, LossParts, StatefulCallback
 from recipes.embeddings import weights_of
 from recipes.enhancer import RankingDrivenEnhancer
 from recipes.prepare import prepared
@@ -63,7 +63,9 @@ class DataArguments:
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
     max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
-    passes: int = field(default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."})
+    crops_per_epoch: int = field(
+        default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."}
+    )
     stride: int | None = field(
         default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
     )
@@ -77,8 +79,8 @@ class DataArguments:
 def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
     """Refuses arguments that exclude each other, or that would do nothing; raises `ValueError`."""
     given = {name for name, value in asdict(model_args).items() if value != getattr(ModelArguments, name)}
-    if model_args.beams_kept_epochs and model_args.beams_kept_steps:
-        raise ValueError("Expected beams_kept_epochs or beams_kept_steps, found both. Leave one out.")
+    if model_args.candidate_refresh_epochs and model_args.candidate_refresh_steps:
+        raise ValueError("Expected candidate_refresh_epochs or candidate_refresh_steps, found both. Leave one out.")
     if model_args.freeze_base_model and model_args.adaptive_weights:
         raise ValueError(
             "Expected freeze_base_model or adaptive_weights, found both: of two losses only one is trained then."
@@ -86,12 +88,22 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
     if model_args.enhancer and model_args.second_stage:
         raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
     for name, is_asked, needed, is_there in (
-        ("beams_kept_epochs", model_args.beams_kept_epochs > 0, "num_train_beams", model_args.num_train_beams > 0),
-        ("beams_kept_steps", model_args.beams_kept_steps > 0, "num_train_beams", model_args.num_train_beams > 0),
+        (
+            "candidate_refresh_epochs",
+            model_args.candidate_refresh_epochs > 0,
+            "num_train_beams",
+            model_args.num_train_beams > 0,
+        ),
+        (
+            "candidate_refresh_steps",
+            model_args.candidate_refresh_steps > 0,
+            "num_train_beams",
+            model_args.num_train_beams > 0,
+        ),
         ("exclude_history", data_args.exclude_history, "num_train_beams", model_args.num_train_beams > 0),
         (
-            "detach_history",
-            model_args.detach_history,
+            "stop_gradient_history",
+            model_args.stop_gradient_history,
             "num_train_beams or num_retrieved_items",
             model_args.second_stage,
         ),
@@ -131,7 +143,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     dataset = load_from_disk(str(data_dir / "dataset"))
     embeddings = load_file(data_dir / "item_embeddings.safetensors")["embeddings"]
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
-    cut = (dataset["train"], tokenizer, data_args.max_items, data_args.passes)
+    cut = (dataset["train"], tokenizer, data_args.max_items, data_args.crops_per_epoch)
     model = build_model(model_args, tokenizer, embeddings, data_args.max_items, max_long_items or None)
     if model_args.freeze_base_model:
         model.freeze_base_model()
@@ -183,11 +195,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
             )
         )
         collate = callbacks[-1].collator(collate)
-    if model_args.num_train_beams and (model_args.beams_kept_epochs or model_args.beams_kept_steps):
+    if model_args.num_train_beams and (model_args.candidate_refresh_epochs or model_args.candidate_refresh_steps):
         train_dataset = train_dataset.add_column("row", range(len(train_dataset)))
         training_args = replace(training_args, remove_unused_columns=False)
-        kept = {"every_epochs": model_args.beams_kept_epochs or 1, "every_steps": model_args.beams_kept_steps or None}
-        callbacks.append(KeptBeams(model, train_dataset, model_args.num_train_beams, **kept))
+        kept = {
+            "every_epochs": model_args.candidate_refresh_epochs or 1,
+            "every_steps": model_args.candidate_refresh_steps or None,
+        }
+        callbacks.append(CachedCandidates(model, train_dataset, model_args.num_train_beams, **kept))
         collate = callbacks[-1].collator(collate)
     trainer = Trainer(
         model=model,
@@ -198,7 +213,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    saved = [callback.file for callback in callbacks if isinstance(callback, SavedTensors)]
+    saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     result = trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir, saved))
     if trainer.is_world_process_zero():
         RecommendationPipeline(model=trainer.model, tokenizer=tokenizer).save_pretrained(folder)
@@ -222,7 +237,7 @@ def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArgum
         prediction_loss_only=True,
         report_to="none",
         restore_callback_states_from_checkpoint=True,  # the adaptive weights go on where they were
-        ddp_broadcast_buffers=False,  # the catalogue, in every step
+        ddp_broadcast_buffers=False,  # the catalog, in every step
         use_cpu=not torch.cuda.is_available(),  # the Trainer asks for it, where bf16 runs on a CPU
     )
     return parser.parse_args_into_dataclasses(arguments)

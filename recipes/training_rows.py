@@ -15,9 +15,9 @@ from recipes.prepare import TARGETS
 from tokenization import SemanticIdTokenizer
 
 
-def cut_windows(length: int, window: int, passes: int, stride: int | None = None) -> list[tuple[int, int]]:
+def cut_windows(length: int, window: int, crops_per_epoch: int, stride: int | None = None) -> list[tuple[int, int]]:
     """
-    Windows `(start, end)` of at most `window` items of a history of `length` items, `passes` times at different places:
+    Windows `(start, end)` of at most `window` items of a history of `length` items, `crops_per_epoch` times at different places:
     every item is supervised once a pass, each time with another amount of history before it. With a `stride`, windows that
     slide by it instead, from the end to the first that holds the history's beginning (shorter ones would be its beginning
     again, which a causal model reads in it).
@@ -29,7 +29,7 @@ def cut_windows(length: int, window: int, passes: int, stride: int | None = None
         ends = [*range(length, last, -stride), last]
         return [(max(0, end - window), end) for end in ends]
     windows = []
-    for offset in {number * window // passes for number in range(passes)}:
+    for offset in {number * window // crops_per_epoch for number in range(crops_per_epoch)}:
         ends = {length, *range(length - offset, 0, -window)}
         windows += pairwise([0, *sorted(ends)])
     return windows
@@ -84,7 +84,7 @@ def packed_rows(
     histories: Dataset,
     tokenizer: SemanticIdTokenizer,
     max_items: int,
-    passes: int,
+    crops_per_epoch: int,
     seed: int,
     stride: int | None = None,
     *,
@@ -101,7 +101,7 @@ def packed_rows(
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
-        for start, end in cut_windows(len(items), max_items + 1, passes, stride)
+        for start, end in cut_windows(len(items), max_items + 1, crops_per_epoch, stride)
     ]
     # Shuffled first, so that what shares a row is not what one user did.
     windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
@@ -127,7 +127,7 @@ def history_rows(
     histories: Dataset,
     tokenizer: SemanticIdTokenizer,
     max_items: int,
-    passes: int,
+    crops_per_epoch: int,
     stride: int | None = None,
     *,
     with_times: bool = False,
@@ -142,7 +142,7 @@ def history_rows(
     columns, rows = [histories[name][:] for name in columns_read(histories, with_times)], []
     for user, history in enumerate(zip(*columns, strict=True)):
         count = len(history[0])
-        for start, end in cut_windows(count, max_items + 1, passes, stride):
+        for start, end in cut_windows(count, max_items + 1, crops_per_epoch, stride):
             row = spell(tokenizer, *(column[start:end] for column in history))
             rows.append({"user": user, "last": end == count, **row, "length": len(row["input_ids"])})
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
@@ -152,7 +152,7 @@ def second_stage_rows(
     histories: Dataset,
     tokenizer: SemanticIdTokenizer,
     max_items: int,
-    passes: int,
+    crops_per_epoch: int,
     max_long_items: int,
     stride: int | None = None,
     exclude_history: bool = False,
@@ -172,7 +172,7 @@ def second_stage_rows(
     def ends_in(length: int) -> list[int]:
         if stride is not None:  # only a row's last item is ranked, so that no longer history stands for a shorter one
             return list(range(length, 0, -stride))[::-1]
-        return sorted({end for _, end in cut_windows(length, max_items, passes)})
+        return sorted({end for _, end in cut_windows(length, max_items, crops_per_epoch)})
 
     ends = [(user, end) for user, items in enumerate(histories["items"]) for end in ends_in(len(items))]
     columns = {name: histories[name][:] for name in columns_read(histories, with_times)}

@@ -53,7 +53,7 @@ def collect(output_dir: Path) -> None:
         )
     data = {
         "protocol": "leave-one-out: last interaction = test, the one before = validation; 6,040 users, 3,706 rated movies; "
-        "items are scored over the whole catalogue without the user's own; the last 200 items of a history; AUC pooled over "
+        "items are scored over the whole catalog without the user's own; the last 200 items of a history; AUC pooled over "
         "the held-out interactions, like = rating of 4 or 5; order of ties within a second as in the file",
         "runs": merged(FILE, [kept(run) for run in found], lambda run: (*row_of(run), run["arguments"]["seed"])),
     }
@@ -112,7 +112,7 @@ def table(data: dict) -> str:
         + "; ".join(f"{name}: {count:,}" for name, count in sizes.items())
         + ". Tokens a user: "
         + ", ".join(f"{count:.0f} ({ids} ids)" for ids, count in tokens.items())
-        + f", one an item of which is its behaviour. Protocol: {data['protocol']}.",
+        + f", one an item of which is its behavior. Protocol: {data['protocol']}.",
         f"Made by `python -m recipes.reproduce_unigrf`, one command a run (in the JSON), on {made['machine']}, "
         f"{made['versions']}, the last on {made['date']}.",
     ]
@@ -127,7 +127,7 @@ def draw(data: dict, file: Path) -> None:
         if arguments["row"] in ("retrieval", "ranking"):
             continue
         kind, ids = arguments["backbone"].split("-")[0], arguments["ids"].split("-")[0]
-        title = f"{kind}, {ids} ids, behaviours: {arguments['behaviors']}"
+        title = f"{kind}, {ids} ids, behaviors: {arguments['behaviors']}"
         if arguments["code_negatives"]:  # another loss, which is not to be compared
             title += f",\n{arguments['code_negatives']} negatives"
         panels.setdefault(title, []).append(row)

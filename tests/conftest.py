@@ -1,4 +1,4 @@
-"""Tiny models over random catalogues, random histories of their items, and a made-up world for the recipes."""
+"""Tiny models over random catalogs, random histories of their items, and a made-up world for the recipes."""
 
 import os
 
@@ -49,8 +49,8 @@ def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, see
     config = {
         "behaviors": ["dislike", "like"],
         "exclude_history": False,
-        "item_embedding_dim": 6 if embeddings else 0,
-        "item_table_size": num_items if embeddings else 0,
+        "content_embedding_dim": 6 if embeddings else 0,
+        "embedding_table_size": num_items if embeddings else 0,
         "num_items": num_items,
         **config,
     }
@@ -61,7 +61,7 @@ def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, see
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     codes = random_codes(num_items, list(codebook_sizes), generator)
-    model.set_catalogue(codes, torch.randn(num_items, 6, generator=generator) if embeddings else None)
+    model.set_catalog(codes, torch.randn(num_items, 6, generator=generator) if embeddings else None)
     return model.eval()
 
 
@@ -70,9 +70,9 @@ def random_histories(model, lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     config, rows, items = model.config, [], []
     for length in lengths:
-        chosen = torch.randint(model.catalogue.num_items, (length,), generator=generator)
+        chosen = torch.randint(model.catalog.num_items, (length,), generator=generator)
         behaviors = torch.randint(len(config.behaviors), (length, 1), generator=generator)
-        tokens = model.layout.item_tokens(model.catalogue.item_codes[chosen].long())
+        tokens = model.layout.item_tokens(model.catalog.item_codes[chosen].long())
         block = torch.cat([tokens, torch.tensor(config.behavior_token_ids)[behaviors]], dim=1).flatten()
         rows.append(torch.cat([torch.tensor([config.bos_token_id]), block]))
         items.append(chosen.tolist())
@@ -83,7 +83,7 @@ def random_histories(model, lengths, seed=0):
 
 def exact_scores(model, input_ids, attention_mask):
     """`log P` of every item after every history, `[B, num_items]`, by plain forwards without any cache."""
-    codes, layout = model.catalogue.item_codes.long(), model.layout
+    codes, layout = model.catalog.item_codes.long(), model.layout
     scores = torch.empty(len(input_ids), len(codes))
     for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
         history = ids[mask.bool()].expand(len(codes), -1)
@@ -168,12 +168,12 @@ def assert_same_weights(first, second, tolerance=0.0):
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 TINY |= {"num_attention_heads": 2, "max_position_embeddings": 256}
-GRID = {"neighbours": (20,), "shrink": (0.0,), "window": (3,)}
+GRID = {"neighbors": (20,), "shrink": (0.0,), "window": (3,)}
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """40 users who walk along a ring of 30 items: what comes next can be learnt."""
+    """40 users who walk along a ring of 30 items: what comes next can be learned."""
     folder = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     rows = []
@@ -208,5 +208,5 @@ def preferring(weight: float, targets: list[int]) -> dict[str, torch.Tensor]:
         "item_indices": torch.tensor([[target, (target + 1) % 30, (target + 2) % 30] for target in targets]),
         "generation_scores": torch.tensor([generation] * len(targets)),
         "ranking_scores": torch.tensor([ranking] * len(targets)),
-        "item_scores": torch.zeros(len(targets), 3),
+        "dense_scores": torch.zeros(len(targets), 3),
     }

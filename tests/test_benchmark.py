@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from recipes import benchmark_decoding, decoding_report, ranking_cost
-from recipes.peers import DictTrie, StaticTrie, random_catalogue
+from recipes.peers import DictTrie, StaticTrie, random_catalog
 
 
 def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     # The ratios are of cells of their own; here of small ones.
-    cell = {"history_items": 3, "num_beams": 8, "users": 1, "levels": 4, "catalogue": 400}
+    cell = {"history_items": 3, "num_beams": 8, "users": 1, "levels": 4, "catalog": 400}
     for name in ("SEARCH", "LONG", "HALF", "BATCH", "CANDIDATES"):
         monkeypatch.setattr(decoding_report, name, cell)
-    monkeypatch.setattr(decoding_report, "CATALOGUE", 400)
+    monkeypatch.setattr(decoding_report, "CATALOG", 400)
     monkeypatch.setattr(benchmark_decoding, "RATIO_CELLS", [(3, 8, 1)])
     monkeypatch.setattr(benchmark_decoding, "run_candidates", lambda *_: None)
     small = {"CELLS": [(0, 0), (10, 30)], "USERS": (1, 2), "NUM_BEAMS": 4, "RANKED": 2, "TRAINING_ROWS": 2}
@@ -25,7 +25,7 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
         history_items=[2],
         num_beams=[4],
         users=[1, 2],
-        catalogues=[400],
+        catalogs=[400],
         trie_sizes=[1000],
         repeats=1,
         dtypes=["float32"],
@@ -77,7 +77,7 @@ def test_a_contender_that_took_its_time_is_not_run_again_and_a_warm_up_is_not_co
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_the_peers_tries_take_the_same_steps(level):
-    codes = random_catalogue(3000)
+    codes = random_catalog(3000)
     static, nested = StaticTrie(codes, 256), DictTrie(codes)
     prefixes = codes[:, :level].unique(dim=0)[torch.randperm(40, generator=torch.Generator().manual_seed(0))].long()
     keys = [codes[:, : depth + 1].unique(dim=0).tolist() for depth in range(level)]

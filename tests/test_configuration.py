@@ -18,8 +18,8 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
         UniGRFConfig(eos_token_id=[2, 3])
     config = UniGRFConfig(negatives_per_item=4.0, codebook_sizes=[4, 4, 4, 4])
     model = UniGRFForCausalLM(config)
-    model.set_catalogue(random_codes(200, [4, 4, 4, 4], torch.Generator().manual_seed(0)))
-    assert model.config.log_odds_of_next == pytest.approx(np.log(199 / 4)), "of the catalogue that it has"
+    model.set_catalog(random_codes(200, [4, 4, 4, 4], torch.Generator().manual_seed(0)))
+    assert model.config.next_logit_bias == pytest.approx(np.log(199 / 4)), "of the catalog that it has"
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
         ({"codebook_sizes": []}, "one positive codebook size"),
         ({"codebook_sizes": [4, 0]}, "one positive codebook size"),
         ({"codebook_sizes": [4, 4], "code_offsets": [5]}, "one code offset a level"),
-        ({"behaviors": []}, "at least one behaviour"),
-        ({"behaviors": ["view", "like"], "behavior_token_ids": [4]}, "one token id a behaviour"),
+        ({"behaviors": []}, "at least one behavior"),
+        ({"behaviors": ["view", "like"], "behavior_token_ids": [4]}, "one token id a behavior"),
         ({"behaviors": ["next"]}, "may not be called 'next'"),
         ({"behavior_token_ids": [2]}, "Token ids overlap"),
         ({"codebook_sizes": [4, 4], "code_offsets": [5, 8]}, "Token ids overlap"),
@@ -40,10 +40,10 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
         ({"ranking_target": "interact"}, "a ranking_target among"),
         ({"retrieval_behaviors": []}, "retrieval_behaviors among"),
         ({"behaviors": ["view"], "retrieval_behaviors": ["like"]}, "retrieval_behaviors among"),
-        ({"item_loss_weight": 1.0}, "item_loss_weight=1.0 needs the ranking target 'next' and item vectors"),
-        ({"history_item_vectors": True}, "history_item_vectors needs item vectors"),
-        ({"rank_by_item_score": False}, "needs item_loss_weight"),
-        ({"detach_item_score": True}, "needs item_loss_weight"),
+        ({"dense_loss_weight": 1.0}, "dense_loss_weight=1.0 needs the ranking target 'next' and item vectors"),
+        ({"history_item_representations": True}, "history_item_representations needs item vectors"),
+        ({"rank_by_dense_score": False}, "needs dense_loss_weight"),
+        ({"stop_gradient_dense_score": True}, "needs dense_loss_weight"),
         ({"negatives_per_item": -1.0}, r"0 or more, found {'negatives_per_item': -1.0}"),
         ({"given_negative_weight": 0.5}, "given_negative_weight >= 1"),
         ({"code_similarity": "l2"}, "code_similarity 'dot' or 'cosine'"),
@@ -52,8 +52,11 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
         ({"num_train_beams": -1}, "num_train_beams of 0 or more"),
         ({"num_retrieved_items": -1}, "num_retrieved_items and num_train_beams of 0 or more"),
         ({"num_retrieved_items": 3}, "needs item embeddings"),
-        ({"num_retrieved_items": 3, "item_table_size": 9}, "needs item embeddings"),
-        ({"num_retrieved_items": 3, "item_embedding_dim": 6, "read_item_embeddings": False}, "item vectors to read"),
+        ({"num_retrieved_items": 3, "embedding_table_size": 9}, "needs item embeddings"),
+        (
+            {"num_retrieved_items": 3, "content_embedding_dim": 6, "project_content_embeddings": False},
+            "item vectors to read",
+        ),
         ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
         ({"max_long_items": 0}, "max_long_items of 1 or more"),
         ({"max_items": 0}, "max_items of 1 or more"),

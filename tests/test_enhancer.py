@@ -17,7 +17,7 @@ from tokenization import SemanticIdTokenizer
 ATOMIC = {"codebook_sizes": (40,), "num_items": 40, "embeddings": False, "code_negatives": 12}
 
 
-def labelled(model, lengths, seed=0):
+def labeled(model, lengths, seed=0):
     input_ids, mask, items = random_histories(model, lengths, seed)
     return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}, items
 
@@ -28,15 +28,15 @@ def test_given_negatives_replace_random_ones_or_count_more_and_favorites_are_non
         {"code_negatives": 0, "given_negative_weight": 5.0} if shared is None else {"share_code_negatives": shared}
     )
     model = build_model(**{**ATOMIC, **sampling}).train()
-    batch, items = labelled(model, [4, 2])
+    batch, items = labeled(model, [4, 2])
     negatives = torch.tensor([[7, items[0][1], -1], [-1, -1, -1]])
     favorites = torch.tensor([[3, -1], [5, 6]])
     torch.manual_seed(3)
-    out = model(**batch, negative_items=negatives, favorite_items=favorites)
+    out = model(**batch, hard_negatives=negatives, excluded_positives=favorites)
     torch.manual_seed(3)
     drawn = torch.randint(40, (12,) if shared else (6, 12))
     logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
-    codes, offset = model.catalogue.item_codes[:, 0].long(), model.config.code_offsets[0]
+    codes, offset = model.catalog.item_codes[:, 0].long(), model.config.code_offsets[0]
     losses, place = [], 0
     for row, own in enumerate(items):
         first = batch["attention_mask"].shape[1] - int(batch["attention_mask"][row].sum())
@@ -57,11 +57,11 @@ def test_given_negatives_replace_random_ones_or_count_more_and_favorites_are_non
 
 
 def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_probabilities(backbone):
-    model = build_model(backbone, negatives_per_item=1.5, candidate_loss_weight=0.3)
-    batch, items = labelled(model, [4, 2, 1])
+    model = build_model(backbone, negatives_per_item=1.5, contrastive_loss_weight=0.3)
+    batch, items = labeled(model, [4, 2, 1])
     negatives = torch.tensor([[7, 8, 9], [items[1][1], 3, -1], [-1, -1, -1]])
     with torch.no_grad():
-        out = model(**batch, negative_items=negatives)
+        out = model(**batch, hard_negatives=negatives)
         plain = model(**batch)
     losses = []
     for row in range(3):
@@ -69,7 +69,7 @@ def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_prob
         chosen = [items[row][-1], *(item for item in negatives[row].tolist() if item not in (-1, items[row][-1]))]
         scores = []
         for item in chosen:
-            tokens = model.layout.item_tokens(model.catalogue.item_codes[item].long())
+            tokens = model.layout.item_tokens(model.catalog.item_codes[item].long())
             with torch.no_grad():
                 logits = model(torch.cat([ids, tokens])[None]).logits[0]
             parts = [
@@ -81,31 +81,31 @@ def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_prob
             scores.append(sum(parts))
         losses.append(-torch.stack(scores).log_softmax(dim=0)[0])
     expected = torch.stack(losses).sum() / (4 * sum(len(one) for one in items))  # one more code for each row
-    torch.testing.assert_close(out.candidate_loss, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.contrastive_loss, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.ranking_loss, plain.ranking_loss, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(out.loss, plain.loss + 0.3 * out.candidate_loss, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.loss, plain.loss + 0.3 * out.contrastive_loss, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ids", [{"negatives_per_item": 1.5}, {**ATOMIC, "negatives_per_item": 1.5}])
 def test_random_negatives_of_the_ranking_are_no_given_ones(ids):
     model = build_model(**ids)
-    batch, _ = labelled(model, [4, 2])
-    given = {"favorite_items": torch.full((2, 1), -1)}
+    batch, _ = labeled(model, [4, 2])
+    given = {"excluded_positives": torch.full((2, 1), -1)}
     if "code_negatives" in ids:  # among the sampled codes, without tokens of their own
-        given["negative_items"] = torch.tensor([[1, 2], [3, -1]])
+        given["hard_negatives"] = torch.tensor([[1, 2], [3, -1]])
     with torch.no_grad():
         out, plain = model(**batch, **given), model(**batch)
-    assert out.candidate_loss is None
+    assert out.contrastive_loss is None
     torch.testing.assert_close(out.loss, plain.loss)
 
 
 def test_a_favorite_is_no_random_candidate_of_the_ranking():
     model = build_model(negatives_per_item=20.0)
-    batch, items = labelled(model, [4, 2])
+    batch, items = labeled(model, [4, 2])
     seen = watch_negatives(model)
     with torch.no_grad():
-        model(**batch, favorite_items=torch.tensor([[7, 8], [9, -1]]))
+        model(**batch, excluded_positives=torch.tensor([[7, 8], [9, -1]]))
     negatives = seen["negatives"]
     for row, (favorites, own) in enumerate(zip(([7, 8], [9]), items, strict=True)):
         used = negatives.items[row][negatives.usable[row]]
@@ -115,30 +115,30 @@ def test_a_favorite_is_no_random_candidate_of_the_ranking():
 
 def test_given_items_that_fit_nothing_are_refused():
     model = build_model()
-    batch, _ = labelled(model, [3, 2])
+    batch, _ = labeled(model, [3, 2])
     with pytest.raises(ValueError, match="one row a history"):
-        model(**batch, negative_items=torch.tensor([[1]]))
-    with pytest.raises(ValueError, match="Expected integer negative_items"):
-        model(**batch, negative_items=torch.tensor([[1.0], [2.0]]))
-    with pytest.raises(ValueError, match="favorite_items range from 1 to 30, outside"):
-        model(**batch, favorite_items=torch.tensor([[1], [30]]))
+        model(**batch, hard_negatives=torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="Expected integer hard_negatives"):
+        model(**batch, hard_negatives=torch.tensor([[1.0], [2.0]]))
+    with pytest.raises(ValueError, match="excluded_positives range from 1 to 30, outside"):
+        model(**batch, excluded_positives=torch.tensor([[1], [30]]))
     packed = {name: torch.cat([one[:, -11:], one[:, -11:]], dim=1)[1:] for name, one in batch.items()}
     with pytest.raises(ValueError, match="2 histories"):
-        model(**packed, negative_items=torch.tensor([[1]]))
+        model(**packed, hard_negatives=torch.tensor([[1]]))
     square = torch.ones(1, 1, 16, 16).tril().bool().expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="candidates out"):
-        model(**{**batch, "attention_mask": square}, negative_items=torch.tensor([[1], [2]]))
+        model(**{**batch, "attention_mask": square}, hard_negatives=torch.tensor([[1], [2]]))
 
 
 def users_of(model, count=6, length=9):
     generator = np.random.default_rng(0)
     lengths = [1] + [length] * (count - 1)  # of one item nothing is before the last
-    items = [generator.choice(model.catalogue.num_items, size=size, replace=False).tolist() for size in lengths]
+    items = [generator.choice(model.catalog.num_items, size=size, replace=False).tolist() for size in lengths]
     return items, [generator.integers(0, 2, size=size).tolist() for size in lengths]
 
 
 def build_enhancer(model, with_times=False, **options):
-    codes = model.catalogue.item_codes.numpy()
+    codes = model.catalog.item_codes.numpy()
     ids = [f"i{number}" for number in range(len(codes))]
     titles = [f"Film {number}" for number in range(len(codes))]
     tokenizer = SemanticIdTokenizer.from_codes(
@@ -183,13 +183,13 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
             if reader == "hstu":
                 times = enhancer.timestamps[user]
                 history["timestamps"] = torch.tensor(enhancer.tokenizer.encode_times(times[:-1]))[None]
-                history["request_timestamps"] = torch.tensor(times[-1:])
+                history["query_time"] = torch.tensor(times[-1:])
             expected = model.rank(**history, candidates=items[None])[0, :, like].sigmoid()
             torch.testing.assert_close(ranking[row][usable[row]], expected, atol=2e-5, rtol=1e-4)
             found = model.recommend(
-                **history, num_beams=model.catalogue.num_items, num_return_sequences=model.catalogue.num_items
+                **history, num_beams=model.catalog.num_items, num_return_sequences=model.catalog.num_items
             )
-            log_probs = torch.zeros(model.catalogue.num_items)
+            log_probs = torch.zeros(model.catalog.num_items)
             log_probs[found.item_indices[0]] = found.generation_scores[0]
             torch.testing.assert_close(retrieval[row][usable[row]], log_probs[items], atol=2e-5, rtol=1e-4)
             scores = log_probs[items]
@@ -210,7 +210,7 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
 def test_logits_are_float32_in_a_training_in_bfloat16(similarity, sampling):
     model = build_model(**{**ATOMIC, "code_similarity": similarity, **sampling}).train()
     states = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    batch, items = labelled(model, [2, 2])
+    batch, items = labeled(model, [2, 2])
     targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     given = torch.tensor([[7, 8, 9], [1, 2, 3]])
     ends, last = torch.tensor([1, 1]), torch.tensor([row[-1] for row in items])
@@ -232,9 +232,9 @@ def test_workers_that_persist_see_later_pools(tmp_path):
     loader = DataLoader(
         rows, 4, collate_fn=collate, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
     )
-    assert all("negative_items" not in batch for batch in loader)
+    assert all("hard_negatives" not in batch for batch in loader)
     enhancer._refresh(Arguments(tmp_path), 1)
-    found = torch.cat([batch["negative_items"] for batch in loader])
+    found = torch.cat([batch["hard_negatives"] for batch in loader])
     assert torch.equal(found, enhancer.negatives)
 
 
@@ -287,7 +287,7 @@ def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
     enhancer.favorites[1] = torch.tensor([4, -1])
     rows = [{**rows_of(enhancer)[1], "last": last} for last in (True, False)] + [rows_of(enhancer)[2]]
     batch = enhancer.collator(collate)(rows)
-    tokens = model.layout.item_tokens(model.catalogue.item_codes[4].long())
+    tokens = model.layout.item_tokens(model.catalog.item_codes[4].long())
     length = len(rows[0]["input_ids"])
     assert torch.equal(batch["input_ids"][0, length:], tokens) and torch.equal(batch["labels"][0, length:], tokens)
     assert (batch["labels"][1:, length:] == -100).all() and (batch["attention_mask"][1:, length:] == 0).all()

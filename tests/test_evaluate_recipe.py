@@ -34,7 +34,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
             f"--text_config={json.dumps(TINY)}",
             "--negatives_per_item=0.5",
             "--max_items=10",
-            "--passes=4",
+            "--crops_per_epoch=4",
             "--num_train_epochs=8",
             "--learning_rate=5e-3",
             "--per_device_train_batch_size=16",
@@ -51,7 +51,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     assert (checkpoint / "model.safetensors").read_bytes() == weights
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     losses = [entry for entry in log if "loss" in entry]
-    assert {"loss", "generation_loss", "ranking_loss", "item_loss"} <= set(losses[0])
+    assert {"loss", "generation_loss", "ranking_loss", "dense_loss"} <= set(losses[0])
     assert losses[0]["loss"] > losses[-1]["loss"]
 
     with pytest.raises(ValueError, match=r"found other values of \['training.learning_rate'\]"):
@@ -108,7 +108,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         patched.setattr(evaluate_recipe, "candidates", scores)
         patched.setattr(evaluate_recipe, "invalid_items", lambda *args: {"checked": 0, "invalid": 0})
         selecting = EvaluateArguments(
-            str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], item_weights=[0.0]
+            str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], dense_weights=[0.0]
         )
         selecting = replace(selecting, baselines=False)
         chosen = evaluate_checkpoint(selecting)
@@ -126,7 +126,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         evaluate_recipe.auc_behavior(model, tokenizer, split, "buy")
     alike = split.remove_columns("target_behavior").add_column("target_behavior", [1] * len(split))
     assert evaluate_recipe.auc_behavior(model, tokenizer, alike, None) is None
-    assert "all or none are of the behaviour 'like'" in capsys.readouterr().out
+    assert "all or none are of the behavior 'like'" in capsys.readouterr().out
     show.main(show.ShowArguments(str(checkpoint), str(prepared), users=1000))
     shown = capsys.readouterr().out
     assert shown.count("recommended:") == len(split) and "what came next" in shown and "inf" not in shown
@@ -161,7 +161,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         f"--data_dir={prepared}",
         f"--text_config={json.dumps(TINY)}",
         "--max_items=4",
-        "--passes=2",
+        "--crops_per_epoch=2",
         "--use_cpu",
     ]
     shared += ["--per_device_train_batch_size=16", "--learning_rate=5e-3", "--save_strategy=no", "--disable_tqdm=True"]
@@ -169,19 +169,21 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", *alone]))
     assert UniGRFConfig.from_pretrained(first).ranking_weight == 0, "no ranking was trained"
     second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
-    second += ["--beams_kept_epochs=1"]
+    second += ["--candidate_refresh_epochs=1"]
     second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
     checkpoint = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'two'}", *second]))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
     assert sum("eval_loss" in entry for entry in log) == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert (model.config.negatives_per_item, model.config.log_odds_of_next) == (0.0, 0.0)
+    assert (model.config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
     assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
     frozen = [*shared, f"--output_dir={tmp_path / 'three'}", *second, "--freeze_base_model=True"]
     before, after = (load_file(one / "model.safetensors") for one in (first, train.train(*train.parse(frozen))))
-    learnt = {name.split(".")[0] for name in after if name not in before or not torch.equal(after[name], before[name])}
-    assert learnt == {"ranking_head", "candidate_block"}, "of what the first stage made nothing"
+    learned = {
+        name.split(".")[0] for name in after if name not in before or not torch.equal(after[name], before[name])
+    }
+    assert learned == {"ranking_head", "candidate_block"}, "of what the first stage made nothing"
     told = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
     assert told == weights_of(first) != weights_of(checkpoint)
     measured = EvaluateArguments(
@@ -190,16 +192,16 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         output_dir=str(tmp_path),
         num_beams=[5],
         ranking_weights=[1.0],
-        item_weights=[0.0, 0.5],
-        union_items=4,
+        dense_weights=[0.0, 0.5],
+        num_dense_candidates=4,
         list_length=8,
         max_items=4,
         max_long_items=12,
     )
     metrics = evaluate_checkpoint(measured)
-    assert len(metrics["validation"]) == 4 and metrics["selection"]["item_weight"] in (0.0, 0.5)
+    assert len(metrics["validation"]) == 4 and metrics["selection"]["dense_weight"] in (0.0, 0.5)
     config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
-    assert (config.item_weight, config.union_items) == (metrics["selection"]["item_weight"], 4)
+    assert (config.dense_weight, config.num_dense_candidates) == (metrics["selection"]["dense_weight"], 4)
     monkeypatch.setattr(push_to_hub, "check_loading", lambda *_: None)
     hub = tmp_path / "hub"
     to_push = {"checkpoint": str(checkpoint), "metrics": str(tmp_path / "metrics.json"), "repo_id": "someone/films"}
@@ -211,18 +213,18 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     )
     for snippet in re.findall("```python\n(.*?)```", card, re.DOTALL):
         exec(snippet.replace("someone/films", str(hub)), {})
-    with pytest.raises(ValueError, match="num_ranked_beams or union_items"):
-        evaluate_checkpoint(replace(measured, num_ranked_beams=3))
+    with pytest.raises(ValueError, match="rerank_top_k or num_dense_candidates"):
+        evaluate_checkpoint(replace(measured, rerank_top_k=3))
     with pytest.raises(ValueError, match="max_items of at most the"):
         evaluate_checkpoint(replace(measured, max_items=500))
     with pytest.raises(ValueError, match="a local checkpoint"):
         evaluate_checkpoint(replace(measured, checkpoint="someone/films"))
-    cut = evaluate_checkpoint(replace(measured, num_ranked_beams=3, union_items=0, list_length=5))
-    assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["num_ranked_beams"] == 3
+    cut = evaluate_checkpoint(replace(measured, rerank_top_k=3, num_dense_candidates=0, list_length=5))
+    assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["rerank_top_k"] == 3
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert model.config.num_ranked_beams == 3
+    assert model.config.rerank_top_k == 3
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
-    measured = replace(measured, union_items=0)
+    measured = replace(measured, num_dense_candidates=0)
     how = Measurement(max_items=4, max_long_items=12)
     found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
     lists = measure.fused_lists(found, 1.0, 3, 0.5, num_ranked=3)
@@ -231,7 +233,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
             **inputs,
             num_return_sequences=3,
             ranking_weight=1.0,
-            item_weight=0.5,
+            dense_weight=0.5,
             blocked_items=[dataset["test"][int(row)]["items"] for row in rows],
             **measure.long_histories(model, dataset["test"], rows, how),
         )
@@ -245,9 +247,12 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
     with pytest.raises(ValueError, match="spells histories as"):
         train.build_model(train.ModelArguments(init_from=str(first)), fewer, torch.zeros(30, 4), 4)
-    with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_vectors': False}, found"):
+    with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, found"):
         train.build_model(
-            train.ModelArguments(init_from=str(first), history_item_vectors=False), tokenizer, torch.zeros(30, 4), 4
+            train.ModelArguments(init_from=str(first), history_item_representations=False),
+            tokenizer,
+            torch.zeros(30, 4),
+            4,
         )
     assert len(dataset["test"]) == metrics["protocol"]["users"]
     served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
@@ -271,7 +276,7 @@ def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared
     arguments += ["--max_items=4", "--use_cpu", "--max_steps=2", "--save_strategy=no", "--disable_tqdm=True"]
     checkpoint = train.train(*train.parse([*arguments, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
     metrics = evaluate_checkpoint(
-        EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], item_weights=[0.0, 1.0], list_length=5)
+        EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], dense_weights=[0.0, 1.0], list_length=5)
     )
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
     assert len(metrics["validation"]) == 2 and {one["ranking_weight"] for one in metrics["validation"]} == {0.0}

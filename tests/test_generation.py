@@ -26,7 +26,7 @@ class StockBeamSearch(UniGRFForCausalLM):
 
 
 def generated_items(model, sequences, prompt_length):
-    return model.catalogue.trie.lookup(sequences[:, prompt_length:] - torch.tensor(model.config.code_offsets))
+    return model.catalog.trie.lookup(sequences[:, prompt_length:] - torch.tensor(model.config.code_offsets))
 
 
 def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
@@ -46,7 +46,7 @@ def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
         torch.testing.assert_close(cached[row, real], alone, atol=2e-5, rtol=1e-4)
 
 
-def test_a_beam_as_wide_as_the_catalogue_equals_exact_scoring_of_every_item(backbone):
+def test_a_beam_as_wide_as_the_catalog_equals_exact_scoring_of_every_item(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 1])
     out = model.generate(
@@ -120,7 +120,7 @@ def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
     seed=st.integers(0, 10_000),
     num_beams=st.integers(1, 12),
 )
-def test_every_generated_item_exists_in_random_catalogues_with_shared_suffixes(sizes, share, seed, num_beams):
+def test_every_generated_item_exists_in_random_catalogs_with_shared_suffixes(sizes, share, seed, num_beams):
     total = int(torch.tensor(sizes).prod())
     num_items = max(1, round(share * total))
     model = build_model(codebook_sizes=sizes, num_items=num_items, seed=seed, embeddings=False)
@@ -175,7 +175,7 @@ def test_generation_keeps_no_state_between_calls_and_none_between_rows():
 def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
     model = build_model(codebook_sizes=(6, 3, 2), num_items=5)
     input_ids, _, _ = random_histories(model, [2])
-    codes = model.catalogue.item_codes.long()
+    codes = model.catalog.item_codes.long()
     begun = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
     found = model.generate(begun, num_beams=4, num_return_sequences=4)
     items = generated_items(model, found, input_ids.shape[1])
@@ -183,7 +183,7 @@ def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
     prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
     for num_beams in (1, 4):
-        with pytest.raises(ValueError, match="no item of the catalogue begins"):
+        with pytest.raises(ValueError, match="no item of the catalog begins"):
             model.generate(prefix, num_beams=num_beams)
     wrong_level = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[1]]])], dim=1)
     with pytest.raises(ValueError, match="no beginning of an item"):
@@ -197,9 +197,9 @@ def test_histories_that_no_item_can_follow_are_refused():
         model.generate(input_ids[:, :-1], attention_mask=mask[:, :-1], num_beams=3)  # ends in a whole item
     with pytest.raises(ValueError, match="after which no item begins"):
         model.recommend(torch.zeros(1, 4, dtype=torch.long))  # nothing but padding
-    with pytest.raises(ValueError, match="not in the catalogue"):
+    with pytest.raises(ValueError, match="not in the catalog"):
         unknown = input_ids.clone()
-        spelt = {tuple(code) for code in model.catalogue.item_codes.tolist()}
+        spelt = {tuple(code) for code in model.catalog.item_codes.tolist()}
         missing = next(
             c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in spelt
         )
@@ -210,7 +210,7 @@ def test_histories_that_no_item_can_follow_are_refused():
     cache = model(input_ids, mask, use_cache=True).cache
     with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, found one of 11"):
         model.recommend(input_ids[:, :6], mask[:, :6], cache=cache)
-    begun = model.layout.item_tokens(model.catalogue.item_codes[0].long())
+    begun = model.layout.item_tokens(model.catalog.item_codes[0].long())
     ragged = torch.stack([torch.cat([input_ids[0], begun[:1]]), torch.cat([input_ids[1, 1:], begun[:2]])])
     with pytest.raises(ValueError, match=r"unfinished items of \[1, 2\] codes"):
         model.generate(ragged, num_beams=3)
@@ -261,13 +261,13 @@ def test_lists_that_leave_nothing_or_name_nothing_are_refused():
         model.recommend(input_ids, mask, allowed_items=[[3], [4]], blocked_items=[[3], []])
     with pytest.raises(ValueError, match="Request 1 leaves no item to recommend: everything is blocked"):
         model.recommend(input_ids, mask, blocked_items=[[], range(30)])
-    with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
+    with pytest.raises(ValueError, match="outside a catalog of 30 items"):
         model.recommend(input_ids, mask, blocked_items=[[30], []])
     for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would take either for indices
         with pytest.raises(ValueError, match="item indices as integers"):
             model.recommend(input_ids, mask, allowed_items=[[3], wrong])
         with pytest.raises(ValueError, match="item indices as integers"):
-            model.catalogue.subset(wrong)
+            model.catalog.subset(wrong)
     with pytest.raises(ValueError, match="one list for each of 2 requests"):
         model.recommend(input_ids, mask, allowed_items=[[3]])
 
@@ -297,17 +297,17 @@ def test_atomic_ids_are_the_one_level_case(backbone, similarity):
 
 def test_the_processor_finds_its_node_from_the_tokens_alone():
     model = build_model()
-    processor = TrieLogitsProcessor(model.layout, model.catalogue.trie, model.config.pad_token_id)
+    processor = TrieLogitsProcessor(model.layout, model.catalog.trie, model.config.pad_token_id)
     input_ids, _, _ = random_histories(model, [3, 3])
-    item = model.layout.item_tokens(model.catalogue.item_codes[:1].long())[0]
+    item = model.layout.item_tokens(model.catalog.item_codes[:1].long())[0]
     ragged = torch.stack([input_ids[0], torch.cat([input_ids[1, 2:], item[:2]])])
     scores = processor(ragged, torch.randn(2, model.config.vocab_size))
     level_0 = scores[0, model.layout.level_slice(0)].exp().sum()
-    assert level_0 <= 1.0001 and scores[0].isfinite().sum() == model.catalogue.trie.levels[0].num_nodes
+    assert level_0 <= 1.0001 and scores[0].isfinite().sum() == model.catalog.trie.levels[0].num_nodes
     assert scores[1].isfinite().nonzero()[:, 0].tolist() == sorted(
         {
             model.config.code_offsets[2] + c[2]
-            for c in model.catalogue.item_codes.tolist()
+            for c in model.catalog.item_codes.tolist()
             if c[:2] == (item[:2] - torch.tensor(model.config.code_offsets[:2])).tolist()
         }
     )
@@ -343,7 +343,7 @@ def test_stock_beam_search_has_no_more_beams_than_items_either(stock):
     input_ids, mask, _ = random_histories(model, [4, 2])
     market = [1, 2, 3]
     arguments = {"attention_mask": mask, "num_beams": 7, "num_return_sequences": 7}
-    arguments |= {"catalogue": model.catalogue.subset(market), **stock}
+    arguments |= {"catalog": model.catalog.subset(market), **stock}
     for seed in range(3):
         torch.manual_seed(seed)
         found = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
@@ -383,35 +383,35 @@ def test_backbones_that_place_tokens_by_their_row_or_attend_otherwise_are_refuse
         UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
-def test_a_catalogue_that_was_set_in_inference_mode_is_searched_too():
-    model, other = build_model(), build_model(seed=1).catalogue
+def test_a_catalog_that_was_set_in_inference_mode_is_searched_too():
+    model, other = build_model(), build_model(seed=1).catalog
     input_ids = random_histories(model, [2])[0]  # of which <bos> is in both
-    model.set_catalogue(other.item_codes, other.item_embeddings)
+    model.set_catalog(other.item_codes, other.content_embeddings)
     expected = model.generate(input_ids[:, :1], num_beams=9)
     model = build_model()
     with torch.inference_mode():
-        model.set_catalogue(other.item_codes.clone(), other.item_embeddings.clone())
+        model.set_catalog(other.item_codes.clone(), other.content_embeddings.clone())
     assert torch.equal(model.generate(input_ids[:, :1], num_beams=9), expected)
 
 
-def test_another_catalogue_is_swapped_in_at_call_time(backbone):
+def test_another_catalog_is_swapped_in_at_call_time(backbone):
     model = build_model(backbone)
     input_ids, mask, items = random_histories(model, [4, 2])
     scores = exact_scores(model, input_ids, mask)
     market = torch.tensor([1, 4, 9, 16, 25, items[0][0]]).unique()
     expected = scores[:, market].sort(dim=1, descending=True)
-    catalogue = model.catalogue.subset(market)
+    catalog = model.catalog.subset(market)
     arguments = {"num_beams": 10, "num_return_sequences": 10}
     everything = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
-    best = model.recommend(input_ids, mask, ranking_weight=0.0, catalogue=catalogue, **arguments)
+    best = model.recommend(input_ids, mask, ranking_weight=0.0, catalog=catalog, **arguments)
     assert torch.equal(best.item_indices[:, : len(market)], market[expected.indices])
     torch.testing.assert_close(best.scores[:, : len(market)], expected.values, atol=2e-5, rtol=1e-4)
     assert (best.item_indices[:, len(market) :] == -1).all()
-    sequences = model.generate(input_ids, attention_mask=mask, catalogue=catalogue, **arguments)
+    sequences = model.generate(input_ids, attention_mask=mask, catalog=catalog, **arguments)
     assert torch.equal(generated_items(model, sequences, input_ids.shape[1]).view(2, -1), market[expected.indices])
-    sampled = model.generate(input_ids, attention_mask=mask, catalogue=catalogue, do_sample=True, num_beams=1)
+    sampled = model.generate(input_ids, attention_mask=mask, catalog=catalog, do_sample=True, num_beams=1)
     assert torch.isin(generated_items(model, sampled, input_ids.shape[1]), market).all()
-    fresh = model.recommend(input_ids, mask, exclude_history=True, catalogue=catalogue, **arguments)
+    fresh = model.recommend(input_ids, mask, exclude_history=True, catalog=catalog, **arguments)
     left = set(market.tolist()) - set(items[0])
     assert {item for item in fresh.item_indices[0].tolist() if item >= 0} == left and items[0][0] in market
     again = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
@@ -419,12 +419,12 @@ def test_another_catalogue_is_swapped_in_at_call_time(backbone):
     for name in ("blocked_items", "candidates"):
         with pytest.raises(ValueError, match=f"no {name} in `generate`"):
             model.generate(input_ids, attention_mask=mask, num_beams=3, **{name: market[None]})
-    catalogue.leaf_items = catalogue.leaf_items.to("meta")  # the model was moved
+    catalog.leaf_items = catalog.leaf_items.to("meta")  # the model was moved
     for call in (model.generate, model.recommend):
         with pytest.raises(ValueError, match="found one on meta"):
-            call(input_ids, attention_mask=mask, num_beams=3, catalogue=catalogue)
-    catalogue = model.catalogue.subset(market)
+            call(input_ids, attention_mask=mask, num_beams=3, catalog=catalog)
+    catalog = model.catalog.subset(market)
     with pytest.raises(ValueError, match="below 30"):
-        model.catalogue.subset([30])
+        model.catalog.subset([30])
     with pytest.raises(ValueError, match="Request 1 leaves no item"):
-        model.recommend(input_ids, mask, catalogue=catalogue, allowed_items=[[1, 2], [2, 3]])
+        model.recommend(input_ids, mask, catalog=catalog, allowed_items=[[1, 2], [2, 3]])

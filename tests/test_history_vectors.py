@@ -11,25 +11,25 @@ from modeling_unigrf import UniGRFForCausalLM
 
 
 def by_hand(model, ids):
-    """Embeddings of one history `[T]`, behaviour by behaviour."""
-    rows, codes = [], model.catalogue.item_codes.tolist()
+    """Embeddings of one history `[T]`, behavior by behavior."""
+    rows, codes = [], model.catalog.item_codes.tolist()
     for position, token in enumerate(ids.tolist()):
         row = model.get_input_embeddings()(torch.tensor(token))
         if token in model.config.behavior_token_ids:
             spelt = ids[position - model.config.num_levels : position] - torch.tensor(model.config.code_offsets)
             if spelt.tolist() in codes:
-                row = row + model.item_vectors(torch.tensor(codes.index(spelt.tolist())))
+                row = row + model.item_representations(torch.tensor(codes.index(spelt.tolist())))
         rows.append(row)
     return torch.stack(rows)
 
 
 def build(backbone="llama", **config):
-    return build_model(backbone, history_item_vectors=True, **config)
+    return build_model(backbone, history_item_representations=True, **config)
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_the_vector_of_each_item_is_added_to_the_behaviour_behind_it(backbone, embeddings):
-    model = build(backbone, read_item_embeddings=embeddings)
+def test_the_vector_of_each_item_is_added_to_the_behavior_behind_it(backbone, embeddings):
+    model = build(backbone, project_content_embeddings=embeddings)
     input_ids, mask, _ = random_histories(model, [4, 2])
     timed = {"timestamps": torch.arange(input_ids.shape[1]).expand(2, -1)} if backbone == "hstu" else {}
     found = model(input_ids, mask, **timed, output_hidden_states=True)
@@ -53,11 +53,11 @@ def test_search_and_ranking_on_any_part_of_a_cache_equal_exact_scoring(backbone,
     torch.testing.assert_close(whole.generation_scores, log_probs.gather(1, whole.item_indices), atol=5e-5, rtol=1e-4)
     ranks = torch.nn.functional.logsigmoid(model.rank(input_ids, mask, everything, **longer)[..., 0])
     torch.testing.assert_close(whole.ranking_scores, ranks.gather(1, whole.item_indices), atol=5e-5, rtol=1e-4)
-    vectors = model.history_item_vectors(input_ids)
-    # Ends in the middle of an item, before a behaviour whose codes are on the cache, at the end.
+    vectors = model.history_item_representations(input_ids)
+    # Ends in the middle of an item, before a behavior whose codes are on the cache, at the end.
     for cached in (7, input_ids.shape[1] - 1, input_ids.shape[1]):
         cache = DynamicCache()
-        part = {"cache": cache, "use_cache": True, "item_vectors": vectors[:, :cached]}
+        part = {"cache": cache, "use_cache": True, "item_representations": vectors[:, :cached]}
         with torch.no_grad():
             model.model(input_ids[:, :cached], mask[:, :cached], **part)
         again = model.recommend(input_ids, mask, cache=cache, **asked)
@@ -93,16 +93,16 @@ def test_histories_packed_in_one_row_keep_their_vectors_and_the_vectors_learn(ba
     assert model.item_encoder.proj.weight.grad.abs().sum() > 0 and model.item_encoder.table.weight.grad.abs().sum() > 0
 
 
-def test_an_item_that_the_catalogue_lacks_is_read_by_its_codes_alone():
+def test_an_item_that_the_catalog_lacks_is_read_by_its_codes_alone():
     model = build()
     input_ids, mask, items = random_histories(model, [3])
     kept = [item for item in range(30) if item != items[0][1]]
-    model.set_catalogue(model.catalogue.item_codes[kept], model.catalogue.item_embeddings[kept])
-    model.config.item_table_size = 29
-    vectors = model.history_item_vectors(input_ids)
+    model.set_catalog(model.catalog.item_codes[kept], model.catalog.content_embeddings[kept])
+    model.config.embedding_table_size = 29
+    vectors = model.history_item_representations(input_ids)
     known = vectors.abs().sum(dim=2)[0] > 0
-    assert known.nonzero()[:, 0].tolist() == [5, 15], "behaviours of the first and of the third item"
-    states = model.model(input_ids, mask, item_vectors=vectors).last_hidden_state
+    assert known.nonzero()[:, 0].tolist() == [5, 15], "behaviors of the first and of the third item"
+    states = model.model(input_ids, mask, item_representations=vectors).last_hidden_state
     expected = model.model(inputs_embeds=by_hand(model, input_ids[0])[None]).last_hidden_state
     torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-4)
 
@@ -110,10 +110,10 @@ def test_an_item_that_the_catalogue_lacks_is_read_by_its_codes_alone():
 def test_vectors_that_are_missing_are_asked_for():
     model = build()
     input_ids, mask, _ = random_histories(model, [3])
-    with pytest.raises(ValueError, match="pass item_vectors="):
+    with pytest.raises(ValueError, match="pass item_representations="):
         model.model(input_ids, mask)
     cache = DynamicCache()
     model(input_ids[:, :5], cache=cache, use_cache=True)  # <bos> and the codes of the first item
     with pytest.raises(ValueError, match="Begin with a <bos> or a whole item"):
         model(input_ids[:, 5:], cache=cache, use_cache=True)
-    assert build_model().history_item_vectors(input_ids) is None
+    assert build_model().history_item_representations(input_ids) is None

@@ -78,7 +78,7 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
     tokens, times = torch.randint(30, (3, 9)), torch.randint(10**6, (3, 9)).cumsum(1)
     times[1, :4] = -1
     later = torch.cat([times[:, 1:], times[:, -1:] + 500], dim=1)
-    whole = model(tokens, timestamps=times, next_timestamps=later).last_hidden_state
+    whole = model(tokens, timestamps=times, target_timestamps=later).last_hidden_state
     cache = DynamicCache()
     parts = [
         model(
@@ -86,14 +86,14 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
             cache=cache,
             use_cache=True,
             timestamps=times[:, part],
-            next_timestamps=later[:, part],
+            target_timestamps=later[:, part],
         ).last_hidden_state
         for part in (slice(0, 2), slice(2, 7), slice(7, 9))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(tokens).last_hidden_state, whole), "times matter"
     times[:, 7:] = -1  # of all that is read last, which is asked for at a known time
-    arguments = {"timestamps": times, "next_timestamps": later}
+    arguments = {"timestamps": times, "target_timestamps": later}
     whole, cache = model(tokens, **arguments).last_hidden_state, DynamicCache()
     for part in (slice(0, 7), slice(7, 9)):
         columns = {name: column[:, part] for name, column in arguments.items()}
@@ -185,33 +185,35 @@ def timed(model, lengths):
 
 def states_alone(model, ids, times, request, item):
     """Output of the backbone over one history and an item behind it, in one forward of its own."""
-    tokens = torch.cat([ids, model.layout.item_tokens(model.catalogue.item_codes[item].long())])
+    tokens = torch.cat([ids, model.layout.item_tokens(model.catalog.item_codes[item].long())])
     times = torch.cat([times, request.expand(model.config.num_levels + 1)])
-    return model.model(tokens[None], timestamps=times[None, :-1], next_timestamps=times[None, 1:]).last_hidden_state[0]
+    return model.model(tokens[None], timestamps=times[None, :-1], target_timestamps=times[None, 1:]).last_hidden_state[
+        0
+    ]
 
 
 @torch.no_grad()
 def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
     model = build_model("hstu")
     input_ids, mask, _, times, requests = timed(model, [4, 2])
-    given = {"timestamps": times, "request_timestamps": requests}
+    given = {"timestamps": times, "query_time": requests}
     best = model.recommend(input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=0.5, **given)
     candidates = torch.arange(30).expand(2, -1)
     ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **given)
     cache, later = DynamicCache(), torch.cat([times[:, 1:], requests[:, None]], dim=1)
-    model.model(input_ids, mask, cache=cache, use_cache=True, timestamps=times, next_timestamps=later)
+    model.model(input_ids, mask, cache=cache, use_cache=True, timestamps=times, target_timestamps=later)
     again = model.rank(input_ids, mask, candidates, cache=cache, **given)
     for row in range(2):
         real = mask[row].bool()
         length = int(real.sum())
         for item in range(30):
             states = states_alone(model, input_ids[row][real], times[row][real], requests[row], item)
-            tokens = model.catalogue.item_codes[item].long()
+            tokens = model.catalog.item_codes[item].long()
             log_prob = sum(
                 model.code_logits(states[length - 1 + level], model.layout.level_slice(level)).log_softmax(0)[code]
                 for level, code in enumerate(tokens)
             )
-            logits = model.ranking_head(states[-1], states[length - 1], model.item_vectors(torch.tensor(item)))
+            logits = model.ranking_head(states[-1], states[length - 1], model.item_representations(torch.tensor(item)))
             place = int((best.item_indices[row] == item).nonzero())
             torch.testing.assert_close(best.generation_scores[row, place], log_prob, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(ranked[row, item], logits, atol=2e-5, rtol=1e-4)
@@ -243,11 +245,11 @@ def test_packed_negatives_are_asked_for_when_the_true_item_came():
     for row, column in negatives.usable.nonzero().tolist():
         end = int(negatives.history_ends[row, column])
         part = mask[row].bool() & (torch.arange(input_ids.shape[1]) <= end)
-        request = {"timestamps": times[row][part][None], "request_timestamps": times[row, end + 1][None]}
+        request = {"timestamps": times[row][part][None], "query_time": times[row, end + 1][None]}
         found.append(
             model.rank(input_ids[row][part][None], candidates=negatives.items[row, column].view(1, 1), **request)
         )
-    prior = torch.tensor([model.config.log_odds_of_next, 0.0, 0.0])
+    prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
     torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
 
 
@@ -255,28 +257,28 @@ def test_the_pipeline_takes_times_of_items_and_of_the_request():
     model = build_model("hstu")
     names = [f"i{number}" for number in range(30)]
     tokenizer = SemanticIdTokenizer.from_codes(
-        names, model.catalogue.item_codes.numpy(), model.config.codebook_sizes, model.config.behaviors
+        names, model.catalog.item_codes.numpy(), model.config.codebook_sizes, model.config.behaviors
     )
     recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
     history = {"items": ["i3", "i4", "i5"], "behaviors": ["like", "dislike", "like"], "timestamps": [100, None, 9000]}
     reader = build_model("hstu", num_retrieved_items=2)
-    reader.set_catalogue(model.catalogue.item_codes, model.catalogue.item_embeddings)
+    reader.set_catalog(model.catalog.item_codes, model.catalog.content_embeddings)
     longer = RecommendationPipeline(model=reader, tokenizer=tokenizer)
     for times in (history["timestamps"], [100, 200, 9000]):
         prepared = longer.preprocess({**history, "timestamps": times})
         assert prepared["long_timestamps"].tolist() == [[0, *(0 if time is None else time + 1 for time in times)]]
         assert longer({**history, "timestamps": times}, num_beams=5, num_return_sequences=5)
-    found = recommender({**history, "request_timestamp": 500_000}, num_beams=12, exclude_history=False)
+    found = recommender({**history, "query_time": 500_000}, num_beams=12, exclude_history=False)
     encoded = tokenizer.encode_history(
         history["items"], history["behaviors"], timestamps=history["timestamps"], return_tensors="pt"
     )
     spelt = [value for time in (100, -1, 9000) for value in [time] * 5]
     assert encoded["timestamps"].tolist() == [[100, *spelt]]
-    best = model.recommend(**encoded, request_timestamps=torch.tensor([500_000]), num_beams=12)
+    best = model.recommend(**encoded, query_time=torch.tensor([500_000]), num_beams=12)
     assert [one["score"] for one in found] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
     at_once = model.recommend(**encoded, num_beams=12)
     assert not torch.allclose(at_once.scores, best.scores)
-    requests = [{**history, "request_timestamp": 500_000}, history, {**history, "timestamps": None}]
+    requests = [{**history, "query_time": 500_000}, history, {**history, "timestamps": None}]
     together = recommender(requests, batch_size=3, num_beams=12)
     for one, several in zip((recommender(request, num_beams=12) for request in requests), together, strict=True):
         assert [item["item_id"] for item in one] == [item["item_id"] for item in several]
@@ -299,6 +301,6 @@ def test_times_that_nothing_reads_or_that_fit_no_row_are_refused():
     with pytest.raises(ValueError, match="as input_ids"):
         model.recommend(input_ids, mask, timestamps=times[:, 1:])
     with pytest.raises(ValueError, match="found none"):
-        model.rank(input_ids, mask, torch.tensor([[1], [2]]), request_timestamps=requests)
+        model.rank(input_ids, mask, torch.tensor([[1], [2]]), query_time=requests)
     with pytest.raises(ValueError, match="one a row"):
-        model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, request_timestamps=requests[:1])
+        model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, query_time=requests[:1])

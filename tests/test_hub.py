@@ -63,11 +63,13 @@ def recommender():
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
     }
-    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=text_config, item_embedding_dim=6))
+    model = UniGRFForCausalLM(
+        UniGRFConfig(**tokenizer.config_fields(), text_config=text_config, content_embedding_dim=6)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))  # far from uniform: no near ties
-    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()), torch.from_numpy(embeddings))
+    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()), torch.from_numpy(embeddings))
     return RecommendationPipeline(model=model.eval(), tokenizer=tokenizer)
 
 
@@ -191,7 +193,7 @@ def test_the_folder_alone_gives_the_same_everywhere_and_comes_back_the_same(reco
     assert done.returncode == 0, done.stderr
     # The card's two snippets have run, with the repository's name, and agree on the first film.
     *printed, last = done.stdout.splitlines()
-    assert printed[0].rpartition(" ")[0] in {f"{i} {t}" for i, t in zip(*catalogue(recommender), strict=True)}
+    assert printed[0].rpartition(" ")[0] in {f"{i} {t}" for i, t in zip(*catalog(recommender), strict=True)}
     assert len(printed) == 12 and printed[10].startswith(f"['{printed[0].partition(' Title')[0]}'")
 
     inputs = recommender.tokenizer.encode_history(*HISTORY.values(), return_tensors="pt")
@@ -221,14 +223,14 @@ def test_the_folder_alone_gives_the_same_everywhere_and_comes_back_the_same(reco
         assert {path.name for path in folder.glob("*.py")} == code
 
 
-def catalogue(recommender):
+def catalog(recommender):
     return recommender.tokenizer.item_ids, recommender.tokenizer.titles
 
 
 def test_a_history_is_a_dict_or_a_plain_list_and_gives_the_users_own_ids_and_titles(recommender):
     found = recommender(HISTORY)
     assert len(found) == 10 and found == recommender(dict(HISTORY)) == recommender([HISTORY])[0]
-    titles = dict(zip(*catalogue(recommender), strict=True))
+    titles = dict(zip(*catalog(recommender), strict=True))
     for row in found:
         assert titles[row["item_id"]] == row["title"]
         assert row["score"] == pytest.approx(row["generation_score"] + row["ranking_score"], abs=1e-5)
@@ -236,12 +238,12 @@ def test_a_history_is_a_dict_or_a_plain_list_and_gives_the_users_own_ids_and_tit
     assert {row["item_id"] for row in found}.isdisjoint(HISTORY["items"])
 
 
-def test_with_one_behaviour_a_history_is_a_plain_list_of_ids_and_titles_are_none(recommender):
+def test_with_one_behavior_a_history_is_a_plain_list_of_ids_and_titles_are_none(recommender):
     codes = recommender.tokenizer.item_codes
     tokenizer = SemanticIdTokenizer.from_codes(range(60), codes, recommender.tokenizer.codebook_sizes, ["view"])
     text_config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=text_config)).eval()
-    model.set_catalogue(torch.from_numpy(codes.copy()))
+    model.set_catalog(torch.from_numpy(codes.copy()))
     plain = RecommendationPipeline(model=model, tokenizer=tokenizer)
     found = plain([7, 3])
     assert found == plain(("7", "3")) == plain({"items": [7, 3]}) == plain([[7, 3], [5]])[0]
@@ -285,13 +287,13 @@ def test_arrays_are_histories_and_lists_as_python_lists_are(recommender):
 def test_a_checkpoint_serves_by_its_own_defaults(recommender):
     """As recipes.evaluate writes them: what is served is what was measured."""
     config, everything = recommender.model.config, {"num_beams": 60, "num_return_sequences": 60}
-    before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "num_ranked_beams")}
+    before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "rerank_top_k")}
     try:
         config.exclude_history, config.ranking_target = False, "like"
         assert recommender(HISTORY, **everything) == recommender(
             HISTORY, exclude_history=False, ranking_target="like", **everything
         )
-        config.num_ranked_beams = 4
+        config.rerank_top_k = 4
         assert len(recommender(HISTORY)) == 4, "as many as there are, where ten were not asked for"
     finally:
         for name, value in before.items():
@@ -316,17 +318,17 @@ def test_parameters_do_what_recommend_does_with_them(recommender):
     )
 
 
-def test_a_part_of_the_catalogue_is_swapped_in_for_one_call(recommender):
+def test_a_part_of_the_catalog_is_swapped_in_for_one_call(recommender):
     films = ["film 7", "film 8", "film 9"]
-    part = recommender.model.catalogue.subset(recommender.tokenizer.item_indices(films))
-    assert sorted(row["item_id"] for row in recommender(HISTORY, catalogue=part)) == films
+    part = recommender.model.catalog.subset(recommender.tokenizer.item_indices(films))
+    assert sorted(row["item_id"] for row in recommender(HISTORY, catalog=part)) == films
     assert len(recommender(HISTORY)) == 10
 
 
 def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender, monkeypatch):
     assert (
         recommender.model.config.max_history_items == 15
-    )  # 1 + 15 * 4 codes and behaviours + 3 codes of the next item = 64
+    )  # 1 + 15 * 4 codes and behaviors + 3 codes of the next item = 64
     long = {"items": HISTORY["items"] * 10, "behaviors": HISTORY["behaviors"] * 10}
     assert recommender(long) == recommender(long, max_items=15)
     monkeypatch.setattr(recommender.model.config, "max_items", 4)
@@ -343,7 +345,7 @@ def test_sub_histories_are_searched_for_in_all_of_a_history(recommender):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
-    model.catalogue.load_state_dict(recommender.model.catalogue.state_dict())
+    model.catalog.load_state_dict(recommender.model.catalog.state_dict())
     pipe, tokenizer = (
         RecommendationPipeline(model=model.eval(), tokenizer=recommender.tokenizer),
         recommender.tokenizer,
@@ -394,7 +396,7 @@ def test_unknown_items_are_an_error_or_skipped_everywhere_alike(recommender):
         ([], {}, "found an empty list"),
         ([[]], {}, "at least one item"),
         ({"items": ["film 98"], "behaviors": ["like"]}, {"unknown": "skip"}, "all of its item ids are unknown"),
-        ({"items": ["film 5"]}, {}, "behaviours? .*found None"),
+        ({"items": ["film 5"]}, {}, "behaviors? .*found None"),
         ({"items": ["film 5"], "behaviors": ["bought"]}, {}, "bought"),
         ({**SHORT, "blocked": ["film 1"]}, {}, "keys among .*'blocked'"),
         ({"behaviors": ["like"]}, {}, "with `items`"),
@@ -524,7 +526,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(run, hub
     )
     refused("metrics of this checkpoint", metrics=metrics_with(selection={"num_beams": 50, "ranking_weight": 1.0}))
     refused(
-        "found {'item_weight': 0.0} in", metrics=metrics_with(selection=METRICS["selection"] | {"item_weight": 2.0})
+        "found {'dense_weight': 0.0} in", metrics=metrics_with(selection=METRICS["selection"] | {"dense_weight": 2.0})
     )
     refused("those of other weights", metrics=metrics_with(weights="0" * 64))
     refused("Repo id", repo_id="a folder/name/of three")

@@ -1,4 +1,4 @@
-"""The losses of a batch with labels against their definitions: what is learnt from, and what is refused."""
+"""The losses of a batch with labels against their definitions: what is learned from, and what is refused."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,9 @@ from modeling_unigrf import supervision_unigrf, training_unigrf
 from recipes.callbacks import AdaptiveWeighter
 
 
-def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
+def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviors(backbone):
     """Against a loop over positions, with padding on either side."""
-    model = build_model(backbone, item_loss_weight=0.7)
+    model = build_model(backbone, dense_loss_weight=0.7)
     input_ids, mask, items = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
@@ -30,16 +30,18 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
                 code_losses.append(-scores[target - model.config.code_offsets[level]])
             else:
                 item = torch.tensor(items[row][position // 5])
-                scores = model.ranking_head(hidden[position], hidden[position - 4], model.item_vectors(item))
+                scores = model.ranking_head(hidden[position], hidden[position - 4], model.item_representations(item))
                 for name, score in zip(model.config.ranking_targets, scores, strict=True):
                     label = {"next": True, "like": target == like, "dislike": target != like}[name]
                     rank_losses.append(-torch.nn.functional.logsigmoid(score if label else -score))
-                vectors = model.item_vectors(torch.arange(30))
-                item_losses.append(-model.ranking_head.item_scores(hidden[position - 4], vectors).log_softmax(0)[item])
+                vectors = model.item_representations(torch.arange(30))
+                item_losses.append(
+                    -model.ranking_head.dense_scores(hidden[position - 4], vectors).log_softmax(0)[item]
+                )
     torch.testing.assert_close(out.generation_loss, torch.stack(code_losses).mean(), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.ranking_loss, torch.stack(rank_losses).mean(), atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(out.item_loss, torch.stack(item_losses).mean(), atol=2e-5, rtol=1e-4)
-    expected = out.generation_loss + out.ranking_loss + 0.7 * out.item_loss
+    torch.testing.assert_close(out.dense_loss, torch.stack(item_losses).mean(), atol=2e-5, rtol=1e-4)
+    expected = out.generation_loss + out.ranking_loss + 0.7 * out.dense_loss
     torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
     right = torch.stack([torch.cat([ids[m.bool()], ids[~m.bool()]]) for ids, m in zip(input_ids, mask, strict=True)])
     with torch.no_grad():
@@ -51,7 +53,7 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviours(backbone):
     ("place", "reader", "fields"),
     [
         ("embedding_dropout", "llama", {"embedding_dropout": 0.5}),
-        ("embedding_dropout", "llama", {"embedding_dropout": 0.5, "history_item_vectors": True}),
+        ("embedding_dropout", "llama", {"embedding_dropout": 0.5, "history_item_representations": True}),
         ("ranking_head.dropout", "llama", {"ranking_dropout": 0.5}),
         ("ranking_head.dropout", "llama", {"ranking_dropout": 0.5, "embeddings": False}),
         ("model.language_model.dropout", "hstu", {}),
@@ -104,8 +106,8 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
         assert prefix[0] == model.config.bos_token_id and (len(prefix) - 1) % 5 == 0
         found.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
     # `rank` speaks of all items, training of 2.5 an item.
-    prior = torch.tensor([model.config.log_odds_of_next, 0.0, 0.0])
-    assert model.config.log_odds_of_next == pytest.approx(np.log(29 / 2.5))
+    prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
+    assert model.config.next_logit_bias == pytest.approx(np.log(29 / 2.5))
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
@@ -117,7 +119,7 @@ def test_random_negatives_are_as_many_and_where_the_log_odds_of_next_say():
     negatives = seen["negatives"]
     for row, own in enumerate(items):
         ends, counts = negatives.history_ends[row][negatives.usable[row]].unique(return_counts=True)
-        assert ends.tolist() == list(range(8 - 2 * len(own), 8, 2)), "<bos>, and all behaviours but the last"
+        assert ends.tolist() == list(range(8 - 2 * len(own), 8, 2)), "<bos>, and all behaviors but the last"
         # But for the draws that hit the item that came next.
         assert counts.sum() == pytest.approx(200 * 29 / 30 * len(own), rel=0.05)
         assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(own), rel=0.2)
@@ -169,12 +171,12 @@ def test_a_ranking_that_sees_no_item_that_did_not_come_next_is_warned_of(monkeyp
     assert "items that came next alone" in told[0]
 
 
-def test_training_on_items_outside_the_catalogue_is_refused():
+def test_training_on_items_outside_the_catalog_is_refused():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3])
-    codes = torch.roll(model.catalogue.item_codes, 1, dims=1) % torch.tensor([4, 3, 3, 2])
-    model.set_catalogue(torch.cat([codes[:0], model.catalogue.item_codes[:1]]), torch.zeros(1, 6))
-    with pytest.raises(ValueError, match="not in the model's catalogue"):
+    codes = torch.roll(model.catalog.item_codes, 1, dims=1) % torch.tensor([4, 3, 3, 2])
+    model.set_catalog(torch.cat([codes[:0], model.catalog.item_codes[:1]]), torch.zeros(1, 6))
+    with pytest.raises(ValueError, match="not in the model's catalog"):
         model(input_ids=input_ids, attention_mask=mask, labels=input_ids)
 
 
@@ -216,9 +218,9 @@ def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_retrieval_learns_the_items_with_its_behaviours_alone_and_ranking_all(backbone):
+def test_retrieval_learns_the_items_with_its_behaviors_alone_and_ranking_all(backbone):
     plain, chosen = (
-        build_model(backbone, item_loss_weight=0.7, retrieval_behaviors=only) for only in (None, ["like"])
+        build_model(backbone, dense_loss_weight=0.7, retrieval_behaviors=only) for only in (None, ["like"])
     )
     input_ids, mask, _ = random_histories(plain, [5, 3], seed=2)
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -231,10 +233,10 @@ def test_retrieval_learns_the_items_with_its_behaviours_alone_and_ranking_all(ba
         expected = plain(input_ids, mask, labels=labels)
     share = 1 - len(disliked) / 8
     torch.testing.assert_close(out.generation_loss, share * expected.generation_loss)
-    torch.testing.assert_close(out.item_loss, share * expected.item_loss)
+    torch.testing.assert_close(out.dense_loss, share * expected.dense_loss)
     torch.testing.assert_close(out.ranking_loss, whole.ranking_loss)
     assert (out.generation_loss - whole.generation_loss).abs() > 1e-3
-    labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no item's behaviour is known
+    labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no item's behavior is known
     for model in (plain, chosen):
         torch.testing.assert_close(model(input_ids, mask, labels=labels).generation_loss, whole.generation_loss)
 

@@ -77,7 +77,7 @@ def test_like_auc_refuses_labels_without_both_classes(like_auc, labels):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_item_knn_scores_equal_the_formula_written_out(window):
-    num_items, neighbours, shrink = 25, 4, 2.0
+    num_items, neighbors, shrink = 25, 4, 2.0
     train = random_histories(60, num_items, seed=2)
     histories = random_histories(9, num_items, seed=3)
     takers = [{user for user, row in enumerate(train) if item in row} for item in range(num_items)]
@@ -87,29 +87,29 @@ def test_item_knn_scores_equal_the_formula_written_out(window):
             if i != j:
                 norm = np.sqrt(len(takers[i]) * len(takers[j])) + shrink
                 similarity[i, j] = len(takers[i] & takers[j]) / norm
-        similarity[i, np.argsort(-similarity[i], kind="stable")[neighbours:]] = 0
+        similarity[i, np.argsort(-similarity[i], kind="stable")[neighbors:]] = 0
     expected = np.zeros((len(histories), num_items))
     for row, history in enumerate(histories):
         for distance, item in enumerate(reversed(history)):
             weight = 1.0 if window is None else max(0.0, 1 - distance / window)
             expected[row] += weight * similarity[:, item]
-    knn = ItemKNN(num_items, neighbours=neighbours, shrink=shrink, window=window).fit(train)
+    knn = ItemKNN(num_items, neighbors=neighbors, shrink=shrink, window=window).fit(train)
     # Equal similarities at the cut may be kept either way: compare the candidates without such a tie.
-    full = ItemKNN(num_items, neighbours=num_items, shrink=shrink).fit(train).similarity.toarray()
+    full = ItemKNN(num_items, neighbors=num_items, shrink=shrink).fit(train).similarity.toarray()
     ordered = -np.sort(-full, axis=1)
-    clear = ordered[:, neighbours - 1] > ordered[:, neighbours] + 1e-6
+    clear = ordered[:, neighbors - 1] > ordered[:, neighbors] + 1e-6
     assert clear.sum() > 5
     np.testing.assert_allclose(knn.scores(histories)[:, clear], expected[:, clear], atol=1e-5)
 
 
-def test_top_items_leaves_the_history_out_and_pads_when_the_catalogue_ends():
+def test_top_items_leaves_the_history_out_and_pads_when_the_catalog_ends():
     ranker = Popularity(5).fit([[0, 1, 2], [2, 1], [2, 3]])
     assert ranker.top_items([[2], [0, 1, 2]], k=4).tolist() == [[1, 0, 3, 4], [3, 4, -1, -1]]
     assert ranker.top_items([[2]], k=2, exclude_history=False).tolist() == [[2, 1]]
 
 
 def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
-    monkeypatch.setattr(baselines, "GRID", {"neighbours": (2, 8), "shrink": (0.0, 5.0), "window": (2, None)})
+    monkeypatch.setattr(baselines, "GRID", {"neighbors": (2, 8), "shrink": (0.0, 5.0), "window": (2, None)})
     num_items = 30
     histories = [row for row in random_histories(80, num_items, seed=4) if len(set(row)) > 3]
 

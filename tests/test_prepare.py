@@ -124,14 +124,14 @@ def test_positions_order_interactions_whose_times_are_not_all_known(arguments, e
         prepare(arguments(changed(table, 2, "position", "last"), embeddings=embeddings))
 
 
-def test_the_folder_holds_the_whole_catalogue_in_one_order_and_says_what_was_dropped(arguments, embeddings, capsys):
+def test_the_folder_holds_the_whole_catalog_in_one_order_and_says_what_was_dropped(arguments, embeddings, capsys):
     folder = prepare(arguments(embeddings=embeddings))
     tokenizer = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
     assert list(tokenizer.item_ids) == ITEM_IDS
     assert list(tokenizer.behaviors) == ["like", "skip"]
     np.testing.assert_array_equal(load_file(folder / "item_embeddings.safetensors")["embeddings"], embeddings)
     record = json.loads((folder / "prepare.json").read_text())
-    expected = {"users": 2, "interactions": 7, "dropped_users": 1, "catalogue": 12, "interactions_of_tied_time": 2}
+    expected = {"users": 2, "interactions": 7, "dropped_users": 1, "catalog": 12, "interactions_of_tied_time": 2}
     assert expected.items() <= record["counts"].items()
     assert "dropped 1 users with fewer than 3 interactions" in capsys.readouterr().out
 

@@ -20,11 +20,11 @@ def rank_alone(model, input_ids, mask, candidates):
     for row in range(len(input_ids)):
         history = input_ids[row][mask[row].bool()]
         for column, item in enumerate(candidates[row]):
-            tokens = model.layout.item_tokens(model.catalogue.item_codes[item].long())
+            tokens = model.layout.item_tokens(model.catalog.item_codes[item].long())
             with torch.no_grad():
                 states = model.model(torch.cat([history, tokens])[None]).last_hidden_state
                 end = states[0, len(history) - 1]
-                scores[row, column] = model.ranking_head(states[0, -1], end, model.item_vectors(item))
+                scores[row, column] = model.ranking_head(states[0, -1], end, model.item_representations(item))
     return scores
 
 
@@ -119,20 +119,20 @@ def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
 
 
 def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
-    together, apart = (build_model(rank_by_item_score=part, item_loss_weight=1.0) for part in (True, False))
+    together, apart = (build_model(rank_by_dense_score=part, dense_loss_weight=1.0) for part in (True, False))
     input_ids, mask, _ = random_histories(together, [4, 2])
     everything = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "ranking_target": "next"}
     items = torch.arange(30).expand(2, -1)
     difference = together.rank(input_ids, mask, items) - apart.rank(input_ids, mask, items)
     best = apart.recommend(input_ids, mask, **everything)
-    expected = torch.zeros(2, 30).scatter(1, best.item_indices, best.item_scores)
+    expected = torch.zeros(2, 30).scatter(1, best.item_indices, best.dense_scores)
     torch.testing.assert_close(difference[..., 0], expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(difference[..., 1:], torch.zeros(2, 30, 2), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_item_level_score_is_trained_by_the_ranking_unless_that_is_detached(detach):
-    fields = {"detach_item_score": detach, "item_loss_weight": 1.0, "negatives_per_item": 1.0}
+    fields = {"stop_gradient_dense_score": detach, "dense_loss_weight": 1.0, "negatives_per_item": 1.0}
     gradients, losses = [], []
     for weight in (1.0, 2.0):
         model = build_model(ranking_loss_weight=weight, **fields).train()
@@ -158,7 +158,7 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="Expected integer candidates"):
         model.rank(input_ids, mask, torch.tensor([[True], [True]]))
     for outside in (30, -1):
-        with pytest.raises(ValueError, match="outside a catalogue of 30 items"):
+        with pytest.raises(ValueError, match="outside a catalog of 30 items"):
             model.rank(input_ids, mask, torch.tensor([[1], [outside]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
         model.rank(input_ids, mask, torch.tensor([[1], [3]]), cache=prefill(model, input_ids[:, :-5], mask[:, :-5]))
@@ -167,7 +167,7 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):
         model.recommend(input_ids, mask, num_beams=3, num_return_sequences=4)
     with pytest.raises(ValueError, match="num_beams >= 1"):
-        model.recommend(input_ids, mask, num_beams=0, union_items=5, num_return_sequences=4)
+        model.recommend(input_ids, mask, num_beams=0, num_dense_candidates=5, num_return_sequences=4)
     with pytest.raises(ValueError, match="neither of them 0"):
         model.recommend(input_ids[:0], mask[:0])
     assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3), (
@@ -179,13 +179,13 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
     model = build_model(codebook_sizes=(4, 3, 3, 3), num_items=20)
     input_ids, mask, _ = random_histories(model, [4, 2])
     old = exact_scores(model, input_ids, mask)
-    spelt = {tuple(code) for code in model.catalogue.item_codes.tolist()}
+    spelt = {tuple(code) for code in model.catalog.item_codes.tolist()}
     free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in spelt][:3]
     with pytest.raises(ValueError, match="same spelling"):
         model.add_items(torch.tensor([free[0], free[0]]), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="NaN"):
         model.add_items(torch.tensor(free), torch.full((3, 6), torch.nan))
-    assert model.catalogue.num_items == model.config.num_items == 20, "a refused addition changes nothing"
+    assert model.catalog.num_items == model.config.num_items == 20, "a refused addition changes nothing"
     model.add_items(np.array(free), np.random.default_rng(0).normal(size=(3, 6)).astype("float32"))
     assert model.config.num_items == 23
     torch.testing.assert_close(exact_scores(model, input_ids, mask)[:, :20], old)
@@ -197,14 +197,14 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
 def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    code, level = model.catalogue.item_codes[0].tolist(), model.layout.level_slice(2)
+    code, level = model.catalog.item_codes[0].tolist(), model.layout.level_slice(2)
 
-    def learnt_rows():
+    def learned_rows():
         return model.get_input_embeddings().weight, model.lm_head.weight, model.item_encoder.table.weight
 
-    means = [rows[part].mean(dim=0) for rows, part in zip(learnt_rows(), (level, level, slice(None)), strict=True)]
+    means = [rows[part].mean(dim=0) for rows, part in zip(learned_rows(), (level, level, slice(None)), strict=True)]
     model.add_items(torch.tensor([[*code[:2], 3], [*code[:2], 2]]), torch.randn(2, 6))
-    for rows, mean in zip(learnt_rows(), means, strict=True):
+    for rows, mean in zip(learned_rows(), means, strict=True):
         torch.testing.assert_close(rows[-2:], mean.expand(2, -1))
     assert model.config.codebook_sizes == [4, 3, 4]
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
@@ -217,23 +217,23 @@ def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
 
 def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
     model = build_model()
-    codes = model.catalogue.item_codes.clone()
+    codes = model.catalog.item_codes.clone()
     before = codes.clone()
     codes[3] = codes[7]
     with pytest.raises(ValueError, match="Items 3 and 7 have the same spelling"):
-        model.set_catalogue(codes, torch.zeros(30, 6))
+        model.set_catalog(codes, torch.zeros(30, 6))
     with pytest.raises(ValueError, match="outside codebooks"):
-        model.set_catalogue(before + 3, torch.zeros(30, 6))
+        model.set_catalog(before + 3, torch.zeros(30, 6))
     with pytest.raises(ValueError, match="shape"):
-        model.set_catalogue(before[:, :3], torch.zeros(30, 6))
+        model.set_catalog(before[:, :3], torch.zeros(30, 6))
     with pytest.raises(ValueError, match="6-wide"):
-        model.set_catalogue(before)
-    assert torch.equal(model.catalogue.item_codes, before)
+        model.set_catalog(before)
+    assert torch.equal(model.catalog.item_codes, before)
 
 
-def test_a_catalogue_that_is_changed_in_place_is_read_anew():
+def test_a_catalog_that_is_changed_in_place_is_read_anew():
     model = build_model()
-    before, items = model.catalogue.item_codes.clone(), torch.arange(30)
-    assert torch.equal(model.catalogue.trie.lookup(before), items)
-    model.load_state_dict({**model.state_dict(), "catalogue.item_codes": before.flip(0)})
-    assert torch.equal(model.catalogue.trie.lookup(before), items.flip(0))
+    before, items = model.catalog.item_codes.clone(), torch.arange(30)
+    assert torch.equal(model.catalog.trie.lookup(before), items)
+    model.load_state_dict({**model.state_dict(), "catalog.item_codes": before.flip(0)})
+    assert torch.equal(model.catalog.trie.lookup(before), items.flip(0))

@@ -80,8 +80,8 @@ def test_the_readme_snippets_run(tmp_path, monkeypatch):
     ids = [str(number) for number in range(200)]  # stands in for MovieLens, of which nothing is in the repository
     codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
     tokenizer = SemanticIdTokenizer.from_codes(ids, codes, (6, 6, 6), ["dislike", "like"], titles=ids)
-    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY, item_table_size=200))
-    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
+    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY, embedding_table_size=200))
+    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()))
     RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
     names: dict = {}  # the last one goes on where the second one ends
     for snippet in snippets:

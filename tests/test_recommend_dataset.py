@@ -24,7 +24,7 @@ from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
 ASKED = {"num_beams": 8, "num_return_sequences": 5}
-COLUMNS = ["user_id", "item_ids", "scores", "generation_scores", "ranking_scores", "item_scores"]
+COLUMNS = ["user_id", "item_ids", "scores", "generation_scores", "ranking_scores", "dense_scores"]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def model():
 def tokenizer(model):
     ids = [f"sku-{item}" for item in range(model.config.num_items)]
     return SemanticIdTokenizer.from_codes(
-        ids, model.catalogue.item_codes, model.config.codebook_sizes, model.config.behaviors
+        ids, model.catalog.item_codes, model.config.codebook_sizes, model.config.behaviors
     )
 
 
@@ -132,7 +132,7 @@ def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model
 
 def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_path):
     dataset = histories()
-    model.config.exclude_history, model.config.ranking_target, model.config.num_ranked_beams = False, "like", 4
+    model.config.exclude_history, model.config.ranking_target, model.config.rerank_top_k = False, "like", 4
     assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(num_beams=20))
     expected = recommend_dataset(
@@ -152,7 +152,7 @@ def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_p
 
 def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
     model, dataset = build_model(num_retrieved_items=3, exclude_history=True), histories()
-    model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
+    model.set_catalog(torch.tensor(tokenizer.item_codes), model.catalog.content_embeddings)
     found = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
     rows = [
         one_by_one(
@@ -173,20 +173,22 @@ def with_times(dataset: Dataset) -> Dataset:
     times = [(rng.integers(1, 10**6, size=len(items)).cumsum()).tolist() for items in dataset["items"]]
     times[2][3] = None
     requests = [None, *(one[-1] + 10**5 for one in times[1:])]
-    return dataset.add_column("timestamps", times).add_column("request_timestamp", requests)
+    return dataset.add_column("timestamps", times).add_column("query_time", requests)
 
 
 def timed_model(tokenizer, **config):
     model = build_model("hstu", exclude_history=True, **config)
-    model.set_catalogue(torch.tensor(tokenizer.item_codes), model.catalogue.item_embeddings)
+    model.set_catalog(torch.tensor(tokenizer.item_codes), model.catalog.content_embeddings)
     return model
 
 
-@pytest.mark.parametrize(("asked_for", "retrieved"), [(True, 0), (False, 0), (True, 2)])
-def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(tokenizer, tmp_path, asked_for, retrieved):
+@pytest.mark.parametrize(("query_time", "retrieved"), [(True, 0), (False, 0), (True, 2)])
+def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(
+    tokenizer, tmp_path, query_time, retrieved
+):
     model = timed_model(tokenizer, num_retrieved_items=retrieved)
     dataset = with_times(histories())
-    dataset = dataset if asked_for else dataset.remove_columns("request_timestamp")
+    dataset = dataset if query_time else dataset.remove_columns("query_time")
     strange = changed(dataset, {4: {"items": ["?", *dataset[4]["items"][1:]]}})
     settings = RecommendSettings(**ASKED, max_items=6, batch_size=4, unknown="skip")
     found = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
@@ -196,8 +198,8 @@ def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(toke
         everything = [[user[name][index] for index in known] for name in ("items", "behaviors", "timestamps")]
         items, behaviors, times = (column[-6:] for column in everything)
         inputs = tokenizer.encode_history(items, behaviors, timestamps=times, return_tensors="pt")
-        if asked_for:
-            inputs["request_timestamps"] = torch.tensor([user["request_timestamp"] or -1])
+        if query_time:
+            inputs["query_time"] = torch.tensor([user["query_time"] or -1])
         if retrieved:
             inputs["long_items"] = torch.tensor(tokenizer.item_indices(everything[0]))[None]
             inputs["long_behaviors"] = torch.tensor([[tokenizer.behaviors.index(name) for name in everything[1]]])
@@ -223,13 +225,13 @@ def test_times_that_fit_nothing_are_told_and_other_models_leave_them_alone(model
     refused(
         changed(dataset, {1: {"timestamps": [3, 4]}}), r"1 with another number of timestamps than of items.*\[993\]"
     )
-    dates = dataset.remove_columns("request_timestamp").add_column("request_timestamp", ["2026-01-01"] * len(dataset))
-    refused(dates, "found request_timestamp of type string")
+    dates = dataset.remove_columns("query_time").add_column("query_time", ["2026-01-01"] * len(dataset))
+    refused(dates, "found query_time of type string")
     assert not (tmp_path / "timed").exists()
 
 
 def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
-    codes, sizes, names = model.catalogue.item_codes, model.config.codebook_sizes, model.config.behaviors
+    codes, sizes, names = model.catalog.item_codes, model.config.codebook_sizes, model.config.behaviors
     tokenizer = SemanticIdTokenizer.from_codes(range(100, 130), codes, sizes, names)
     dataset = Dataset.from_dict(
         {"user_id": ["b", "a"], "items": [[104, 129], [100]], "behaviors": [["like"] * 2, ["like"]]}
@@ -239,12 +241,10 @@ def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
     assert_same(tmp_path, one_by_one(model, tokenizer, dataset))
 
 
-def test_one_behaviour_needs_no_column(tmp_path):
+def test_one_behavior_needs_no_column(tmp_path):
     model = build_model(behaviors=["bought"])
     ids = [str(item) for item in range(30)]
-    tokenizer = SemanticIdTokenizer.from_codes(
-        ids, model.catalogue.item_codes, model.config.codebook_sizes, ["bought"]
-    )
+    tokenizer = SemanticIdTokenizer.from_codes(ids, model.catalog.item_codes, model.config.codebook_sizes, ["bought"])
     dataset = Dataset.from_dict({"user_id": [1, 2], "items": [["1", "2"], ["3"]]})
     recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**ASKED))
     assert_same(tmp_path, one_by_one(model, tokenizer, dataset.add_column("behaviors", [["bought"] * 2, ["bought"]])))
@@ -337,7 +337,7 @@ def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path,
     with pytest.raises(ValueError) as error:
         recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**ASKED, shard_size=3))
     for told in (
-        "3 with items that the catalogue does not have (the first user_id: [993, 937, 930])",
+        "3 with items that the catalog does not have (the first user_id: [993, 937, 930])",
         "2 without an item (the first user_id: [986, 972])",
         "1 with another number of behaviors than of items (the first user_id: [958])",
         "2 with behaviors that are none of ('dislike', 'like') (the first user_id: [944, 937])",
@@ -346,7 +346,7 @@ def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path,
     with pytest.raises(ValueError) as error:
         recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**ASKED, unknown="skip"))
     assert "1 with another number" in str(error.value) and "2 with behaviors that" in str(error.value)
-    assert "catalogue" not in str(error.value) and "without an item" not in str(error.value)
+    assert "catalog" not in str(error.value) and "without an item" not in str(error.value)
     assert not calls and not (tmp_path / "out").exists()
 
 
@@ -385,8 +385,8 @@ def test_settings_out_of_range_are_refused(model, tokenizer, tmp_path, wrong, to
         recommend_dataset(model, tokenizer, histories(), tmp_path, RecommendSettings(**{**ASKED, **wrong}))
 
 
-def test_a_tokenizer_of_another_catalogue_is_refused(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="of one catalogue"):
+def test_a_tokenizer_of_another_catalog_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="of one catalog"):
         recommend_dataset(build_model(seed=1), tokenizer, histories(), tmp_path, RecommendSettings(**ASKED))
 
 

@@ -20,8 +20,14 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 ):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
-    arguments |= {"passes": 1, "second_stride": 4, "num_train_beams": 4, "exclude_history": True, "union_items": 5}
-    arguments |= {"num_ranked_beams": 3}
+    arguments |= {
+        "crops_per_epoch": 1,
+        "second_stride": 4,
+        "num_train_beams": 4,
+        "exclude_history": True,
+        "num_dense_candidates": 5,
+    }
+    arguments |= {"rerank_top_k": 3}
 
     def run(row: str, *beams: int, **changed) -> list[int]:
         asked = {"row": row, "num_beams": list(beams), **arguments, **changed}
@@ -31,7 +37,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     run("no-embedding-part", 3)
     run("k0", 3)
     run("paper-k0", 3)
-    run("default", 3, history_item_vectors=False)
+    run("default", 3, history_item_representations=False)
     before = run("default", 3, 6)
     assert sorted(folder.name for folder in tmp_path.glob("stage-one-*")) == [
         "stage-one-window7-le-0",
@@ -54,15 +60,15 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         assert gain == pytest.approx(cells["ranked"]["recall@10"] - cells["generation"]["recall@10"])
 
     config = UniGRFForCausalLM.from_pretrained(tmp_path / "paper-k0-0" / "checkpoint").config
-    assert config.ranking_targets == ["next"] and not config.rank_by_item_score and not config.num_retrieved_items
+    assert config.ranking_targets == ["next"] and not config.rank_by_dense_score and not config.num_retrieved_items
     assert config.ranking_loss_weight == 1 / config.num_levels
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-codes-alone-0" / "checkpoint")
-    assert not model.config.history_item_vectors
+    assert not model.config.history_item_representations
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
-    assert model.config.history_item_vectors
-    kept = {"ranking": model.config.ranking_weight, "item score": model.config.item_weight}
-    name = f"beams-{model.generation_config.num_beams}-union-{model.config.union_items}"
-    name += f"-ranked-{model.config.num_ranked_beams}.json" if model.config.num_ranked_beams else ".json"
+    assert model.config.history_item_representations
+    kept = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
+    name = f"beams-{model.generation_config.num_beams}-union-{model.config.num_dense_candidates}"
+    name += f"-ranked-{model.config.rerank_top_k}.json" if model.config.rerank_top_k else ".json"
     assert (max(choices)[0], name, kept) in choices, "the checkpoint's defaults are what validation chose"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
@@ -140,32 +146,32 @@ def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_p
         "window7": ({}, {}),  # another only where --window gives the default one
         **{f"k{count}": ({}, {"num_retrieved_items": count}) for count in (0, 1, 5, 20)},
         "candidate-excluded": ({}, {"exclude_candidate": True}),
-        "history-detached": ({}, {"detach_history": True}),
+        "history-detached": ({}, {"stop_gradient_history": True}),
         "long": ({}, long),
         "long-k0": ({}, {**long, "num_retrieved_items": 0}),
         "long-first-stage": ({"num_train_epochs": 4.0}, {}),
         "long-first-stage-k0": ({"num_train_epochs": 4.0}, {"num_retrieved_items": 0}),
         "not-injected": ({}, {"inject_target": False}),
         "not-injected-k0": ({}, {"inject_target": False, "num_retrieved_items": 0}),
-        "item-score-detached": ({}, {"detach_item_score": True}),
+        "item-score-detached": ({}, {"stop_gradient_dense_score": True}),
         "item-score-detached-not-injected-k0": (
             {},
-            {"detach_item_score": True, "inject_target": False, "num_retrieved_items": 0},
+            {"stop_gradient_dense_score": True, "inject_target": False, "num_retrieved_items": 0},
         ),
         "frozen": ({}, {"freeze_base_model": True}),
         "frozen-k0": ({}, {"freeze_base_model": True, "num_retrieved_items": 0}),
         "frozen-not-injected-k0": ({}, {"freeze_base_model": True, "num_retrieved_items": 0, "inject_target": False}),
-        "no-item-score": ({}, {"rank_by_item_score": False}),
-        "no-item-score-k0": ({}, {"rank_by_item_score": False, "num_retrieved_items": 0}),
-        "no-learned-part": ({"item_table_size": 0}, {"item_table_size": 0}),
-        "no-embedding-part": ({"read_item_embeddings": False}, {"read_item_embeddings": False}),
+        "no-item-score": ({}, {"rank_by_dense_score": False}),
+        "no-item-score-k0": ({}, {"rank_by_dense_score": False, "num_retrieved_items": 0}),
+        "no-learned-part": ({"embedding_table_size": 0}, {"embedding_table_size": 0}),
+        "no-embedding-part": ({"project_content_embeddings": False}, {"project_content_embeddings": False}),
     }
     for name, (items, rows) in windows.items():
         expected[name] = ({"max_items": items, "per_device_train_batch_size": rows}, {"max_items": items})
     paper = {"ranking_targets": ["next"]}
     share = 1 / SemanticIdTokenizer.from_pretrained(prepared / "tokenizer").num_levels
     for name, fewer in (("paper", {}), ("paper-k0", {"num_retrieved_items": 0})):
-        expected[name] = (paper, {**paper, "rank_by_item_score": False, "ranking_loss_weight": share, **fewer})
+        expected[name] = (paper, {**paper, "rank_by_dense_score": False, "ranking_loss_weight": share, **fewer})
     assert tuple(differ) == expected[row]
 
 
@@ -185,7 +191,7 @@ def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared,
     found = sasrec.run(arguments)
     assert found["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "the one that learns, on validation"
     assert len(found["tried"]) == 2 and len(found["tests"]) == 2
-    assert all(test["recall@5"] > 0.9 for test in found["tests"]), "the ring can be learnt; guessing reaches .2"
+    assert all(test["recall@5"] > 0.9 for test in found["tests"]), "the ring can be learned; guessing reaches .2"
     logs = {file: file.stat().st_mtime_ns for file in folder.glob("*/checkpoint/training_log.json")}
     assert len(logs) == 3, "the other seed is trained with the chosen setting alone"
     assert sasrec.run(arguments) == found
@@ -229,7 +235,7 @@ def test_weights_are_chosen_on_validation_and_told_of_test():
     users = {"target": [3, 4, 5, 6], "items": [[0], [1], [2], [7]]}
     splits = {name: Dataset.from_dict(users) for name in ("validation", "test")}
     found = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}
-    args = reproduce_recochain.ReproduceArguments(data_dir="", ranking_weights=[0.5, 1.0], item_weights=[0.0])
+    args = reproduce_recochain.ReproduceArguments(data_dir="", ranking_weights=[0.5, 1.0], dense_weights=[0.0])
     result = reproduce_recochain.measure(args, splits, found)
     assert result["weights"]["ranked"] == {"ranking": 0.5, "item score": 0.0}
     assert result["cells"]["ranked"]["ndcg@5"] < result["cells"]["ranked at weight 1"]["ndcg@5"] == 1.0

@@ -93,12 +93,12 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
         times = {}
         if with_times:
             times["timestamps"] = torch.tensor(tokenizer.encode_times(user["timestamps"]))[None]
-            times["request_timestamps"] = torch.tensor([user["target_timestamp"]])
+            times["query_time"] = torch.tensor([user["target_timestamp"]])
         asked = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
         best = model.recommend(torch.tensor(tokens)[None], **asked, **times)
         ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
         ranking = model.rank(torch.tensor(tokens)[None], candidates=torch.tensor([[user["target"]]]), **times)
-        scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviours that are likes
+        scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviors that are likes
         likes.append(tokenizer.behaviors[user["target_behavior"]] in liked)
     ranks = np.array(ranks)
     assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)

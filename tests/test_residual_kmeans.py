@@ -8,9 +8,9 @@ from tokenization import ResidualKMeans
 
 
 def clustered(num_points, dim=8, seed=0):
-    centres = 3 * np.random.default_rng(0).normal(size=(10, dim))
+    centers = 3 * np.random.default_rng(0).normal(size=(10, dim))
     rng = np.random.default_rng(seed)
-    return (centres[rng.integers(0, 10, num_points)] + rng.normal(size=(num_points, dim))).astype(np.float32)
+    return (centers[rng.integers(0, 10, num_points)] + rng.normal(size=(num_points, dim))).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_equal_embeddings_have_equal_codes_whatever_stands_beside_them():
         np.testing.assert_array_equal(quantizer.encode(distinct[row : row + 1])[0], together[row])
 
 
-def test_numbers_of_any_size_are_quantised_or_refused():
+def test_numbers_of_any_size_are_quantized_or_refused():
     points = clustered(60)
     with pytest.raises(ValueError, match="numbers whose squares are infinite"):
         ResidualKMeans((8, 8)).fit(1e19 * points)  # which ends the process within faiss
@@ -87,7 +87,7 @@ def test_numbers_of_any_size_are_quantised_or_refused():
     assert ResidualKMeans((1,), pca_dim=2).fit(points[:1]).encode(points[:1]).tolist() == [[0]]
 
 
-def test_a_normalising_quantizer_ignores_length_and_keeps_zero_rows():
+def test_a_normalizing_quantizer_ignores_length_and_keeps_zero_rows():
     points = clustered(300)
     quantizer = ResidualKMeans((8, 8), normalize=True).fit(points)
     np.testing.assert_array_equal(quantizer.encode(points), quantizer.encode(4 * points))
@@ -147,7 +147,7 @@ def test_a_truncated_or_missing_file_is_refused_by_name(quantizer, tmp_path):
         quantizer.save(tmp_path)
 
 
-def test_principal_components_are_part_of_the_quantiser(tmp_path):
+def test_principal_components_are_part_of_the_quantizer(tmp_path):
     rng = np.random.default_rng(3)
     embeddings = (rng.normal(size=(300, 8)) @ rng.normal(size=(8, 40)) + 5).astype(np.float32)
     quantizer = ResidualKMeans((32, 32, 32), pca_dim=np.int64(8)).fit(embeddings)

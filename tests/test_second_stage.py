@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
-from recipes.callbacks import KeptBeams
+from recipes.callbacks import CachedCandidates
 from recipes.train import Collator
 from tokenization import SemanticIdTokenizer
 
@@ -19,11 +19,11 @@ CANDIDATES = torch.tensor([[3, 29, -1, 7], [0, 1, 2, -1], [11, 12, 13, 14]])
 
 
 def expected_ranking_loss(model, input_ids, mask, candidates, longer):
-    """By `rank` on every row's history without its last item: binary cross-entropy for `next`, and for the behaviours."""
+    """By `rank` on every row's history without its last item: binary cross-entropy for `next`, and for the behaviors."""
     losses = {target: [] for target in model.config.ranking_targets}
     for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True)):
         ids, own = ids[seen.bool()], {name: value[row : row + 1] for name, value in longer.items()}
-        target = model.catalogue.trie.lookup(model.layout.history_codes(ids[None])[1][-1:])
+        target = model.catalog.trie.lookup(model.layout.history_codes(ids[None])[1][-1:])
         items = candidates[row][candidates[row] >= 0]
         logits = model.rank(ids[None, :-5], candidates=items[None], **own)[0]
         assert (items == target).sum() == 1
@@ -40,7 +40,7 @@ def expected_ranking_loss(model, input_ids, mask, candidates, longer):
 @pytest.mark.parametrize("retrieved", [0, 3])
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backbone, retrieved, detach):
-    model = build_model(backbone, num_retrieved_items=retrieved, num_train_beams=6, detach_history=detach)
+    model = build_model(backbone, num_retrieved_items=retrieved, num_train_beams=6, stop_gradient_history=detach)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
     longer = long_histories(model, [12, 2, 4]) if retrieved else {}
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -94,12 +94,12 @@ def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
     events = torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(3)).cumsum(dim=1)
     times = events.repeat_interleave(5, dim=1)[:, 4:]  # <bos> has one of its own
-    timed = {"timestamps": times[:, :-5], "request_timestamps": times[:, -1]}
+    timed = {"timestamps": times[:, :-5], "query_time": times[:, -1]}
     with torch.no_grad():
         found = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
     asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **timed, **longer).item_indices
-    targets = model.catalogue.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
     candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
@@ -113,7 +113,7 @@ def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     with_own = expected_ranking_loss(model, input_ids, mask, candidates, own_times)
     torch.testing.assert_close(own.ranking_loss, with_own, atol=3e-5, rtol=1e-4)
     assert not torch.allclose(with_own, expected)
-    timed["request_timestamps"] = times[:, -1] + 10**6
+    timed["query_time"] = times[:, -1] + 10**6
     assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
 
 
@@ -139,7 +139,7 @@ def test_a_target_that_the_search_missed_is_no_candidate_unless_it_is_injected()
     labels = input_ids.masked_fill(mask == 0, -100)
     asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked).item_indices
-    targets = model.catalogue.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
     given = torch.where(beams == targets[:, None], -1, beams)
     given[0, 0] = targets[0]
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monke
 @pytest.mark.parametrize(("embeddings", "table"), [(True, 0), (False, 30), (True, 7), (False, 7)])
 def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_path):
     model = build_model(
-        num_retrieved_items=3, num_train_beams=4, read_item_embeddings=embeddings, item_table_size=table
+        num_retrieved_items=3, num_train_beams=4, project_content_embeddings=embeddings, embedding_table_size=table
     )
     assert (model.item_encoder.proj is not None, model.item_encoder.table is not None) == (embeddings, table > 0)
     input_ids, mask, _ = random_histories(model, [4, 2])
@@ -182,7 +182,7 @@ def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_pat
     expected = model.rank(input_ids, mask, candidates, **longer)
     torch.testing.assert_close(loaded.rank(input_ids, mask, candidates, **longer), expected)
     if table == 7 and not embeddings:
-        vectors = model.item_vectors(torch.arange(30))
+        vectors = model.item_representations(torch.arange(30))
         assert torch.equal(vectors[8], vectors[1]) and torch.equal(
             vectors, model.item_encoder.table.weight[torch.arange(30) % 7]
         )
@@ -201,7 +201,7 @@ def test_the_target_takes_a_random_place_where_it_was_missed_and_no_other_change
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_gradient_of_stage_two_stops_at_the_history_if_it_is_detached(backbone, detach):
     model = build_model(
-        backbone, num_retrieved_items=3, num_train_beams=5, detach_history=detach, generation_loss_weight=0.0
+        backbone, num_retrieved_items=3, num_train_beams=5, stop_gradient_history=detach, generation_loss_weight=0.0
     )
     input_ids, _, _ = random_histories(model, [4])
     inputs_embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
@@ -297,8 +297,8 @@ def test_candidates_that_do_not_fit_are_refused():
     for items, message in (
         (torch.tensor([[1, 2]]), "integer {} of shape .* one row a history"),
         (torch.tensor([[1.0], [2.0]]), "integer {} of shape"),
-        (torch.tensor([[1], [30]]), "{} range .* outside a catalogue of 30"),
-        (torch.tensor([[1], [-2]]), "{} range .* outside a catalogue of 30"),
+        (torch.tensor([[1], [30]]), "{} range .* outside a catalog of 30"),
+        (torch.tensor([[1], [-2]]), "{} range .* outside a catalog of 30"),
     ):
         for name in ("candidates", "blocked_items"):
             with pytest.raises(ValueError, match=message.format(name)):
@@ -344,14 +344,14 @@ def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_for, tmp_pa
     rows = second_stage_rows(build_model(num_retrieved_items=3))
 
     def train(folder, resume=None, **arguments):
-        fields = {"embedding_dropout": 0.2, "ranking_dropout": 0.3, "item_loss_weight": 0.5}
+        fields = {"embedding_dropout": 0.2, "ranking_dropout": 0.3, "dense_loss_weight": 0.5}
         model = build_model(num_retrieved_items=3, num_train_beams=6, **fields)
         arguments |= {"max_steps": 14, "learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
         arguments |= {"save_steps": 10, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
         arguments |= {"remove_unused_columns": False}
         kept = None
         if kept_for:
-            kept = KeptBeams(model, rows, 6, **kept_for)
+            kept = CachedCandidates(model, rows, 6, **kept_for)
         trainer = Trainer(
             model,
             TrainingArguments(str(folder), **arguments),
@@ -373,7 +373,7 @@ def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_for, tmp_pa
 def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_they_were_old(tmp_path):
     model = build_model(num_train_beams=6)
     rows = second_stage_rows(model).select_columns(["row", "input_ids", "attention_mask", "labels"])
-    kept, seen = KeptBeams(model, rows, 6, every_steps=6), []
+    kept, seen = CachedCandidates(model, rows, 6, every_steps=6), []
     beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
 
     def look(model, args, kwargs):  # behind the hook that adds them
@@ -412,7 +412,7 @@ def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_the
         "some were kept, and some searched for again"
     )
     with pytest.raises(ValueError, match="every_steps of at least 1"):
-        KeptBeams(model, rows, 6, every_steps=0)
+        CachedCandidates(model, rows, 6, every_steps=0)
 
 
 def second_stage_rows(model, count=16) -> Dataset:
@@ -434,21 +434,21 @@ def test_kept_candidates_are_searched_for_at_the_time_of_the_true_item():
     ]
     found = {}
     for name, some in (("timed", rows.add_column("timestamps", times)), ("not", rows)):
-        kept = KeptBeams(model, some, num_beams=6, batch_size=5)
+        kept = CachedCandidates(model, some, num_beams=6, batch_size=5)
         kept.on_epoch_begin(TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
         found[name] = kept.items
     assert not torch.equal(found["timed"], found["not"])
     beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
     for row, time, items in zip(rows, times, found["timed"], strict=True):
-        history, before, asked_for = torch.tensor([row["input_ids"][:-5]]), torch.tensor([time[:-5]]), time[-5]
-        best = model.recommend(history, timestamps=before, request_timestamps=torch.tensor([asked_for]), **beams)
+        history, before, query_time = torch.tensor([row["input_ids"][:-5]]), torch.tensor([time[:-5]]), time[-5]
+        best = model.recommend(history, timestamps=before, query_time=torch.tensor([query_time]), **beams)
         assert torch.equal(items, best.item_indices[0])
 
 
 def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_asked_for():
     model = build_model(num_retrieved_items=3)
     rows = second_stage_rows(model)
-    kept = KeptBeams(model, rows, num_beams=40, every_epochs=2, batch_size=3)
+    kept = CachedCandidates(model, rows, num_beams=40, every_epochs=2, batch_size=3)
     args, state = TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0)
     model.train()
     kept.on_epoch_begin(args, state, None)
@@ -469,7 +469,7 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
         assert torch.equal(found[:30], best.item_indices[0])
     assert "candidates" not in kept.collator(Collator(PAD))([rows.remove_columns("row")[0]])
     own = [list(range(row % 7)) for row in range(len(rows))]
-    others = KeptBeams(model, rows.add_column("blocked_items", own), num_beams=30, batch_size=3)
+    others = CachedCandidates(model, rows.add_column("blocked_items", own), num_beams=30, batch_size=3)
     others.on_epoch_begin(args, state, None)
     for items, all_items, blocked in zip(others.items.tolist(), kept.items.tolist(), own, strict=True):
         allowed = [item for item in all_items if item not in (-1, *blocked)]
@@ -482,19 +482,19 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
     kept.on_epoch_begin(args, TrainerState(epoch=2.0), None)
     assert not torch.equal(kept.items, before)
     with pytest.raises(ValueError, match="a column `row`"):
-        KeptBeams(model, rows.remove_columns("row"), num_beams=4)
+        CachedCandidates(model, rows.remove_columns("row"), num_beams=4)
 
 
 def test_a_frozen_base_model_learns_to_rank_and_nothing_else(tmp_path):
-    model = build_model(num_retrieved_items=3, num_train_beams=6, item_loss_weight=1.0, embedding_dropout=0.1)
+    model = build_model(num_retrieved_items=3, num_train_beams=6, dense_loss_weight=1.0, embedding_dropout=0.1)
     input_ids, mask, _ = random_histories(model, [4, 2, 1])
-    asked = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "union_items": 5}
+    asked = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "num_dense_candidates": 5}
     asked |= long_histories(model, [7, 0, 2])
     before = model.recommend(input_ids, mask, **asked)
     model.freeze_base_model()
     losses = run_trainer(tmp_path, model, second_stage_rows(model), collator=Collator(PAD), max_steps=8)
     assert losses[-1] != losses[0]
     after = model.eval().recommend(input_ids, mask, **asked)
-    for name in ("item_indices", "generation_scores", "item_scores"):
+    for name in ("item_indices", "generation_scores", "dense_scores"):
         torch.testing.assert_close(after[name], before[name])
     assert not torch.isclose(after.ranking_scores, before.ranking_scores).any()

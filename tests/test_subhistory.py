@@ -22,7 +22,7 @@ def long_histories(model, lengths, seed=5):
     generator = torch.Generator().manual_seed(seed)
     items = torch.full((len(lengths), max(lengths)), -1)
     for row, length in enumerate(lengths):
-        items[row, :length] = torch.randint(model.catalogue.num_items // 2, (length,), generator=generator)
+        items[row, :length] = torch.randint(model.catalog.num_items // 2, (length,), generator=generator)
     behaviors = torch.randint(len(model.config.behaviors), items.shape, generator=generator)
     return {"long_items": items, "long_behaviors": behaviors}
 
@@ -47,24 +47,24 @@ def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors, l
         history = input_ids[row][mask[row].bool()]
         for column, item in enumerate(candidates[row]):
             places = retrieve_one(
-                model.catalogue.item_embeddings,
+                model.catalog.content_embeddings,
                 long_items[row].tolist(),
                 int(item),
                 config.num_retrieved_items,
                 config.exclude_candidate,
             )
             behavior_ids = torch.tensor(config.behavior_token_ids)[long_behaviors[row, places]]
-            vector = model.item_vectors(item)[None]
-            retrieved = model.item_vectors(long_items[row, places]) + embed(behavior_ids) + segments[1]
-            tokens = embed(torch.cat([history, model.layout.item_tokens(model.catalogue.item_codes[item].long())]))
+            vector = model.item_representations(item)[None]
+            retrieved = model.item_representations(long_items[row, places]) + embed(behavior_ids) + segments[1]
+            tokens = embed(torch.cat([history, model.layout.item_tokens(model.catalog.item_codes[item].long())]))
             whole = torch.cat([tokens, vector + segments[0], retrieved, vector + segments[2]])
             timed = {}
             if times is not None:
-                of_tokens, asked_for = times[0][row][mask[row].bool()], times[1][row : row + 1]
-                codes = asked_for.expand(model.layout.num_levels + 1)
-                own = torch.cat([of_tokens, codes, long_timestamps[row, places], asked_for])
-                later = torch.cat([of_tokens[1:], asked_for.expand(len(own) - len(of_tokens) + 1)])
-                timed = {"timestamps": own[None], "next_timestamps": later[None]}
+                of_tokens, query_time = times[0][row][mask[row].bool()], times[1][row : row + 1]
+                codes = query_time.expand(model.layout.num_levels + 1)
+                own = torch.cat([of_tokens, codes, long_timestamps[row, places], query_time])
+                later = torch.cat([of_tokens[1:], query_time.expand(len(own) - len(of_tokens) + 1)])
+                timed = {"timestamps": own[None], "target_timestamps": later[None]}
             states = model.model(inputs_embeds=whole[None], **timed).last_hidden_state[0]
             scores[row, column] = model.ranking_head(states[-1], states[len(history) - 1], vector[0])
     return scores
@@ -131,25 +131,25 @@ def test_what_is_chosen_does_not_depend_on_the_precision_of_the_training():
 def test_embeddings_of_int8_choose_and_rank_as_the_floats_that_they_stand_for(tmp_path):
     model = build_model(num_retrieved_items=3)
     whole = torch.randint(-127, 128, (30, 6), generator=torch.Generator().manual_seed(1)).to(torch.int8)
-    model.set_catalogue(model.catalogue.item_codes, whole / 127)
-    small = UniGRFForCausalLM(UniGRFConfig(**{**model.config.to_dict(), "int8_item_embeddings": True})).eval()
-    small.load_state_dict({**model.state_dict(), "catalogue.item_embeddings": whole})
+    model.set_catalog(model.catalog.item_codes, whole / 127)
+    small = UniGRFForCausalLM(UniGRFConfig(**{**model.config.to_dict(), "int8_content_embeddings": True})).eval()
+    small.load_state_dict({**model.state_dict(), "catalog.content_embeddings": whole})
     file = tmp_path / "embeddings.npy"
     np.save(file, whole.numpy())
-    small.set_catalogue(model.catalogue.item_codes, torch.from_numpy(np.load(file, mmap_mode="c")))
+    small.set_catalog(model.catalog.item_codes, torch.from_numpy(np.load(file, mmap_mode="c")))
     small.save_pretrained(tmp_path)
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
-    assert loaded.catalogue.item_embeddings.dtype == torch.int8
+    assert loaded.catalog.content_embeddings.dtype == torch.int8
     input_ids, mask, _ = random_histories(model, [4, 2, 0])
     longer, candidates = long_histories(model, [12, 2, 0]), torch.arange(15).view(3, 5)
     expected = model.rank(input_ids, mask, candidates, **longer)
     for one in (small, loaded):
         torch.testing.assert_close(one.rank(input_ids, mask, candidates, **longer), expected, atol=1e-5, rtol=1e-4)
     loaded.add_items(torch.tensor([[0, 0, 0, 2]]), whole[:1])
-    assert loaded.catalogue.item_embeddings.dtype == torch.int8 and loaded.catalogue.num_items == 31
+    assert loaded.catalog.content_embeddings.dtype == torch.int8 and loaded.catalog.num_items == 31
     for one, wrong in ((small, whole / 127), (model, whole)):
-        with pytest.raises(ValueError, match=r"int8_item_embeddings.*An int8 of 127 stands for 1\.0"):
-            one.set_catalogue(model.catalogue.item_codes, wrong)
+        with pytest.raises(ValueError, match=r"int8_content_embeddings.*An int8 of 127 stands for 1\.0"):
+            one.set_catalog(model.catalog.item_codes, wrong)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -184,13 +184,13 @@ def test_retrieved_items_have_their_own_times():
     before = torch.randint(1, 10**6, longer["long_items"].shape, generator=generator).sort(dim=1).values
     before[0, 3] = -1
     times = 10**6 + torch.randint(1, 10**5, input_ids.shape, generator=generator).sort(dim=1).values
-    asked_for = times[:, -1] + torch.tensor([5, 5000, 50_000])
+    query_time = times[:, -1] + torch.tensor([5, 5000, 50_000])
     candidates = torch.stack([torch.randperm(30, generator=generator)[:5] for _ in range(3)])
     with torch.no_grad():
         expected = rank_alone(
-            model, input_ids, mask, candidates, **longer, long_timestamps=before, times=(times, asked_for)
+            model, input_ids, mask, candidates, **longer, long_timestamps=before, times=(times, query_time)
         )
-    given = {"timestamps": times, "request_timestamps": asked_for, **longer}
+    given = {"timestamps": times, "query_time": query_time, **longer}
     for pack in (2, 32):
         found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, long_timestamps=before, **given)
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
@@ -219,7 +219,7 @@ def test_recommend_ranks_its_beams_as_rank_does(backbone):
     torch.testing.assert_close(best.scores, best.generation_scores + 0.7 * ranks, atol=3e-5, rtol=1e-4)
     plain = model.generate(input_ids, attention_mask=mask, num_beams=9, num_return_sequences=9)
     codes = [model.layout.history_codes(rows)[1] for rows in plain.view(2, 9, -1)[:, :, -4:]]
-    beams = [set(model.catalogue.trie.lookup(one).tolist()) for one in codes]
+    beams = [set(model.catalog.trie.lookup(one).tolist()) for one in codes]
     assert [set(row) for row in best.item_indices.tolist()] == beams, "the sub-history has no say in generation"
 
 
@@ -231,7 +231,7 @@ def test_padding_unknown_items_and_a_k_beyond_the_long_history_change_nothing():
     expected = model.rank(input_ids, mask, candidates, long_items=items, long_behaviors=behaviors)
     for spread in ([-1, -1, 2, 4, 2, 9], [2, -1, 4, 2, -1, 9, -1], [2, 4, 2, 9, *[-1] * 40]):
         with_gaps = torch.tensor([spread])
-        matching = torch.full_like(with_gaps, -1)  # where there is no item, the behaviour means nothing
+        matching = torch.full_like(with_gaps, -1)  # where there is no item, the behavior means nothing
         matching[with_gaps >= 0] = behaviors[0]
         found = model.rank(input_ids, mask, candidates, long_items=with_gaps, long_behaviors=matching)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
@@ -259,8 +259,8 @@ BAD_LONG_HISTORIES = [
     ([[1.0], [2.0]], [[0], [0]], "integer long_items of shape"),
     ([[True], [False]], [[0], [0]], "integer long_items of shape"),
     ([1, 2], [0, 0], "integer long_items of shape"),
-    ([[30], [2]], [[0], [0]], "outside a catalogue of 30 items"),
-    ([[-2], [2]], [[0], [0]], "outside a catalogue of 30 items"),
+    ([[30], [2]], [[0], [0]], "outside a catalog of 30 items"),
+    ([[-2], [2]], [[0], [0]], "outside a catalog of 30 items"),
     ([[1], [2]], None, "integer long_behaviors of shape"),
     ([[1], [2]], [[0, 1], [0, 1]], "integer long_behaviors of shape"),
     ([[1], [2]], [[0], [2]], "indices into .* found 2 in row 1"),
@@ -295,7 +295,7 @@ def test_a_model_without_sub_histories_is_the_old_one_and_says_so():
         model(input_ids, mask, labels=input_ids, long_behaviors=torch.tensor([[0], [1]]))
 
 
-def test_one_behaviour_needs_no_long_behaviors():
+def test_one_behavior_needs_no_long_behaviors():
     model = build_model(behaviors=["click"], num_retrieved_items=3)
     input_ids, mask, _ = random_histories(model, [3, 2])
     items = long_histories(model, [5, 2])["long_items"]
@@ -309,7 +309,7 @@ def test_embeddings_that_do_not_fit_are_refused():
     model = build_model(num_retrieved_items=5)
     for embeddings in (torch.zeros(30, 5), torch.full((30, 6), torch.nan)):
         with pytest.raises(ValueError, match=r"shape \(30, 6\)|NaN"):
-            model.set_catalogue(model.catalogue.item_codes, embeddings)
+            model.set_catalog(model.catalog.item_codes, embeddings)
 
 
 def test_a_history_leaves_room_for_the_candidate_and_its_block():
@@ -341,22 +341,22 @@ def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone
     ends = torch.stack(
         [model.model(ids[m.bool()][None]).last_hidden_state[0, -1] for ids, m in zip(input_ids, mask, strict=True)]
     )
-    item_scores = model.ranking_head.item_scores(ends[:, None], model.item_vectors(everything)).detach()
-    expected = (log_probs + 0.5 * ranks + 0.25 * item_scores).sort(dim=1, descending=True)
-    for num_beams, union_items in ((1, 30), (30, 0), (7, 40)):
+    dense_scores = model.ranking_head.dense_scores(ends[:, None], model.item_representations(everything)).detach()
+    expected = (log_probs + 0.5 * ranks + 0.25 * dense_scores).sort(dim=1, descending=True)
+    for num_beams, num_dense_candidates in ((1, 30), (30, 0), (7, 40)):
         best = model.recommend(
             input_ids,
             mask,
             num_beams=num_beams,
-            union_items=union_items,
+            num_dense_candidates=num_dense_candidates,
             num_return_sequences=30,
             ranking_weight=0.5,
-            item_weight=0.25,
+            dense_weight=0.25,
             **longer,
         )
         assert torch.equal(best.item_indices, expected.indices)
         torch.testing.assert_close(best.scores, expected.values, atol=5e-5, rtol=1e-4)
-        for found, exact in ((best.generation_scores, log_probs), (best.item_scores, item_scores)):
+        for found, exact in ((best.generation_scores, log_probs), (best.dense_scores, dense_scores)):
             torch.testing.assert_close(found, exact.gather(1, expected.indices), atol=5e-5, rtol=1e-4)
 
 
@@ -366,69 +366,69 @@ def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_
     model = build_model()
     input_ids, mask, items = random_histories(model, [4, 2])
     narrow = {"num_beams": 3, "exclude_history": True, "allowed_items": [list(range(20)), [7, 8, 9]]}
-    narrow["catalogue"] = model.catalogue.subset(list(range(2, 30)))
+    narrow["catalog"] = model.catalog.subset(list(range(2, 30)))
     beams = model.recommend(input_ids, mask, num_return_sequences=3, **narrow).item_indices
-    found = model.recommend(input_ids, mask, num_return_sequences=8, union_items=5, **narrow)
-    scores = model.recommend(input_ids, mask, num_return_sequences=30, union_items=30, **narrow).item_scores
+    found = model.recommend(input_ids, mask, num_return_sequences=8, num_dense_candidates=5, **narrow)
+    scores = model.recommend(input_ids, mask, num_return_sequences=30, num_dense_candidates=30, **narrow).dense_scores
     for row, allowed in enumerate((set(range(2, 20)), {7, 8, 9})):
         allowed -= set(items[row])
         listed = [item for item in found.item_indices[row].tolist() if item >= 0]
         assert len(set(listed)) == len(listed) and set(beams[row].tolist()) - {-1} <= set(listed) <= allowed
         best = scores[row].sort(descending=True).values[: min(5, len(allowed))]
-        assert torch.isin(best, found.item_scores[row]).all()
+        assert torch.isin(best, found.dense_scores[row]).all()
     assert (found.item_indices[1] == -1).sum() >= 5 and (found.scores[found.item_indices < 0] == -torch.inf).all()
-    model.config.union_items = 5
+    model.config.num_dense_candidates = 5
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path).recommend(input_ids, mask, num_return_sequences=8, **narrow)
     assert torch.equal(saved.item_indices, found.item_indices), "what the checkpoint says is the default"
-    none = model.recommend(input_ids, mask, num_return_sequences=3, union_items=0, **narrow)
+    none = model.recommend(input_ids, mask, num_return_sequences=3, num_dense_candidates=0, **narrow)
     assert torch.equal(none.item_indices, beams)
 
 
 @pytest.mark.parametrize("retrieved", [0, 3])
-@pytest.mark.parametrize("item_weight", [0.0, 0.7])
-def test_of_many_beams_the_best_without_their_ranking_are_ranked(retrieved, item_weight, tmp_path):
+@pytest.mark.parametrize("dense_weight", [0.0, 0.7])
+def test_of_many_beams_the_best_without_their_ranking_are_ranked(retrieved, dense_weight, tmp_path):
     model = build_model(num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    asked = {"num_beams": 20, "ranking_weight": 1.5, "item_weight": item_weight}
+    asked = {"num_beams": 20, "ranking_weight": 1.5, "dense_weight": dense_weight}
     asked |= long_histories(model, [12, 2]) if retrieved else {}
     asked["blocked_items"] = [[], list(range(4, 30))]  # the second request has fewer items than are ranked
     everything = model.recommend(input_ids, mask, num_return_sequences=20, **asked)
-    unranked = everything.generation_scores + item_weight * everything.item_scores.nan_to_num(neginf=0.0)
+    unranked = everything.generation_scores + dense_weight * everything.dense_scores.nan_to_num(neginf=0.0)
     expected = unranked >= unranked.topk(6, dim=1).values[:, -1:]
-    found = model.recommend(input_ids, mask, num_return_sequences=6, num_ranked_beams=6, **asked)
+    found = model.recommend(input_ids, mask, num_return_sequences=6, rerank_top_k=6, **asked)
     for row, kept in enumerate(expected):
         count = int((kept & (everything.item_indices[row] >= 0)).sum())
         assert count == (6, 4)[row]
-        for name in ("item_indices", "scores", "generation_scores", "ranking_scores", "item_scores"):
+        for name in ("item_indices", "scores", "generation_scores", "ranking_scores", "dense_scores"):
             torch.testing.assert_close(found[name][row, :count], everything[name][row][kept][:count])
         assert (found.item_indices[row, count:] == -1).all()
-    model.config.num_ranked_beams = 6
+    model.config.rerank_top_k = 6
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path)
     again = saved.recommend(input_ids, mask, num_return_sequences=6, **asked)
     assert torch.equal(again.item_indices, found.item_indices), "what the checkpoint says is the default"
-    again = saved.recommend(input_ids, mask, num_return_sequences=20, num_ranked_beams=0, **asked)
+    again = saved.recommend(input_ids, mask, num_return_sequences=20, rerank_top_k=0, **asked)
     assert torch.equal(again.item_indices, everything.item_indices)
-    united = model.recommend(input_ids, mask, num_return_sequences=36, union_items=30, **asked)
+    united = model.recommend(input_ids, mask, num_return_sequences=36, num_dense_candidates=30, **asked)
     listed = united.item_indices[0].tolist()
     assert sorted(item for item in listed if item >= 0) == list(range(30)), (
         "beams that were left out come back with the union"
     )
-    for arguments in ({"num_ranked_beams": 5}, {"num_ranked_beams": -1}):
-        with pytest.raises(ValueError, match="num_ranked_beams"):
+    for arguments in ({"rerank_top_k": 5}, {"rerank_top_k": -1}):
+        with pytest.raises(ValueError, match="rerank_top_k"):
             model.recommend(input_ids, mask, num_return_sequences=6, **arguments, **asked)
 
 
 def test_an_item_level_score_that_does_not_exist_is_refused():
     model = build_model(embeddings=False)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    assert model.recommend(input_ids, mask).item_scores is None
-    for arguments in ({"item_weight": 0.5}, {"union_items": 3}):
+    assert model.recommend(input_ids, mask).dense_scores is None
+    for arguments in ({"dense_weight": 0.5}, {"num_dense_candidates": 3}):
         with pytest.raises(ValueError, match="need an item-level score"):
             model.recommend(input_ids, mask, **arguments)
-    with pytest.raises(ValueError, match=r"\+ union_items"):
-        build_model().recommend(input_ids, mask, union_items=-1)
+    with pytest.raises(ValueError, match=r"\+ num_dense_candidates"):
+        build_model().recommend(input_ids, mask, num_dense_candidates=-1)
 
 
 ELSEWHERE = (

@@ -73,7 +73,7 @@ def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prep
     for item, embedding in zip(table["205"], table["205_c"], strict=True):
         first.setdefault(item, embedding)
     ids = np.load(f"{arguments.output_dir}/item_ids.npy", mmap_mode="r")
-    embeddings = np.load(f"{arguments.output_dir}/item_embeddings.npy", mmap_mode="r")
+    embeddings = np.load(f"{arguments.output_dir}/content_embeddings.npy", mmap_mode="r")
     assert ids.tolist() == sorted(first) and embeddings.dtype == np.int8
     assert np.array_equal(embeddings, np.stack([first[item] for item in ids]))
     renamed = pq.read_table(tables / f"{EMBEDDINGS}.parquet").rename_columns({"205_c": EMBEDDINGS})
@@ -82,14 +82,14 @@ def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prep
     with pytest.raises(ValueError, match="expected a column 205_c"):
         write_items(copy, tmp_path)
     write_items(copy, tmp_path, EMBEDDINGS)
-    assert np.array_equal(np.load(tmp_path / "item_embeddings.npy"), embeddings)
+    assert np.array_equal(np.load(tmp_path / "content_embeddings.npy"), embeddings)
 
 
 def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepared):
     out = Path(arguments.output_dir)
     codes, quantizer = np.load(out / "item_codes.npy"), ResidualKMeans.load(out)
     assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
-    embeddings = np.load(out / "item_embeddings.npy").astype("float32") / 127
+    embeddings = np.load(out / "content_embeddings.npy").astype("float32") / 127
     assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
 
 
@@ -97,7 +97,7 @@ def test_long_stages_show_how_far_they_are(arguments, prepared, tmp_path, capsys
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     fit(out, [8, 4, 8], points_per_code=16, num_iterations=5, seed=3)
     rows = np.sort(np.random.default_rng(3).choice(400, 128, replace=False, shuffle=False))
-    embeddings = np.load(out / "item_embeddings.npy")[rows].astype("float32") / 127
+    embeddings = np.load(out / "content_embeddings.npy")[rows].astype("float32") / 127
     whole = ResidualKMeans([8, 4, 8], num_iterations=5, max_points_per_centroid=16, seed=3).fit(embeddings)
     assert all(map(np.array_equal, whole.codebooks, ResidualKMeans.load(out).codebooks))
     users = check_rows(arguments.tables, out, "train")["users"]
@@ -284,7 +284,7 @@ def run_training(arguments, output_dir, *more):
         f"--tables={arguments.tables}",
         f"--data_dir={arguments.output_dir}",
         f"--output_dir={output_dir}",
-        "--item_table_size=64",
+        "--embedding_table_size=64",
         "--max_steps=40",
         "--learning_rate=5e-3",
         "--logging_steps=5",
@@ -372,7 +372,7 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
 
     def evaluated(*given, evaluate=taobao_train.evaluate):
         written = re.findall(
-            r"/item_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
+            r"/content_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
         )
         assert set(written) <= {"0"}, "resuming leaves the embeddings mapped"
         return evaluate(*given)
@@ -396,14 +396,14 @@ def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_
     assert {one["item_id"] for one in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
         "own items, too"
     )
-    assert all("item_loss" in entry for entry in log["log_history"] if "loss" in entry)
+    assert all("dense_loss" in entry for entry in log["log_history"] if "loss" in entry)
     losses = [entry["ranking_loss"] for entry in log["log_history"] if "ranking_loss" in entry]
     assert len(losses) == 8 and losses[-1] < losses[0]
     assert log["evaluation"]["rows"] == 40 and log["cpu_seconds"]["evaluation"] > 0
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "two/checkpoint").eval()
     before = UniGRFForCausalLM.from_pretrained(tmp_path / "one/checkpoint").eval()
-    embeddings = torch.from_numpy(np.load(f"{arguments.output_dir}/item_embeddings.npy"))
-    assert torch.equal(model.catalogue.item_embeddings, embeddings) and model.config.log_odds_of_next == 0
+    embeddings = torch.from_numpy(np.load(f"{arguments.output_dir}/content_embeddings.npy"))
+    assert torch.equal(model.catalog.content_embeddings, embeddings) and model.config.next_logit_bias == 0
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert model.lm_head.weight.shape == before.lm_head.weight.shape
     row = next(iter(rows_of(arguments, prepared, "test")))
@@ -412,7 +412,7 @@ def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_
         model.rank(**given, long_items=torch.from_numpy(row["long_items"]).long()[None, -kept:]) for kept in (9, 1)
     ]
     assert not torch.equal(*scores), "what stands beyond the window is read"
-    before.catalogue.item_codes = before.catalogue.item_codes.flip(0)
+    before.catalog.item_codes = before.catalog.item_codes.flip(0)
     before.save_pretrained(tmp_path / "others")
     with pytest.raises(ValueError, match=r"expected a checkpoint of the 400 items .*or other codes"):
         run_training(arguments, tmp_path / "three", *second[1:], f"--init_from={tmp_path / 'others'}")

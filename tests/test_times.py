@@ -58,7 +58,7 @@ def world(prepared):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
-    model.set_catalogue(torch.from_numpy(tokenizer.item_codes.copy()))
+    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()))
     return tokenizer, load_from_disk(str(prepared / "dataset")), model
 
 
@@ -79,7 +79,7 @@ def code_losses(model, tokenizer, user, start, end, target=None):
     )
     when = encoded["timestamps"]
     states = model.model(
-        encoded["input_ids"], timestamps=when, next_timestamps=torch.cat([when[:, 1:], when[:, -1:]], dim=1)
+        encoded["input_ids"], timestamps=when, target_timestamps=torch.cat([when[:, 1:], when[:, -1:]], dim=1)
     ).last_hidden_state[0]
     losses = []
     for place, token in enumerate(encoded["input_ids"][0].tolist()):
@@ -99,7 +99,7 @@ def losses_of(model, batch):
 
 
 @torch.no_grad()
-def test_packed_and_padded_rows_are_learnt_as_each_window_alone(world):
+def test_packed_and_padded_rows_are_learned_as_each_window_alone(world):
     tokenizer, splits, model = world
     histories = splits["train"]
     windows = [
@@ -157,7 +157,7 @@ def requests(tokenizer, split, max_items):
             timestamps=user["timestamps"][-max_items:],
             return_tensors="pt",
         )
-        yield user, {**encoded, "request_timestamps": torch.tensor([user["target_timestamp"]])}
+        yield user, {**encoded, "query_time": torch.tensor([user["target_timestamp"]])}
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
     ranked = torch.cat(calls)[:, 0]
     order = np.concatenate([rows for rows, _ in batches(model, tokenizer, split, how, "")])
     assert invalid_items(model, tokenizer, split, 3, how)["invalid"] == 0
-    assert {"timestamps", "request_timestamps"} <= set(calls[-1])
+    assert {"timestamps", "query_time"} <= set(calls[-1])
     differ = 0
     for row, (user, request) in enumerate(requests(tokenizer, split, 4)):
         best = model.recommend(**request, blocked_items=[user["items"]], **asked)
@@ -183,7 +183,7 @@ def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
             torch.testing.assert_close(found[name][row][valid], best[name][0][valid], atol=2e-5, rtol=1e-4)
         logits = rank(**request, candidates=torch.tensor([[user["target"]]]))[0, 0]
         torch.testing.assert_close(ranked[int((order == row).nonzero()[0][0])], logits, atol=2e-5, rtol=1e-4)
-        del request["request_timestamps"]
+        del request["query_time"]
         differ += not torch.allclose(
             model.recommend(**request, blocked_items=[user["items"]], **asked).scores, best.scores
         )
@@ -192,10 +192,14 @@ def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
 
 @pytest.mark.parametrize(
     "how",
-    [[], ["--enhancer", "--relabel"], ["--num_train_beams=4", "--num_retrieved_items=2", "--beams_kept_epochs=1"]],
+    [
+        [],
+        ["--enhancer", "--relabel"],
+        ["--num_train_beams=4", "--num_retrieved_items=2", "--candidate_refresh_epochs=1"],
+    ],
 )
 def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", {"neighbours": (20,), "shrink": (0.0,), "window": (3,)})
+    monkeypatch.setattr("recipes.baselines.GRID", {"neighbors": (20,), "shrink": (0.0,), "window": (3,)})
     arguments = [
         f"--data_dir={prepared}",
         f"--output_dir={tmp_path}",

@@ -79,7 +79,7 @@ def test_what_is_encoded_decodes_to_the_same_items(seed, sizes, num_behaviors):
         assert tokenizer.decode(single) == text.replace(" ", "")
 
 
-def test_the_vocabulary_is_specials_then_behaviours_then_codes_with_the_growing_level_last(tokenizer):
+def test_the_vocabulary_is_specials_then_behaviors_then_codes_with_the_growing_level_last(tokenizer):
     last = tokenizer.codebook_sizes[-1]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     assert tokens[:6] == ["<pad>", "<bos>", "<eos>", "<unk>", "<view>", "<like>"]
@@ -165,7 +165,7 @@ def test_a_missing_title_is_an_empty_one_and_an_item_map_that_cannot_be_written_
     assert (tmp_path / "items.json").read_bytes() == before
 
 
-def test_unknown_items_are_named_or_skipped_with_their_behaviours():
+def test_unknown_items_are_named_or_skipped_with_their_behaviors():
     tokenizer = small_tokenizer(("view", "like"))
     with pytest.raises(ValueError, match=r"found 6 unknown, for instance \['0', '1', '2', '3', '4'\]"):
         tokenizer.item_indices([0, "x", 1, 2, 3, 4, 5])
@@ -182,7 +182,7 @@ def test_malformed_histories_are_refused_with_what_is_wrong():
         tokenizer.encode_history(["x"])
     with pytest.raises(ValueError, match=r"found \['buy'\]"):
         tokenizer.encode_history(["x"], ["buy"])
-    with pytest.raises(ValueError, match="as many behaviours as items"):
+    with pytest.raises(ValueError, match="as many behaviors as items"):
         tokenizer.encode_history([["x"], ["y", "z"]], [["like"], ["like"]])
     for empty in ([], [["x"], []]):
         with pytest.raises(ValueError, match="at least one item in a history"):
@@ -201,9 +201,9 @@ def test_malformed_histories_are_refused_with_what_is_wrong():
         tokenizer.item_indices(["x"], unknown="drop")
     with pytest.raises(ValueError, match=r"rows in \[0, 3\), found -1 to -1"):
         tokenizer.encode_indices(np.array([-1]), np.array([0]))
-    with pytest.raises(ValueError, match=r"behaviour indices in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"behavior indices in \[0, 2\)"):
         tokenizer.encode_indices(np.array([0]), np.array([2]))
-    with pytest.raises(ValueError, match="one integer behaviour index an item"):
+    with pytest.raises(ValueError, match="one integer behavior index an item"):
         tokenizer.encode_indices(np.array([0]), np.array([0, 1]))
 
 
@@ -247,17 +247,17 @@ def test_tokens_without_codes_decode_to_no_items():
         ({"titles": ["one"]}, "one title an item"),
         ({"item_ids": ["x", None, "z"]}, "found None in place 1 of 3"),
         ({"codes": [[2**32, 0], [0, 1], [2, 0]], "codebook_sizes": (2**33, 2)}, "from 1 to 2"),
-        ({"behaviors": []}, "at least one behaviour"),
-        ({"behaviors": "like"}, "list of at least one behaviour"),
+        ({"behaviors": []}, "at least one behavior"),
+        ({"behaviors": "like"}, "list of at least one behavior"),
         ({"behaviors": ["a_1"]}, "no special token or code"),
         ({"behaviors": ["bos"]}, "no special token or code"),
         ({"behaviors": ["add to cart"]}, "without spaces"),
-        ({"behaviors": ["like", "like"]}, "distinct behaviours"),
+        ({"behaviors": ["like", "like"]}, "distinct behaviors"),
         ({"quantizer": ResidualKMeans((4,))}, "for all levels but the last"),
         ({"provenance": {"encoder": object()}}, "JSON types"),
     ],
 )
-def test_catalogues_that_make_no_sense_are_refused(change, message):
+def test_catalogs_that_make_no_sense_are_refused(change, message):
     good = {
         "item_ids": ["x", "y", "z"],
         "codes": [[0, 0], [0, 1], [2, 0]],

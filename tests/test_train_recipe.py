@@ -36,11 +36,11 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
     arguments += ["--max_items=10", "--use_cpu", "--per_device_train_batch_size=16", "--save_strategy=no"]
     arguments += ["--num_train_epochs=4", "--logging_steps=1", "--disable_tqdm=True", "--negatives_per_item=0.5"]
     arguments += ["--enhancer", "--relabel", "--adaptive_weights", "--adaptive_form=gradient_norm", "--stride=5"]
-    fields = ['--config_fields={"candidate_loss_weight": 0.5}', '--enhancer_options={"num_negatives": 3}']
+    fields = ['--config_fields={"contrastive_loss_weight": 0.5}', '--enhancer_options={"num_negatives": 3}']
     checkpoint = train.train(*train.parse([*arguments, *fields]))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     losses = [entry for entry in log if "loss" in entry]
-    assert "candidate_loss" not in losses[0] and losses[-1]["candidate_loss"] > 0
+    assert "contrastive_loss" not in losses[0] and losses[-1]["contrastive_loss"] > 0
     assert losses[-1]["enhancer_negatives"] > 1 and losses[-1]["generation_weight"] != 1
     found = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in found] == [2, 3] and found[0]["examples"][0]["disliked"][0].startswith("Film")
@@ -58,14 +58,14 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--beams_kept_epochs=2"], "num_train_beams with beams_kept_epochs"),
-        (["--beams_kept_steps=2"], "num_train_beams with beams_kept_steps"),
-        (["--num_train_beams=2", "--beams_kept_steps=2", "--beams_kept_epochs=1"], "found both"),
+        (["--candidate_refresh_epochs=2"], "num_train_beams with candidate_refresh_epochs"),
+        (["--candidate_refresh_steps=2"], "num_train_beams with candidate_refresh_steps"),
+        (["--num_train_beams=2", "--candidate_refresh_steps=2", "--candidate_refresh_epochs=1"], "found both"),
         (["--exclude_history=True"], "num_train_beams with exclude_history"),
         (["--relabel"], "enhancer with relabel"),
         (['--enhancer_options={"num_negatives": 3}'], "enhancer with enhancer_options"),
         (["--enhancer", "--ranking_loss_weight=0"], "ranking_loss_weight with enhancer"),
-        (["--detach_history=True"], "num_train_beams or num_retrieved_items with detach_history"),
+        (["--stop_gradient_history=True"], "num_train_beams or num_retrieved_items with stop_gradient_history"),
         (["--exclude_candidate=True"], "num_retrieved_items with exclude_candidate"),
         (["--freeze_base_model"], "init_from with freeze_base_model"),
         (
@@ -132,11 +132,11 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     go_on = [*arguments, f"--data_dir={newer}", f"--init_from={first}"]
     second = train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'two'}"]))
     model, tokenizer = UniGRFForCausalLM.from_pretrained(second), SemanticIdTokenizer.from_pretrained(second)
-    assert tokenizer.item_ids[30:] == ["n0", "n1", "n2"] and model.catalogue.num_items == 33
-    np.testing.assert_array_equal(model.catalogue.item_codes, tokenizer.item_codes)
+    assert tokenizer.item_ids[30:] == ["n0", "n1", "n2"] and model.catalog.num_items == 33
+    np.testing.assert_array_equal(model.catalog.item_codes, tokenizer.item_codes)
     before = UniGRFForCausalLM.from_pretrained(first)
-    np.testing.assert_array_equal(before.catalogue.item_codes, tokenizer.item_codes[:30])
-    torch.testing.assert_close(model.catalogue.item_embeddings[30:], before.catalogue.item_embeddings[[0, 0, 0]])
+    np.testing.assert_array_equal(before.catalog.item_codes, tokenizer.item_codes[:30])
+    torch.testing.assert_close(model.catalog.content_embeddings[30:], before.catalog.content_embeddings[[0, 0, 0]])
     assert model.config.codebook_sizes[-1] > before.config.codebook_sizes[-1]
     assert model.config.codebook_sizes == list(tokenizer.codebook_sizes) and model.config.vocab_size == len(tokenizer)
     check_same_items(tokenizer, prepared)  # where it can still be measured

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from test_second_stage import second_stage_rows
 from transformers import TrainingArguments
 
-from recipes.callbacks import KeptBeams, LossParts
+from recipes.callbacks import CachedCandidates, LossParts
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, reader):
-    dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5, "item_loss_weight": 0.5}
+    dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5, "dense_loss_weight": 0.5}
     whole, stopped, resumed = (build_model(reader, **dropout) for _ in range(3))
     dataset = histories_dataset(whole, 32)
     losses = run_trainer(tmp_path / "whole", whole, dataset)
@@ -57,7 +57,7 @@ from conftest import build_model
 from test_enhancer import ATOMIC, build_enhancer, rows_of
 from test_second_stage import second_stage_rows
 from conftest import AdaptiveWeighter, collate, histories_dataset, run_trainer
-from recipes.callbacks import KeptBeams
+from recipes.callbacks import CachedCandidates
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 model = build_model()
@@ -77,7 +77,7 @@ enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
 run_trainer({out!r}, model, rows_of(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
 model = build_model(num_retrieved_items=3)
-kept = KeptBeams(model, second_stage_rows(model), num_beams=5, batch_size=3)
+kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
 kept._propose(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), 0)
 pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "kept": kept.items}}
 save_file({{name: pool.clone() for name, pool in pools.items()}}, {out!r} + f"/pools-{{rank}}.safetensors")
@@ -112,7 +112,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     assert all(torch.equal(pool, second[name]) for name, pool in first.items())
     assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
     model = build_model(num_retrieved_items=3)
-    kept = KeptBeams(model, second_stage_rows(model), num_beams=5, batch_size=3)
+    kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
     kept._propose(TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True), 0)
     assert torch.equal(first["kept"], kept.items), "as one process finds them"
 
@@ -186,10 +186,10 @@ def test_what_an_adapter_would_hide_or_break_is_refused():
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
     trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
     assert any("item_encoder" in name and "table" in name for name in trained)
-    new, vector = torch.tensor([[*model.catalogue.item_codes[0, :2].tolist(), 2]]), torch.randn(1, 6)
+    new, vector = torch.tensor([[*model.catalog.item_codes[0, :2].tolist(), 2]]), torch.randn(1, 6)
     with pytest.raises(ValueError, match="Merge the adapter first"):
         model.add_items(new, vector)
-    assert (model.catalogue.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
+    assert (model.catalog.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
     merged = adapted.merge_and_unload()
     merged.item_encoder.requires_grad_(False)
     merged.add_items(new, vector)
@@ -201,12 +201,12 @@ def test_what_an_adapter_would_hide_or_break_is_refused():
     ):
         model = build_model(num_items=12)
         input_ids, mask, _ = random_histories(model, [4, 2])
-        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalogue.item_codes
+        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalog.item_codes
         get_peft_model(model, LoraConfig(**of_table))
         torch.testing.assert_close(model(input_ids, mask, labels=input_ids).loss, expected)
         with pytest.raises(ValueError, match="Merge the adapter first"):
             model.add_items((before[:1] + 1) % torch.tensor([4, 3, 3, 2]), vector)
-        assert model.catalogue.item_codes is before and len(before) == model.config.num_items
+        assert model.catalog.item_codes is before and len(before) == model.config.num_items
 
     model = build_model(codebook_sizes=(30,), code_similarity="cosine")
     input_ids, mask, _ = random_histories(model, [4, 2])

@@ -39,13 +39,13 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     total = sum(map(len, histories["items"]))
-    for passes in (1, 3, 5, 7):
-        alone = training_rows.history_rows(histories, tokenizer, 6, passes)
+    for crops_per_epoch in (1, 3, 5, 7):
+        alone = training_rows.history_rows(histories, tokenizer, 6, crops_per_epoch)
         assert max(alone["length"]) == 1 + 7 * (tokenizer.num_levels + 1)
-        rows = training_rows.packed_rows(histories, tokenizer, 6, passes, seed=0)
+        rows = training_rows.packed_rows(histories, tokenizer, 6, crops_per_epoch, seed=0)
         spelt = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
         # Six items and the one after them: all that is read when the next item is asked for has been read in training.
-        assert sum(map(len, spelt)) == passes * total and max(map(len, spelt)) == 7
+        assert sum(map(len, spelt)) == crops_per_epoch * total and max(map(len, spelt)) == 7
         assert np.mean([len(items) for items in spelt]) > 6, "packed: little room is left"
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]

@@ -71,17 +71,17 @@ class UniGRFModelTester:
             codebook_sizes=[8, 8, 4],
             behaviors=["dislike", "like"],
             num_items=20,
-            item_embedding_dim=5,
-            item_table_size=7,
+            content_embedding_dim=5,
+            embedding_table_size=7,
             negatives_per_item=0.5,
-            item_loss_weight=0.5,
+            dense_loss_weight=0.5,
         )
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
         rng = torch.Generator().manual_seed(0)
         items = torch.randint(config.num_items, (self.batch_size, self.num_histories_items), generator=rng)
-        codes = torch.stack([items // 32, items // 4 % 8, items % 4], dim=-1)  # the catalogue of a new model
+        codes = torch.stack([items // 32, items // 4 % 8, items % 4], dim=-1)  # the catalog of a new model
         tokens = codes + torch.tensor(config.code_offsets)
         behaviors = torch.randint(4, 6, (*items.shape, 1), generator=rng)
         history = torch.cat([tokens, behaviors], dim=-1).flatten(1)

@@ -1,4 +1,4 @@
-"""The trie: it holds exactly the catalogue, and its best children are the best among those that exist and are allowed."""
+"""The trie: it holds exactly the catalog, and its best children are the best among those that exist and are allowed."""
 
 from unittest import mock
 
@@ -8,10 +8,10 @@ from conftest import random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_unigrf import CatalogueTrie, trie_unigrf
+from modeling_unigrf import CatalogTrie, trie_unigrf
 from modeling_unigrf.trie_unigrf import ItemFilter
 
-catalogues = st.fixed_dictionaries(
+catalogs = st.fixed_dictionaries(
     {
         "sizes": st.lists(st.integers(1, 6), min_size=1, max_size=4),
         "share": st.floats(0.05, 1.0),
@@ -26,14 +26,14 @@ def build(sizes, share, dense_entries, seed):
     total = int(torch.tensor(sizes).prod())
     codes = random_codes(max(1, round(share * total)), sizes, generator).int()
     with mock.patch.object(trie_unigrf, "DENSE_ENTRIES", dense_entries):
-        return CatalogueTrie(codes, sizes), codes, generator
+        return CatalogTrie(codes, sizes), codes, generator
 
 
 @settings(max_examples=60, deadline=None)
-@given(catalogue=catalogues)
-def test_the_trie_holds_exactly_the_catalogue(catalogue):
-    trie, codes, _ = build(**catalogue)
-    sizes = catalogue["sizes"]
+@given(catalog=catalogs)
+def test_the_trie_holds_exactly_the_catalog(catalog):
+    trie, codes, _ = build(**catalog)
+    sizes = catalog["sizes"]
     # Also codes that no codebook has.
     everything = torch.cartesian_prod(*(torch.arange(-1, size + 1) for size in sizes)).view(-1, len(sizes))
     index = {tuple(code): item for item, code in enumerate(codes.tolist())}
@@ -58,9 +58,9 @@ def test_a_level_of_more_codes_than_a_float_can_count_finds_each():
 
 
 @settings(max_examples=60, deadline=None)
-@given(catalogue=catalogues, count=st.integers(1, 9), lists=st.sampled_from(["none", "allowed", "blocked", "both"]))
-def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(catalogue, count, lists):
-    trie, codes, generator = build(**catalogue)
+@given(catalog=catalogs, count=st.integers(1, 9), lists=st.sampled_from(["none", "allowed", "blocked", "both"]))
+def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(catalog, count, lists):
+    trie, codes, generator = build(**catalog)
     size, batch_size = len(codes), 3
     drawn = torch.rand(2, batch_size, size, generator=generator)
     allowed = [(row < 0.6).nonzero()[:, 0].tolist() for row in drawn[0]] if lists in ("allowed", "both") else None
@@ -78,7 +78,7 @@ def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(cata
         item_filter = ItemFilter(trie, codes, allowed, blocked)
     nodes, scores = torch.zeros(batch_size, 1, dtype=torch.long), torch.zeros(batch_size, 1)
     prefixes = [[[]] for _ in range(batch_size)]
-    for level, num_codes in enumerate(catalogue["sizes"]):
+    for level, num_codes in enumerate(catalog["sizes"]):
         log_probs = torch.randn(*nodes.shape, num_codes, generator=generator)
         found = trie.best_children(level, nodes, scores, log_probs, count, item_filter)
         new_prefixes = []
@@ -105,21 +105,21 @@ def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(cata
         (scores, _, nodes, _), prefixes = found, new_prefixes
 
 
-def test_a_part_of_the_catalogue_knows_its_items_by_the_same_indices():
+def test_a_part_of_the_catalog_knows_its_items_by_the_same_indices():
     codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
     part = torch.tensor([7, 3, 150, 3, 199])
-    trie = CatalogueTrie(codes, [6, 6, 6, 2], part)
+    trie = CatalogTrie(codes, [6, 6, 6, 2], part)
     assert trie.num_items == 4 and sorted(trie.leaf_items.tolist()) == [3, 7, 150, 199]
     assert torch.equal(trie.lookup(codes[part]), part) and (trie.lookup(codes) >= 0).sum() == 4
     with pytest.raises(ValueError, match="at least one item"):
-        CatalogueTrie(codes, [6, 6, 6, 2], part[:0])
+        CatalogTrie(codes, [6, 6, 6, 2], part[:0])
 
 
 def test_beams_are_scored_in_float32_whatever_the_default_is():
     codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        trie = CatalogueTrie(codes, [6, 6, 6, 2])
+        trie = CatalogTrie(codes, [6, 6, 6, 2])
     finally:
         torch.set_default_dtype(torch.float32)
     scores = trie.best_children(0, torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.randn(1, 1, 6), 6)[0]
@@ -130,7 +130,7 @@ def test_more_spellings_than_an_integer_counts():
     sizes = [256] * 9
     codes = torch.randint(256, (50, 9), generator=torch.Generator().manual_seed(0)).int()
     codes = torch.cat([codes, codes])
-    codes[50:, 8] = (codes[:50, 8] + 1) % 256  # neighbours that differ in the last code alone
-    trie = CatalogueTrie(codes, sizes)
+    codes[50:, 8] = (codes[:50, 8] + 1) % 256  # neighbors that differ in the last code alone
+    trie = CatalogTrie(codes, sizes)
     assert trie.lookup(codes).tolist() == list(range(100))
     assert codes[trie.leaf_items.long()].tolist() == sorted(codes.tolist())

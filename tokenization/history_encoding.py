@@ -6,23 +6,23 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .item_catalogue import ItemCatalogue
+from .item_catalog import ItemCatalog
 from .vocabulary_layout import PAD, UNKNOWN_TIME, VocabularyLayout
 
 
-def known_rows(catalogue: ItemCatalogue, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
-    """Catalogue rows int64 [n], -1 where unknown, and which are known bool [n].
+def known_rows(catalog: ItemCatalog, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
+    """Catalog rows int64 [n], -1 where unknown, and which are known bool [n].
 
     `ValueError` if one is not and `unknown` is not "skip".
     """
     if unknown not in ("error", "skip"):
         raise ValueError(f"expected unknown='error' or 'skip', found {unknown!r}")
-    rows = catalogue.rows(item_ids)
+    rows = catalog.rows(item_ids)
     missing = np.flatnonzero(rows < 0)
     if len(missing) and unknown == "error":
         names = list(dict.fromkeys(str(item_ids[i]) for i in missing.tolist()))
         raise ValueError(
-            f"expected item ids of the catalogue ({len(catalogue.item_ids)} items), found {len(names)} unknown, for "
+            f"expected item ids of the catalog ({len(catalog.item_ids)} items), found {len(names)} unknown, for "
             f"instance {names[:5]}: add them with `add_items`, or pass unknown='skip' to drop them"
         )
     return rows, rows >= 0
@@ -30,7 +30,7 @@ def known_rows(catalogue: ItemCatalogue, item_ids: Sequence, unknown: str) -> tu
 
 def history_batch(
     layout: VocabularyLayout,
-    catalogue: ItemCatalogue,
+    catalog: ItemCatalog,
     items: Sequence,
     behaviors: Sequence | None,
     max_items: int | None,
@@ -54,7 +54,7 @@ def history_batch(
     if not lengths.all():
         raise ValueError(f"expected at least one item in a history, found none in row {np.argmin(lengths)}")
     ids = list(chain.from_iterable(histories))
-    rows, known = known_rows(catalogue, ids, unknown)
+    rows, known = known_rows(catalog, ids, unknown)
     actions = _behavior_indices(layout, behaviors, lengths, batched)
     times = None if timestamps is None else _times(timestamps, lengths, batched)[known]
     owner = np.repeat(np.arange(len(lengths)), lengths)[known]
@@ -62,7 +62,7 @@ def history_batch(
     if not lengths.all():
         raise ValueError(
             f"expected at least one known item in a history, found none in row {np.argmin(lengths)}: all of its item "
-            "ids are unknown to the catalogue"
+            "ids are unknown to the catalog"
         )
     rows, actions = rows[known], actions[known]
     ends = np.cumsum(lengths)
@@ -74,7 +74,7 @@ def history_batch(
         columns["timestamps"] = np.full_like(input_ids, UNKNOWN_TIME)
     for i, (end, count) in enumerate(zip(ends, kept, strict=True)):
         part = slice(end - count, end)
-        one = layout.encode(catalogue.codes[rows[part]], actions[part])
+        one = layout.encode(catalog.codes[rows[part]], actions[part])
         columns["input_ids"][i, width - len(one) :] = one
         columns["attention_mask"][i, width - len(one) :] = 1
         if times is not None:
@@ -83,7 +83,7 @@ def history_batch(
 
 
 def decode_rows(
-    layout: VocabularyLayout, catalogue: ItemCatalogue, token_ids: np.ndarray | torch.Tensor | Sequence
+    layout: VocabularyLayout, catalog: ItemCatalog, token_ids: np.ndarray | torch.Tensor | Sequence
 ) -> np.ndarray | list[np.ndarray]:
     """`decode_indices`: [T] -> int64 [n], [B, T] or B lists -> B arrays."""
     flat, lengths, batched = _flatten(token_ids)
@@ -99,7 +99,7 @@ def decode_rows(
     owner = np.repeat(np.arange(len(lengths)), lengths)[position]
     counter = np.arange(len(codes)) % num_levels
     broken = level != counter
-    # The codes of an item are neighbours, and in one row.
+    # The codes of an item are neighbors, and in one row.
     inner = counter > 0
     broken[1:] |= inner[1:] & ((np.diff(position) != 1) | (np.diff(owner) != 0))
     whole = len(codes) // num_levels
@@ -111,14 +111,14 @@ def decode_rows(
             f"{_spelling(layout, flat, position[first], lengths)} at {_place(position[first], lengths, batched)}"
         )
     spelled = (codes - offsets[level]).reshape(whole, num_levels)
-    rows = catalogue.lookup(spelled)
+    rows = catalog.lookup(spelled)
     if (rows < 0).any():
         first = int(np.flatnonzero(rows < 0)[0]) * num_levels
         raise ValueError(
-            f"expected spellings of items in the catalogue, found "
+            f"expected spellings of items in the catalog, found "
             f"{_spelling(layout, flat, position[first], lengths)} at {_place(position[first], lengths, batched)}, "
             f"which spells none ({(rows < 0).sum()} such): "
-            "constrain generation to the catalogue"
+            "constrain generation to the catalog"
         )
     if not batched:
         return rows
@@ -148,16 +148,16 @@ def _one_an_item(name: str, values: Sequence, lengths: np.ndarray, batched: bool
 def _behavior_indices(
     layout: VocabularyLayout, behaviors: Sequence | None, lengths: np.ndarray, batched: bool
 ) -> np.ndarray:
-    """Behaviour index of every item of every history, one after another: int64 [sum of lengths]."""
+    """Behavior index of every item of every history, one after another: int64 [sum of lengths]."""
     if behaviors is None:
         if len(layout.behaviors) > 1:
-            raise ValueError(f"expected a behaviour for each item, one of {layout.behaviors}, found None")
+            raise ValueError(f"expected a behavior for each item, one of {layout.behaviors}, found None")
         return np.zeros(lengths.sum(), dtype=np.int64)
     index_of = {name: i for i, name in enumerate(layout.behaviors)}
-    names = _one_an_item("behaviours", behaviors, lengths, batched)
+    names = _one_an_item("behaviors", behaviors, lengths, batched)
     unknown = list(dict.fromkeys(str(name) for name in names if name not in index_of))
     if unknown:
-        raise ValueError(f"expected behaviours out of {layout.behaviors}, found {unknown[:5]}")
+        raise ValueError(f"expected behaviors out of {layout.behaviors}, found {unknown[:5]}")
     return np.array([index_of[name] for name in names], dtype=np.int64)
 
 

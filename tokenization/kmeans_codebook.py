@@ -15,12 +15,12 @@ def nearest(points: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """
     # Shifted to the codebook's mean, or |c|^2 - 2 x.c would lose all digits for embeddings far from the origin.
     mean = codebook.mean(axis=0)
-    centred = codebook - mean
-    half_norms = 0.5 * np.einsum("kd,kd->k", centred, centred)
+    centered = codebook - mean
+    half_norms = 0.5 * np.einsum("kd,kd->k", centered, centered)
     nearest = np.empty(len(points), dtype=np.int64)
     step = max(1, BLOCK // max(codebook.shape))
     for start in range(0, len(points), step):
-        scores = (points[start : start + step] - mean) @ centred.T
+        scores = (points[start : start + step] - mean) @ centered.T
         scores -= half_norms
         nearest[start : start + step] = scores.argmax(axis=1)
     return nearest

@@ -1,4 +1,4 @@
-"""Residual k-means: the quantiser that turns an item's embedding into its first codes.
+"""Residual k-means: the quantizer that turns an item's embedding into its first codes.
 
 Level l clusters what the levels before it left over (RecoChain, arXiv 2604.25787, section 3: residual k-means over
 frozen item embeddings). Fitting needs faiss; encoding, decoding, saving and loading need numpy alone.
@@ -39,7 +39,7 @@ class ResidualKMeans:
         Args:
             codebook_sizes: number of codes of each level, each at least 1.
             normalize: divide every embedding by its L2 norm first (a zero row stays zero); `decode` then returns
-                approximations of the normalised embeddings.
+                approximations of the normalized embeddings.
             pca_dim: cluster the embeddings' first principal components, this many. With few items in many dimensions
                 residuals are nearly orthogonal, and a level past the first is one large cluster and many single
                 points; in 32 dimensions or so all levels are used evenly.
@@ -159,7 +159,7 @@ class ResidualKMeans:
         return out if self.components is None else out @ self.components.T + self.mean
 
     def reconstruction_input(self, embeddings: np.ndarray | torch.Tensor) -> np.ndarray:
-        """What `decode` approximates: the embeddings as float32 [N, D], normalised if the quantiser normalises."""
+        """What `decode` approximates: the embeddings as float32 [N, D], normalized if the quantizer normalizes."""
         return self._normalized(self._check_width(embeddings))
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -225,7 +225,7 @@ class ResidualKMeans:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ResidualKMeans":
-        """Reads what `save` wrote, or the quantiser in a saved tokenizer's folder. `ValueError` if damaged."""
+        """Reads what `save` wrote, or the quantizer in a saved tokenizer's folder. `ValueError` if damaged."""
         return cls.from_tensors(*read_tensors(Path(folder) / SEMANTIC_IDS_FILE))
 
     @property

@@ -1,6 +1,6 @@
 """The two files that a semantic-id folder adds to a tokenizer's own: their names, and reading them with clear errors.
 
-`semantic_ids.safetensors` holds the codebooks (`codebook_0` ... float32 [K, D]) with the quantiser's settings in its
+`semantic_ids.safetensors` holds the codebooks (`codebook_0` ... float32 [K, D]) with the quantizer's settings in its
 metadata, and in a tokenizer's folder also the item codes (`item_codes` int32 [N, L]). `items.json` holds item ids,
 titles and provenance.
 """

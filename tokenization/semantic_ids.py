@@ -1,4 +1,4 @@
-"""From quantiser codes to ids that no two items share, and a report on how healthy the codes are."""
+"""From quantizer codes to ids that no two items share, and a report on how healthy the codes are."""
 
 import warnings
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class CodebookHealth:
     utilization: a level, share of its codes that some item uses.
     entropy: a level, entropy of the codes in bits (at most log2 of the codebook size).
     perplexity: a level, 2^entropy over the codes that N items could use, min(K, N): 1 is uniform use.
-    reconstruction_error: mean squared error of the quantiser relative to the variance of the embeddings; None if it
+    reconstruction_error: mean squared error of the quantizer relative to the variance of the embeddings; None if it
         was not measured.
     """
 
@@ -101,7 +101,7 @@ def codebook_health(
     embeddings: np.ndarray | None = None,
     reconstruction: np.ndarray | None = None,
 ) -> CodebookHealth:
-    """Measures the quantiser's codes (without the suffix level) and warns loudly of a collapsed level.
+    """Measures the quantizer's codes (without the suffix level) and warns loudly of a collapsed level.
 
     A level has collapsed when the items use fewer than 25 % of the codes that they could (of K codes N items can
     use min(K, N)), or when the perplexity is below 10 % of that number. Fewer than 5 items are never warned of.
@@ -110,7 +110,7 @@ def codebook_health(
         codes: integers [N, L], N >= 1.
         codebook_sizes: L numbers.
         embeddings: float [M, D], all of the embeddings or a sample; with `reconstruction` gives the error.
-        reconstruction: float [M, D], the quantiser's approximation of `embeddings`.
+        reconstruction: float [M, D], the quantizer's approximation of `embeddings`.
 
     Raises:
         ValueError: shapes that do not match, or a code outside its codebook.

@@ -1,7 +1,7 @@
-"""The tokenizer of UniGRF: a user's items and behaviours as tokens, and tokens back as items.
+"""The tokenizer of UniGRF: a user's items and behaviors as tokens, and tokens back as items.
 
 A history is `<bos> s1 ... sL b  s1 ... sL b ...`: the L codes of an item, then what the user did with it. The
-vocabulary is `<pad> <bos> <eos> <unk>`, the behaviours, and the codes level by level (`<a_0> <a_1> ... <b_0> ...`).
+vocabulary is `<pad> <bos> <eos> <unk>`, the behaviors, and the codes level by level (`<a_0> <a_1> ... <b_0> ...`).
 The level that makes ids unique is the last, so that it can grow at the end.
 """
 
@@ -13,19 +13,19 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from .history_encoding import decode_rows, history_batch, known_rows
-from .item_catalogue import ItemCatalogue, as_new_ids, as_strings, as_titles
+from .item_catalog import ItemCatalog, as_new_ids, as_strings, as_titles
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
 from .semantic_ids import assign_suffixes, codebook_health
 from .vocabulary_layout import SPECIAL_TOKENS, UNKNOWN_TIME, VocabularyLayout, check_behaviors
 from .wordlevel_backend import build_backend, load_backend
 
-# The reconstruction error of a large catalogue is measured on a sample, to bound memory.
+# The reconstruction error of a large catalog is measured on a sample, to bound memory.
 HEALTH_SAMPLE = 65_536
 
 
 class SemanticIdTokenizer(PreTrainedTokenizerFast):
-    """A fast tokenizer over semantic ids that knows its catalogue.
+    """A fast tokenizer over semantic ids that knows its catalog.
 
     Example:
         tokenizer = SemanticIdTokenizer.from_embeddings(item_ids, embeddings, quantizer, behaviors=("like",))
@@ -42,7 +42,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
     def __init__(
         self,
-        catalogue: ItemCatalogue | None = None,
+        catalog: ItemCatalog | None = None,
         *,
         behaviors: Sequence[str] = (),
         tokenizer_file: str | None = None,
@@ -51,10 +51,10 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         **kwargs,
     ):
         """Use `from_codes`, `from_embeddings` or `from_pretrained`; the files are what the last one passes."""
-        self._catalogue = ItemCatalogue.load(items_file, semantic_ids_file) if catalogue is None else catalogue
-        self._layout = VocabularyLayout(check_behaviors(behaviors), self._catalogue.codebook_sizes)
+        self._catalog = ItemCatalog.load(items_file, semantic_ids_file) if catalog is None else catalog
+        self._layout = VocabularyLayout(check_behaviors(behaviors), self._catalog.codebook_sizes)
         vocabulary = self._layout.vocabulary()
-        backend = load_backend(tokenizer_file, vocabulary) if catalogue is None else build_backend(vocabulary)
+        backend = load_backend(tokenizer_file, vocabulary) if catalog is None else build_backend(vocabulary)
         # Not as a class attribute: it is to be saved, so that a plain PreTrainedTokenizerFast pads on the left too.
         kwargs = {**SPECIAL_TOKENS, "padding_side": "left", **kwargs}
         super().__init__(tokenizer_object=backend, behaviors=list(self._layout.behaviors), **kwargs)
@@ -84,10 +84,10 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             provenance: JSON dict of where the codes come from (encoder, text template, ...).
 
         Raises:
-            ValueError: repeated ids or spellings, codes out of range, numbers or shapes that do not match, behaviour
+            ValueError: repeated ids or spellings, codes out of range, numbers or shapes that do not match, behavior
                 names that are repeated or cannot be a token.
         """
-        catalogue = ItemCatalogue(
+        catalog = ItemCatalog(
             as_new_ids(item_ids),
             np.asarray(codes),
             tuple(int(size) for size in codebook_sizes),
@@ -95,7 +95,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             quantizer,
             provenance or {},
         )
-        return cls(catalogue, behaviors=behaviors)
+        return cls(catalog, behaviors=behaviors)
 
     @classmethod
     def from_embeddings(
@@ -146,28 +146,28 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
     @property
     def item_ids(self) -> list[str]:
-        return self._catalogue.item_ids
+        return self._catalog.item_ids
 
     @property
     def titles(self) -> list[str] | None:
-        return self._catalogue.titles
+        return self._catalog.titles
 
     @property
     def item_codes(self) -> np.ndarray:
         """int32 [num_items, num_levels], read-only."""
-        return self._catalogue.codes
+        return self._catalog.codes
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        return self._catalogue.codebook_sizes
+        return self._catalog.codebook_sizes
 
     @property
     def quantizer(self) -> ResidualKMeans | None:
-        return self._catalogue.quantizer
+        return self._catalog.quantizer
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return self._catalogue.provenance
+        return self._catalog.provenance
 
     @property
     def num_items(self) -> int:
@@ -205,16 +205,16 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         }
 
     def item_indices(self, item_ids: Iterable[Hashable], *, unknown: Literal["error", "skip"] = "error") -> np.ndarray:
-        """Catalogue row of each id: n ids, looked up as strings -> int64 [n], shorter where unknown ids are skipped.
+        """Catalog row of each id: n ids, looked up as strings -> int64 [n], shorter where unknown ids are skipped.
 
         Raises:
             ValueError: an unknown id, unless `unknown="skip"`.
         """
-        rows, known = known_rows(self._catalogue, as_strings(item_ids), unknown)
+        rows, known = known_rows(self._catalog, as_strings(item_ids), unknown)
         return rows[known]
 
     def item_tokens(self, item_indices: np.ndarray | torch.Tensor) -> np.ndarray:
-        """Token ids of catalogue rows: integers [n] -> int64 [n, num_levels]. `ValueError` if out of range."""
+        """Token ids of catalog rows: integers [n] -> int64 [n, num_levels]. `ValueError` if out of range."""
         rows = self._check_rows(item_indices)
         return self.item_codes[rows] + np.array(self.code_offsets, dtype=np.int64)  # int64 from here on
 
@@ -232,9 +232,9 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
         Args:
             items: item ids, oldest first; a batch is a list of such lists.
-            behaviors: a behaviour name for each item, in the same shape; None if there is only one behaviour.
+            behaviors: a behavior name for each item, in the same shape; None if there is only one behavior.
             max_items: keep this many of the most recent items (that are known).
-            unknown: "skip" drops ids that are not in the catalogue, and their behaviours.
+            unknown: "skip" drops ids that are not in the catalog, and their behaviors.
             timestamps: seconds of each item, in the same shape, None where not known; for a model that reads them.
             return_tensors: None, "pt" or "np".
 
@@ -243,12 +243,10 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             int64 [B, T] tensors (B = 1 for one history) with `return_tensors`. A batch is padded on the left.
 
         Raises:
-            ValueError: an unknown id or behaviour, an empty history (also after skipping), items, behaviours and
-                timestamps of different lengths, no behaviours where there are several.
+            ValueError: an unknown id or behavior, an empty history (also after skipping), items, behaviors and
+                timestamps of different lengths, no behaviors where there are several.
         """
-        columns, batched = history_batch(
-            self._layout, self._catalogue, items, behaviors, max_items, unknown, timestamps
-        )
+        columns, batched = history_batch(self._layout, self._catalog, items, behaviors, max_items, unknown, timestamps)
         if return_tensors is not None:
             return BatchEncoding(columns, tensor_type=return_tensors)
         return BatchEncoding({name: (one if batched else one[0]).tolist() for name, one in columns.items()})
@@ -257,11 +255,11 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         """Tokens of one history by table lookup, for data pipelines.
 
         Args:
-            item_index: integers [n], catalogue rows, oldest first.
+            item_index: integers [n], catalog rows, oldest first.
             behavior_index: integers [n], indices into `behaviors`.
 
         Returns:
-            int64 [1 + n * (num_levels + 1)]: `<bos>`, then codes and behaviour of each item.
+            int64 [1 + n * (num_levels + 1)]: `<bos>`, then codes and behavior of each item.
 
         Raises:
             ValueError: different lengths or an index out of range.
@@ -270,11 +268,11 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         behavior_index = _integers(behavior_index)
         if behavior_index.shape != rows.shape or behavior_index.dtype.kind not in "iu":
             raise ValueError(
-                f"expected one integer behaviour index an item, {rows.shape}, found {behavior_index.dtype} "
+                f"expected one integer behavior index an item, {rows.shape}, found {behavior_index.dtype} "
                 f"{behavior_index.shape}"
             )
         if _any_outside(behavior_index, len(self.behaviors)):
-            raise ValueError(f"expected behaviour indices in [0, {len(self.behaviors)}), found some outside")
+            raise ValueError(f"expected behavior indices in [0, {len(self.behaviors)}), found some outside")
         return self._layout.encode(self.item_codes[rows], behavior_index)
 
     def encode_times(self, timestamps: np.ndarray) -> np.ndarray:
@@ -289,15 +287,15 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         return self._layout.encode_times(np.asarray(timestamps, dtype=np.int64))
 
     def decode_indices(self, token_ids: np.ndarray | torch.Tensor | Sequence) -> np.ndarray | list[np.ndarray]:
-        """Catalogue rows of the items in token ids: [T] -> int64 [n], or [B, T] -> B of them.
+        """Catalog rows of the items in token ids: [T] -> int64 [n], or [B, T] -> B of them.
 
-        The tokenizer's own special tokens and behaviours are skipped between items.
+        The tokenizer's own special tokens and behaviors are skipped between items.
 
         Raises:
-            ValueError: codes that are not whole items in level order, or that spell no item of the catalogue; tokens that
+            ValueError: codes that are not whole items in level order, or that spell no item of the catalog; tokens that
                 were added.
         """
-        return decode_rows(self._layout, self._catalogue, token_ids)
+        return decode_rows(self._layout, self._catalog, token_ids)
 
     def decode_items(self, token_ids: np.ndarray | torch.Tensor | Sequence) -> list[str] | list[list[str]]:
         """Item ids in token ids: [T] -> a list, or [B, T] -> a list of lists. Errors as in `decode_indices`."""
@@ -312,7 +310,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         embeddings: np.ndarray | torch.Tensor,
         titles: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Appends new items to the catalogue with frozen codebooks; what exists keeps its rows, codes and token ids.
+        """Appends new items to the catalog with frozen codebooks; what exists keeps its rows, codes and token ids.
 
         A new item takes the next free last code of its group. The vocabulary grows at its end if a group outgrows
         the last level: give the model as many rows (`len(tokenizer)`). Nothing changes if an error is raised.
@@ -329,20 +327,20 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             ValueError: known or repeated ids, several levels without a quantizer, embeddings of the wrong number or width or
                 not finite, or the last level has to grow past tokens that were added by hand.
         """
-        catalogue = self._catalogue.extended(item_ids, embeddings, titles)
-        if catalogue.codebook_sizes != self.codebook_sizes:
+        catalog = self._catalog.extended(item_ids, embeddings, titles)
+        if catalog.codebook_sizes != self.codebook_sizes:
             if len(self) != self.vocab_size:
                 raise ValueError(
                     f"expected a vocabulary that ends with the last level, found {len(self) - self.vocab_size} tokens "
                     "added after it: add items first and tokens afterwards"
                 )
-            layout = VocabularyLayout(self.behaviors, catalogue.codebook_sizes)
+            layout = VocabularyLayout(self.behaviors, catalog.codebook_sizes)
             backend = build_backend(layout.vocabulary())
             backend.post_processor = self.backend_tokenizer.post_processor
             self._tokenizer = backend  # type: ignore[assignment]  # transformers declares it as None
             self._layout = layout
         first_new = self.num_items
-        self._catalogue = catalogue
+        self._catalog = catalog
         return self.item_codes[first_new:]
 
     @classmethod
@@ -367,14 +365,14 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return files + self._catalogue.save(save_directory, f"{filename_prefix}-" if filename_prefix else "")
+        return files + self._catalog.save(save_directory, f"{filename_prefix}-" if filename_prefix else "")
 
     def _check_rows(self, rows: np.ndarray | torch.Tensor) -> np.ndarray:
         rows = _integers(rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise ValueError(f"expected integer catalogue rows of shape [n], found {rows.dtype} {rows.shape}")
+            raise ValueError(f"expected integer catalog rows of shape [n], found {rows.dtype} {rows.shape}")
         if _any_outside(rows, self.num_items):
-            raise ValueError(f"expected catalogue rows in [0, {self.num_items}), found {rows.min()} to {rows.max()}")
+            raise ValueError(f"expected catalog rows in [0, {self.num_items}), found {rows.min()} to {rows.max()}")
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Which token has which id: the special tokens, the behaviours, then the codes level by level."""
+"""Which token has which id: the special tokens, the behaviors, then the codes level by level."""
 
 import string
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class VocabularyLayout:
         return {token: i for i, token in enumerate(tokens)}
 
     def encode(self, codes: np.ndarray, behavior_index: np.ndarray) -> np.ndarray:
-        """One history, unchecked: int32 codes [n, L], behaviour indices [n] -> int64 [1 + n * (L + 1)]."""
+        """One history, unchecked: int32 codes [n, L], behavior indices [n] -> int64 [1 + n * (L + 1)]."""
         num_levels = len(self.codebook_sizes)
         tokens = np.empty(1 + len(codes) * (num_levels + 1), dtype=np.int64)
         tokens[0] = BOS
@@ -75,16 +75,16 @@ class VocabularyLayout:
 def check_behaviors(behaviors: Sequence[str]) -> tuple[str, ...]:
     """The names as a tuple. `ValueError` unless they are distinct, at least one, and can be tokens of their own."""
     if isinstance(behaviors, str) or not behaviors or not all(isinstance(name, str) for name in behaviors):
-        raise ValueError(f"expected a list of at least one behaviour name, found {behaviors!r}")
+        raise ValueError(f"expected a list of at least one behavior name, found {behaviors!r}")
     reserved = {token.strip("<>") for token in SPECIAL_TOKENS.values()}
     for name in behaviors:
         level, _, code = name.partition("_")
         is_code = len(level) == 1 and level in string.ascii_lowercase and code.isdecimal()
         if not name or name in reserved or is_code or any(c.isspace() or c in "<>" for c in name):
             raise ValueError(
-                f"expected behaviour names without spaces, '<' or '>' that are no special token or code, found "
+                f"expected behavior names without spaces, '<' or '>' that are no special token or code, found "
                 f"{name!r}: rename it, e.g. add_to_cart"
             )
     if len(set(behaviors)) < len(behaviors):
-        raise ValueError(f"expected distinct behaviours, found {list(behaviors)}")
+        raise ValueError(f"expected distinct behaviors, found {list(behaviors)}")
     return tuple(behaviors)

@@ -25,7 +25,7 @@ def load_backend(tokenizer_file: str | None, vocabulary: dict[str, int]) -> Toke
     found = backend.get_vocab(with_added_tokens=False)
     if found != vocabulary:
         raise ValueError(
-            f"expected tokenizer.json to hold the {len(vocabulary)} tokens of the behaviours and codebooks, found "
+            f"expected tokenizer.json to hold the {len(vocabulary)} tokens of the behaviors and codebooks, found "
             f"{len(found)} tokens or another order: copy all files from the same folder"
         )
     return backend

@@ -14,11 +14,11 @@ How well ranked lists of items contain the item that the user really chose next 
 leave-one-out evaluation). With the target's rank r (1 = first) in the list that is given, infinite where it is absent:
 recall@k = [r <= k], ndcg@k = [r <= k] / log2(r + 1) (the ideal DCG of one relevant item is 1), mrr = 1 / r.
 All are means over the lists. mrr is over the list as given, so say the lists' length beside it (mrr over 50 items is
-not mrr over the catalogue); lists of fewer than k items can only miss more at k.
+not mrr over the catalog); lists of fewer than k items can only miss more at k.
 """
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: list of lists of int, best first; an item's catalogue index (0 or more). Lists may differ in length
+    predictions: list of lists of int, best first; an item's catalog index (0 or more). Lists may differ in length
         and hold -1 as padding, which keeps its rank but matches nothing. Of an item that is listed twice, the first
         place counts.
     references: list of int, the target of every list.

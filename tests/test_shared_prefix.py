@@ -1,4 +1,4 @@
-"""Continuations: each is read as if it were alone behind its history, in both ways of attending."""
+"""Branches: each is read as if it were alone behind its history, in both ways of attending."""
 
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -7,21 +7,21 @@ import torch
 from conftest import BACKBONES, build_model, random_histories
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import UniGRFConfig, continuations_unigrf
-from modeling_unigrf.continuations_unigrf import (
-    Continuations,
-    read_continuations,
+from modeling_unigrf import UniGRFConfig, shared_prefix_unigrf
+from modeling_unigrf.shared_prefix_unigrf import (
+    Branches,
+    read_branches,
     shared_prefix_attention,
     shares_prefix,
     sliding_window,
 )
 
 
-def one_by_one(model, input_ids, mask, continuations):
-    """Output at the last token of each of `continuations [B, N, s]`, by a forward over the unpadded row and without cache."""
-    states = torch.empty(*continuations.shape[:2], model.config.hidden_size)
+def one_by_one(model, input_ids, mask, branches):
+    """Output at the last token of each of `branches [B, N, s]`, by a forward over the unpadded row and without cache."""
+    states = torch.empty(*branches.shape[:2], model.config.hidden_size)
     for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True)):
-        for column, tokens in enumerate(continuations[row]):
+        for column, tokens in enumerate(branches[row]):
             with torch.no_grad():
                 whole = torch.cat([ids[seen.bool()], tokens])[None]
                 states[row, column] = model.model(whole).last_hidden_state[0, -1]
@@ -37,7 +37,7 @@ def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, wa
     model.model.hands_down_arguments = "shared" in way
     windowed = "sliding_window" in BACKBONES[backbone]
     if way == "shared prefix in chunks":
-        monkeypatch.setattr(continuations_unigrf, "MAX_SCORES", 1)
+        monkeypatch.setattr(shared_prefix_unigrf, "MAX_SCORES", 1)
     input_ids, mask, _ = random_histories(model, [1, 0] if windowed and "shared" in way else [5, 2])
     generator = torch.Generator().manual_seed(1)
     seen, cache = mask.bool(), DynamicCache()
@@ -45,13 +45,13 @@ def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, wa
         model.model(input_ids, mask, cache=cache, use_cache=True)
         tokens = torch.randint(4, model.config.vocab_size, (2, 3, 1), generator=generator)
         paths, keys = tokens, torch.empty(2, 3, 0, dtype=torch.long)
-        states, keys = read_continuations(model.model, tokens, seen, keys, cache)
+        states, keys = read_branches(model.model, tokens, seen, keys, cache)
         for width, steps in ((5, 1), (4, 2)):  # children of random parents, some of one parent, some parents childless
             parent = torch.randint(paths.shape[1], (2, width, 1), generator=generator)
             tokens = torch.randint(4, model.config.vocab_size, (2, width, steps), generator=generator)
             paths = torch.cat([paths.gather(1, parent.expand(-1, -1, paths.shape[2])), tokens], dim=2)
             keys = keys.gather(1, parent.expand(-1, -1, keys.shape[2]))
-            states, keys = read_continuations(model.model, tokens, seen, keys, cache)
+            states, keys = read_branches(model.model, tokens, seen, keys, cache)
     assert shares_prefix(model.model) == ("shared" in way), "the way that is tested is the way that was taken"
     torch.testing.assert_close(
         states[:, :, -1], one_by_one(model, input_ids, mask, paths), atol=2e-5, rtol=1e-4, check_stride=False
@@ -63,14 +63,14 @@ def test_a_backbone_that_hands_nothing_down_is_found_out_also_by_two_threads_and
     backbone, threads, asked_beside = model.model.language_model, ThreadPoolExecutor(1), []
     forward, last = backbone.forward, backbone.layers[1].forward
 
-    def hands_nothing_down(*args, continuations=None, **kwargs):
-        if continuations is not None:  # in the middle of the trial
+    def hands_nothing_down(*args, branches=None, **kwargs):
+        if branches is not None:  # in the middle of the trial
             asked_beside.append(threads.submit(shares_prefix, model.model))
             wait(asked_beside, timeout=0.05)
         return forward(*args, **kwargs)
 
-    def fails(*args, continuations=None, **kwargs):
-        return last(*args, **kwargs) if continuations is None else 1 / 0
+    def fails(*args, branches=None, **kwargs):
+        return last(*args, **kwargs) if branches is None else 1 / 0
 
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(backbone.layers[1], "forward", fails)
@@ -94,7 +94,7 @@ def test_sums_over_a_long_history_fit_into_a_float16():
     value = 40.0 + torch.randn(key.shape, generator=generator)  # of which 2,048 add up to more than 65,504
     own_keys = (length + torch.arange(count)).view(1, count, 1)
     states, history = [one.half() for one in (query, key, value)], torch.ones(1, length, dtype=torch.bool)
-    found, _ = shared_prefix_attention(None, *states, None, continuations=Continuations(history, own_keys))
+    found, _ = shared_prefix_attention(None, *states, None, branches=Branches(history, own_keys))
     mask = torch.cat([history.expand(count, -1), torch.eye(count, dtype=torch.bool)], dim=1)
     expected = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in states), mask)
     torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)

@@ -1,13 +1,13 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Continuations: many short sequences after one history, none of which sees another, in one forward on its cache.
+"""Branches: many short sequences after one history, none of which sees another, in one forward on its cache.
 
 Beams and candidates are both that. Their tokens are packed behind the history, one row a request, so that the history is
-read and kept once. `read_continuations` lets them attend in one of two ways, with the same result:
+read and kept once. `read_branches` lets them attend in one of two ways, with the same result:
 
 - *shared prefix*: all queries of a request attend its history in one product, each continuation its own few tokens in
   another, and the two are merged by their log-sum-exp. Needs a backbone that hands its keyword arguments down to the
   attention, which is found out by trying.
-- *packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the continuations. For eager
+- *packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the branches. For eager
   attention, for training, for histories longer than a sliding window, and for backbones that do not hand anything down.
 """
 
@@ -31,7 +31,7 @@ TRIAL = Lock()
 
 
 @dataclass
-class Continuations:
+class Branches:
     """
     What the attention must know of them.
 
@@ -59,11 +59,11 @@ def shared_prefix_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    continuations: Continuations | None = None,
+    branches: Branches | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of continuations on a history that they share, exact; without `continuations` it is sdpa.
+    Attention of branches on a history that they share, exact; without `branches` it is sdpa.
 
     Args:
         query (`torch.FloatTensor` of shape `(batch_size, num_heads, N * s, head_dim)`)
@@ -72,22 +72,22 @@ def shared_prefix_attention(
     Returns:
         `(output [batch_size, N * s, num_heads, head_dim], None)`, as transformers' attention functions do.
     """
-    if continuations is None:
+    if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    continuations.handed_down = True
+    branches.handed_down = True
     batch_size, num_heads, _, dim = query.shape
-    kv_heads, length = key.shape[1], continuations.history_mask.shape[1]
-    _, count, own = continuations.own_keys.shape
+    kv_heads, length = key.shape[1], branches.history_mask.shape[1]
+    _, count, own = branches.own_keys.shape
     steps, groups = query.shape[2] // count, num_heads // kv_heads
     queries = query * (dim**-0.5 if scaling is None else scaling)
     queries = queries.reshape(batch_size, kv_heads, groups, count, steps, dim)
     history_keys, history_values = key[:, :, :length].transpose(2, 3), value[:, :, :length]
-    own_keys, own_values = (own_states(states, continuations.own_keys) for states in (key, value))
+    own_keys, own_values = (own_states(states, branches.own_keys) for states in (key, value))
     hidden = None
     if steps > 1:
         hidden = ~torch.ones(steps, own, dtype=torch.bool, device=query.device).tril(own - steps)
-        if continuations.own_mask is not None:
-            hidden = hidden | ~continuations.own_mask[:, None, None, :, None]
+        if branches.own_mask is not None:
+            hidden = hidden | ~branches.own_mask[:, None, None, :, None]
         hidden = hidden.expand(batch_size, 1, 1, count, steps, own)
 
     outputs = []
@@ -96,9 +96,9 @@ def shared_prefix_attention(
         part = slice(start, start + at_once)
         block = queries[:, :, :, part]
         scores = (block.flatten(2, 4) @ history_keys).float()
-        if continuations.padding is not None:
+        if branches.padding is not None:
             # Not -inf, also where nothing of the history is seen.
-            scores.masked_fill_(continuations.padding, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(branches.padding, torch.finfo(scores.dtype).min)
         top = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         norm = weights.sum(dim=-1, keepdim=True)
@@ -170,7 +170,7 @@ def attention_mask_4d(
 
 
 @contextmanager
-def kept_as_found(cache: Cache, unless_it_works: bool = False) -> Iterator[Cache]:
+def cache_rollback(cache: Cache, unless_it_works: bool = False) -> Iterator[Cache]:
     """Whatever is appended to the cache inside is taken off again, also (or only) if something fails."""
     lengths, stays = [layer.get_seq_length() for layer in cache.layers], False
     try:
@@ -193,7 +193,7 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def read_continuations(
+def read_branches(
     backbone: nn.Module,
     token_ids: torch.LongTensor | None,
     history_mask: torch.BoolTensor,
@@ -205,12 +205,12 @@ def read_continuations(
     token_times: torch.LongTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
     """
-    Runs the next tokens of N continuations of each history, and leaves their keys and values on the cache.
+    Runs the next tokens of N branches of each history, and leaves their keys and values on the cache.
 
     Args:
         backbone (`UniGRFModel`)
         token_ids (`torch.LongTensor` of shape `(batch_size, N, s)`): None with `inputs_embeds`.
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What the continuations see of the cache's first T
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What the branches see of the cache's first T
             tokens.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens are that come before
             them in each continuation, after the history.
@@ -246,15 +246,15 @@ def read_continuations(
         "use_cache": True,
     }
     if timestamps is not None:
-        own_times, asked_for = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
+        own_times, query_time = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
         own_times = own_times if token_times is None else token_times.flatten(1)
-        arguments |= {"timestamps": own_times, "next_timestamps": asked_for}
+        arguments |= {"timestamps": own_times, "target_timestamps": query_time}
     window = sliding_window(config)
     whole_history_seen = window is None or length + earlier + steps <= window
     if whole_history_seen and not torch.is_grad_enabled() and shares_prefix(backbone):
         # A mask that says nothing new keeps the backbone from making one of its own.
-        continuations, mask = Continuations(history_mask, own_keys, own_mask), history_mask[:, None, None]
-        states = backbone(attention_mask=mask, continuations=continuations, **arguments)
+        branches, mask = Branches(history_mask, own_keys, own_mask), history_mask[:, None, None]
+        states = backbone(attention_mask=mask, branches=branches, **arguments)
     else:
         visible = torch.zeros(batch_size, count, steps, start + count * steps, dtype=torch.bool, device=device)
         visible[..., :length] = history_mask[:, None, None]
@@ -276,7 +276,7 @@ def read_continuations(
 def shares_prefix(backbone: nn.Module) -> bool:
     """
     Whether the backbone attends by `shared_prefix_attention`. One that uses sdpa is switched over at first use, for good
-    (without continuations it is sdpa, and switching to and fro would not be safe in threads), if a trial shows that its
+    (without branches it is sdpa, and switching to and fro would not be safe in threads), if a trial shows that its
     keyword arguments reach the attention.
     """
     config = backbone.language_model.config
@@ -284,14 +284,14 @@ def shares_prefix(backbone: nn.Module) -> bool:
         if config._attn_implementation == "sdpa" and backbone.hands_down_arguments:
             token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
             cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
-            trial = Continuations(seen[:, 0, 0, :1], torch.ones_like(token)[None])
+            trial = Branches(seen[:, 0, 0, :1], torch.ones_like(token)[None])
             succeeded = False
             # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
             with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
                 backbone(token, cache=cache, use_cache=True)
                 config._attn_implementation = SHARED_PREFIX
                 try:
-                    backbone(token, seen, cache=cache, use_cache=True, continuations=trial)
+                    backbone(token, seen, cache=cache, use_cache=True, branches=trial)
                     backbone.hands_down_arguments = succeeded = trial.handed_down
                 finally:
                     if not succeeded:

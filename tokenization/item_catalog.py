@@ -1,4 +1,4 @@
-"""The catalogue behind a tokenizer: which item is spelled by which codes, both ways, and its two files."""
+"""The catalog behind a tokenizer: which item is spelled by which codes, both ways, and its two files."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, 
 
 
 @dataclass(frozen=True, eq=False)
-class ItemCatalogue:
-    """Items, their unique codes and where these come from. Immutable: adding items gives a new catalogue.
+class ItemCatalog:
+    """Items, their unique codes and where these come from. Immutable: adding items gives a new catalog.
 
-    item_ids: N distinct strings; a row of the catalogue is an index into them.
+    item_ids: N distinct strings; a row of the catalog is an index into them.
     codes: int32 [N, L], no two rows equal, `codes[:, l] < codebook_sizes[l]`.
     codebook_sizes: L numbers whose product is below 2^63.
     titles: N strings, or None.
@@ -91,8 +91,8 @@ class ItemCatalogue:
 
     def extended(
         self, item_ids: Iterable, embeddings: np.ndarray | torch.Tensor, titles: Sequence[str] | None
-    ) -> "ItemCatalogue":
-        """This catalogue followed by new items, with frozen codebooks; the last level grows where it has to. Atomic ids
+    ) -> "ItemCatalog":
+        """This catalog followed by new items, with frozen codebooks; the last level grows where it has to. Atomic ids
         (one level) need no codebooks: new items take the next ones.
 
         Raises:
@@ -101,7 +101,7 @@ class ItemCatalogue:
         """
         if self.quantizer is None and len(self.codebook_sizes) > 1:
             raise ValueError(
-                "expected a catalogue with a quantizer, found one built from given codes: pass `quantizer` to "
+                "expected a catalog with a quantizer, found one built from given codes: pass `quantizer` to "
                 "`from_codes`, or use `from_embeddings`"
             )
         item_ids = as_new_ids(item_ids)
@@ -170,22 +170,22 @@ class ItemCatalogue:
         return str(items_path), str(ids_path)
 
     @classmethod
-    def load(cls, items_file: str | Path | None, semantic_ids_file: str | Path | None) -> "ItemCatalogue":
-        """Reads what `save` wrote. `ValueError` if a file is missing, damaged, or belongs to another catalogue."""
+    def load(cls, items_file: str | Path | None, semantic_ids_file: str | Path | None) -> "ItemCatalog":
+        """Reads what `save` wrote. `ValueError` if a file is missing, damaged, or belongs to another catalog."""
         content = read_json_object(items_file, ITEMS_FILE)
         tensors, metadata = read_tensors(semantic_ids_file)
         missing = {"provenance", "codebook_sizes", "titles", "item_ids"} - content.keys()
         if missing or "item_codes" not in tensors:
             raise ValueError(
-                f"expected a saved catalogue, found {ITEMS_FILE} without {sorted(missing)} and {SEMANTIC_IDS_FILE} "
+                f"expected a saved catalog, found {ITEMS_FILE} without {sorted(missing)} and {SEMANTIC_IDS_FILE} "
                 f"with {sorted(tensors)} (it needs item_codes): save the folder again"
             )
         if len(content["item_ids"]) != len(tensors["item_codes"]):
             raise ValueError(
-                f"expected {ITEMS_FILE} and {SEMANTIC_IDS_FILE} of one catalogue, found {len(content['item_ids'])} "
+                f"expected {ITEMS_FILE} and {SEMANTIC_IDS_FILE} of one catalog, found {len(content['item_ids'])} "
                 f"item ids and {len(tensors['item_codes'])} rows of codes: copy both files from the same folder"
             )
-        catalogue = cls(
+        catalog = cls(
             item_ids=content["item_ids"],
             codes=tensors["item_codes"],
             codebook_sizes=tuple(content["codebook_sizes"]),
@@ -193,13 +193,13 @@ class ItemCatalogue:
             quantizer=ResidualKMeans.from_tensors(tensors, metadata) if "codebook_0" in tensors else None,
             provenance=content["provenance"],
         )
-        if catalogue.provenance["sha256"] != content["provenance"].get("sha256"):
+        if catalog.provenance["sha256"] != content["provenance"].get("sha256"):
             raise ValueError(
                 f"expected item ids and codes of hash {content['provenance'].get('sha256')}, found "
-                f"{catalogue.provenance['sha256']}: {ITEMS_FILE} and {SEMANTIC_IDS_FILE} are not of one catalogue, or "
+                f"{catalog.provenance['sha256']}: {ITEMS_FILE} and {SEMANTIC_IDS_FILE} are not of one catalog, or "
                 "were edited; copy both files from the same folder"
             )
-        return catalogue
+        return catalog
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
         keys = np.zeros(len(codes), dtype=np.int64)
@@ -261,7 +261,7 @@ def _repeated(item_ids: list[str]) -> list[str]:
     return [item_id for item_id, count in Counter(item_ids).items() if count > 1][:5]
 
 
-def _fingerprint(catalogue: ItemCatalogue) -> str:
-    digest = hashlib.sha256(json.dumps(catalogue.item_ids).encode())
-    digest.update(catalogue.codes.astype("<i4").tobytes())
+def _fingerprint(catalog: ItemCatalog) -> str:
+    digest = hashlib.sha256(json.dumps(catalog.item_ids).encode())
+    digest.update(catalog.codes.astype("<i4").tobytes())
     return digest.hexdigest()
