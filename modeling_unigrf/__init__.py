@@ -1,16 +1,19 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""UniGRF: unified generative retrieval and ranking. Importing this package registers it with transformers' Auto classes."""
+"""
+UniGRF: unified generative retrieval and ranking. To import the package registers it with transformers' Auto classes.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hstu import HSTUConfig
-from .configuration_unigrf import UniGRFConfig
+from .configuration_unigrf import UniGRFConfig, UniGRFTrainingConfig
+from .item_lists_unigrf import ItemFilter
 from .modeling_hstu import HSTUModel
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
 from .pipeline_unigrf import RecommendationPipeline
-from .recommendation_unigrf import UniGRFRecommendation
-from .trie_unigrf import CatalogTrie, ItemFilter
+from .recommendation_unigrf import ServingOptions, UniGRFRecommendation
+from .trie_unigrf import CatalogTrie
 
 AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)
 AutoModel.register(HSTUConfig, HSTUModel)
@@ -27,9 +30,11 @@ __all__ = [
     "HSTUModel",
     "ItemFilter",
     "RecommendationPipeline",
+    "ServingOptions",
     "UniGRFCausalLMOutput",
     "UniGRFConfig",
     "UniGRFForCausalLM",
     "UniGRFModel",
     "UniGRFRecommendation",
+    "UniGRFTrainingConfig",
 ]

@@ -1,17 +1,19 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The catalog as part of the model: spellings and embeddings of all items, saved with the weights."""
+"""The catalog as part of the model: codes and content embeddings of all items, saved with the weights."""
 
 import torch
 from torch import nn
 
-from .trie_unigrf import CatalogTrie, item_list
+from .item_lists_unigrf import item_list
+from .trie_unigrf import CatalogTrie
 
-INT8_ONE = 127  # what stands for 1.0 in an embedding of int8
+INT8_ONE = 127  # the int8 value that stands for 1.0
 
 
-def first_spellings(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
-    """The first `num_items` spellings in lexicographic order, `[num_items, L]`: what an untrained model starts from."""
-    rest, columns = torch.arange(num_items), []
+def first_codes(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
+    """The first `num_items` code sequences in lexicographic order, `[num_items, L]`: an untrained model's catalog."""
+    rest = torch.arange(num_items)
+    columns = []
     for size in reversed(codebook_sizes):
         columns.append(rest % size)
         rest = rest // size
@@ -19,112 +21,130 @@ def first_spellings(num_items: int, codebook_sizes: list[int]) -> torch.IntTenso
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Counts the changes in place, of which a tensor made in `torch.inference_mode()` keeps no count."""
+    """Count the in-place changes of a tensor. (A tensor made in `torch.inference_mode()` keeps no count.)"""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class UniGRFCatalog(nn.Module):
     """
-    Buffers `item_codes` (`torch.int32` `[num_items, L]`) and, if `config.content_embedding_dim`, `content_embeddings`
-    (`[num_items, content_embedding_dim]`, the model's dtype, or int8 with `config.int8_content_embeddings`). Row = item index =
-    row of the tokenizer's item map.
+    The items that exist. Buffers: `item_codes` (`torch.int32` `[num_items, L]`) and, with
+    `config.content_embedding_dim`,
+    `content_embeddings` (`[num_items, content_embedding_dim]`, the model's dtype, or int8 with
+    `config.int8_content_embeddings`). A row is an item index, as in the tokenizer's item map.
     """
 
     def __init__(self, config):
         super().__init__()
         self.codebook_sizes = list(config.codebook_sizes)
-        self.register_buffer("item_codes", first_spellings(config.num_items, self.codebook_sizes))
+        self.register_buffer("item_codes", first_codes(config.num_items, self.codebook_sizes))
         embeddings = None
         if config.content_embedding_dim:
             dtype = torch.int8 if config.int8_content_embeddings else None
             embeddings = torch.zeros(config.num_items, config.content_embedding_dim, dtype=dtype)
         self.register_buffer("content_embeddings", embeddings)
-        self._trie, self._trie_source = None, (None, 0)
+        self._trie = None
+        self._trie_source = (None, 0)
 
     @property
     def num_items(self) -> int:
+        """Number of items."""
         return len(self.item_codes)
 
     @property
     def trie(self) -> CatalogTrie:
-        """The trie of `item_codes`, built at first use and again whenever they were changed or moved."""
+        """The trie of `item_codes`, built at first use and again after they were changed or moved."""
         source, version = self._trie_source
         if source is not self.item_codes or version != _version(self.item_codes):
-            self._keep(CatalogTrie(self.item_codes, self.codebook_sizes))
+            self._store(CatalogTrie(self.item_codes, self.codebook_sizes))
         return self._trie
 
-    def _keep(self, trie: CatalogTrie) -> None:
-        self._trie, self._trie_source = trie, (self.item_codes, _version(self.item_codes))
+    def _store(self, trie: CatalogTrie) -> None:
+        self._trie = trie
+        self._trie_source = (self.item_codes, _version(self.item_codes))
 
     def subset(self, items: torch.LongTensor) -> CatalogTrie:
         """
-        A part of the catalog (a market, a surface), for the `catalog` argument of `generate` and `recommend`. Items keep
-        their indices. Make it once and keep it; it is of the catalog as it is now.
+        Make a part of the catalog (a market, a surface) for the `catalog` argument of `generate` and `recommend`.
+        Items keep their indices. Make it once and keep it; it does not follow later changes of the catalog.
 
         Args:
             items (`torch.LongTensor` of shape `(n,)`, or a list): Item indices, e.g. `tokenizer.item_indices(ids)`.
 
         Raises:
-            ValueError: if there are none, one is outside the catalog, or they are no integers.
+            ValueError: if there is no item, one is outside the catalog, or they are no integers.
         """
         items = item_list(items, self.item_codes.device)
         if items.numel() and (items.min() < 0 or items.max() >= self.num_items):
             raise ValueError(
-                f"Expected item indices below {self.num_items}, found {int(items.min())} to {int(items.max())}."
+                f"`items` must be indices into a catalog of {self.num_items} items, got {int(items.min())} to "
+                f"{int(items.max())}. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
         return CatalogTrie(self.item_codes, self.codebook_sizes, items)
 
     def embeddings_of(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """Item indices of any shape -> their embeddings, floats `[..., content_embedding_dim]`; None if there are none."""
+        """
+        Item indices of any shape -> content embeddings, floats `[..., content_embedding_dim]`; None if there are none.
+        """
         if self.content_embeddings is None:
             return None
         rows = self.content_embeddings[items]
         return rows / INT8_ONE if rows.dtype == torch.int8 else rows
 
     def check(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
-        """Refuses codes and embeddings that this catalog cannot hold; raises `ValueError`."""
-        levels, shape = len(self.codebook_sizes), tuple(item_codes.shape)
-        if len(shape) != 2 or shape[0] == 0 or shape[1] != levels or item_codes.is_floating_point():
+        """Raises `ValueError` for codes and content embeddings that this catalog cannot hold."""
+        num_levels = len(self.codebook_sizes)
+        shape = tuple(item_codes.shape)
+        if len(shape) != 2 or shape[0] == 0 or shape[1] != num_levels or item_codes.is_floating_point():
             raise ValueError(
-                f"Expected integer item codes of shape (num_items, {levels}) with num_items >= 1, found "
-                f"{item_codes.dtype} of shape {shape}."
+                f"`item_codes` must be integers of shape (num_items, {num_levels}) with num_items >= 1, got "
+                f"{item_codes.dtype} of shape {shape}. Pass `tokenizer.item_codes`."
             )
         least, most = int(item_codes.min()), int(item_codes.max())
-        if least < 0 or most >= 2**31:  # before they are made 32 bits wide
-            raise ValueError(f"Expected item codes from 0 to 2^31 - 1, found {least} to {most}.")
-        if (content_embeddings is None) != (self.content_embeddings is None):
-            wanted = "no" if self.content_embeddings is None else f"{self.content_embeddings.shape[1]}-wide"
-            given = "none" if content_embeddings is None else tuple(content_embeddings.shape)
-            raise ValueError(f"Expected {wanted} item embeddings (config.content_embedding_dim), found {given}.")
-        if content_embeddings is None:
-            return
-        expected = (len(item_codes), self.content_embeddings.shape[1])
+        if least < 0 or most >= 2**31:  # int32 could not hold them
+            raise ValueError(
+                f"`item_codes` must lie from 0 to 2^31 - 1, got {least} to {most}. Pass `tokenizer.item_codes`."
+            )
+        if content_embeddings is not None or self.content_embeddings is not None:
+            self._check_embeddings(len(item_codes), content_embeddings)
+
+    def _check_embeddings(self, num_items: int, content_embeddings: torch.Tensor | None) -> None:
+        if content_embeddings is None or self.content_embeddings is None:
+            width = 0 if self.content_embeddings is None else self.content_embeddings.shape[1]
+            got = "none" if content_embeddings is None else f"some of shape {tuple(content_embeddings.shape)}"
+            raise ValueError(
+                f"`content_embeddings` must have config.content_embedding_dim={width} columns (0: none), got {got}. "
+                "Pass them, or make a config with another content_embedding_dim."
+            )
+        expected = (num_items, self.content_embeddings.shape[1])
         if tuple(content_embeddings.shape) != expected:
-            raise ValueError(f"Expected item embeddings of shape {expected}, found {tuple(content_embeddings.shape)}.")
+            raise ValueError(
+                f"`content_embeddings` must have shape {expected}, got {tuple(content_embeddings.shape)}. Pass one "
+                "row an item."
+            )
         if (content_embeddings.dtype == torch.int8) != (self.content_embeddings.dtype == torch.int8):
             raise ValueError(
-                f"Expected item embeddings as {self.content_embeddings.dtype} (config.int8_content_embeddings), found "
+                f"`content_embeddings` must be {self.content_embeddings.dtype} (config.int8_content_embeddings), got "
                 f"{content_embeddings.dtype}. An int8 of 127 stands for 1.0: divide by it, or multiply and round."
             )
         if content_embeddings.dtype == torch.int8:
             return
-        bad = (~content_embeddings.to(self.content_embeddings.dtype).isfinite()).any(dim=1).nonzero()
-        if len(bad):
+        bad_rows = (~content_embeddings.to(self.content_embeddings.dtype).isfinite()).any(dim=1).nonzero()
+        if len(bad_rows):
             raise ValueError(
-                f"{len(bad)} item embeddings have NaN or infinite values as {self.content_embeddings.dtype}, the first in row "
-                f"{int(bad[0])}."
+                f"`content_embeddings` must be finite as {self.content_embeddings.dtype}, got NaN or infinity in "
+                f"{len(bad_rows)} rows, the first of them row {int(bad_rows[0])}. Encode these items again."
             )
 
     def replace(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
-        """Sets all items at once; nothing changes if they are refused (see `check` and `CatalogTrie`)."""
+        """Set all items at once. Raises `ValueError` as `check` and `CatalogTrie` do, and changes nothing then."""
         self.check(item_codes, content_embeddings)
         item_codes = item_codes.to(self.item_codes.device, torch.int32)
-        # The trie raises on shared or impossible spellings.
         self.put(item_codes, content_embeddings, CatalogTrie(item_codes, self.codebook_sizes))
 
     def put(self, item_codes: torch.IntTensor, content_embeddings: torch.Tensor | None, trie: CatalogTrie) -> None:
-        """Sets all items, checked, and their trie."""
-        self.codebook_sizes, self.item_codes = trie.codebook_sizes, item_codes
-        self._keep(trie)
+        """Set all items, checked before, and their trie."""
+        self.codebook_sizes = trie.codebook_sizes
+        self.item_codes = item_codes
+        self._store(trie)
         if content_embeddings is not None:
             self.content_embeddings = content_embeddings.to(self.content_embeddings)

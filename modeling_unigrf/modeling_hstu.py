@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_hstu import HSTUConfig
-from .shared_prefix_unigrf import check_cache
+from .cache_unigrf import check_cache
 
 UNKNOWN_TIME = -1
 

@@ -1,34 +1,50 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""`pipeline("recommendation")`: histories of the user's own item ids in, the user's own item ids out."""
+"""`pipeline("recommendation")`: histories in the user's own item ids in, recommended items in the same ids out."""
 
 import torch
 from transformers import AutoModelForCausalLM, Pipeline
 
-REQUEST_KEYS = {"items", "behaviors", "timestamps", "query_time", "allowed_items", "blocked_items"}
+from .old_names_unigrf import convert_old_inputs, convert_old_request
+
+REQUEST_KEYS = ("items", "behaviors", "timestamps", "query_time", "allowed_items", "blocked_items")
 PREPROCESS = ("max_items", "unknown", "exclude_history")
-FORWARD = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "catalog")
-FORWARD += ("dense_weight", "num_dense_candidates", "rerank_top_k")
-# Of what `recommend` returns, and what they are called in a row of the list.
-COLUMNS = {"scores": "score", "generation_scores": "generation_score", "ranking_scores": "ranking_score"}
-COLUMNS |= {"dense_scores": "dense_score"}
+FORWARD = (
+    "num_beams",
+    "num_return_sequences",
+    "ranking_weight",
+    "ranking_target",
+    "dense_weight",
+    "num_dense_candidates",
+    "rerank_top_k",
+    "catalog",
+)
+# Scores of `recommend`, and their names in a row of the list.
+SCORES = {
+    "scores": "score",
+    "generation_scores": "generation_score",
+    "ranking_scores": "ranking_score",
+    "dense_scores": "dense_score",
+}
+LONG_HISTORY = {"items": "long_items", "behaviors": "long_behaviors", "timestamps": "long_timestamps"}
 
 
 class RecommendationPipeline(Pipeline):
     """
-    Recommends items from histories, with model, codebooks and item map in one folder or Hub repository.
+    Recommend items from histories. Model, codebooks and item map come from one folder or Hub repository.
 
         recommender = pipeline("recommendation", model=folder, trust_remote_code=True)
         recommender({"items": ["50", "172"], "behaviors": ["like", "like"]})
 
     Parameters, of the constructor or of a call:
-        max_items (`int`, *optional*): Keep this many of the most recent items; by default as many as the model was trained
-            with (`config.max_items`), or as many as fit.
+        max_items (`int`, *optional*): Most recent items of a history to encode. None: as `generation_config` says, or
+            as many as fit.
         unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
-        exclude_history (`bool`, *optional*): Never recommend an item of the history; by default as the config says.
-        num_beams, num_return_sequences, ranking_weight, ranking_target, catalog, dense_weight, num_dense_candidates,
-            rerank_top_k: As in `UniGRFForCausalLM.recommend`.
+        exclude_history (`bool`, *optional*): Recommend no item of the history. None: as `generation_config` says.
+        num_beams, num_return_sequences, ranking_weight, ranking_target, dense_weight, num_dense_candidates,
+            rerank_top_k: As in `ServingOptions`.
+        catalog (`CatalogTrie`, *optional*): As in `UniGRFForCausalLM.recommend`.
 
-    A model with `num_retrieved_items` also searches the history beyond `max_items` (`config.max_long_items` of it).
+    A model with `num_retrieved_items` also searches the history beyond `max_items` (`max_long_items` of it).
     """
 
     _load_processor = False
@@ -37,9 +53,11 @@ class RecommendationPipeline(Pipeline):
     _load_tokenizer = True
 
     def _sanitize_parameters(self, **kwargs):
-        unknown = set(kwargs) - {*PREPROCESS, *FORWARD}
-        if unknown:
-            raise ValueError(f"Expected parameters among {[*PREPROCESS, *FORWARD]}, found {sorted(unknown)}.")
+        kwargs = convert_old_inputs(kwargs)
+        if strange := sorted(set(kwargs) - {*PREPROCESS, *FORWARD}):
+            raise ValueError(
+                f"Parameters must be among {[*PREPROCESS, *FORWARD]}, got {strange}. Is one of them misspelled?"
+            )
         return (
             {name: kwargs[name] for name in PREPROCESS if name in kwargs},
             {name: kwargs[name] for name in FORWARD if name in kwargs},
@@ -48,97 +66,111 @@ class RecommendationPipeline(Pipeline):
 
     def __call__(self, inputs, **kwargs):
         """
+        Recommend items for one history or for many.
+
         Args:
-            inputs: one history or a list of them (or a torch `Dataset` or generator of them). A history is a list of item ids
-                or a dict with `items` and, if the model knows several behaviors, `behaviors`; for a model that reads times
-                also `timestamps`, seconds, and `query_time`; the dict may restrict its own request by
-                `allowed_items` and `blocked_items`, lists of item ids.
-            batch_size (`int`, *optional*): Histories run together.
+            inputs: One history or a list of them (or a torch `Dataset` or generator of them). A history is a list of
+                item ids or a dict with `items` and, if the model knows several behaviors, `behaviors`; for a model
+                that reads times also `timestamps` and `query_time`, seconds. `allowed_items` and `blocked_items`,
+                lists of item ids, restrict the request.
+            batch_size (`int`, *optional*): Histories that run together.
 
         Returns:
-            A list of dicts for each history, best first: `item_id`, `title` (None without titles), `score`,
-            `generation_score` (`log P`), `ranking_score` (`log sigmoid`) and, of a model that has one, `dense_score`. A list of
-            such lists for several histories.
+            A list of dicts for each history, best first: `item_id`, `title` (None without titles), `score` (fused),
+            `generation_score` (log P), `ranking_score` (log sigmoid) and, of a model that has one, `dense_score`. A
+            list of such lists for several histories.
 
         Raises:
-            ValueError: on unknown items or behaviors, empty histories, misspelt parameters, an allow-list without items.
+            ValueError: for unknown items or behaviors, empty histories, misspelled parameters, an allow-list without
+                items.
         """
         if isinstance(inputs, (list, tuple)):
             if not inputs:
-                raise ValueError("Expected a history or a list of histories, found an empty list.")
+                raise ValueError(
+                    "`inputs` must be a history or a list of histories, got an empty list. Pass item ids."
+                )
             is_batch = isinstance(inputs[0], (list, tuple, dict)) or getattr(inputs[0], "ndim", 0) > 0  # an array
             inputs = list(inputs) if is_batch else {"items": list(inputs)}
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=None):
-        request = inputs if isinstance(inputs, dict) else {"items": inputs}
-        strange = set(request) - REQUEST_KEYS
-        if strange or "items" not in request:
-            raise ValueError(
-                f"Expected a history with `items` and keys among {sorted(REQUEST_KEYS)}, found {list(request)}."
-            )
-        for name in ("items", "allowed_items", "blocked_items"):
-            if isinstance(request.get(name), str):  # which Python would read as a list of one-letter ids
-                raise ValueError(f"Expected a list of item ids in `{name}`, found the one string {request[name]!r}.")
+        """One request -> the inputs of `recommend`."""
+        request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
         items, config = list(request["items"]), self.model.config
+        options = self.model.serving_options(max_items=max_items, exclude_history=exclude_history)
         encoded = self.tokenizer.encode_history(
             items,
             request.get("behaviors"),
-            max_items=(config.max_items or config.max_history_items) if max_items is None else max_items,
+            max_items=options.max_items or config.max_history_items,
             unknown=unknown,
             timestamps=request.get("timestamps"),
             return_tensors="pt",
         )
         if len(encoded["input_ids"]) != 1:
             raise ValueError(
-                f"Expected one history a request, found {len(encoded['input_ids'])}. Give a list of histories, each a list of ids."
+                f"A request must hold one history, got {len(encoded['input_ids'])}. Pass a list of histories, each a "
+                "list of ids."
             )
-        if config.reads_times and "timestamps" not in encoded:  # beside a request that has them
+        if config.reads_times and "timestamps" not in encoded:  # others of the batch may have some
             encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
-        query_time = request.get("query_time")
-        if query_time is not None:
-            encoded["query_time"] = torch.tensor([query_time]).long()
+        if request.get("query_time") is not None:
+            encoded["query_time"] = torch.tensor([request["query_time"]]).long()
         elif "timestamps" in encoded:
             encoded["query_time"] = encoded["timestamps"][:, -1]
-        lists = {
-            name: [] if request.get(name) is None else list(request[name])
-            for name in ("allowed_items", "blocked_items")
-        }
-        allowed, blocked = self._indices(lists["allowed_items"], unknown), lists["blocked_items"]
-        if request.get("allowed_items") is not None and not allowed.any():
+        allowed, blocked = (list(request.get(name) or []) for name in ("allowed_items", "blocked_items"))
+        allowed_indices = self._indices(allowed, unknown)
+        if request.get("allowed_items") is not None and not allowed_indices.any():
             raise ValueError(
-                f"Expected a known item in `allowed_items`, found {request['allowed_items']!r}. Leave it out to allow all."
+                f"`allowed_items` must hold an item that the item map has, got {request['allowed_items']!r}. Leave "
+                "it out to allow all items."
             )
-        if config.exclude_history if exclude_history is None else exclude_history:  # also what is beyond `max_items`
+        if options.exclude_history:  # also what is beyond `max_items`
             blocked += items
         if config.num_retrieved_items:
-            encoded |= self._long_history(items, request.get("behaviors"), request.get("timestamps"), unknown)
-        return {**encoded, "allowed_items": allowed, "blocked_items": self._indices(blocked, unknown)}
+            encoded |= self._long_history(request, unknown, options.max_long_items)
+        return {**encoded, "allowed_items": allowed_indices, "blocked_items": self._indices(blocked, unknown)}
 
-    def _long_history(self, items, behaviors, timestamps, unknown) -> dict[str, torch.LongTensor]:
-        """Known items, their behaviors and times, each as `_indices`, so that padding is no item here either."""
+    @staticmethod
+    def _check_request(request: dict) -> dict:
+        request = convert_old_request(request)
+        if set(request) - set(REQUEST_KEYS) or "items" not in request:
+            raise ValueError(
+                f"A history must have `items` and keys among {list(REQUEST_KEYS)}, got {list(request)}. Is one of "
+                "them misspelled?"
+            )
+        for name in ("items", "allowed_items", "blocked_items"):
+            if isinstance(request.get(name), str):  # Python would read it as a list of one-letter ids
+                raise ValueError(
+                    f"`{name}` must be a list of item ids, got the string {request[name]!r}. Put it in a list."
+                )
+        return request
+
+    def _long_history(self, request: dict, unknown: str, max_long_items: int | None) -> dict[str, torch.LongTensor]:
+        """Known items, their behaviors and times, each shifted as `_indices` does, so that padding is no item."""
         encoded = self.tokenizer.encode_history(
-            items,
-            behaviors,
-            max_items=self.model.config.max_long_items,
+            list(request["items"]),
+            request.get("behaviors"),
+            max_items=max_long_items,
             unknown=unknown,
-            timestamps=timestamps,
+            timestamps=request.get("timestamps"),
             return_tensors="pt",
         )
         tokens = encoded["input_ids"][0]
         indices = torch.as_tensor(self.tokenizer.decode_indices(tokens)).long()
-        on_them = tokens[1:].view(len(indices), -1)[:, -1:]
-        names = (on_them == tokens.new_tensor(self.model.config.behavior_token_ids)).int().argmax(dim=1)
-        columns = {"long_items": indices, "long_behaviors": names}
-        if self.model.config.reads_times:  # also for a request without any, beside one that has them
+        behavior_tokens = tokens[1:].view(len(indices), -1)[:, -1:]
+        behavior_ids = tokens.new_tensor(self.model.config.behavior_token_ids)
+        columns = {"items": indices, "behaviors": (behavior_tokens == behavior_ids).int().argmax(dim=1)}
+        if self.model.config.reads_times:  # others of the batch may have times
             times = encoded.get("timestamps", torch.full_like(encoded["input_ids"], -1))
-            columns["long_timestamps"] = times[0, 1:].view(len(indices), -1)[:, -1]
-        return {name: torch.nn.functional.pad(column + 1, (1, 0))[None] for name, column in columns.items()}
+            columns["timestamps"] = times[0, 1:].view(len(indices), -1)[:, -1]
+        return {
+            LONG_HISTORY[name]: torch.nn.functional.pad(column + 1, (1, 0))[None] for name, column in columns.items()
+        }
 
-    def _indices(self, item_ids, unknown) -> torch.LongTensor:
+    def _indices(self, item_ids: list, unknown: str) -> torch.LongTensor:
         """
-        A zero, then item indices plus one, `[1, 1 + n]`: a batch is padded with zeros, which are no item then. The first
-        zero is there because `Pipeline` cannot pad a row of no elements.
+        A zero, then item indices plus one, `[1, 1 + n]`: the zeros that pad a batch are no items then. `Pipeline`
+        cannot pad a row of no elements, hence the first zero.
         """
         indices = torch.as_tensor(self.tokenizer.item_indices(item_ids, unknown=unknown)).long()
         return torch.nn.functional.pad(indices + 1, (1, 0))[None]
@@ -152,17 +184,16 @@ class RecommendationPipeline(Pipeline):
         if "allowed_items" in lists:  # a request without a list, beside one that has one
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
-        for name in ("long_items", "long_behaviors", "long_timestamps"):
-            if name in model_inputs:
-                lists[name] = model_inputs.pop(name) - 1
-        # What is left out was said by `preprocess`, which knows more of the history than the model reads.
-        return self.model.recommend(**model_inputs, **lists, **parameters, exclude_history=False)
+        long_history = {name: model_inputs.pop(key) - 1 for name, key in LONG_HISTORY.items() if key in model_inputs}
+        # `preprocess` blocked the whole history, of which the model reads a part.
+        return self.model.recommend(
+            **model_inputs, **lists, long_history=long_history or None, **parameters, exclude_history=False
+        )
 
     def postprocess(self, model_outputs):
+        """The output of `recommend` for one request -> a list of dicts, best first."""
         item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
-        scores = {
-            name: model_outputs[column][0].tolist() for column, name in COLUMNS.items() if column in model_outputs
-        }
+        scores = {name: model_outputs[key][0].tolist() for key, name in SCORES.items() if key in model_outputs}
         return [
             {
                 "item_id": item_ids[item],
@@ -174,7 +205,7 @@ class RecommendationPipeline(Pipeline):
         ]
 
 
-# Registration sets this on the installed class. A class that was loaded from a repository needs it too, or a pipeline that
+# Registration sets this on the installed class. A class from a repository needs it, too: without it, a pipeline that
 # is saved again would name code that it does not bring.
 RecommendationPipeline._registered_impl = {
     "recommendation": {"impl": RecommendationPipeline, "pt": (AutoModelForCausalLM,)}

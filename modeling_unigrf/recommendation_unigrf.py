@@ -1,33 +1,143 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Recommendation: the beams of a search, ranked on the search's own cache, their scores fused (RecoChain, inference)."""
+"""
+Recommendation: candidates from a search, ranked on the search's own cache, their scores fused (RecoChain, inference).
+"""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
-from .candidates_unigrf import read_candidates, top_dense_items
-from .shared_prefix_unigrf import cache_rollback
-from .training_unigrf import item_log_probs
-from .trie_unigrf import CatalogTrie, ItemFilter, item_list
+from .beam_search_unigrf import SearchSpace, beam_search
+from .cache_unigrf import cache_rollback, check_cache
+from .candidates_unigrf import CandidateContext, read_candidates
+from .configuration_unigrf import UniGRFConfig
+from .inputs_unigrf import History, LongHistory
+from .item_lists_unigrf import ItemFilter, item_list
+from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
+from .shared_prefix_unigrf import prefill
+from .trie_unigrf import CatalogTrie
+
+
+@dataclass
+class ServingOptions:
+    """
+    How a model is served: fields of `generation_config`, saved in generation_config.json. `recommend` and the
+    pipeline read them there, and take each of them as an argument, too.
+
+    Args:
+        num_beams (`int`, defaults to 10): Candidates that the beam search finds for each request.
+        num_return_sequences (`int`, *optional*): Length of the list. None: ten, or as many candidates as are ranked.
+        max_items (`int`, *optional*): Most recent items of a history that the pipeline encodes. None: as many as fit.
+        max_long_items (`int`, *optional*): Most recent items of a long history that the pipeline passes on. None: all.
+        exclude_history (`bool`, defaults to `True`): Recommend no item of the user's own history.
+        ranking_target (`str`, *optional*): The ranking target that orders the list. None: the config's first.
+        ranking_weight (`float`, defaults to 1.0): Weight of the ranking score. 0: leave it out.
+        dense_weight (`float`, defaults to 0.0): Weight of the dense-retrieval score. 0: leave it out.
+        num_dense_candidates (`int`, defaults to 0): Items of the best dense-retrieval score that are ranked beside
+            the beams, by one pass over the whole catalog. 0: beams alone.
+        rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned, the best by the other scores. 0: all.
+    """
+
+    num_beams: int = 10
+    num_return_sequences: int | None = None
+    max_items: int | None = None
+    max_long_items: int | None = None
+    exclude_history: bool = True
+    ranking_target: str | None = None
+    ranking_weight: float = 1.0
+    dense_weight: float = 0.0
+    num_dense_candidates: int = 0
+    rerank_top_k: int = 0
+
+    @classmethod
+    def from_generation_config(
+        cls, generation_config: GenerationConfig, config: UniGRFConfig, overrides: dict
+    ) -> "ServingOptions":
+        """
+        Read the options, `overrides` first.
+
+        Raises:
+            ValueError: for an override of another name and for options out of range.
+        """
+        names = [field.name for field in fields(cls)]
+        if strange := sorted(set(overrides) - set(names)):
+            raise ValueError(f"Serving options must be among {names}, got {strange}. Is one of them misspelled?")
+        values = {name: getattr(generation_config, name, None) for name in names}
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        options = cls(**{name: value for name, value in values.items() if value is not None})
+        options.ranking_target = options.ranking_target or config.ranking_targets[0]
+        if options.num_return_sequences is None:
+            options.num_return_sequences = min(10, options.max_return_sequences)
+        options.check(config)
+        return options
+
+    @property
+    def num_ranked_beams(self) -> int:
+        """How many beams are ranked."""
+        return min(self.num_beams, self.rerank_top_k) if self.rerank_top_k else self.num_beams
+
+    @property
+    def max_return_sequences(self) -> int:
+        """Length of the longest list."""
+        return self.num_ranked_beams + self.num_dense_candidates
+
+    def check(self, config: UniGRFConfig) -> None:
+        """Raises `ValueError` for options out of range, or that the model cannot serve."""
+        if self.ranking_target not in config.ranking_targets:
+            raise ValueError(
+                f"`ranking_target` must be among {config.ranking_targets}, got {self.ranking_target!r}. Leave it out "
+                "for the first."
+            )
+        is_possible = self.num_beams >= 1 and min(self.num_dense_candidates, self.rerank_top_k) >= 0
+        if not (is_possible and 1 <= self.num_return_sequences <= self.max_return_sequences):
+            raise ValueError(
+                "`num_return_sequences` must be from 1 to num_beams (or rerank_top_k, if not 0) + "
+                f"num_dense_candidates, got num_return_sequences={self.num_return_sequences}, "
+                f"num_beams={self.num_beams}, rerank_top_k={self.rerank_top_k}, "
+                f"num_dense_candidates={self.num_dense_candidates}. Ask for fewer items, or search for more."
+            )
+        if (self.dense_weight or self.num_dense_candidates) and not config.has_dense_scores:
+            raise ValueError(
+                f"`dense_weight={self.dense_weight}` and `num_dense_candidates={self.num_dense_candidates}` must be "
+                "0 for a model "
+                'without a dense-retrieval score. Train one with the ranking target "next" and content_embedding_dim or '
+                "embedding_table_size."
+            )
+        for name in ("max_items", "max_long_items"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value}. Leave it out for no limit.")
+        most = config.max_history_items
+        if self.max_items is not None and most is not None and self.max_items > most:
+            raise ValueError(
+                f"`max_items` must be at most the {most} items that the backbone has positions for, got "
+                f"{self.max_items}. Take fewer items, or a backbone with more positions (max_position_embeddings)."
+            )
+
+
+def serving_defaults() -> dict:
+    """The serving options and their defaults, those of None left out."""
+    return {name: value for name, value in asdict(ServingOptions()).items() if value is not None}
 
 
 @dataclass
 class UniGRFRecommendation(ModelOutput):
     """
-    The best items of each request, best first. A request with fewer items than asked for is padded with item -1 and
-    scores of -inf.
+    The best items of each request, best first. A request with fewer items than asked for is filled up with item -1
+    and scores of -inf.
 
     Args:
         item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Rows of the catalog.
-        scores (`torch.FloatTensor` of shape `(batch_size, R)`): `generation_scores + ranking_weight * ranking_scores`, and
-            `dense_weight * dense_scores`, if there are any.
+        scores (`torch.FloatTensor` of shape `(batch_size, R)`): The fused score, `generation_scores + ranking_weight
+            *` `ranking_scores + dense_weight * dense_scores`.
         generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
-        ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target.
-        dense_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The item-level score: the logit of the item
-            among all items, by the history's end and the item's vector. None without item vectors or target `"next"`.
+        ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target's logit.
+        dense_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The dense-retrieval score. None
+            without item representations or the target `"next"`.
     """
 
     item_indices: torch.LongTensor | None = None
@@ -37,186 +147,166 @@ class UniGRFRecommendation(ModelOutput):
     dense_scores: torch.FloatTensor | None = None
 
 
-class UniGRFRecommendationMixin:
-    """Ranking on top of generation. Needs `UniGRFGenerationMixin`, `ranking_head` and `ranking_logits`."""
+@dataclass
+class Candidates:
+    """Items `[B, N]`, their log P `[B, N]` (-inf: no item), and the states `[B, N, hidden_size]` that rank them."""
 
-    def max_return_sequences(self, num_beams: int | None = None) -> int:
-        """How many items `recommend` returns at most of so many beams (by default its own number), by the config's defaults."""
-        num_beams = self._num_beams if num_beams is None else num_beams
-        return min(num_beams, self.config.rerank_top_k or num_beams) + self.config.num_dense_candidates
+    items: torch.LongTensor
+    log_probs: torch.FloatTensor
+    states: torch.FloatTensor
 
-    @torch.no_grad()
-    def recommend(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        num_beams: int | None = None,
-        num_return_sequences: int | None = None,
-        ranking_weight: float | None = None,
-        ranking_target: str | None = None,
-        exclude_history: bool | None = None,
-        allowed_items: list | None = None,
-        blocked_items: list | None = None,
-        catalog: CatalogTrie | None = None,
-        cache: DynamicCache | None = None,
-        timestamps: torch.LongTensor | None = None,
-        query_time: torch.LongTensor | None = None,
-        long_items: torch.LongTensor | None = None,
-        long_behaviors: torch.LongTensor | None = None,
-        long_timestamps: torch.LongTensor | None = None,
-        dense_weight: float | None = None,
-        num_dense_candidates: int | None = None,
-        rerank_top_k: int | None = None,
-    ) -> UniGRFRecommendation:
-        """
-        The next items of each history: one prefill, beams on its cache, ranking on the same cache, fused scores
-        `log P(item | history) + ranking_weight * log sigmoid(rank)` (RecoChain, inference). PEFT's prompt learning has no effect
-        here and in `rank`: only its own `forward` and `generate` put the virtual tokens before a history.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*)
-            num_beams (`int`, *optional*): Candidates generated and ranked a request; `generation_config.num_beams` by
-                default, or ten.
-            num_return_sequences (`int`, *optional*): Items returned, at most `num_beams` (or `rerank_top_k`) `+ num_dense_candidates`;
-                by default ten, or as many as that.
-            ranking_weight (`float`, *optional*): `config.ranking_weight` by default; 0 orders by generation alone.
-            ranking_target (`str`, *optional*): One of `config.ranking_targets`; `config.ranking_target` by default, or the first.
-            exclude_history (`bool`, *optional*): Leave out the items of the history itself; `config.exclude_history` by default.
-            allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): Per
-                request. They hold inside the search: a beam never spends itself on an item that may not be shown.
-            catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog (a market, a
-                surface), made by `model.catalog.subset(items)`; the histories may hold any item.
-            cache (`DynamicCache`, *optional*): With the first tokens of these histories, or all of them; holds
-                all of them afterwards.
-            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): When each token's event was, for a backbone
-                that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
-            query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for; by
-                default at the time of the last event.
-            long_items, long_behaviors, long_timestamps (`torch.LongTensor` of shape `(batch_size, H)`): As in `rank`, with
-                `config.num_retrieved_items`.
-            dense_weight (`float`, *optional*): Of the item-level score in `scores`; `config.dense_weight` by default.
-            num_dense_candidates (`int`, *optional*): Rank this many items of the best item-level score as well, whether or not the
-                beams found them: a pass over the vectors of the whole catalog, which no beam's early codes can spoil.
-                `config.num_dense_candidates` by default.
-            rerank_top_k (`int`, *optional*): Rank and return only this many of the beams, the best without their ranking:
-                by `log P + dense_weight * item score`. A sub-history costs several times what the search does, but only for
-                these. 0: all; `config.rerank_top_k` by default.
+def make_item_filter(
+    trie: CatalogTrie,
+    item_codes: torch.Tensor,
+    history: History,
+    exclude_history: bool,
+    allowed_items: list | None,
+    blocked_items: list | None,
+) -> ItemFilter | None:
+    """
+    Make the filter of a call from its lists and, with `exclude_history`, the histories' own items; None: nothing is
+    filtered.
 
-        Returns:
-            `UniGRFRecommendation`
-
-        Raises:
-            ValueError: on histories that no item can follow, unknown targets or items, lists that leave no item.
-        """
-        config = self.config
-        num_beams = self._num_beams if num_beams is None else num_beams
-        num_dense_candidates = config.num_dense_candidates if num_dense_candidates is None else num_dense_candidates
-        rerank_top_k = config.rerank_top_k if rerank_top_k is None else rerank_top_k
-        num_ranked = min(num_beams, rerank_top_k) if rerank_top_k else num_beams
-        ranking_weight = config.ranking_weight if ranking_weight is None else ranking_weight
-        ranking_target = ranking_target or config.ranking_target or config.ranking_targets[0]
-        dense_weight = config.dense_weight if dense_weight is None else dense_weight
-        exclude_history = config.exclude_history if exclude_history is None else exclude_history
-        if num_return_sequences is None:
-            num_return_sequences = min(10, num_ranked + num_dense_candidates)
-        if ranking_target not in config.ranking_targets:
-            raise ValueError(f"Expected a ranking_target among {config.ranking_targets}, found {ranking_target!r}.")
-        is_possible = num_beams >= 1 and min(num_dense_candidates, num_ranked) >= 0
-        if not is_possible or not 1 <= num_return_sequences <= num_ranked + num_dense_candidates:
+    Raises:
+        ValueError: as `ItemFilter` does, and for another number of lists than requests.
+    """
+    batch_size = len(history.input_ids)
+    for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
+        if lists is not None and len(lists) != batch_size:
             raise ValueError(
-                "Expected num_beams >= 1 and 1 <= num_return_sequences <= num_beams (or rerank_top_k, if not 0) + num_dense_candidates, "
-                f"found num_return_sequences={num_return_sequences}, num_beams={num_beams}, rerank_top_k={rerank_top_k}, "
-                f"num_dense_candidates={num_dense_candidates}. Ask for fewer items, or search for more."
+                f"`{name}` must hold one list for each of {batch_size} requests, got {len(lists)}. Pass an empty "
+                "list for none."
             )
-        if (dense_weight or num_dense_candidates) and not self.ranking_head.has_dense_scores:
-            raise ValueError(
-                f"dense_weight={dense_weight} and num_dense_candidates={num_dense_candidates} need an item-level score, which this model does not "
-                'have. Train one with the ranking target "next" and content_embedding_dim or embedding_table_size.'
-            )
-        attention_mask, rows, history_items = self._check_histories(input_ids, attention_mask, whole_items=True)
-        long_history = self._long_history(
-            len(input_ids), long_items, long_behaviors, long_timestamps, timestamps is not None
+    if exclude_history:
+        lists = [[]] * batch_size if blocked_items is None else blocked_items
+        blocked_items = [
+            torch.cat([history.items[history.rows == row], item_list(items, item_codes.device)])
+            for row, items in enumerate(lists)
+        ]
+    if allowed_items is None and blocked_items is None:
+        return None
+    return ItemFilter(trie, item_codes, allowed_items, blocked_items)
+
+
+def recommend_items(
+    backbone: PreTrainedModel,
+    scorer: ItemScorer,
+    candidate_block: UniGRFCandidateBlock | None,
+    history: History,
+    long_history: LongHistory | None,
+    space: SearchSpace,
+    cache: DynamicCache,
+    options: ServingOptions,
+) -> UniGRFRecommendation:
+    """Recommend the next items of checked histories: see `UniGRFForCausalLM.recommend`."""
+    representations = scorer.history_representations(history.input_ids)
+    history_states = prefill(backbone, history, representations, cache)
+    context = CandidateContext(history.attention_mask.bool(), cache, long_history, history.query_time)
+    with cache_rollback(cache):
+        # Beams: the search has run all of their codes but the last.
+        beams = beam_search(
+            backbone,
+            scorer,
+            space,
+            history_states,
+            context.history_mask,
+            cache,
+            options.num_beams,
+            history.query_time,
         )
-        own = [history_items[rows == row] for row in range(len(input_ids))] if exclude_history else None
-        trie = self.catalog.trie if catalog is None else catalog
-        self._check_catalog(trie)
-        item_filter = self._item_filter(trie, len(input_ids), allowed_items, blocked_items, own)
+        items, keys, log_probs = space.trie.leaf_items[beams.nodes].long(), beams.keys, beams.scores
+        if options.num_ranked_beams < items.shape[1]:
+            first_scores = log_probs
+            if options.dense_weight:
+                first_scores = first_scores + options.dense_weight * scorer.dense_scores(history_states, items)
+            best = first_scores.topk(options.num_ranked_beams, dim=1).indices
+            items, log_probs = items.gather(1, best), log_probs.gather(1, best)
+            keys = keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2]))
+        states = read_candidates(backbone, scorer, candidate_block, context, items, keys)[:, :, -1]
+        # Dense candidates: items that the beams do not hold.
+        if options.num_dense_candidates:
+            dense_items = scorer.top_dense_items(
+                history_states, options.num_dense_candidates, space.trie, space.item_filter
+            )
+            is_beam = (dense_items[..., None] == items[:, None]) & (log_probs > -torch.inf)[:, None]
+            is_new = (dense_items >= 0) & ~is_beam.any(dim=2)
+            dense_items = dense_items.clamp(min=0)
+            dense_states = read_candidates(backbone, scorer, candidate_block, context, dense_items)
+            dense_log_probs = scorer.item_log_probs(dense_items, history_states, dense_states)
+            items = torch.cat([items, dense_items], dim=1)
+            log_probs = torch.cat([log_probs, dense_log_probs.masked_fill(~is_new, -torch.inf)], dim=1)
+            states = torch.cat([states, dense_states[:, :, -1]], dim=1)
+    return fuse(scorer, Candidates(items, log_probs, states), history_states, options)
 
-        cache = DynamicCache() if cache is None else cache
-        query_time = self._check_timestamps(input_ids, timestamps, query_time)
-        history_states = self.prefill(input_ids, attention_mask, cache, timestamps, query_time)
-        reads = {"long_history": long_history, "query_time": query_time}
-        history_mask = attention_mask.bool()
+
+def fuse(
+    scorer: ItemScorer, candidates: Candidates, history_states: torch.FloatTensor, options: ServingOptions
+) -> UniGRFRecommendation:
+    """Rank candidates at history ends `[B, hidden_size]` and list the best by the fused score."""
+    target = scorer.config.ranking_targets.index(options.ranking_target)
+    logits = scorer.ranking_logits(candidates.states, history_states, candidates.items)[..., target]
+    columns = {
+        "generation_scores": candidates.log_probs,
+        "ranking_scores": nn.functional.logsigmoid(logits),
+    }
+    if scorer.has_dense_scores:
+        columns["dense_scores"] = scorer.dense_scores(history_states, candidates.items)
+    weights = {
+        "generation_scores": 1.0,
+        "ranking_scores": options.ranking_weight,
+        "dense_scores": options.dense_weight,
+    }
+    # A weight of 0 leaves a score out, also one that is not finite.
+    scores = sum(weights[name] * column for name, column in columns.items() if weights[name])
+    is_item = candidates.log_probs > -torch.inf
+    columns = {
+        name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()
+    }
+    count = options.num_return_sequences
+    best_scores, best = columns["scores"].topk(min(count, candidates.items.shape[1]), dim=1)
+    best_items = candidates.items.gather(1, best).masked_fill(best_scores == -torch.inf, -1)
+    padding = (0, count - best.shape[1])
+    return UniGRFRecommendation(
+        item_indices=nn.functional.pad(best_items, padding, value=-1),
+        **{
+            name: nn.functional.pad(column.gather(1, best), padding, value=-torch.inf)
+            for name, column in columns.items()
+        },
+    )
+
+
+def rank_candidates(
+    backbone: PreTrainedModel,
+    scorer: ItemScorer,
+    candidate_block: UniGRFCandidateBlock | None,
+    history: History,
+    long_history: LongHistory | None,
+    candidates: torch.LongTensor,
+    cache: DynamicCache | None,
+    history_states: torch.FloatTensor | None,
+    candidates_per_pack: int | None,
+) -> torch.FloatTensor:
+    """Rank checked candidates of checked histories: see `UniGRFForCausalLM.rank`."""
+    length = history.input_ids.shape[1]
+    is_new = cache is None
+    cache = DynamicCache() if is_new else cache
+    check_cache(cache)
+    if not is_new and cache.get_seq_length() != length:
+        raise ValueError(
+            f"`cache` must hold the {length} tokens of input_ids, got {cache.get_seq_length()}. Fill it with "
+            "`model.prefill`, or leave it out."
+        )
+    if is_new or (history_states is None and scorer.has_dense_scores):
+        history_states = prefill(backbone, history, scorer.history_representations(history.input_ids), cache)
+    if candidates_per_pack is None:
+        # A CPU keeps 64 candidates in its own caches; elsewhere a pack costs its launches.
+        candidates_per_pack = 64 if candidates.device.type == "cpu" else 1024
+    context = CandidateContext(history.attention_mask.bool(), cache, long_history, history.query_time)
+    num_targets = len(scorer.config.ranking_targets)
+    logits = [torch.empty(len(candidates), 0, num_targets, device=candidates.device)]
+    for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():
         with cache_rollback(cache):
-            beams = self._search_items(
-                input_ids,
-                attention_mask,
-                history_states,
-                cache,
-                num_beams,
-                trie,
-                item_filter,
-                query_time=query_time,
-            )
-            items, keys, log_probs = trie.leaf_items[beams.nodes].long(), beams.keys, beams.scores
-            if num_ranked < items.shape[1]:
-                unranked = log_probs
-                if dense_weight:
-                    unranked = unranked + dense_weight * self._dense_scores(history_states, items)
-                kept = unranked.topk(num_ranked, dim=1).indices
-                items, log_probs = items.gather(1, kept), log_probs.gather(1, kept)
-                keys = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[2]))
-            # The search has read all codes of the candidates but the last.
-            states = read_candidates(self, items, history_mask, keys, cache, **reads)[:, :, -1]
-            if num_dense_candidates:
-                more = top_dense_items(self, history_states, num_dense_candidates, trie, item_filter)
-                known = (more[..., None] == items[:, None]) & (log_probs > -torch.inf)[:, None]
-                new = (more >= 0) & ~known.any(dim=2)
-                more, nothing = more.clamp(min=0), more.new_empty(*more.shape, 0)
-                more_states = read_candidates(self, more, history_mask, nothing, cache, **reads)
-                more_log_probs = item_log_probs(self, more, history_states, more_states).masked_fill(~new, -torch.inf)
-                items, log_probs = torch.cat([items, more], dim=1), torch.cat([log_probs, more_log_probs], dim=1)
-                states = torch.cat([states, more_states[:, :, -1]], dim=1)
-        logits = self.ranking_logits(states, history_states, items)[..., config.ranking_targets.index(ranking_target)]
-        columns = {"generation_scores": log_probs, "ranking_scores": nn.functional.logsigmoid(logits)}
-        if self.ranking_head.has_dense_scores:
-            columns["dense_scores"] = self._dense_scores(history_states, items)
-        # A weight of 0 leaves a score out, even one that is not finite.
-        weights = {"generation_scores": 1.0, "ranking_scores": ranking_weight, "dense_scores": dense_weight}
-        scores = sum(weights[name] * column for name, column in columns.items() if weights[name])
-        columns = {
-            name: column.masked_fill(log_probs == -torch.inf, -torch.inf)
-            for name, column in {"scores": scores, **columns}.items()
-        }
-        best_scores, best = columns["scores"].topk(min(num_return_sequences, items.shape[1]), dim=1)
-        best_items = items.gather(1, best).masked_fill(best_scores == -torch.inf, -1)
-        missing = (0, num_return_sequences - best.shape[1])
-        return UniGRFRecommendation(
-            item_indices=nn.functional.pad(best_items, missing, value=-1),
-            **{
-                name: nn.functional.pad(column.gather(1, best), missing, value=-torch.inf)
-                for name, column in columns.items()
-            },
-        )
-
-    def _dense_scores(self, history_states: torch.FloatTensor, items: torch.LongTensor) -> torch.FloatTensor:
-        """Item-level scores of `items [B, N]` at histories' ends `[B, hidden_size]`: `[B, N]`, float32."""
-        return self.ranking_head.dense_scores(history_states[:, None], self.item_representations(items)).float()
-
-    def _item_filter(
-        self, trie: CatalogTrie, batch_size: int, allowed: list | None, blocked: list | None, own: list | None
-    ) -> ItemFilter | None:
-        """What the search may show each request: the lists of `recommend`, and not the user's `own` items; None: everything."""
-        for name, lists in (("allowed_items", allowed), ("blocked_items", blocked)):
-            if lists is not None and len(lists) != batch_size:
-                raise ValueError(
-                    f"Expected {name} with one list for each of {batch_size} requests, found {len(lists)}."
-                )
-        if own is not None:
-            more = [[]] * batch_size if blocked is None else blocked
-            device = self.catalog.item_codes.device
-            blocked = [torch.cat([mine, item_list(one, device)]) for mine, one in zip(own, more, strict=True)]
-        if allowed is None and blocked is None:
-            return None
-        return ItemFilter(trie, self.catalog.item_codes, allowed, blocked)
+            states = read_candidates(backbone, scorer, candidate_block, context, pack)
+        logits.append(scorer.ranking_logits(states[:, :, -1], history_states, pack))
+    return torch.cat(logits, dim=1)

@@ -1,31 +1,32 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Branches: many short sequences after one history, none of which sees another, in one forward on its cache.
+"""The shared prefix: reading histories once, and many short branches behind each of them on the same cache.
 
-Beams and candidates are both that. Their tokens are packed behind the history, one row a request, so that the history is
-read and kept once. `read_branches` lets them attend in one of two ways, with the same result:
+Beams and candidates are branches: short sequences after one history, none of which sees another. The branches of a
+history are packed behind it in one row, so that it is read and stored once. `read_branches` attends in one of two
+ways, with equal results:
 
-- *shared prefix*: all queries of a request attend its history in one product, each continuation its own few tokens in
-  another, and the two are merged by their log-sum-exp. Needs a backbone that hands its keyword arguments down to the
-  attention, which is found out by trying.
-- *packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the branches. For eager
-  attention, for training, for histories longer than a sliding window, and for backbones that do not hand anything down.
+- *Shared prefix (cascade)*: all queries of a request attend its history in one product and each branch its own few
+  tokens in another; their log-sum-exp merges the two. The backbone must hand its keyword arguments down to the
+  attention, which a trial shows.
+- *Packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the branches. For eager
+  attention, training, histories longer than a sliding window, and backbones that hand nothing down.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from threading import Lock
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-MAX_SCORES = 2**24  # attention scores held at a time: 64 MiB
-# A name of this module's own: code loaded from a repository must not replace that of an installed package, or the reverse.
+from .cache_unigrf import cache_rollback, check_cache
+from .inputs_unigrf import History
+
+MAX_SCORES = 2**24  # attention scores in memory at a time: 64 MiB
+# Named after this module: code loaded from a repository must not replace an installed package's, or the reverse.
 SHARED_PREFIX = f"shared_prefix@{__name__}"
 TRIAL = Lock()
 
@@ -33,20 +34,22 @@ TRIAL = Lock()
 @dataclass
 class Branches:
     """
-    What the attention must know of them.
+    What the attention must know of the branches.
 
     Args:
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What of the cache's first T tokens is seen.
-        own_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens of each continuation are,
-            in order. The last ones are the queries of this forward.
-        own_mask (`torch.BoolTensor` of shape `(batch_size, N, m)`, *optional*): Which of them are seen; all by default.
-        handed_down (`bool`): Set by the attention: the backbone passes its keyword arguments on.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): Which of the cache's first T tokens the branches
+            see.
+        keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens of each branch are, in
+            order. The last ones are the queries of this forward.
+        mask (`torch.BoolTensor` of shape `(batch_size, N, m)`, *optional*): Which of these tokens the queries see;
+            None: all.
+        reached_attention (`bool`): Set by the attention, where the backbone hands its keyword arguments down.
     """
 
     history_mask: torch.BoolTensor
-    own_keys: torch.LongTensor
-    own_mask: torch.BoolTensor | None = None
-    handed_down: bool = False
+    keys: torch.LongTensor
+    mask: torch.BoolTensor | None = None
+    reached_attention: bool = False
 
     def __post_init__(self):
         self.padding = None if self.history_mask.all() else ~self.history_mask[:, None, None]
@@ -63,67 +66,70 @@ def shared_prefix_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of branches on a history that they share, exact; without `branches` it is sdpa.
+    Attend from branches to a history that they share, exactly. Without `branches` this is sdpa.
 
     Args:
         query (`torch.FloatTensor` of shape `(batch_size, num_heads, N * s, head_dim)`)
-        key, value (`torch.FloatTensor` of shape `(batch_size, num_key_value_heads, T + own tokens, head_dim)`)
+        key, value (`torch.FloatTensor` of shape `(batch_size, num_key_value_heads, T + branch tokens, head_dim)`)
 
     Returns:
         `(output [batch_size, N * s, num_heads, head_dim], None)`, as transformers' attention functions do.
     """
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    branches.handed_down = True
+    branches.reached_attention = True
     batch_size, num_heads, _, dim = query.shape
     kv_heads, length = key.shape[1], branches.history_mask.shape[1]
-    _, count, own = branches.own_keys.shape
+    _, count, size = branches.keys.shape
     steps, groups = query.shape[2] // count, num_heads // kv_heads
     queries = query * (dim**-0.5 if scaling is None else scaling)
     queries = queries.reshape(batch_size, kv_heads, groups, count, steps, dim)
     history_keys, history_values = key[:, :, :length].transpose(2, 3), value[:, :, :length]
-    own_keys, own_values = (own_states(states, branches.own_keys) for states in (key, value))
+    branch_keys, branch_values = (branch_states(states, branches.keys) for states in (key, value))
     hidden = None
     if steps > 1:
-        hidden = ~torch.ones(steps, own, dtype=torch.bool, device=query.device).tril(own - steps)
-        if branches.own_mask is not None:
-            hidden = hidden | ~branches.own_mask[:, None, None, :, None]
-        hidden = hidden.expand(batch_size, 1, 1, count, steps, own)
+        hidden = ~torch.ones(steps, size, dtype=torch.bool, device=query.device).tril(size - steps)
+        if branches.mask is not None:
+            hidden = hidden | ~branches.mask[:, None, None, :, None]
+        hidden = hidden.expand(batch_size, 1, 1, count, steps, size)
 
     outputs = []
-    at_once = max(1, MAX_SCORES // (batch_size * num_heads * steps * length))
-    for start in range(0, count, at_once):
-        part = slice(start, start + at_once)
+    chunk = max(1, MAX_SCORES // (batch_size * num_heads * steps * length))
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
         block = queries[:, :, :, part]
+        # The history, for all branches at once.
         scores = (block.flatten(2, 4) @ history_keys).float()
         if branches.padding is not None:
-            # Not -inf, also where nothing of the history is seen.
+            # Not -inf: a row may see nothing of the history.
             scores.masked_fill_(branches.padding, torch.finfo(scores.dtype).min)
         top = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         norm = weights.sum(dim=-1, keepdim=True)
-        # Of a sum that is not divided yet, a float16 could hold too little.
+        # Divide first: float16 could not hold the sum.
         from_history = (weights.div_(norm).to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
-        top, norm = (one.view(*block.shape[:-1], 1) for one in (top, norm))
+        top, norm = (column.view(*block.shape[:-1], 1) for column in (top, norm))
 
-        own_scores = (block @ own_keys[:, :, :, part].transpose(-1, -2)).float()
+        # Each branch's own tokens, and the merge of the two.
+        branch_scores = (block @ branch_keys[:, :, :, part].transpose(-1, -2)).float()
         if hidden is not None:
-            own_scores = own_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
-        both = torch.maximum(top, own_scores.amax(dim=-1, keepdim=True))
-        own_weights, norm = (own_scores - both).exp(), norm * (top - both).exp()
-        total = norm + own_weights.sum(dim=-1, keepdim=True)
-        from_own = (own_weights / total).to(value.dtype) @ own_values[:, :, :, part]
-        outputs.append(torch.addcmul(from_own, from_history, norm / total).to(value.dtype))
+            branch_scores = branch_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
+        highest = torch.maximum(top, branch_scores.amax(dim=-1, keepdim=True))
+        branch_weights = (branch_scores - highest).exp()
+        norm = norm * (top - highest).exp()
+        total = norm + branch_weights.sum(dim=-1, keepdim=True)
+        from_branch = (branch_weights / total).to(value.dtype) @ branch_values[:, :, :, part]
+        outputs.append(torch.addcmul(from_branch, from_history, norm / total).to(value.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     return output.reshape(batch_size, num_heads, count * steps, -1).transpose(1, 2).contiguous(), None
 
 
-def own_states(states: torch.Tensor, own_keys: torch.LongTensor) -> torch.Tensor:
-    """Of keys or values `[B, H, S, D]`, those at `own_keys [B, N, m]`: `[B, H, 1, N, m, D]`."""
+def branch_states(states: torch.Tensor, keys: torch.LongTensor) -> torch.Tensor:
+    """Select, of keys or values `[B, H, S, D]`, those at `keys [B, N, m]`: `[B, H, 1, N, m, D]`."""
     batch_size, heads, size, dim = states.shape
     rows = torch.arange(batch_size * heads, device=states.device).view(batch_size, heads, 1) * size
-    flat = (rows + own_keys.flatten(1)[:, None]).flatten()
-    return states.reshape(-1, dim).index_select(0, flat).view(batch_size, heads, 1, *own_keys.shape[1:], dim)
+    flat = (rows + keys.flatten(1)[:, None]).flatten()
+    return states.reshape(-1, dim).index_select(0, flat).view(batch_size, heads, 1, *keys.shape[1:], dim)
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
@@ -131,7 +137,7 @@ AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """The window beyond which some layer of a backbone does not see, if there is one."""
+    """The window beyond which some layer of a backbone does not see; None: every layer sees everything."""
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         return None
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -145,11 +151,12 @@ def attention_mask_4d(
     dtype: torch.dtype,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    A mask as the backbone takes it: boolean for sdpa, additive for eager; with the sliding window, if it has one, which a
-    4-D mask would replace; one mask for each type of layer, if they differ in it.
+    Make the 4-D mask that a backbone takes: boolean for sdpa, additive for eager attention. A 4-D mask replaces the
+    backbone's sliding window, so it includes the window; if layers differ in it, the result has one mask for each
+    type of layer.
 
     Args:
-        config (`PreTrainedConfig`): The backbone's own.
+        config (`PreTrainedConfig`): The backbone's.
         visible (`torch.BoolTensor` of shape `(batch_size, Q, K)`)
         query_positions, key_positions (`torch.LongTensor` of shape `(batch_size, Q)` and `(batch_size, K)`)
     """
@@ -169,130 +176,194 @@ def attention_mask_4d(
     return prepared(near)
 
 
-@contextmanager
-def cache_rollback(cache: Cache, unless_it_works: bool = False) -> Iterator[Cache]:
-    """Whatever is appended to the cache inside is taken off again, also (or only) if something fails."""
-    lengths, stays = [layer.get_seq_length() for layer in cache.layers], False
-    try:
-        yield cache
-        stays = unless_it_works
-    finally:
-        # Layer by layer: if one failed, those behind it have nothing to be taken off.
-        for layer, length in () if stays else zip_longest(cache.layers, lengths, fillvalue=0):
-            if more := layer.get_seq_length() - length:
-                layer.crop(-more)
+def embed(backbone: PreTrainedModel, token_ids: torch.LongTensor) -> torch.FloatTensor:
+    """Token ids `[...]` -> the backbone's embeddings `[..., hidden_size]`. `backbone`: a `UniGRFModel`."""
+    return backbone.language_model.get_input_embeddings()(token_ids)
 
 
-def check_cache(cache: Cache) -> None:
-    """Raises `ValueError` unless tokens can be appended to a cache and taken off again."""
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+def prefill(
+    backbone: PreTrainedModel, history: History, representations: torch.FloatTensor | None, cache: DynamicCache
+) -> torch.FloatTensor:
+    """
+    Run the tokens of the histories that the cache lacks. If it lacks none, the last token runs again, on a branch.
+
+    Args:
+        backbone (`UniGRFModel`)
+        history (`History`): Of T tokens.
+        representations (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`, *optional*): Added to the
+            embeddings.
+        cache (`DynamicCache`): Holds the first tokens, or none; holds all of them afterwards, unless an exception is
+            raised.
+
+    Returns:
+        The output at the last token, `[batch_size, hidden_size]`.
+
+    Raises:
+        ValueError: if the cache holds more tokens, or cannot be cropped.
+    """
+    check_cache(cache)
+    input_ids, attention_mask = history.input_ids, history.attention_mask
+    num_cached, length = cache.get_seq_length(), input_ids.shape[1]
+    if num_cached > length:
         raise ValueError(
-            f"Expected a `DynamicCache()`, on which beams and candidates are packed and taken off again, found "
-            f"{type(cache).__name__} with layers {kinds}."
+            f"`cache` must hold at most the {length} tokens of input_ids, got {num_cached}. Pass the cache of these "
+            "histories, or a new `DynamicCache()`."
         )
+    times = None
+    if history.timestamps is not None:
+        times = torch.cat([history.timestamps, history.query_time[:, None]], dim=1)
+    if num_cached < length:
+        inputs = {} if representations is None else {"item_representations": representations[:, num_cached:]}
+        if times is not None:
+            inputs |= {"timestamps": times[:, num_cached:-1], "target_timestamps": times[:, num_cached + 1 :]}
+        with cache_rollback(cache, only_on_error=True):
+            outputs = backbone(input_ids[:, num_cached:], attention_mask, cache=cache, use_cache=True, **inputs)
+        return outputs.last_hidden_state[:, -1]
+    mask = attention_mask.bool().clone()
+    mask[:, -1] = False
+    last = embed(backbone, input_ids[:, -1:])
+    last = last if representations is None else last + representations[:, -1:]
+    no_keys = input_ids.new_empty(len(input_ids), 1, 0)
+    with cache_rollback(cache):
+        states, _ = read_branches(
+            backbone, last[:, :, None], mask, no_keys, cache, None if times is None else times[:, -2:]
+        )
+    return states[:, 0, 0]
 
 
 def read_branches(
-    backbone: nn.Module,
-    token_ids: torch.LongTensor | None,
+    backbone: PreTrainedModel,
+    inputs_embeds: torch.FloatTensor,
     history_mask: torch.BoolTensor,
     earlier_keys: torch.LongTensor,
     cache: DynamicCache,
-    timestamps: torch.LongTensor | None = None,
-    inputs_embeds: torch.FloatTensor | None = None,
+    times: torch.LongTensor | None = None,
     token_mask: torch.BoolTensor | None = None,
     token_times: torch.LongTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
     """
-    Runs the next tokens of N branches of each history, and leaves their keys and values on the cache.
+    Run the next tokens of N branches of each history, and leave their keys and values on the cache.
 
     Args:
         backbone (`UniGRFModel`)
-        token_ids (`torch.LongTensor` of shape `(batch_size, N, s)`): None with `inputs_embeds`.
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): What the branches see of the cache's first T
-            tokens.
-        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens are that come before
-            them in each continuation, after the history.
-        timestamps (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): When the event of these tokens is, and the one
-            that their outputs are asked for.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, N, s, hidden_size)`, *optional*): What is read in place of
-            `token_ids`.
-        token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens are there; all by
-            default. The others are seen by none and take no position: a continuation is read as if it had been given
-            without them. Their own output means nothing.
-        token_times (`torch.LongTensor` of shape `(batch_size, N, s)`, *optional*): With `timestamps`: when the event of each
-            token is, in place of the first of them.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, N, s, hidden_size)`)
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): Which of the cache's first T tokens the branches
+            see.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache each branch's earlier
+            tokens are.
+        times (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): The time of these tokens' event, and of the
+            event that their outputs predict, in seconds.
+        token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens exist; None:
+            all. No other token sees those that do not, and they take no position; their own outputs mean nothing.
+        token_times (`torch.LongTensor` of shape `(batch_size, N, s)`, *optional*): Each token's time, in place of the
+            first of `times`.
 
     Returns:
-        The output `[batch_size, N, s, hidden_size]`, and where on the cache each continuation's tokens are now,
+        The output `[batch_size, N, s, hidden_size]`, and where on the cache each branch's tokens are now,
         `[batch_size, N, m + s]`.
     """
-    config = backbone.language_model.config
-    inputs = token_ids if inputs_embeds is None else inputs_embeds
-    batch_size, count, steps = inputs.shape[:3]
-    earlier, length, device = earlier_keys.shape[2], history_mask.shape[1], inputs.device
-    start, own = cache.get_seq_length(), torch.arange(count * steps, device=device)
-    own_keys = torch.cat([earlier_keys, (start + own).view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
-    positions, own_mask = torch.arange(earlier + steps, device=device).expand(batch_size, count, -1), None
-    if token_mask is not None:
-        own_mask = nn.functional.pad(token_mask, (earlier, 0), value=True)
-        positions = (own_mask.long().cumsum(dim=2) - 1).clamp(min=0)
-    positions = history_mask.sum(dim=1)[:, None, None] + positions
+    language_model = backbone.language_model
+    config = language_model.config
+    _, count, steps = inputs_embeds.shape[:3]
+    keys, positions, branch_mask = _place_branches(inputs_embeds, history_mask, earlier_keys, cache, token_mask)
+    earlier = earlier_keys.shape[2]
+    flat = inputs_embeds.flatten(1, 2)
+    if backbone.training and backbone.config.embedding_dropout:
+        flat = nn.functional.dropout(flat, backbone.config.embedding_dropout)
     arguments = {
-        "input_ids" if inputs_embeds is None else "inputs_embeds": inputs.flatten(1, 2),
+        "inputs_embeds": flat,
         "position_ids": positions[:, :, earlier:].flatten(1),
         "cache": cache,
         "use_cache": True,
     }
-    if timestamps is not None:
-        own_times, query_time = timestamps[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
-        own_times = own_times if token_times is None else token_times.flatten(1)
-        arguments |= {"timestamps": own_times, "target_timestamps": query_time}
+    if times is not None:
+        event_times, target_times = times[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
+        event_times = event_times if token_times is None else token_times.flatten(1)
+        arguments |= {"timestamps": event_times, "target_timestamps": target_times}
     window = sliding_window(config)
-    whole_history_seen = window is None or length + earlier + steps <= window
-    if whole_history_seen and not torch.is_grad_enabled() and shares_prefix(backbone):
-        # A mask that says nothing new keeps the backbone from making one of its own.
-        branches, mask = Branches(history_mask, own_keys, own_mask), history_mask[:, None, None]
-        states = backbone(attention_mask=mask, branches=branches, **arguments)
+    sees_whole_history = window is None or history_mask.shape[1] + earlier + steps <= window
+    if sees_whole_history and not torch.is_grad_enabled() and shares_prefix(language_model):
+        # Pass a trivial mask so that the backbone does not build its own.
+        branches = Branches(history_mask, keys, branch_mask)
+        outputs = language_model(attention_mask=history_mask[:, None, None], branches=branches, **arguments)
     else:
-        visible = torch.zeros(batch_size, count, steps, start + count * steps, dtype=torch.bool, device=device)
-        visible[..., :length] = history_mask[:, None, None]
-        causal = torch.ones(steps, earlier + steps, dtype=torch.bool, device=device).tril(earlier)
-        seen = causal.expand(batch_size, count, -1, -1)
-        if own_mask is not None:
-            seen = seen & own_mask[:, :, None]
-        visible.scatter_(3, own_keys[:, :, None].expand(-1, -1, steps, -1), seen)
-        key_positions = nn.functional.pad(history_mask.long().cumsum(1) - 1, (0, start + count * steps - length))
-        key_positions.scatter_(1, own_keys.flatten(1), positions.flatten(1))
-        mask = attention_mask_4d(
-            config, visible.flatten(1, 2), arguments["position_ids"], key_positions, backbone.dtype
-        )
-        states = backbone(attention_mask=mask, **arguments)
-    return states.last_hidden_state.unflatten(1, (count, steps)), own_keys
+        visible, key_positions = _packed_mask(history_mask, keys, positions, branch_mask, steps, cache)
+        mask = attention_mask_4d(config, visible, arguments["position_ids"], key_positions, backbone.dtype)
+        outputs = language_model(attention_mask=mask, **arguments)
+    return outputs.last_hidden_state.unflatten(1, (count, steps)), keys
+
+
+def _place_branches(
+    inputs_embeds: torch.FloatTensor,
+    history_mask: torch.BoolTensor,
+    earlier_keys: torch.LongTensor,
+    cache: DynamicCache,
+    token_mask: torch.BoolTensor | None,
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor | None]:
+    """
+    Of all tokens of the branches: where on the cache they are, their positions, and which exist, `[B, N, m + s]` each.
+    """
+    batch_size, count, steps = inputs_embeds.shape[:3]
+    earlier, device = earlier_keys.shape[2], inputs_embeds.device
+    new_keys = cache.get_seq_length() + torch.arange(count * steps, device=device)
+    keys = torch.cat([earlier_keys, new_keys.view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
+    positions = torch.arange(earlier + steps, device=device).expand(batch_size, count, -1)
+    branch_mask = None
+    if token_mask is not None:
+        branch_mask = nn.functional.pad(token_mask, (earlier, 0), value=True)
+        positions = (branch_mask.long().cumsum(dim=2) - 1).clamp(min=0)
+    return keys, history_mask.sum(dim=1)[:, None, None] + positions, branch_mask
+
+
+def _packed_mask(
+    history_mask: torch.BoolTensor,
+    keys: torch.LongTensor,
+    positions: torch.LongTensor,
+    branch_mask: torch.BoolTensor | None,
+    steps: int,
+    cache: DynamicCache,
+) -> tuple[torch.BoolTensor, torch.LongTensor]:
+    """
+    What the branches' last `steps` tokens see of the cache and of themselves, `[B, N * s, K]`; positions of it, `[B,
+    K]`.
+    """
+    batch_size, count, size = keys.shape
+    length, device = history_mask.shape[1], keys.device
+    num_keys = cache.get_seq_length() + count * steps
+    visible = torch.zeros(batch_size, count, steps, num_keys, dtype=torch.bool, device=device)
+    visible[..., :length] = history_mask[:, None, None]
+    causal = torch.ones(steps, size, dtype=torch.bool, device=device).tril(size - steps)
+    visible_branch = causal.expand(batch_size, count, -1, -1)
+    if branch_mask is not None:
+        visible_branch = visible_branch & branch_mask[:, :, None]
+    visible.scatter_(3, keys[:, :, None].expand(-1, -1, steps, -1), visible_branch)
+    key_positions = nn.functional.pad(history_mask.long().cumsum(1) - 1, (0, num_keys - length))
+    key_positions.scatter_(1, keys.flatten(1), positions.flatten(1))
+    return visible.flatten(1, 2), key_positions
 
 
 @torch.no_grad()
-def shares_prefix(backbone: nn.Module) -> bool:
+def shares_prefix(language_model: PreTrainedModel) -> bool:
     """
-    Whether the backbone attends by `shared_prefix_attention`. One that uses sdpa is switched over at first use, for good
-    (without branches it is sdpa, and switching to and fro would not be safe in threads), if a trial shows that its
-    keyword arguments reach the attention.
+    Whether the language model attends by `shared_prefix_attention`. A model that uses sdpa is switched over at first
+    use, for good, if a trial shows that its keyword arguments reach the attention. (Without branches the attention is
+    sdpa, and to switch to and fro would not be safe in threads.)
     """
-    config = backbone.language_model.config
-    with TRIAL:  # of which no other thread may see half
-        if config._attn_implementation == "sdpa" and backbone.hands_down_arguments:
-            token = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-            cache, seen = DynamicCache(), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=backbone.device)
-            trial = Branches(seen[:, 0, 0, :1], torch.ones_like(token)[None])
+    config = language_model.config
+    with TRIAL:  # Hold the lock: the attention implementation is switched temporarily.
+        if config._attn_implementation == "sdpa" and getattr(language_model, "hands_down_arguments", True):
+            token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
+            mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=language_model.device)
+            cache = DynamicCache()
+            trial = Branches(mask[:, 0, 0, :1], torch.ones_like(token)[None])
             succeeded = False
-            # In training it draws dropout, of which a run that is resumed must not see more than one that is not.
-            with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
-                backbone(token, cache=cache, use_cache=True)
+            # Dropout draws random numbers in training: a resumed run must not see other ones.
+            with torch.random.fork_rng([language_model.device] if language_model.device.type == "cuda" else []):
+                language_model(token, cache=cache, use_cache=True)
                 config._attn_implementation = SHARED_PREFIX
                 try:
-                    backbone(token, seen, cache=cache, use_cache=True, branches=trial)
-                    backbone.hands_down_arguments = succeeded = trial.handed_down
+                    language_model(token, mask, cache=cache, use_cache=True, branches=trial)
+                    language_model.hands_down_arguments = succeeded = trial.reached_attention
                 finally:
                     if not succeeded:
                         config._attn_implementation = "sdpa"

@@ -1,0 +1,120 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""
+Beam search over the items that exist: each step runs one token a beam behind the shared history and descends the trie.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from .item_lists_unigrf import ItemFilter
+from .scoring_unigrf import ItemScorer
+from .shared_prefix_unigrf import embed, read_branches
+from .trie_unigrf import CatalogTrie
+
+
+@dataclass
+class Beams:
+    """
+    K unfinished or finished items a request, best first. A score of -inf marks a place that no item fills.
+
+    Args:
+        nodes (`torch.LongTensor` of shape `(batch_size, K)`): Trie nodes.
+        codes (`torch.LongTensor` of shape `(batch_size, K, steps)`): The codes generated so far.
+        scores (`torch.FloatTensor` of shape `(batch_size, K)`): Sums of log-probabilities.
+        keys (`torch.LongTensor` of shape `(batch_size, K, steps - 1)`): Where on the cache the codes that were run
+            are.
+    """
+
+    nodes: torch.LongTensor
+    codes: torch.LongTensor
+    scores: torch.FloatTensor
+    keys: torch.LongTensor
+
+
+@dataclass
+class SearchSpace:
+    """
+    Where a search may go.
+
+    Args:
+        trie (`CatalogTrie`): The items that exist.
+        item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks.
+        prefix (`torch.LongTensor` of shape `(batch_size, >= num_prefix_codes)`, *optional*): First codes of the next
+            item.
+        num_prefix_codes (`int`): How many codes the next item of every row has already.
+        max_steps (`int`, *optional*): Codes to generate at most; None: until the items are whole.
+        process (`Callable`, *optional*): `(beams, level, log_probs [B, K, num_codes]) -> log_probs`: a user's logits
+            processors.
+    """
+
+    trie: CatalogTrie
+    item_filter: ItemFilter | None = None
+    prefix: torch.LongTensor | None = None
+    num_prefix_codes: int = 0
+    max_steps: int | None = None
+    process: Callable[[Beams, int, torch.Tensor], torch.Tensor] | None = None
+
+
+def beam_search(
+    backbone: PreTrainedModel,
+    scorer: ItemScorer,
+    space: SearchSpace,
+    history_states: torch.FloatTensor,
+    history_mask: torch.BoolTensor,
+    cache: DynamicCache,
+    num_beams: int,
+    query_time: torch.LongTensor | None = None,
+) -> Beams:
+    """
+    Find the best items of each request. Nothing of the cache is copied or reordered: the codes that were run stay on
+    it, where `Beams.keys` says.
+
+    Args:
+        backbone (`UniGRFModel`)
+        history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Output at the histories' last
+            tokens.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The tokens of the histories on the cache.
+        cache (`DynamicCache`): Of the histories.
+        num_beams (`int`): Beams a request.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for, in
+            seconds.
+
+    Returns:
+        `Beams` of `num_beams` items, or as many as the request with most items has.
+
+    Raises:
+        ValueError: if no item begins with a prefix.
+    """
+    layout, trie = scorer.layout, space.trie
+    times = None if query_time is None else query_time[:, None].expand(-1, 2)
+    first_level = space.num_prefix_codes
+    last_level = layout.num_levels
+    if space.max_steps is not None:
+        last_level = min(last_level, first_level + space.max_steps)
+    no_prefix = torch.zeros(len(history_states), dtype=torch.long, device=history_states.device)[:, None]
+    nodes = trie.descend(space.prefix, first_level)[:, None] if first_level else no_prefix
+    no_codes = nodes.new_empty(len(nodes), 1, 0)
+    beams = Beams(nodes, no_codes, history_states.new_zeros(nodes.shape, dtype=torch.float32), no_codes)
+    states = history_states[:, None]
+    for level in range(first_level, last_level):
+        if level > first_level:
+            tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
+            states, beams.keys = read_branches(
+                backbone, embed(backbone, tokens), history_mask, beams.keys, cache, times
+            )
+            states = states[:, :, 0]
+        log_probs = scorer.code_log_probs(states, level)
+        if space.process is not None:
+            log_probs = space.process(beams, level, log_probs)
+        scores, parent, nodes, code = trie.best_children(
+            level, beams.nodes, beams.scores, log_probs, num_beams, space.item_filter
+        )
+        codes, keys = (
+            column.gather(1, parent[..., None].expand(-1, -1, column.shape[2])) for column in (beams.codes, beams.keys)
+        )
+        beams = Beams(nodes, torch.cat([codes, code[..., None]], dim=2), scores, keys)
+    return beams

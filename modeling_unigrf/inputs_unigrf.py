@@ -1,0 +1,270 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""Inputs: histories, long histories and item sets, checked once a call.
+
+A *history* is what the backbone reads: token ids, left-padded. A *long history* goes beyond it: thousands of items,
+from which each candidate's sub-history is retrieved. *Item sets* are what training knows of a row beyond its history.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .catalog_unigrf import UniGRFCatalog
+from .configuration_unigrf import UniGRFConfig
+from .item_lists_unigrf import check_items, is_integer
+from .layout_unigrf import ItemLayout
+
+
+@dataclass
+class History:
+    """
+    Histories of B requests.
+
+    Args:
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Left-padded.
+        timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Seconds; -1 where not known.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for, in
+            seconds.
+        rows, items (`torch.LongTensor` of shape `(n,)`, *optional*): Rows and indices of all items of the histories,
+            in order, as `check_history` returns them.
+    """
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+    timestamps: torch.LongTensor | None = None
+    query_time: torch.LongTensor | None = None
+    rows: torch.LongTensor | None = None
+    items: torch.LongTensor | None = None
+
+
+@dataclass
+class LongHistory:
+    """
+    Checked long histories of B requests.
+
+    Args:
+        items (`torch.LongTensor` of shape `(batch_size, H)`): Item indices, oldest first; -1 where there is no item.
+        behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`.
+        timestamps (`torch.LongTensor` of shape `(batch_size, H)`): Seconds; -1 where not known.
+    """
+
+    items: torch.LongTensor
+    behaviors: torch.LongTensor
+    timestamps: torch.LongTensor
+
+
+@dataclass
+class ItemSets:
+    """
+    What training knows of each row beyond its history. -1 stands for no item.
+
+    Args:
+        hard_negatives (`torch.LongTensor` of shape `(batch_size, m)`): Items to tell from the next one (UniGRF's
+            hard-to-detect disliked items).
+        excluded_positives (`torch.LongTensor` of shape `(batch_size, f)`): Items that are no negatives (UniGRF's
+            potential favorites).
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Candidates of the last item, in place
+            of the model's own beams.
+        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that the model's own beams
+            skip.
+    """
+
+    hard_negatives: torch.LongTensor
+    excluded_positives: torch.LongTensor
+    candidates: torch.LongTensor | None = None
+    blocked_items: torch.LongTensor | None = None
+
+
+def check_history(
+    config: UniGRFConfig,
+    layout: ItemLayout,
+    catalog: UniGRFCatalog,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.LongTensor | None,
+    timestamps: torch.LongTensor | None = None,
+    query_time: torch.LongTensor | None = None,
+    may_be_unfinished: bool = False,
+) -> History:
+    """
+    Check the histories of a request for items.
+
+    Args:
+        attention_mask: None: all but the padding tokens.
+        query_time: None: the time of the last token.
+        may_be_unfinished: Whether a row may end in the first codes of an item, for `generate`.
+
+    Raises:
+        ValueError: if no item can follow a row, an item is not in the catalog, the positions do not suffice, or
+            shapes differ.
+    """
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            "`input_ids` must have shape (batch_size, sequence_length), neither of them 0, got "
+            f"{tuple(input_ids.shape)}. Encode histories with `tokenizer.encode_history(..., return_tensors='pt')`."
+        )
+    if attention_mask is None:
+        attention_mask = (input_ids != config.pad_token_id).long()
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape {tuple(input_ids.shape)} of input_ids, got "
+            f"{tuple(attention_mask.shape)}. Pass the tokenizer's own, or leave it out."
+        )
+    lengths = check_history_ends(layout, input_ids, attention_mask, may_be_unfinished)
+    num_block_tokens = 0 if may_be_unfinished else config.num_block_tokens
+    most_tokens = int(attention_mask.sum(dim=1).max()) + layout.num_levels - int(lengths.min()) + num_block_tokens
+    check_positions(config, most_tokens)
+    places, codes = layout.history_codes(input_ids)
+    items = catalog.trie.lookup(codes)
+    unknown = (items < 0).nonzero()
+    if len(unknown):
+        first = int(unknown[0])
+        raise ValueError(
+            f"`input_ids` must hold items of the catalog, got {len(unknown)} others, the first of codes "
+            f"{codes[first].tolist()} in row {int(places[first, 0])}. Use the model's own tokenizer, and cut "
+            "histories between items."
+        )
+    query_time = check_times(input_ids, timestamps, query_time)
+    return History(input_ids, attention_mask, timestamps, query_time, places[:, 0], items)
+
+
+def check_history_ends(
+    layout: ItemLayout, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, may_be_unfinished: bool
+) -> torch.LongTensor:
+    """The lengths of the unfinished items `[B]`. Raises `ValueError` if no item can follow a row."""
+    unfinished = layout.unfinished_items(input_ids)
+    if unfinished.is_broken.any():
+        row = int(unfinished.is_broken.nonzero()[0])
+        window = input_ids[row, -(layout.num_levels + 1) :]
+        raise ValueError(
+            "`input_ids` must end in a bos or behavior token, then codes of levels 0, 1, ... in order, got row "
+            f"{row} with the tokens {window.tolist()} of levels {layout.token_levels(window).tolist()}. Cut "
+            "histories between items."
+        )
+    lengths = unfinished.lengths
+    can_follow = (lengths >= 0) & (lengths < layout.num_levels) if may_be_unfinished else lengths == 0
+    can_follow &= attention_mask[:, -1].bool()
+    if not can_follow.all():
+        row = int((~can_follow).nonzero()[0])
+        raise ValueError(
+            f"`input_ids` must end in <bos> or a behavior, tokens {layout.history_end_ids}, got row {row} with the "
+            f"last token {int(input_ids[row, -1])}, after which no item begins. Pad on the left, and give every item "
+            "its behavior."
+        )
+    return lengths
+
+
+def check_positions(config: UniGRFConfig, num_tokens: int) -> None:
+    """Raises `ValueError` if a history and a candidate take more positions than the backbone has."""
+    num_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if num_positions is not None and num_tokens > num_positions:
+        raise ValueError(
+            f"A history and a candidate must fit into the {num_positions} positions of the backbone, got "
+            f"{num_tokens} tokens. Keep at most {config.max_history_items} items of a history "
+            "(`tokenizer.encode_history(..., max_items=...)`)."
+        )
+
+
+def check_times(
+    input_ids: torch.LongTensor, timestamps: torch.LongTensor | None, query_time: torch.LongTensor | None
+) -> torch.LongTensor | None:
+    """
+    The query time `[B]`, by default that of the last token; None without timestamps. Raises `ValueError` for shapes.
+    """
+    if timestamps is None and query_time is None:
+        return None
+    if timestamps is None or timestamps.shape != input_ids.shape:
+        got = "none" if timestamps is None else tuple(timestamps.shape)
+        raise ValueError(
+            f"`timestamps` must have the shape {tuple(input_ids.shape)} of input_ids, got {got}. Make them with "
+            "`tokenizer.encode_history(..., timestamps=...)`."
+        )
+    if query_time is None:
+        return timestamps[:, -1]
+    if query_time.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"`query_time` must have shape ({len(input_ids)},), one time a row, got {tuple(query_time.shape)}. Leave "
+            "it out for the time of the last event."
+        )
+    return query_time
+
+
+def check_names(name: str, tensors: dict, known: tuple[str, ...]) -> dict:
+    """The tensors that are not None. Raises `ValueError` for names that a nested input does not have."""
+    if strange := sorted(set(tensors) - set(known)):
+        raise ValueError(f"`{name}` must have keys among {list(known)}, got {strange}. Is one of them misspelled?")
+    return {key: value for key, value in tensors.items() if value is not None}
+
+
+def check_long_history(
+    config: UniGRFConfig, num_items: int, batch_size: int, long_history: dict | None, has_times: bool
+) -> LongHistory | None:
+    """
+    Check the long histories of a batch; None for a model that reads none. `has_times`: whether the histories have
+    timestamps.
+
+    Raises:
+        ValueError: if they are missing or superfluous, of another shape, or hold items or behaviors that do not exist.
+    """
+    tensors = check_names("long_history", long_history or {}, ("items", "behaviors", "timestamps"))
+    if not config.num_retrieved_items:
+        if tensors:
+            raise ValueError(
+                f"`long_history` must be None for a model with num_retrieved_items=0, got {sorted(tensors)}. Leave "
+                "it out, or load the model with num_retrieved_items=10."
+            )
+        return None
+    if "items" not in tensors:
+        raise ValueError(
+            f"`long_history['items']` must be integers of shape ({batch_size}, H), the whole history of each row, "
+            "got none. Pass item indices, oldest first and padded with -1; without any history, a tensor of no "
+            "columns."
+        )
+    items = check_items("long_history['items']", tensors["items"], batch_size, num_items)
+    behaviors = tensors.get("behaviors")
+    if behaviors is None and len(config.behaviors) == 1:
+        behaviors = torch.zeros_like(items)
+    if behaviors is None or behaviors.shape != items.shape or not is_integer(behaviors):
+        got = "none" if behaviors is None else f"{behaviors.dtype} of shape {tuple(behaviors.shape)}"
+        raise ValueError(
+            f"`long_history['behaviors']` must be integers of shape {tuple(items.shape)} as the items, got {got}. "
+            f"Pass an index into {config.behaviors} for each item."
+        )
+    behaviors = behaviors.long()
+    is_strange = ((behaviors < 0) | (behaviors >= len(config.behaviors))) & (items >= 0)
+    if is_strange.any():
+        raise ValueError(
+            f"`long_history['behaviors']` must be indices into {config.behaviors}, got "
+            f"{int(behaviors[is_strange][0])} in row {int(is_strange.nonzero()[0, 0])}. Count behaviors from 0."
+        )
+    timestamps = tensors.get("timestamps")
+    if timestamps is None:
+        timestamps = torch.full_like(items, -1)
+    elif not has_times or timestamps.shape != items.shape or not is_integer(timestamps):
+        raise ValueError(
+            f"`long_history['timestamps']` must be integers of shape {tuple(items.shape)} beside timestamps of the "
+            f"history, got {timestamps.dtype} of shape "
+            f"{tuple(timestamps.shape)}{'' if has_times else ' and no timestamps'}. Pass both, or neither."
+        )
+    # A place without an item may hold any number.
+    return LongHistory(items, behaviors.clamp(0, len(config.behaviors) - 1), timestamps.long())
+
+
+def check_item_sets(item_sets: dict | None, sequence_ids: torch.LongTensor, num_items: int) -> ItemSets:
+    """
+    Check the item sets of a batch whose rows hold the histories `sequence_ids [B, T]`.
+
+    Raises:
+        ValueError: for other shapes, items outside the catalog, or negatives for rows of several histories.
+    """
+    names = ("hard_negatives", "excluded_positives", "candidates", "blocked_items")
+    tensors = check_names("item_sets", item_sets or {}, names)
+    batch_size = len(sequence_ids)
+    sets = {name: check_items(f"item_sets['{name}']", items, batch_size, num_items) for name, items in tensors.items()}
+    of_users = [name for name in ("hard_negatives", "excluded_positives") if name in sets]
+    if of_users and sequence_ids.max() > 1:
+        raise ValueError(
+            f"`item_sets` with {of_users} must come with one history a row, got a row of {int(sequence_ids.max())} "
+            "histories. Put each history into a row of its own."
+        )
+    empty = sequence_ids.new_empty(batch_size, 0)
+    return ItemSets(**{"hard_negatives": empty, "excluded_positives": empty, **sets})

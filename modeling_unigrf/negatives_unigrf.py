@@ -1,0 +1,214 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""What a batch with labels supervises, and the negatives that stand beside it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .configuration_unigrf import UniGRFConfig
+from .inputs_unigrf import ItemSets
+from .layout_unigrf import ItemLayout
+from .trie_unigrf import CatalogTrie
+
+
+@dataclass
+class SupervisedItems:
+    """
+    The n items of a batch whose behavior is a label, row by row.
+
+    Args:
+        rows, positions (`torch.LongTensor` of shape `(n,)`): Row, and position of the item's last code.
+        items (`torch.LongTensor` of shape `(n,)`): Item indices.
+        history_ends (`torch.LongTensor` of shape `(n,)`): Position of the bos or behavior before the item.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors that follow.
+    """
+
+    rows: torch.LongTensor
+    positions: torch.LongTensor
+    items: torch.LongTensor
+    history_ends: torch.LongTensor
+    behaviors: torch.LongTensor
+
+    def select(self, mask: torch.BoolTensor) -> "SupervisedItems":
+        """The items where `mask [n]` is True."""
+        return SupervisedItems(*(column[mask] for column in vars(self).values()))
+
+
+@dataclass
+class LastItems:
+    """
+    The last supervised item of each of B rows.
+
+    Args:
+        items (`torch.LongTensor` of shape `(batch_size,)`): -1 in a row without one.
+        history_ends (`torch.LongTensor` of shape `(batch_size,)`): Where the history before it ends; 0 in a row
+            without one.
+        behaviors (`torch.LongTensor` of shape `(batch_size,)`): Token id of the behavior on it; 0 in a row without
+            one.
+    """
+
+    items: torch.LongTensor
+    history_ends: torch.LongTensor
+    behaviors: torch.LongTensor
+
+
+@dataclass
+class PackedNegatives:
+    """
+    M items packed behind the histories of each row, each placed after some position of it: random negatives first,
+    then hard negatives, which stand before the row's last supervised item.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch_size, M * L)`)
+        items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
+        history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each is placed.
+        is_random (`torch.BoolTensor` of shape `(batch_size, M)`): The random negatives that count. Left out are draws
+            of the true next item or an excluded positive, and the excess in rows with fewer items than the fullest
+            one.
+        is_hard (`torch.BoolTensor` of shape `(batch_size, M)`): The hard negatives that exist.
+        position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
+    """
+
+    tokens: torch.LongTensor
+    items: torch.LongTensor
+    history_ends: torch.LongTensor
+    is_random: torch.BoolTensor
+    is_hard: torch.BoolTensor
+    position_ids: torch.LongTensor
+    attention_mask: torch.BoolTensor
+
+
+def supervised_items(
+    layout: ItemLayout, trie: CatalogTrie, tokens: torch.LongTensor, targets: torch.LongTensor
+) -> SupervisedItems:
+    """
+    Find the supervised items of `tokens [B, T]`, whose next tokens are `targets [B, T]` (-100: not supervised): the
+    last codes whose target is a behavior.
+
+    Raises:
+        ValueError: if one of them is not in the catalog.
+    """
+    is_behavior = torch.isin(targets, targets.new_tensor(layout.behavior_token_ids))
+    is_behavior &= layout.token_levels(tokens) == layout.num_levels - 1
+    places = is_behavior.nonzero()
+    rows, positions = places.unbind(dim=1)
+    ends = layout.history_ends(positions)
+    if (ends < 0).any():
+        raise ValueError(
+            "`labels` must supervise items that follow a <bos> or a behavior, got row "
+            f"{int(rows[(ends < 0).nonzero()[0, 0]])}, which begins with an item. Keep the <bos> of a cut history, "
+            "or leave its first item out of the labels."
+        )
+    items = trie.lookup(layout.codes_before(tokens, places))
+    unknown = (items < 0).nonzero()
+    if len(unknown):
+        row, position = places[unknown[0, 0]].tolist()
+        codes = tokens[row, max(0, position - layout.num_levels + 1) : position + 1].tolist()
+        raise ValueError(
+            f"`labels` must supervise items of the catalog, got {len(unknown)} others; the first ends at row {row}, "
+            f"position {position}, tokens {codes}. Call `model.set_catalog(tokenizer.item_codes, ...)` with the "
+            "tokenizer of the histories."
+        )
+    return SupervisedItems(rows, positions, items, ends, targets[is_behavior])
+
+
+def retrieval_positives(
+    config: UniGRFConfig, layout: ItemLayout, targets: torch.LongTensor, supervised: SupervisedItems
+) -> tuple[torch.LongTensor, SupervisedItems, torch.Tensor | float]:
+    """
+    Select what retrieval learns: all next tokens `targets [B, T]` and items, or those of `retrieval_behaviors`.
+
+    Returns:
+        The targets, -100 at the codes of other items; the items; the share of the codes that is left. (A mean over
+        what is left times the share is a mean over all, so that gradient accumulation does not change the loss.)
+    """
+    names = config.training_config.retrieval_behaviors
+    if names is None:
+        return targets, supervised, 1.0
+    ids = dict(zip(config.behaviors, layout.behavior_token_ids, strict=True))
+    is_positive = torch.isin(supervised.behaviors, targets.new_tensor([ids[name] for name in names]))
+    rows, ends = supervised.rows[~is_positive], supervised.history_ends[~is_positive]
+    positives = targets.index_put((rows[:, None], layout.code_positions(ends)), targets.new_tensor(-100))
+    num_positive, num_all = ((layout.token_levels(tokens) >= 0).sum() for tokens in (positives, targets))
+    return positives, supervised.select(is_positive), num_positive / num_all.clamp(min=1)
+
+
+def last_items(supervised: SupervisedItems, batch_size: int) -> LastItems:
+    """The last supervised item of each row."""
+    is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
+    is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
+    rows = supervised.rows[is_last]
+    items = supervised.rows.new_full((batch_size,), -1)
+    ends, behaviors = torch.zeros_like(items), torch.zeros_like(items)
+    items[rows] = supervised.items[is_last]
+    ends[rows] = supervised.history_ends[is_last]
+    behaviors[rows] = supervised.behaviors[is_last]
+    return LastItems(items, ends, behaviors)
+
+
+def pack_negatives(
+    layout: ItemLayout,
+    item_codes: torch.Tensor,
+    supervised: SupervisedItems,
+    position_ids: torch.LongTensor,
+    visible: torch.BoolTensor,
+    negatives_per_item: float,
+    item_sets: ItemSets,
+    generator: torch.Generator | None = None,
+) -> PackedNegatives:
+    """
+    Draw uniform items, as many as a row has supervised items times `negatives_per_item`, and place them behind the
+    histories together with the hard negatives (those of semantic IDs: atomic ids have theirs in the generation loss).
+
+    Args:
+        item_codes (`torch.IntTensor` of shape `(num_items, L)`)
+        position_ids (`torch.LongTensor` of shape `(batch_size, T)`), visible (`torch.BoolTensor` of shape
+            `(batch_size, T, T)`): Of the histories, from the layout.
+    """
+    batch_size, length = position_ids.shape
+    device = position_ids.device
+    # Random negatives, each after a random supervised position.
+    next_item = torch.full((batch_size, length), -1, device=device)
+    next_item[supervised.rows, supervised.history_ends] = supervised.items
+    has_next = next_item >= 0
+    wanted = (has_next.sum(dim=1) * negatives_per_item).ceil().long()
+    count = max(1, int(wanted.max())) if negatives_per_item else 0  # 1 also in a batch without a supervised item
+    # A row without a supervised item draws anything: `is_random` leaves it out.
+    weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
+    ends = torch.multinomial(weights, max(1, count), replacement=True, generator=generator)[:, :count]
+    items = torch.randint(len(item_codes), (batch_size, count), device=device, generator=generator)
+    target = next_item.gather(1, ends)
+    is_random = (target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None])
+    is_random &= ~(items[:, :, None] == item_sets.excluded_positives[:, None]).any(dim=2)
+    is_hard = torch.zeros_like(is_random)
+    # Hard negatives, before the last supervised item.
+    hard = item_sets.hard_negatives if layout.num_levels > 1 else item_sets.hard_negatives[:, :0]
+    if hard.shape[1]:
+        last = last_items(supervised, batch_size)
+        exists = (hard >= 0) & (hard != last.items[:, None]) & (last.items >= 0)[:, None]
+        is_hard = torch.cat([is_hard, exists], dim=1)
+        is_random = nn.functional.pad(is_random, (0, hard.shape[1]))
+        items = torch.cat([items, hard.clamp(min=0)], dim=1)
+        ends = torch.cat([ends, last.history_ends[:, None].expand(-1, hard.shape[1])], dim=1)
+    visible_history = visible.gather(1, ends[:, :, None].expand(-1, -1, length))
+    return PackedNegatives(
+        tokens=layout.item_tokens(item_codes[items].long()).flatten(1),
+        items=items,
+        history_ends=ends,
+        is_random=is_random,
+        is_hard=is_hard,
+        position_ids=layout.candidate_positions(position_ids.gather(1, ends) + 1),
+        attention_mask=layout.candidate_mask(visible_history),
+    )
+
+
+def inject_targets(
+    candidates: torch.LongTensor, targets: torch.LongTensor, generator: torch.Generator | None = None
+) -> torch.LongTensor:
+    """Replace a random one of the candidates `[B, N]` by the row's target `[B]` (-1: none), where it is missing."""
+    place = torch.randint(candidates.shape[1], (len(targets), 1), device=targets.device, generator=generator)
+    is_missing = (targets >= 0) & (candidates != targets[:, None]).all(dim=1)
+    current = candidates.gather(1, place)
+    return candidates.scatter(1, place, torch.where(is_missing[:, None], targets[:, None], current))

@@ -1,0 +1,386 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The objective: from a batch with labels to the joint loss that `config.training_config` names.
+
+`Objective.prepare` packs negatives behind the histories; the caller runs the backbone; `Objective.losses` computes
+all losses from its output. With `num_retrieved_items` or `num_train_beams`, the ranking loss is that of RecoChain's
+stage II: candidates of the last item of each row, read on the cache of the histories.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
+
+from .beam_search_unigrf import SearchSpace, beam_search
+from .cache_unigrf import cache_rollback, without_gradient
+from .candidates_unigrf import CandidateContext, read_candidates
+from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
+from .inputs_unigrf import ItemSets, LongHistory, check_item_sets, check_long_history, check_positions
+from .item_lists_unigrf import ItemFilter
+from .loss_unigrf import contrastive_loss, generation_loss, ranking_loss, sampled_softmax_loss
+from .negatives_unigrf import (
+    PackedNegatives,
+    SupervisedItems,
+    inject_targets,
+    last_items,
+    pack_negatives,
+    retrieval_positives,
+    supervised_items,
+)
+from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
+from .shared_prefix_unigrf import attention_mask_4d
+
+logger = logging.get_logger(__name__)
+
+CONTRASTIVE_LOSS_WEIGHT = 10.0  # the last item counts as so many codes
+CANDIDATES_PER_PACK = 64  # in training the attention of a pack grows with its square
+
+
+@dataclass
+class Supervision:
+    """
+    What the losses need beside the backbone's output.
+
+    Args:
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
+        items (`SupervisedItems`)
+        sequence_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Which history of its
+            row a token belongs to, and which tokens exist. None with a mask, positions or cache of the caller's own.
+        item_sets (`ItemSets`, *optional*), negatives (`PackedNegatives`, *optional*)
+        cache (`DynamicCache`, *optional*): Of the histories, where candidates of the last items are ranked.
+        long_history (`LongHistory`, *optional*)
+        target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
+    """
+
+    targets: torch.LongTensor
+    items: SupervisedItems
+    sequence_ids: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    item_sets: ItemSets | None = None
+    negatives: PackedNegatives | None = None
+    cache: DynamicCache | None = None
+    long_history: LongHistory | None = None
+    target_timestamps: torch.LongTensor | None = None
+
+
+@dataclass
+class Objective:
+    """
+    The joint loss of a model.
+
+    Args:
+        config (`UniGRFConfig`)
+        backbone (`UniGRFModel`), scorer (`ItemScorer`), candidate_block (`UniGRFCandidateBlock`, *optional*): The
+            model's parts.
+        task_weights (`tuple[float, float]`): Factors of the losses of retrieval and of ranking in training, beside
+            the config's weights.
+        measures_gradients (`bool`): Whether training also returns `gradient_norms`, at a second backward through the
+            heads.
+    """
+
+    config: UniGRFConfig
+    backbone: PreTrainedModel
+    scorer: ItemScorer
+    candidate_block: UniGRFCandidateBlock | None
+    task_weights: tuple[float, float] = (1.0, 1.0)
+    measures_gradients: bool = False
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self.backbone.training
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """The global generator in training. In evaluation a fixed one: its loss must not depend on what ran before."""
+        return None if self.is_training else torch.Generator(device).manual_seed(0)
+
+    def prepare(
+        self,
+        inputs: dict,
+        tokens: torch.LongTensor,
+        targets: torch.LongTensor,
+        long_history: dict | None,
+        item_sets: dict | None,
+    ) -> tuple[dict, Supervision]:
+        """
+        Pack the batch.
+
+        Args:
+            inputs (`dict`): The backbone's inputs.
+            tokens, targets (`torch.LongTensor` of shape `(batch_size, T)`): The tokens, and the next ones (-100: not
+                supervised).
+            long_history, item_sets: As `UniGRFForCausalLM.forward` takes them.
+
+        Returns:
+            The backbone's inputs as they are to be run, and what `losses` needs.
+
+        Raises:
+            ValueError: as `UniGRFForCausalLM.forward` does.
+        """
+        layout, catalog, training = self.scorer.layout, self.scorer.catalog, self.config.training_config
+        items = supervised_items(layout, catalog.trie, tokens, targets)
+        has_candidates = (item_sets or {}).get("candidates") is not None
+        ranks_last = training.ranking_loss_weight > 0 and (has_candidates or self.config.ranks_last_items)
+        if ranks_last or not self.config.num_retrieved_items:  # a model that reads no long history refuses one
+            long_history = check_long_history(
+                self.config, catalog.num_items, len(tokens), long_history, "timestamps" in inputs
+            )
+        attention_mask = inputs["attention_mask"]
+        has_own_places = inputs["cache"] is not None or inputs["position_ids"] is not None
+        if has_own_places or (attention_mask is not None and attention_mask.dim() != 2):
+            self._refuse_packing(item_sets, ranks_last)
+            return inputs, Supervision(targets, items)
+
+        learns_next = self.is_training and training.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
+        if learns_next and not (ranks_last or self.config.random_negatives_per_item):
+            logger.warning_once(
+                f"The ranking target {NEXT_TARGET!r} sees no item that did not come next. Set negatives_per_item "
+                "to 1, or ranking_loss_weight to 0."
+            )
+        attention_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        sequence_ids, position_ids = layout.packed_histories(tokens, attention_mask)
+        supervision = Supervision(targets, items, sequence_ids, attention_mask)
+        if item_sets:
+            supervision.item_sets = check_item_sets(item_sets, sequence_ids, catalog.num_items)
+        inputs = self._pack(inputs, supervision, position_ids)
+        if ranks_last:
+            supervision.long_history = long_history
+            supervision.cache = DynamicCache()
+            inputs |= {"cache": supervision.cache, "use_cache": True}
+        return inputs, supervision
+
+    def _refuse_packing(self, item_sets: dict | None, ranks_last: bool) -> None:
+        """Raises `ValueError` if something is to be packed behind histories that have places of the caller's own."""
+        names = [name for name in ("hard_negatives", "excluded_positives") if (item_sets or {}).get(name) is not None]
+        if ranks_last or self.config.random_negatives_per_item or names:
+            raise ValueError(
+                "`attention_mask` must be 2-D, and `position_ids` and `cache` None, where negatives or candidates "
+                "are packed behind the histories, got places of your own. Leave these out, or set "
+                "negatives_per_item=0 in training_config and pass no item_sets."
+            )
+
+    def _pack(self, inputs: dict, supervision: Supervision, position_ids: torch.LongTensor) -> dict:
+        """
+        Pack several histories a row, and negatives behind them, into one forward: 4-D mask, position ids, times. Rows
+        of one history without negatives need neither.
+        """
+        layout, sequence_ids = self.scorer.layout, supervision.sequence_ids
+        per_item = self.config.random_negatives_per_item
+        sets = supervision.item_sets
+        if sets is None:
+            empty = sequence_ids.new_empty(len(sequence_ids), 0)
+            sets = ItemSets(empty, empty)
+        packs_negatives = per_item or (sets.hard_negatives.shape[1] and layout.num_levels > 1)
+        if packs_negatives or sequence_ids.max() > 1:
+            mask = layout.history_mask(sequence_ids, supervision.attention_mask)
+            if packs_negatives:
+                generator = self.generator(sequence_ids.device)
+                codes = self.scorer.catalog.item_codes
+                negatives = pack_negatives(
+                    layout, codes, supervision.items, position_ids, mask, per_item, sets, generator
+                )
+                supervision.negatives = negatives
+                position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
+                mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
+                mask = torch.cat([mask, negatives.attention_mask], dim=1)
+                inputs = inputs | self._append(inputs, negatives.tokens)
+            config = self.backbone.language_model.config
+            mask = attention_mask_4d(config, mask, position_ids, position_ids, self.backbone.dtype)
+            inputs = inputs | {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        if "timestamps" in inputs:
+            times, target_times = inputs["timestamps"], inputs.get("target_timestamps")
+            if target_times is None:
+                target_times = layout.target_timestamps(times, sequence_ids)
+            if supervision.negatives is not None:
+                # A negative stands where the true next item does: at its time.
+                query_time = target_times.gather(1, supervision.negatives.history_ends)
+                query_time = query_time.repeat_interleave(layout.num_levels, dim=1)
+                times, target_times = (torch.cat([column, query_time], dim=1) for column in (times, target_times))
+            inputs = inputs | {"timestamps": times, "target_timestamps": target_times}
+            supervision.target_timestamps = target_times
+        return inputs
+
+    def _append(self, inputs: dict, tokens: torch.LongTensor) -> dict:
+        """The token ids or embeddings of `inputs`, with `tokens [B, M * L]` behind them."""
+        if "input_ids" in inputs:
+            return {"input_ids": torch.cat([inputs["input_ids"], tokens], dim=1)}
+        embeddings = self.backbone.get_input_embeddings()(tokens)
+        return {"inputs_embeds": torch.cat([inputs["inputs_embeds"], embeddings], dim=1)}
+
+    def losses(
+        self,
+        hidden_states: torch.Tensor,
+        supervision: Supervision,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Compute all losses from the backbone's output `[batch_size, T (+ M * L), hidden_size]`.
+
+        Returns:
+            The losses by their names in `UniGRFCausalLMOutput`, detached, and `loss`, the weighted sum.
+        """
+        config, training = self.config, self.config.training_config
+        targets, sets = supervision.targets, supervision.item_sets
+        of_histories = hidden_states[:, : targets.shape[1]]
+        code_targets, positives, share = retrieval_positives(config, self.scorer.layout, targets, supervision.items)
+        losses = {}
+        if training.generation_loss_weight:
+            code_negatives, sets_of_codes = (training.code_negatives, sets) if self.is_training else (0, None)
+            losses["generation_loss"] = share * generation_loss(
+                self.scorer, of_histories, code_targets, code_negatives, sets_of_codes, self.measures_gradients
+            )
+        if supervision.cache is not None:
+            losses["ranking_loss"] = self._last_item_ranking_loss(of_histories, supervision)
+        elif training.ranking_loss_weight:
+            losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision)
+        if training.dense_loss_weight:
+            states = of_histories[positives.rows, positives.history_ends]
+            queries = self.scorer.ranking_head.history_query(states)
+            num_items, generator = self.scorer.catalog.num_items, self.generator(states.device)
+            losses["dense_loss"] = share * sampled_softmax_loss(
+                queries, positives.items, self.scorer.representations, num_items, generator
+            )
+        if sets is not None and sets.hard_negatives.shape[1] and self.scorer.layout.num_levels > 1:
+            last = last_items(supervision.items, len(targets))
+            num_hard = sets.hard_negatives.shape[1]
+            losses["contrastive_loss"] = share * contrastive_loss(
+                self.scorer, hidden_states, code_targets, last, supervision.negatives, num_hard
+            )
+        if not losses:
+            raise ValueError(
+                "A loss weight of `training_config` must be positive, got 0 for all of them: labels teach nothing. "
+                "Set one."
+            )
+        loss = self._weighted_sum(losses)
+        if num_items_in_batch is not None:
+            loss = loss * (targets != -100).sum() / num_items_in_batch
+        norms = {}
+        if self.is_training and self.measures_gradients:
+            norms["gradient_norms"] = self._gradient_norms(losses, hidden_states)
+        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}, **norms}
+
+    def _weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The joint loss. Task weights count in training only, so that evaluation losses can be compared."""
+        training = self.config.training_config
+        weights = {
+            "generation_loss": training.generation_loss_weight,
+            "ranking_loss": training.ranking_loss_weight,
+            "dense_loss": training.dense_loss_weight,
+            "contrastive_loss": CONTRASTIVE_LOSS_WEIGHT,
+        }
+        retrieval_weight, ranking_weight = self.task_weights if self.is_training else (1.0, 1.0)
+        loss = 0.0
+        for name, value in losses.items():
+            task_weight = ranking_weight if name == "ranking_loss" else retrieval_weight
+            loss = loss + task_weight * weights[name] * value
+        return loss
+
+    def _gradient_norms(self, losses: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+        """Norms of the generation and the ranking loss's gradients at the backbone's output, `[2]`."""
+        norms = []
+        for name in ("generation_loss", "ranking_loss"):
+            gradient = None
+            if name in losses:
+                gradient = torch.autograd.grad(losses[name], hidden_states, retain_graph=True, allow_unused=True)[0]
+            norms.append(hidden_states.new_zeros(()).float() if gradient is None else gradient.norm().float())
+        return torch.stack(norms)
+
+    def _ranking_loss(self, hidden_states: torch.Tensor, supervision: Supervision) -> torch.Tensor:
+        """The ranking loss of all supervised items and of the random negatives behind them."""
+        supervised, negatives = supervision.items, supervision.negatives
+        head, representations = self.scorer.ranking_head, self.scorer.representations
+        logits = head(
+            hidden_states[supervised.rows, supervised.positions],
+            hidden_states[supervised.rows, supervised.history_ends],
+            representations(supervised.items),
+        )
+        negative_logits = None
+        if negatives is not None:
+            is_random = negatives.is_random
+            states = self.scorer.layout.ranking_states(hidden_states[:, -negatives.tokens.shape[1] :])
+            ends = hidden_states[is_random.nonzero()[:, 0], negatives.history_ends[is_random]]
+            negative_logits = head(states[is_random], ends, representations(negatives.items[is_random]))
+        return ranking_loss(self.config, logits, supervised.behaviors, negative_logits)
+
+    def _last_item_ranking_loss(self, hidden_states: torch.FloatTensor, supervision: Supervision) -> torch.Tensor:
+        """
+        The ranking loss of candidates of each row's last supervised item: those of `item_sets` or the model's own
+        beams, with the true item among them unless `inject_target` leaves it to the search. All tokens of the
+        candidates run here. The search has the dropout of training, but for that of attention weights where branches
+        share the history.
+
+        Raises:
+            ValueError: if the positions do not suffice, nothing is on the cache, or there is nothing to learn
+                `"next"` from.
+        """
+        config, training = self.config, self.config.training_config
+        sequence_ids, cache = supervision.sequence_ids, supervision.cache
+        if cache.get_seq_length() < sequence_ids.shape[1]:
+            raise ValueError(
+                f"The cache must hold the {sequence_ids.shape[1]} tokens of the histories, got "
+                f"{cache.get_seq_length()}. Train candidates without activation checkpointing, which keeps no cache."
+            )
+        last = last_items(supervision.items, len(sequence_ids))
+        history_mask = self.scorer.layout.history_up_to(last.history_ends, sequence_ids, supervision.attention_mask)
+        check_positions(config, int(history_mask.sum(dim=1).max()) + config.num_levels + config.num_block_tokens)
+        query_time = None
+        if supervision.target_timestamps is not None:
+            query_time = supervision.target_timestamps.gather(1, last.history_ends[:, None])[:, 0]
+        context = CandidateContext(history_mask, cache, supervision.long_history, query_time)
+        rows = torch.arange(len(sequence_ids), device=sequence_ids.device)
+        history_states = hidden_states[rows, last.history_ends]
+        candidates = self._candidates(supervision.item_sets, history_states, context)
+        if candidates is None or candidates.shape[1] == 0:
+            candidates = last.items[:, None]
+        if training.inject_target:
+            candidates = inject_targets(candidates, last.items, self.generator(candidates.device))
+        if training.stop_gradient_history:
+            context.cache, history_states = without_gradient(cache), history_states.detach()
+        items, states = candidates.clamp(min=0), []
+        for pack in items.split(CANDIDATES_PER_PACK, dim=1):
+            with cache_rollback(context.cache):
+                read = read_candidates(self.backbone, self.scorer, self.candidate_block, context, pack)
+            states.append(read[:, :, -1])
+        representations = self.scorer.representations(items)
+        logits = self.scorer.ranking_head(torch.cat(states, dim=1), history_states[:, None], representations)
+        is_target = candidates == last.items[:, None]
+        exists = (candidates >= 0) & (last.items >= 0)[:, None]
+        behaviors = last.behaviors[:, None].expand_as(candidates)[exists & is_target]
+        return ranking_loss(config, logits[exists & is_target], behaviors, logits[exists & ~is_target])
+
+    @torch.no_grad()
+    def _candidates(
+        self, item_sets: ItemSets | None, history_states: torch.FloatTensor, context: CandidateContext
+    ) -> torch.LongTensor | None:
+        """
+        Candidates of the last items, `[B, N]` (-1: none): the caller's, or the model's own beams; None: the true
+        items.
+        """
+        if item_sets is not None and item_sets.candidates is not None:
+            return item_sets.candidates
+        num_beams = self.config.training_config.num_train_beams
+        if not num_beams:
+            if NEXT_TARGET in self.config.ranking_targets:
+                raise ValueError(
+                    f"The ranking target {NEXT_TARGET!r} must have candidates beside the true items, got none. Set "
+                    "num_train_beams, e.g. to 20, for the model's own beams, or pass item_sets={'candidates': ...}."
+                )
+            return None
+        catalog, item_filter = self.scorer.catalog, None
+        if item_sets is not None and item_sets.blocked_items is not None:
+            blocked = [row[row >= 0] for row in item_sets.blocked_items]
+            item_filter = ItemFilter(catalog.trie, catalog.item_codes, blocked=blocked)
+        beams = beam_search(
+            self.backbone,
+            self.scorer,
+            SearchSpace(catalog.trie, item_filter),
+            history_states,
+            context.history_mask,
+            without_gradient(context.cache),
+            num_beams,
+            context.query_time,
+        )
+        return catalog.trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)

@@ -1,0 +1,145 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""The names of version 0.1, which are accepted with a warning until 0.3: delete this file then."""
+
+from math import log
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MODEL_FIELDS = {
+    "item_embedding_dim": "content_embedding_dim",
+    "int8_item_embeddings": "int8_content_embeddings",
+    "read_item_embeddings": "project_content_embeddings",
+    "item_table_size": "embedding_table_size",
+    "history_item_vectors": "history_item_representations",
+    "rank_by_item_score": "rank_by_dense_score",
+}
+TRAINING_FIELDS = {
+    "generation_loss_weight": "generation_loss_weight",
+    "ranking_loss_weight": "ranking_loss_weight",
+    "item_loss_weight": "dense_loss_weight",
+    "code_negatives": "code_negatives",
+    "negatives_per_item": "negatives_per_item",
+    "num_train_beams": "num_train_beams",
+    "inject_target": "inject_target",
+    "detach_history": "stop_gradient_history",
+    "detach_item_score": "stop_gradient_dense_score",
+    "retrieval_behaviors": "retrieval_behaviors",
+}
+SERVING_FIELDS = {
+    "max_items": "max_items",
+    "max_long_items": "max_long_items",
+    "exclude_history": "exclude_history",
+    "ranking_target": "ranking_target",
+    "ranking_weight": "ranking_weight",
+    "item_weight": "dense_weight",
+    "union_items": "num_dense_candidates",
+    "num_ranked_beams": "rerank_top_k",
+}
+# Token ids follow from the other fields now.
+DERIVED_FIELDS = ("code_offsets", "behavior_token_ids")
+# Options that are gone, and the value that the code has in their place.
+REMOVED_FIELDS = {
+    "share_code_negatives": True,
+    "given_negative_weight": 30.0,
+    "candidate_loss_weight": 10.0,
+    "exclude_candidate": False,
+}
+INPUTS = {
+    "catalogue": "catalog",
+    "request_timestamps": "query_time",
+    "next_timestamps": "target_timestamps",
+    "item_weight": "dense_weight",
+    "union_items": "num_dense_candidates",
+    "num_ranked_beams": "rerank_top_k",
+}
+LONG_HISTORY = {"long_items": "items", "long_behaviors": "behaviors", "long_timestamps": "timestamps"}
+ITEM_SETS = {
+    "negative_items": "hard_negatives",
+    "favorite_items": "excluded_positives",
+    "candidates": "candidates",
+    "blocked_items": "blocked_items",
+}
+# Buffers of a checkpoint.
+WEIGHTS = {
+    "catalogue.item_codes": "catalog.item_codes",
+    "catalogue.item_embeddings": "catalog.content_embeddings",
+}
+
+
+def warn_of_old_names(names: list[str], instead: str) -> None:
+    logger.warning_once(f"{', '.join(names)}: names of unigrf 0.1, which 0.3 will refuse. {instead}")
+
+
+def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
+    """
+    Takes the fields of a 0.1 config out of `fields`, and sets `config` and its `training_config` by them. Serving
+    fields wait in `config.old_serving_fields` for the model, which has the `generation_config`.
+
+    Raises:
+        ValueError: for token ids that do not follow from behaviors and codebook sizes.
+    """
+    known = (*MODEL_FIELDS, *TRAINING_FIELDS, *SERVING_FIELDS, *DERIVED_FIELDS, *REMOVED_FIELDS)
+    old = {name: fields.pop(name) for name in known if name in fields}
+    if not old:
+        return
+    warn_of_old_names(sorted(old), "Save the model again, or see CHANGELOG.md for the new names.")
+    for name, new_name in MODEL_FIELDS.items():
+        if name in old:
+            setattr(config, new_name, old[name])
+    training = {new_name: old[name] for name, new_name in TRAINING_FIELDS.items() if name in old}
+    if isinstance(config.training_config, PreTrainedConfig):
+        for name, value in training.items():
+            setattr(config.training_config, name, value)
+    else:
+        config.training_config = training | (config.training_config or {})
+    if old.get("negatives_per_item") and not config.next_logit_bias:
+        config.next_logit_bias = log(max(1, config.num_items - 1) / old["negatives_per_item"])
+    for name in DERIVED_FIELDS:
+        if old.get(name) is not None and list(old[name]) != getattr(config, name):
+            raise ValueError(
+                f"`{name}` must be {getattr(config, name)}, as behaviors and codebook_sizes say, got "
+                f"{list(old[name])}. Make the tokenizer and the model again."
+            )
+    for name, value in REMOVED_FIELDS.items():
+        if old.get(name, value) != value:
+            logger.warning_once(f"{name}={old[name]} has no effect any more: the model does as with {value}.")
+    config.old_serving_fields = {new_name: old[name] for name, new_name in SERVING_FIELDS.items() if name in old}
+
+
+def convert_old_overrides(fields: dict) -> dict:
+    """What `from_pretrained` was given to change a config: 0.1's training fields go to `training_config`."""
+    training = {new_name: fields[name] for name, new_name in TRAINING_FIELDS.items() if name in fields}
+    old_model_fields = [name for name in MODEL_FIELDS if name in fields]
+    if not (training or old_model_fields):
+        return fields
+    warn_of_old_names(sorted({*training, *old_model_fields}), "Pass training_config={...}, or see CHANGELOG.md.")
+    rest = {MODEL_FIELDS.get(name, name): value for name, value in fields.items() if name not in TRAINING_FIELDS}
+    if training:
+        rest["training_config"] = training | rest.get("training_config", {})
+    return rest
+
+
+def convert_old_inputs(inputs: dict) -> dict:
+    """Rename keyword arguments of 0.1's `forward`, `rank`, `recommend` and `generate`."""
+    old = [name for name in (*INPUTS, *LONG_HISTORY, *ITEM_SETS) if name in inputs]
+    if not old:
+        return inputs
+    warn_of_old_names(old, "See CHANGELOG.md for the new names.")
+    inputs = {INPUTS.get(name, name): value for name, value in inputs.items()}
+    for group, names in (("long_history", LONG_HISTORY), ("item_sets", ITEM_SETS)):
+        values = {new_name: inputs.pop(name, None) for name, new_name in names.items()}
+        values = {name: value for name, value in values.items() if value is not None}
+        if values:
+            inputs[group] = values | (inputs.get(group) or {})
+    return inputs
+
+
+def convert_old_request(request: dict) -> dict:
+    """Rename the keys of a 0.1 request to the pipeline."""
+    if "request_timestamp" not in request:
+        return request
+    warn_of_old_names(["request_timestamp"], "Name it query_time.")
+    return {"query_time" if name == "request_timestamp" else name: value for name, value in request.items()}

@@ -1,0 +1,293 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""Scoring: from the backbone's output states to scores of codes and of items.
+
+An item has three scores. The *generation score* is log P(item | history), the sum of its codes' log-probabilities. The
+*ranking score* comes from the state at the item's last code (or at the end of its candidate block). The
+*dense-retrieval score* is a dot product of the state at the history's end and the item's representation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .catalog_unigrf import UniGRFCatalog
+from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
+from .item_lists_unigrf import ItemFilter
+from .layout_unigrf import ItemLayout
+from .trie_unigrf import CatalogTrie
+
+ITEM, RETRIEVED, CANDIDATE = range(3)  # segments of a candidate block
+MAX_LEAVES = 2**16  # items whose representations are in memory at a time
+
+
+class UniGRFItemEncoder(nn.Module):
+    """
+    The representation of an item: its projected content embedding plus a learned row of the embedding table
+    (RecoChain's item token, section 1: a multimodal and a learned part). Items share codes; their representations are
+    their own.
+    """
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        width, dim, num_rows = config.hidden_size, config.content_embedding_dim, config.embedding_table_size
+        self.proj = nn.Linear(dim, width) if dim and config.project_content_embeddings else None
+        self.table = nn.Embedding(num_rows, width) if num_rows else None
+        self.num_rows = num_rows  # an adapter's wrapper of the table has no such number
+
+    def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        Item indices `[...]` and content embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part.
+        """
+        representations = None
+        if self.proj is not None:
+            # A quantized weight (bitsandbytes) has an integer dtype; its bias has a float one. In torch's own
+            # quantized layers the bias is a method, and the input stays as it is.
+            representations = self.proj(embeddings.to(getattr(self.proj.bias, "dtype", embeddings.dtype)))
+        if self.table is None:
+            return representations
+        learned = self.table(items % self.num_rows)
+        return learned if representations is None else representations + learned
+
+    def add_rows(self, count: int) -> None:
+        """Append rows for new items, each the mean of the others."""
+        rows = self.table.weight.data
+        self.set_rows(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
+
+    def set_rows(self, rows: torch.Tensor) -> None:
+        """Replace the rows of the embedding table by `[n, hidden_size]`."""
+        self.table.weight = nn.Parameter(rows, requires_grad=self.table.weight.requires_grad)
+        self.table.num_embeddings = self.num_rows = len(rows)
+
+
+class UniGRFCandidateBlock(nn.Module):
+    """The embeddings behind a candidate's codes: `ITEM(c) R_1 .. R_k CAND(c)`, the R_i being its sub-history."""
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        self.segments = nn.Embedding(3, config.hidden_size)
+
+    def forward(self, candidates: torch.Tensor, retrieved: torch.Tensor, behaviors: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            candidates (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): Item representations.
+            retrieved (`torch.FloatTensor` of shape `(batch_size, N, k, hidden_size)`): Item representations.
+            behaviors (the same): Embeddings of the behaviors on the retrieved items.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, N, k + 2, hidden_size)`
+        """
+        segments = self.segments.weight
+        return torch.cat(
+            [
+                (candidates + segments[ITEM])[:, :, None],
+                retrieved + behaviors + segments[RETRIEVED],
+                (candidates + segments[CANDIDATE])[:, :, None],
+            ],
+            dim=2,
+        )
+
+
+class UniGRFRankingHead(nn.Module):
+    """
+    Logits of the ranking targets, from the state that has read the item and from the item's representation. The
+    `"next"` logit also adds (with `config.rank_by_dense_score`) the dense-retrieval score, which a softmax over items
+    can train.
+    """
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__()
+        width, num_targets = config.hidden_size, len(config.ranking_targets)
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.ranking_dropout)
+        self.out_proj = nn.Linear(width, num_targets)
+        has_representations = config.has_item_representations
+        self.query = nn.Linear(width, num_targets * width) if has_representations else None
+        self.next_index = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
+        self.history_query = nn.Linear(width, width) if config.has_dense_scores else None
+        self.stops_dense_gradient = config.training_config.stop_gradient_dense_score
+        self.adds_dense_score = config.rank_by_dense_score and config.has_dense_scores
+
+    def dense_scores(self, history_states: torch.Tensor, representations: torch.Tensor) -> torch.Tensor:
+        """States at the history's end and item representations, both `[..., hidden_size]` -> scores `[...]`."""
+        return (self.history_query(history_states) * representations).sum(dim=-1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, history_states: torch.Tensor, representations: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): At the last codes of the items.
+            history_states (the same, or broadcast to it): At the end of the history before each item.
+            representations (the same, *optional*): Of the items.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., num_ranking_targets)`: logits.
+        """
+        if self.query is None:
+            return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
+        # A perceptron on the sum, and a dot product for each target, which a perceptron is slow to learn.
+        queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
+        match = (queries * representations[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
+        mixed = nn.functional.silu(self.dense(hidden_states + representations))
+        logits = self.out_proj(self.dropout(mixed)) + match
+        if not self.adds_dense_score:
+            return logits
+        next_scores = self.dense_scores(history_states, representations)[..., None]
+        next_scores = next_scores.detach() if self.stops_dense_gradient else next_scores
+        return logits + nn.functional.pad(next_scores, (self.next_index, logits.shape[-1] - self.next_index - 1))
+
+
+@dataclass
+class ItemScorer:
+    """
+    All that turns states into scores of codes and items: the catalog, and the heads of a model.
+
+    Args:
+        config (`UniGRFConfig`)
+        layout (`ItemLayout`), catalog (`UniGRFCatalog`)
+        code_head (`nn.Module`): `lm_head`, a linear layer without bias, one row a token.
+        item_encoder (`UniGRFItemEncoder`), ranking_head (`UniGRFRankingHead`)
+    """
+
+    config: UniGRFConfig
+    layout: ItemLayout
+    catalog: UniGRFCatalog
+    code_head: nn.Module
+    item_encoder: UniGRFItemEncoder
+    ranking_head: UniGRFRankingHead
+
+    @property
+    def has_dense_scores(self) -> bool:
+        """Whether items have a dense-retrieval score."""
+        return self.ranking_head.history_query is not None
+
+    @property
+    def code_vectors(self) -> torch.Tensor:
+        """Rows of `code_head`. Raises `ValueError` if an adapter changes its output and not its rows."""
+        if hasattr(self.code_head, "base_layer"):
+            raise ValueError(
+                "`lm_head` must be a plain layer where its weight is read, got an adapter on it (code_similarity="
+                f"{self.config.code_similarity!r}, code_negatives={self.config.training_config.code_negatives}). "
+                "Train lm_head whole: `LoraConfig(modules_to_save=model.modules_to_save)`."
+            )
+        return self.code_head.weight
+
+    def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
+        """States `[..., hidden_size]` -> logits of a slice of the tokens `[..., n]`, and of no others."""
+        if type(self.code_head) is not nn.Linear and self.config.code_similarity == "dot":  # an adapter's wrapper
+            return self.code_head(states)[..., codes] / self.config.code_temperature
+        return self.code_similarity(states, self.code_vectors[codes].T)
+
+    def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """
+        States `[..., n, hidden_size]`, rows of `code_head` as columns `[..., hidden_size, m]` -> logits `[..., n, m]`.
+        """
+        states, vectors = self.comparable(states, vectors, dim=-2)
+        return states @ vectors
+
+    def comparable(self, states: torch.Tensor, vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale states `[..., hidden_size]` and rows of `code_head`, along `dim`, so that dot products are logits."""
+        if self.config.code_similarity == "cosine":
+            states = nn.functional.normalize(states, dim=-1, eps=1e-6)
+            vectors = nn.functional.normalize(vectors, dim=dim, eps=1e-6)
+        return (states if self.config.code_temperature == 1.0 else states / self.config.code_temperature), vectors
+
+    def code_log_probs(self, states: torch.Tensor, level: int) -> torch.FloatTensor:
+        """States `[..., hidden_size]` -> log-probabilities of the codes of a level `[..., num_codes]`, float32."""
+        return self.code_logits(states, self.layout.level_slices[level]).float().log_softmax(dim=-1)
+
+    def item_log_probs(
+        self, items: torch.LongTensor, history_states: torch.FloatTensor, states: torch.FloatTensor
+    ) -> torch.FloatTensor:
+        """
+        Compute `log P(item | history)`.
+
+        Args:
+            items (`torch.LongTensor` of shape `(batch_size, N)`)
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+            states (`torch.FloatTensor` of shape `(batch_size, N, >= L - 1, hidden_size)`): At the items' codes.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, N)`.
+        """
+        codes = self.catalog.item_codes[items].long()
+        total = history_states.new_zeros(items.shape, dtype=torch.float32)
+        for level in range(self.layout.num_levels):
+            before = history_states[:, None] if level == 0 else states[:, :, level - 1]
+            log_probs = self.code_log_probs(before, level)
+            total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
+        return total
+
+    def representations(self, items: torch.LongTensor) -> torch.Tensor | None:
+        """Item indices `[...]` -> item representations `[..., hidden_size]`; None if the model has none."""
+        return self.item_encoder(items, self.catalog.embeddings_of(items))
+
+    def history_representations(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
+        """
+        What `UniGRFModel` adds to the embeddings of `input_ids [B, T]`, `[B, T, hidden_size]`: at every behavior the
+        representation of the item before it, zeros if the catalog lacks it. None without
+        `config.history_item_representations`.
+
+        Raises:
+            ValueError: if a row begins behind an item's codes.
+        """
+        if not self.config.history_item_representations:
+            return None
+        places, codes = self.layout.behavior_items(input_ids)
+        items = self.catalog.trie.lookup(codes)
+        representations = self.representations(items.clamp(min=0)) * (items >= 0)[:, None]
+        added = representations.new_zeros(*input_ids.shape, self.config.hidden_size)
+        return added.index_put(tuple(places.unbind(dim=1)), representations)
+
+    def dense_scores(self, history_states: torch.FloatTensor, items: torch.LongTensor) -> torch.FloatTensor:
+        """Dense-retrieval scores of `items [B, N]` at history ends `[B, hidden_size]`: `[B, N]`, float32."""
+        return self.ranking_head.dense_scores(history_states[:, None], self.representations(items)).float()
+
+    def top_dense_items(
+        self, history_states: torch.FloatTensor, count: int, trie: CatalogTrie, item_filter: ItemFilter | None
+    ) -> torch.LongTensor:
+        """
+        The items of a catalog with the best dense-retrieval score, among those that the filter allows.
+
+        Args:
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, count)`, or as many as there are; -1 for none.
+        """
+        last_level = len(trie.levels) - 1
+        queries = self.ranking_head.history_query(history_states)
+        best = queries.new_empty(len(queries), 0, dtype=torch.float32)
+        best_items = best.long()
+        for leaves in torch.arange(trie.num_items, device=queries.device).split(MAX_LEAVES):
+            items = trie.leaf_items[leaves].long()
+            scores = (queries @ self.representations(items).T).float()
+            if item_filter is not None and item_filter.concerns(last_level):
+                is_alive = item_filter.alive(last_level, leaves.expand(len(scores), -1))
+                scores.masked_fill_(~is_alive, -torch.inf)
+            scores = torch.cat([best, scores], dim=1)
+            items = torch.cat([best_items, items.expand(len(queries), -1)], dim=1)
+            best, order = scores.topk(min(count, scores.shape[1]), dim=1)
+            best_items = items.gather(1, order)
+        return best_items.masked_fill(best == -torch.inf, -1)
+
+    def ranking_logits(
+        self, states: torch.FloatTensor, history_states: torch.FloatTensor | None, items: torch.LongTensor
+    ) -> torch.FloatTensor:
+        """
+        Logits of the ranking targets, with the sampling bias of training taken off `"next"`.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): At the items' last codes, or at the
+                ends of their candidate blocks.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+            items (`torch.LongTensor` of shape `(batch_size, N)`)
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`.
+        """
+        ends = None if history_states is None else history_states[:, None]
+        logits = self.ranking_head(states, ends, self.representations(items)).float()
+        biases = [self.config.next_logit_bias if name == NEXT_TARGET else 0.0 for name in self.config.ranking_targets]
+        return logits - torch.tensor(biases, device=logits.device)
