@@ -11,7 +11,7 @@ from recipes import baselines
 from recipes.baselines import ItemKNN, Popularity
 from recipes.report import write_report
 
-METRICS = Path(__file__).parents[1] / "recipes" / "metrics"
+METRICS = Path(__file__).parents[2] / "recipes" / "metrics"
 
 
 @pytest.fixture(scope="module")
