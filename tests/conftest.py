@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter
 from recipes.prepare import PrepareArguments, prepare
+from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 torch.set_num_threads(1)
 

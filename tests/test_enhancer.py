@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from modeling_unigrf import training_unigrf
-from recipes.enhancer import RankingDrivenEnhancer
+from recipes.training.enhancer import RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
 ATOMIC = {"codebook_sizes": (40,), "num_items": 40, "embeddings": False, "code_negatives": 12}

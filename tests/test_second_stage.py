@@ -9,8 +9,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
-from recipes.callbacks import CachedCandidates
-from recipes.train import Collator
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.collator import Collator
 from tokenization import SemanticIdTokenizer
 
 PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # for its padding alone

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from test_second_stage import second_stage_rows
 from transformers import TrainingArguments
 
-from recipes.callbacks import CachedCandidates, LossParts
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.loss_parts import LossParts
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +58,7 @@ from conftest import build_model
 from test_enhancer import ATOMIC, build_enhancer, rows_of
 from test_second_stage import second_stage_rows
 from conftest import AdaptiveWeighter, collate, histories_dataset, run_trainer
-from recipes.callbacks import CachedCandidates
+from recipes.training.cached_candidates import CachedCandidates
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 model = build_model()
