@@ -6,8 +6,8 @@ from datasets import Dataset
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter
-from recipes.enhancer import RankingDrivenEnhancer
+from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.enhancer import RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
 torch.set_num_threads(1)

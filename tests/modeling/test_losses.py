@@ -6,7 +6,7 @@ import torch
 from helpers import build_model, random_histories, watch_negatives
 
 from modeling_unigrf import supervision_unigrf, training_unigrf
-from recipes.callbacks import AdaptiveWeighter
+from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 
 def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviors(backbone):

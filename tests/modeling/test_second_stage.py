@@ -7,8 +7,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
-from recipes.callbacks import CachedCandidates
-from recipes.train import Collator
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.collator import Collator
 
 CANDIDATES = torch.tensor([[3, 29, -1, 7], [0, 1, 2, -1], [11, 12, 13, 14]])
 

@@ -20,7 +20,8 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from recipes.callbacks import CachedCandidates, LossParts
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.loss_parts import LossParts
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,8 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer, second_stage_rows
-from recipes.callbacks import AdaptiveWeighter, CachedCandidates
+from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.cached_candidates import CachedCandidates
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 model = build_model()

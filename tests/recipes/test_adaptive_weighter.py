@@ -8,7 +8,7 @@ from helpers import assert_same_weights, build_model, histories_dataset, random_
 from transformers import TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFCausalLMOutput, training_unigrf
-from recipes.callbacks import AdaptiveWeighter
+from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 
 def test_the_slower_loss_gets_the_greater_weight():

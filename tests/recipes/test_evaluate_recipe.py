@@ -16,16 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
-from recipes import measure, push_to_hub, results, show, train
-from recipes.embeddings import weights_of
+from recipes import push_to_hub, show, train
+from recipes.common.hashing import weights_of
+from recipes.common.run_tracking import made_by
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
-from recipes.measure import Measurement
-from recipes.runs import made_by
+from recipes.evaluation import inference as measure
+from recipes.evaluation.inference import Measurement
+from recipes.results import tables as results
 from tokenization import SemanticIdTokenizer
 
 
 def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     arguments = train.parse(
         [
             f"--data_dir={prepared}",
@@ -156,7 +158,7 @@ def spelt_wrong(input_ids, tokenizer):
 
 
 def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     shared = [
         f"--data_dir={prepared}",
         f"--text_config={json.dumps(TINY)}",
@@ -271,7 +273,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
 
 
 def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
     arguments += ["--max_items=4", "--use_cpu", "--max_steps=2", "--save_strategy=no", "--disable_tqdm=True"]
     checkpoint = train.train(*train.parse([*arguments, "--ranking_loss_weight=0", "--negatives_per_item=0"]))

@@ -17,8 +17,8 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM, UniGRFModel
 from recipes import push_to_hub
+from recipes.common.hashing import weights_hash
 from recipes.push_to_hub import PushArguments, check_files, push
-from recipes.recommend import weights_hash
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 REPO_ID, COMMIT = "someone/films", "0123456789" * 4

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from recipes import baselines
-from recipes.baselines import ItemKNN, Popularity
-from recipes.report import write_report
+from recipes.evaluation import baselines
+from recipes.evaluation.baselines import ItemKNN, Popularity
+from recipes.evaluation.report import write_report
 
-METRICS = Path(__file__).parents[2] / "recipes" / "metrics"
+METRICS = Path(__file__).parents[2] / "recipes" / "evaluation" / "metrics"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""recipes.prepare and recipes.movielens: tables in, the prepared folder out."""
+"""recipes.prepare and recipes.data.movielens: tables in, the prepared folder out."""
 
 import json
 import shutil
@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from recipes import embeddings as embeddings_module
-from recipes.embeddings import encode_texts
-from recipes.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
+from recipes.data import text_encoders as embeddings_module
+from recipes.data.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
+from recipes.data.text_encoders import encode_texts
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 

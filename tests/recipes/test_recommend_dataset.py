@@ -17,9 +17,9 @@ from helpers import build_model
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.histories import load_histories
+from recipes.common.files import whole_file
+from recipes.data.histories import load_histories
 from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved
-from recipes.runs import whole_file
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,10 @@ from datasets import Dataset
 from helpers import GRID, TINY, preferring
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import recochain_report, reproduce_recochain, runs, sasrec
+from recipes.common import result_files
+from recipes.papers.recochain import report as recochain_report
+from recipes.papers.recochain import reproduce as reproduce_recochain
+from recipes.papers.recochain import sasrec
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
@@ -18,7 +21,7 @@ from tokenization import SemanticIdTokenizer
 def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
     prepared, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {
         "crops_per_epoch": 1,
@@ -104,7 +107,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     ):
         assert sum(row.startswith(beginning) for row in rows) == 1
     asked = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
-    assert runs.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
+    assert result_files.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = [
         {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
     ]

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from recipes import runs
-from recipes.runs import Stages
+from recipes.common import result_files
+from recipes.common import run_tracking as runs
+from recipes.common.run_tracking import Stages
 
 
 def test_another_trainings_folder_is_not_gone_on_with(tmp_path):
@@ -75,14 +76,14 @@ def test_collected_runs_replace_their_own_stay_without_a_folder_and_are_not_mixe
 
     file = tmp_path / "kept.json"
     for found in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
-        runs.write(file, {"protocol": "one", "runs": runs.merged(file, found, key)})
+        result_files.write(file, {"protocol": "one", "runs": result_files.merged(file, found, key)})
     kept = json.loads(file.read_text())
     assert kept == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
     assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "a line each"
-    rows = runs.by_row(kept["runs"], lambda one: key(one)[:1])
+    rows = result_files.by_row(kept["runs"], lambda one: key(one)[:1])
     assert [[one["value"] for one in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
-        runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda one: key(one)[:1])
+        result_files.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda one: key(one)[:1])
     asked = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
     asked += [("seed", int, 0), ("output_dir", str, "runs")]
     args = dataclasses.make_dataclass("Arguments", asked)("mine", row="a b", beams=[2, 3], output_dir="mine")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, load_from_disk
 
-from recipes import training_rows
+from recipes.data import training_datasets as training_rows
+from recipes.data.windows import cut_windows
+from recipes.training.collator import Collator
 from tokenization import SemanticIdTokenizer
 
 
@@ -21,14 +23,14 @@ def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_cam
         assert tokenizer.decode_indices(np.array(row["input_ids"])).tolist() == items[max(0, end - 4) : end]
         assert row["long_items"] == items[max(0, end - 6) : end - 1]
         assert row["long_behaviors"] == behaviors[max(0, end - 6) : end - 1]
-    batch = training_rows.Collator(tokenizer)([rows[0], rows[3]])
+    batch = Collator(tokenizer)([rows[0], rows[3]])
     assert batch["long_items"].tolist() == [[-1] * 3, rows[3]["long_items"]]
     assert batch["input_ids"].shape == batch["labels"].shape
     assert "long_items" not in training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0).column_names
     every_other = training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0, stride=2, exclude_history=True)
     places = [(user, end) for user, end in places if (len(histories[user]["items"]) - end) % 2 == 0]
     assert every_other["blocked_items"][:] == [histories[user]["items"][: end - 1] for user, end in places]
-    batch = training_rows.Collator(tokenizer)([every_other[0], every_other[1]])
+    batch = Collator(tokenizer)([every_other[0], every_other[1]])
     assert batch["blocked_items"].tolist()[0][-2:] == [-1, -1]
     split = load_from_disk(str(prepared / "dataset"))["validation"]
     for row, user in zip(training_rows.held_out_rows(split, tokenizer, 3, 5), split, strict=True):
@@ -49,7 +51,7 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
         assert np.mean([len(items) for items in spelt]) > 6, "packed: little room is left"
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
-    assert len(set(training_rows.cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
+    assert len(set(cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
 
 
 def test_users_whose_long_history_is_empty_may_come_first(prepared):
@@ -64,7 +66,7 @@ def test_users_whose_long_history_is_empty_may_come_first(prepared):
 
 @pytest.mark.parametrize(("length", "stride"), [(17, 1), (17, 4), (6, 1), (3, 2), (7, 50)])
 def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length, stride):
-    windows = training_rows.cut_windows(length, 6, 1, stride)
+    windows = cut_windows(length, 6, 1, stride)
     assert windows[0] == (max(0, length - 6), length) and windows[-1] == (0, min(6, length))
     assert all(end - start == min(6, length) for start, end in windows) and len(set(windows)) == len(windows)
     starts = [start for start, _ in windows]
