@@ -35,7 +35,8 @@ from transformers import AutoModelForCausalLM, pipeline
 def file_of(instance):
     return sys.modules[type(instance).__module__].__file__
 
-files, lists = {}, []
+files = {}
+lists = []
 for imported in (False, True):
     if imported:
         import modeling_unigrf
@@ -51,7 +52,8 @@ print(json.dumps({"files": files, "lists": lists}))
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel as a zip file, built without a network from a copy of what a build reads."""
-    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    output = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
@@ -98,14 +100,14 @@ def test_wheel_serves_a_checkpoint_elsewhere(wheel, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    found = json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(done.stdout.splitlines()[-1])
     expected = [
         {name: pytest.approx(value, abs=1e-5) if isinstance(value, float) else value for name, value in row.items()}
         for row in recommender(HISTORY)
     ]
-    assert len(expected) == 10 and found["lists"] == [expected, expected]
+    assert len(expected) == 10 and answer["lists"] == [expected, expected]
     # Below `home` is the code of the checkpoint, which transformers copies there.
-    origins = {part: Path(file).relative_to(tmp_path).parts[0] for part, file in found["files"].items()}
+    origins = {part: Path(file).relative_to(tmp_path).parts[0] for part, file in answer["files"].items()}
     assert origins == {
         "model": "home",
         "tokenizer": "home",
