@@ -452,3 +452,10 @@ def test_statistics_of_a_0_1_folder_still_load(tokenizer, tmp_path):
     content["provenance"]["health"] = content["provenance"].pop("codebook_statistics")
     (tmp_path / "items.json").write_text(json.dumps(content))
     assert SemanticIdTokenizer.from_pretrained(tmp_path).provenance == tokenizer.provenance
+
+
+def test_the_example_of_the_package_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "tokenization" / "README.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out
