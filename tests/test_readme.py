@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes import recochain_report, reproduce_recochain, reproduce_unigrf
-from recipes.results import WRITTEN, with_tables
+from recipes.papers.recochain import reproduce as reproduce_recochain
+from recipes.papers.unigrf import reproduce as reproduce_unigrf
+from recipes.results.tables import WRITTEN, with_tables
 from tokenization import SemanticIdTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,8 @@ def test_the_readmes_commands_are_understood(file, monkeypatch):
     ],
 )
 def test_the_command_of_every_committed_run_asks_for_what_was_run(name, recipe):
-    for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:
+    file = Path(recipe.__file__).parent / "results" / f"{name}.json"
+    for run in json.loads(file.read_text())["runs"]:
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
         asked = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])

@@ -1,0 +1,214 @@
+"""Training under the stock `Trainer`: resumed equals uninterrupted, accumulated equals whole, two processes equal one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    assert_same_weights,
+    build_model,
+    histories_dataset,
+    random_histories,
+    run_trainer,
+    second_stage_rows,
+)
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.loss_parts import LossParts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("reader", ["llama", "hstu"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, reader):
+    dropout = {"ranking_dropout": 0.3, "embedding_dropout": 0.2, "negatives_per_item": 1.5, "dense_loss_weight": 0.5}
+    whole, stopped, resumed = (build_model(reader, **dropout) for _ in range(3))
+    dataset = histories_dataset(whole, 32)
+    losses = run_trainer(tmp_path / "whole", whole, dataset)
+    run_trainer(tmp_path / "parts", stopped, dataset, save_strategy="steps", save_steps=3)
+    rest = run_trainer(tmp_path / "parts", resumed, dataset, resume=str(tmp_path / "parts" / "checkpoint-3"))
+    assert rest[-3:] == losses[-3:]
+    assert_same_weights(whole.named_parameters(), resumed.named_parameters())
+
+
+@pytest.mark.parametrize("positives", [None, ["like"]])
+def test_gradient_accumulation_does_not_change_the_loss(tmp_path, positives):
+    whole, accumulated = (build_model(retrieval_behaviors=positives) for _ in range(2))
+    dataset = histories_dataset(whole, 24)  # ragged rows: the micro-batches have unequal shares
+    losses = run_trainer(tmp_path / "a", whole, dataset, max_steps=3)
+    parts = run_trainer(
+        tmp_path / "b", accumulated, dataset, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    np.testing.assert_allclose(parts, losses, rtol=1e-5)
+    assert_same_weights(whole.named_parameters(), accumulated.named_parameters(), 1e-4)
+
+
+WORKER = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer, second_stage_rows
+from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.cached_candidates import CachedCandidates
+from safetensors.torch import save_file
+from transformers import TrainingArguments
+model = build_model()
+losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
+rank = os.environ["RANK"]
+save_file({{name: p.detach().clone() for name, p in model.named_parameters()}}, {out!r} + f"/weights-{{rank}}.safetensors")
+if rank == "0":
+    open({out!r} + "/losses.json", "w").write(str(losses))
+saving = dict(max_steps=6, save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=True)
+for name, resume in (("whole", None), ("resumed", {out!r} + "/checkpoint-3")):
+    model = build_model()
+    dataset = histories_dataset(model, 24)
+    weights = run_trainer({out!r}, model, dataset, resume, [AdaptiveWeighter(2)], per_device_train_batch_size=2, **saving)
+    open({out!r} + f"/task-weights-{{name}}-{{rank}}.json", "w").write(str(weights))
+model = build_model(**ATOMIC)
+enhancer = build_enhancer(model, warm_up_epochs=0)
+options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
+run_trainer({out!r}, model, enhancer_rows(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
+model = build_model(num_retrieved_items=3)
+kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
+kept._propose(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), 0)
+pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "kept": kept.items}}
+save_file({{name: pool.clone() for name, pool in pools.items()}}, {out!r} + f"/pools-{{rank}}.safetensors")
+torch.distributed.barrier()  # a process that ends while another still talks to it would abort that one
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+    single = build_model()
+    losses = run_trainer(tmp_path / "single", single, histories_dataset(single, 24), max_steps=3)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path)))
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    first, second = (load_file(tmp_path / f"weights-{rank}.safetensors") for rank in (0, 1))
+    assert_same_weights(first.items(), second.items())
+    np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), losses, rtol=1e-4)
+    assert_same_weights(first.items(), single.named_parameters(), 2e-3)
+    whole, *others = [
+        json.loads((tmp_path / f"task-weights-{name}-{rank}.json").read_text())
+        for name in ("whole", "resumed")
+        for rank in (0, 1)
+    ]
+    assert all(other == whole for other in others), "also from the middle of a window"
+    assert whole[:4] == [1.0] * 4 and whole[4] == whole[5] != 1.0
+    first, second = (load_file(tmp_path / f"pools-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(pool, second[name]) for name, pool in first.items())
+    assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
+    model = build_model(num_retrieved_items=3)
+    kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
+    kept._propose(TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True), 0)
+    assert torch.equal(first["kept"], kept.items), "as one process finds them"
+
+
+@pytest.mark.parametrize("logging_steps", [1, 500])
+def test_a_loss_that_is_no_number_is_told_also_after_the_last_log(tmp_path, logging_steps):
+    model = build_model()
+    with torch.no_grad():
+        model.ranking_head.out_proj.bias.fill_(float("nan"))
+    steps = {"max_steps": 1, "logging_steps": logging_steps}
+    with pytest.raises(ValueError, match="Expected finite losses"):
+        run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[LossParts(model)], **steps)
+
+
+def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=model.modules_to_save, init_lora_weights=False
+    )
+    adapted = get_peft_model(model, lora)
+    expected = adapted.base_model.model.recommend(input_ids, mask)
+    generated = adapted.generate(input_ids=input_ids, attention_mask=mask, num_beams=4)
+    adapted.save_pretrained(tmp_path)
+    saved = sum(tensor.numel() for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert saved < 0.4 * sum(parameter.numel() for parameter in build_model().parameters())
+    reloaded = PeftModel.from_pretrained(build_model(), tmp_path).eval()
+    torch.testing.assert_close(reloaded.base_model.model.recommend(input_ids, mask).scores, expected.scores)
+    assert torch.equal(reloaded.generate(input_ids=input_ids, attention_mask=mask, num_beams=4), generated)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_virtual_tokens_and_adapters_of_single_rows_reach_the_beams():
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
+    input_ids, mask, _ = random_histories(model, [3, 3])
+    arguments = {"input_ids": input_ids, "attention_mask": mask, "num_beams": 12, "num_return_sequences": 12}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True}
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    found = prompted.generate(**arguments)
+    with torch.no_grad():
+        logits = prompted(input_ids=found.sequences, attention_mask=torch.ones_like(found.sequences)).logits
+    expected = 0.0
+    for level, tokens in enumerate(found.sequences[:, -3:].T):
+        codes = model.layout.level_slice(level)
+        log_probs = logits[:, level - 4, codes].log_softmax(dim=-1)
+        expected = expected + log_probs.gather(1, tokens[:, None] - codes.start)[:, 0]
+    torch.testing.assert_close(found.sequences_scores, expected, atol=2e-5, rtol=1e-4)
+
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
+    plain = model.generate(**arguments).sequences_scores
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with_it, mixed = (
+        adapted.generate(**arguments, **one).sequences_scores
+        for one in ({}, {"adapter_names": ["default", "__base__"]})
+    )
+    torch.testing.assert_close(mixed, torch.cat([with_it[:12], plain[12:]]), atol=2e-5, rtol=1e-4)
+    assert ((with_it - plain).view(2, 12).abs().amax(dim=1) > 1e-2).all()
+
+
+def test_what_an_adapter_would_hide_or_break_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
+    assert (
+        "item_encoder" in model.modules_to_save and "item_encoder" not in build_model(embeddings=False).modules_to_save
+    )
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
+    trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
+    assert any("item_encoder" in name and "table" in name for name in trained)
+    new, vector = torch.tensor([[*model.catalog.item_codes[0, :2].tolist(), 2]]), torch.randn(1, 6)
+    with pytest.raises(ValueError, match="Merge the adapter first"):
+        model.add_items(new, vector)
+    assert (model.catalog.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
+    merged = adapted.merge_and_unload()
+    merged.item_encoder.requires_grad_(False)
+    merged.add_items(new, vector)
+    assert merged.config.num_items == 13 and not merged.item_encoder.table.weight.requires_grad
+
+    for of_table in (
+        {"target_modules": ["table"]},
+        {"trainable_token_indices": {"table": [3]}, "target_modules": ["q_proj"]},
+    ):
+        model = build_model(num_items=12)
+        input_ids, mask, _ = random_histories(model, [4, 2])
+        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalog.item_codes
+        get_peft_model(model, LoraConfig(**of_table))
+        torch.testing.assert_close(model(input_ids, mask, labels=input_ids).loss, expected)
+        with pytest.raises(ValueError, match="Merge the adapter first"):
+            model.add_items((before[:1] + 1) % torch.tensor([4, 3, 3, 2]), vector)
+        assert model.catalog.item_codes is before and len(before) == model.config.num_items
+
+    model = build_model(codebook_sizes=(30,), code_similarity="cosine")
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="adapter on lm_head has no effect"):
+        adapted(input_ids=input_ids, attention_mask=mask)

@@ -1,0 +1,285 @@
+"""From tables to metrics by recipes.train and recipes.evaluate, on a made-up world."""
+
+import itertools
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from helpers import GRID, TINY, preferring
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes import evaluate as evaluate_recipe
+from recipes import push_to_hub, show, train
+from recipes.common.hashing import weights_of
+from recipes.common.run_tracking import made_by
+from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
+from recipes.evaluation import inference as measure
+from recipes.evaluation.inference import Measurement
+from recipes.results import tables as results
+from tokenization import SemanticIdTokenizer
+
+
+def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
+    arguments = train.parse(
+        [
+            f"--data_dir={prepared}",
+            f"--output_dir={tmp_path / 'training'}",
+            f"--checkpoint_dir={tmp_path / 'checkpoint'}",
+            f"--text_config={json.dumps(TINY)}",
+            "--negatives_per_item=0.5",
+            "--max_items=10",
+            "--crops_per_epoch=4",
+            "--num_train_epochs=8",
+            "--learning_rate=5e-3",
+            "--per_device_train_batch_size=16",
+            "--eval_strategy=epoch",
+            "--save_strategy=no",
+            "--logging_steps=5",
+            "--disable_tqdm=True",
+            "--use_cpu",
+        ]
+    )
+    checkpoint = train.train(*arguments)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert train.train(*arguments) == checkpoint, "a finished training is reused"
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+    log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
+    losses = [entry for entry in log if "loss" in entry]
+    assert {"loss", "generation_loss", "ranking_loss", "dense_loss"} <= set(losses[0])
+    assert losses[0]["loss"] > losses[-1]["loss"]
+
+    with pytest.raises(ValueError, match=r"found other values of \['training.learning_rate'\]"):
+        model_args, data_args, training_args = arguments
+        train.train(model_args, data_args, replace(training_args, learning_rate=1e-4))
+    metrics = evaluate_checkpoint(
+        EvaluateArguments(
+            checkpoint=str(checkpoint),
+            data_dir=str(prepared),
+            output_dir=str(tmp_path),
+            num_beams=[5, 10],
+            ranking_weights=[0.5, 1.0],
+            list_length=10,
+        )
+    )
+    assert metrics["protocol"]["history"] == "the last 10 items", "as it was trained"
+    assert metrics["protocol"]["trained on"] == "these interactions"
+    assert metrics["invalid_items"] == 0 and metrics["generated_items_checked"] >= 40 * 5
+    assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"} <= set(metrics["ranked"])
+    assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
+    assert metrics["ranking"]["auc"] > 0.5
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    # What validation chose is what the checkpoint now does by itself.
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert model.config.ranking_weight == metrics["selection"]["ranking_weight"]
+    assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    assert tokenizer.titles[3] == "Film 3"
+    for seed in (0, 1):
+        (tmp_path / f"run-{seed}").mkdir()
+        ranked = {name: value + seed for name, value in metrics["ranked"].items()}
+        protocol = metrics["protocol"] | {"seed of the codebooks": seed}
+        found = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
+        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(found))
+    collected = results.collect([tmp_path / "run-0", tmp_path / "run-1"])
+    assert collected["seeds"] == [0, 1]
+    mean = pytest.approx(metrics["ranked"]["recall@5"] + 0.5, abs=1e-5)
+    assert collected["rows"]["generation + ranking"]["recall@5"] == {
+        "mean": mean,
+        "std": pytest.approx(0.5**0.5, abs=1e-5),
+    }
+    found["protocol"]["users"] = 3
+    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="Expected runs of one protocol"):
+        results.collect([tmp_path / "run-0", tmp_path / "run-1"])
+
+    with monkeypatch.context() as patched:  # scores of which validation prefers one weight and test another
+        dataset, asked = load_from_disk(str(prepared / "dataset")), []
+
+        def scores(model, tokenizer, split, *args):
+            asked.append(split["target"][:])
+            return preferring(0.5 if len(asked) == 1 else 1.0, asked[-1])
+
+        patched.setattr(evaluate_recipe, "candidates", scores)
+        patched.setattr(evaluate_recipe, "invalid_items", lambda *args: {"checked": 0, "invalid": 0})
+        selecting = EvaluateArguments(
+            str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], dense_weights=[0.0]
+        )
+        selecting = replace(selecting, baselines=False)
+        chosen = evaluate_checkpoint(selecting)
+        assert asked == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
+        assert chosen["selection"]["ranking_weight"] == 0.5 and chosen["baselines"] == {}
+        assert chosen["ranked"]["recall@5"] == 1 and chosen["ranked"]["mrr"] < 1, "test would have chosen 1"
+    split = load_from_disk(str(prepared / "dataset"))["test"].select(range(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "generate", lambda input_ids, **kwargs: spelt_wrong(input_ids, tokenizer))
+        counted = measure.invalid_items(model, tokenizer, split, 5, Measurement())
+    assert counted == {"checked": 3, "invalid": 2}
+
+    split = load_from_disk(str(prepared / "dataset"))["test"]
+    with pytest.raises(ValueError, match=r"among \['dislike', 'like'\], found 'buy'"):
+        evaluate_recipe.auc_behavior(model, tokenizer, split, "buy")
+    alike = split.remove_columns("target_behavior").add_column("target_behavior", [1] * len(split))
+    assert evaluate_recipe.auc_behavior(model, tokenizer, alike, None) is None
+    assert "all or none are of the behavior 'like'" in capsys.readouterr().out
+    show.main(show.ShowArguments(str(checkpoint), str(prepared), users=1000))
+    shown = capsys.readouterr().out
+    assert shown.count("recommended:") == len(split) and "what came next" in shown and "inf" not in shown
+    other = tmp_path / "other"
+    shutil.copytree(prepared, other)
+    ids = tokenizer.item_ids[::-1]
+    names = (tokenizer.codebook_sizes, tokenizer.behaviors)
+    SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, *names).save_pretrained(other / "tokenizer")
+    measured = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(other), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="take the folder that it was trained on"):
+        evaluate_checkpoint(measured)
+    with pytest.raises(ValueError, match=r"recipes\.prepare wrote"):
+        evaluate_checkpoint(replace(measured, data_dir=str(tmp_path / "nowhere")))
+
+
+def spelt_wrong(input_ids, tokenizer):
+    """Behind the first history an item, then codes that no item has, and codes that end too early."""
+    codes = {tuple(row) for row in tokenizer.item_codes.tolist()}
+    sizes = tokenizer.codebook_sizes
+    missing = next(row for row in itertools.product(*map(range, sizes)) if row not in codes)
+    first = torch.tensor(
+        np.cumsum([tokenizer.item_tokens(np.array([0]))[0][0] - tokenizer.item_codes[0][0], *sizes[:-1]])
+    )
+    item, none = (first + torch.tensor(row) for row in (tokenizer.item_codes[0].tolist(), missing))
+    cut = torch.cat([item[:-1], torch.tensor([tokenizer.pad_token_id])])
+    return torch.cat([input_ids, torch.stack([item, none, cut]).to(input_ids)], dim=1)
+
+
+def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
+    shared = [
+        f"--data_dir={prepared}",
+        f"--text_config={json.dumps(TINY)}",
+        "--max_items=4",
+        "--crops_per_epoch=2",
+        "--use_cpu",
+    ]
+    shared += ["--per_device_train_batch_size=16", "--learning_rate=5e-3", "--save_strategy=no", "--disable_tqdm=True"]
+    alone = ["--ranking_loss_weight=0", "--negatives_per_item=0", "--max_steps=10"]
+    first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", *alone]))
+    assert UniGRFConfig.from_pretrained(first).ranking_weight == 0, "no ranking was trained"
+    second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
+    second += ["--candidate_refresh_epochs=1"]
+    second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
+    checkpoint = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'two'}", *second]))
+    log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
+    assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
+    assert sum("eval_loss" in entry for entry in log) == 2
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert (model.config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
+    assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
+    frozen = [*shared, f"--output_dir={tmp_path / 'three'}", *second, "--freeze_base_model=True"]
+    before, after = (load_file(one / "model.safetensors") for one in (first, train.train(*train.parse(frozen))))
+    learned = {
+        name.split(".")[0] for name in after if name not in before or not torch.equal(after[name], before[name])
+    }
+    assert learned == {"ranking_head", "candidate_block"}, "of what the first stage made nothing"
+    told = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
+    assert told == weights_of(first) != weights_of(checkpoint)
+    measured = EvaluateArguments(
+        checkpoint=str(checkpoint),
+        data_dir=str(prepared),
+        output_dir=str(tmp_path),
+        num_beams=[5],
+        ranking_weights=[1.0],
+        dense_weights=[0.0, 0.5],
+        num_dense_candidates=4,
+        list_length=8,
+        max_items=4,
+        max_long_items=12,
+    )
+    metrics = evaluate_checkpoint(measured)
+    assert len(metrics["validation"]) == 4 and metrics["selection"]["dense_weight"] in (0.0, 0.5)
+    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    assert (config.dense_weight, config.num_dense_candidates) == (metrics["selection"]["dense_weight"], 4)
+    monkeypatch.setattr(push_to_hub, "check_loading", lambda *_: None)
+    hub = tmp_path / "hub"
+    to_push = {"checkpoint": str(checkpoint), "metrics": str(tmp_path / "metrics.json"), "repo_id": "someone/films"}
+    push_to_hub.push(push_to_hub.PushArguments(**to_push, dry_run=True, output_dir=str(hub)))
+    card = (hub / "README.md").read_text()
+    assert (
+        "with\n6 items of the model's own beam search" in card
+        and "with the 3 items of the user's long history" in card
+    )
+    for snippet in re.findall("```python\n(.*?)```", card, re.DOTALL):
+        exec(snippet.replace("someone/films", str(hub)), {})
+    with pytest.raises(ValueError, match="rerank_top_k or num_dense_candidates"):
+        evaluate_checkpoint(replace(measured, rerank_top_k=3))
+    with pytest.raises(ValueError, match="max_items of at most the"):
+        evaluate_checkpoint(replace(measured, max_items=500))
+    with pytest.raises(ValueError, match="a local checkpoint"):
+        evaluate_checkpoint(replace(measured, checkpoint="someone/films"))
+    cut = evaluate_checkpoint(replace(measured, rerank_top_k=3, num_dense_candidates=0, list_length=5))
+    assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["rerank_top_k"] == 3
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert model.config.rerank_top_k == 3
+    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    measured = replace(measured, num_dense_candidates=0)
+    how = Measurement(max_items=4, max_long_items=12)
+    found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
+    lists = measure.fused_lists(found, 1.0, 3, 0.5, num_ranked=3)
+    for rows, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
+        best = model.recommend(
+            **inputs,
+            num_return_sequences=3,
+            ranking_weight=1.0,
+            dense_weight=0.5,
+            blocked_items=[dataset["test"][int(row)]["items"] for row in rows],
+            **measure.long_histories(model, dataset["test"], rows, how),
+        )
+        assert best.item_indices.tolist() == [lists[row] for row in rows]
+    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
+        codes = np.roll(tokenizer.item_codes, 1, axis=0)
+        ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
+        other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
+        train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4), 4)
+    fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
+    with pytest.raises(ValueError, match="spells histories as"):
+        train.build_model(train.ModelArguments(init_from=str(first)), fewer, torch.zeros(30, 4), 4)
+    with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, found"):
+        train.build_model(
+            train.ModelArguments(init_from=str(first), history_item_representations=False),
+            tokenizer,
+            torch.zeros(30, 4),
+            4,
+        )
+    assert len(dataset["test"]) == metrics["protocol"]["users"]
+    served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
+    selection = evaluate_checkpoint(served)["selection"]
+    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    kept = {
+        "exclude_history": False,
+        "ranking_target": "like",
+        "ranking_weight": 0.5,
+        "max_long_items": 12,
+        "max_items": 4,
+    }
+    assert {name: getattr(config, name) for name in kept} == kept == {name: selection[name] for name in kept}
+    with pytest.raises(ValueError, match="ranking_weights above 0"):
+        evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
+
+
+def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
+    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
+    arguments += ["--max_items=4", "--use_cpu", "--max_steps=2", "--save_strategy=no", "--disable_tqdm=True"]
+    checkpoint = train.train(*train.parse([*arguments, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
+    metrics = evaluate_checkpoint(
+        EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], dense_weights=[0.0, 1.0], list_length=5)
+    )
+    assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
+    assert len(metrics["validation"]) == 2 and {one["ranking_weight"] for one in metrics["validation"]} == {0.0}
+    assert UniGRFForCausalLM.from_pretrained(checkpoint).config.ranking_weight == 0

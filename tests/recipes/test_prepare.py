@@ -1,0 +1,350 @@
+"""recipes.prepare and recipes.data.movielens: tables in, the prepared folder out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from recipes.data import text_encoders as embeddings_module
+from recipes.data.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
+from recipes.data.text_encoders import encode_texts
+from recipes.prepare import PrepareArguments, prepare
+from tokenization import SemanticIdTokenizer
+
+ITEM_IDS = [f"{number:03d}" for number in range(12)]  # "000" would be 0 if ids were read as numbers
+# In file order; user b has two interactions at time 5, user c has too few.
+INTERACTIONS = [
+    ("b", "003", 5, "like"),
+    ("a", "001", 40, "like"),
+    ("b", "002", 5, "skip"),
+    ("a", "000", 10, "like"),
+    ("c", "009", 1, "like"),
+    ("a", "002", 30, "skip"),
+    ("b", "001", 1, "like"),
+    ("a", "003", 20, "skip"),
+    ("c", "009", 2, "like"),
+]
+
+
+def interactions_table() -> pd.DataFrame:
+    return pd.DataFrame(INTERACTIONS, columns=["user_id", "item_id", "timestamp", "behavior"])
+
+
+def items_table() -> pd.DataFrame:
+    titles = [f"Film {number}" for number in range(len(ITEM_IDS))]
+    return pd.DataFrame({"item_id": ITEM_IDS, "title": titles, "text": [f"{title} drama" for title in titles]})
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Writes the tables and returns arguments with small codebooks; keyword arguments replace tables or options."""
+
+    def build(interactions=None, items=None, embeddings=None, suffix=".csv", **options) -> PrepareArguments:
+        tables = {
+            "interactions": interactions_table() if interactions is None else interactions,
+            "items": items_table() if items is None else items,
+        }
+        paths = {}
+        for name, table in tables.items():
+            paths[name] = str(tmp_path / f"{name}{suffix}")
+            if suffix == ".parquet":
+                table.to_parquet(paths[name])
+            else:
+                table.to_csv(paths[name], index=False, sep="\t" if suffix == ".tsv" else ",")
+        if embeddings is not None:
+            np.save(tmp_path / "rows.npy", embeddings)
+            paths["embeddings"] = str(tmp_path / "rows.npy")
+        return PrepareArguments(**paths, output_dir=str(tmp_path / "data"), **{"codebook_sizes": [4, 4], **options})
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def embeddings() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(len(ITEM_IDS), 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    """A random BERT of 20 KB with its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "Film", "drama", *map(str, range(12))]
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_each_user_is_split_in_time_order_with_ties_in_file_order(arguments, embeddings):
+    splits = load_from_disk(str(prepare(arguments(embeddings=embeddings)) / "dataset"))
+    like, skip = 0, 1
+    assert splits["train"].to_list() == [
+        {"user_id": "b", "items": [1], "behaviors": [like], "timestamps": [1]},
+        {"user_id": "a", "items": [0, 3], "behaviors": [like, skip], "timestamps": [10, 20]},
+    ]
+    names = ("target", "target_behavior", "target_timestamp", "items", "timestamps")
+    targets = [tuple(row[name] for name in names) for row in splits["validation"]]
+    assert targets == [(3, like, 5, [1], [1]), (2, skip, 30, [0, 3], [10, 20])]
+    targets = [tuple(row[name] for name in names) for row in splits["test"]]
+    assert targets == [(2, skip, 5, [1, 3], [1, 5]), (1, like, 40, [0, 3, 2], [10, 20, 30])]
+
+
+def test_positions_order_interactions_whose_times_are_not_all_known(arguments, embeddings):
+    positions = [2, 4, 3, 1, 1, 3, 1, 2, 2]
+    table = interactions_table().assign(position=positions)
+    table["timestamp"] = [-1, 40, 5, 10, -1, -1, 1, -1, -1]
+    args = arguments(table, embeddings=embeddings)
+    folder = prepare(args)
+    (one, other) = load_from_disk(str(folder / "dataset"))["test"].to_list()
+    assert (one["items"], one["timestamps"], one["target"], one["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
+    assert (other["items"], other["timestamps"], other["target_timestamp"]) == ([0, 3, 2], [10, -1, -1], 40)
+    assert json.loads((folder / "prepare.json").read_text())["counts"]["interactions_of_tied_time"] == 0
+    without = load_from_disk(
+        str(prepare(arguments(table.drop(columns="timestamp"), embeddings=embeddings)) / "dataset")
+    )["test"]
+    assert [user["items"] for user in without] == [one["items"], other["items"]] and without[0]["timestamps"] == [
+        -1,
+        -1,
+    ]
+    with pytest.raises(ValueError, match=r"a number as position in every row.*row 2 \('last'\)"):
+        prepare(arguments(changed(table, 2, "position", "last"), embeddings=embeddings))
+
+
+def test_the_folder_holds_the_whole_catalog_in_one_order_and_says_what_was_dropped(arguments, embeddings, capsys):
+    folder = prepare(arguments(embeddings=embeddings))
+    tokenizer = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
+    assert list(tokenizer.item_ids) == ITEM_IDS
+    assert list(tokenizer.behaviors) == ["like", "skip"]
+    np.testing.assert_array_equal(load_file(folder / "item_embeddings.safetensors")["embeddings"], embeddings)
+    record = json.loads((folder / "prepare.json").read_text())
+    expected = {"users": 2, "interactions": 7, "dropped_users": 1, "catalog": 12, "interactions_of_tied_time": 2}
+    assert expected.items() <= record["counts"].items()
+    assert "dropped 1 users with fewer than 3 interactions" in capsys.readouterr().out
+
+
+def test_popularity_that_orders_colliding_items_counts_training_interactions_only(arguments):
+    # All items share their codes, so the last code is the rank by popularity, ties in table order. Items 0, 1 and
+    # 3 are in training once; item 2 was taken twice, both times as a target, and must come after them.
+    folder = prepare(arguments(embeddings=np.ones((len(ITEM_IDS), 8), np.float32)))
+    suffixes = np.asarray(SemanticIdTokenizer.from_pretrained(folder / "tokenizer").item_codes)[:, -1]
+    assert suffixes[:4].tolist() == [0, 1, 3, 2]
+
+
+def test_csv_tsv_and_parquet_with_numbers_or_dates_give_the_same_dataset(arguments, embeddings):
+    dates = interactions_table()
+    dates["timestamp"] = pd.to_datetime(dates["timestamp"], unit="s")
+    with_column = items_table().assign(embedding=list(embeddings))
+    found = []
+    for tables in (
+        {"embeddings": embeddings},
+        {"embeddings": embeddings, "suffix": ".tsv"},
+        {"embeddings": embeddings, "interactions": dates},
+        {"items": with_column, "interactions": dates, "suffix": ".parquet"},
+    ):
+        args = arguments(**tables)
+        shutil.rmtree(args.output_dir, ignore_errors=True)
+        splits = load_from_disk(str(prepare(args) / "dataset"))
+        found.append({name: split.to_list() for name, split in splits.items()})
+    assert all(splits == found[0] for splits in found)
+
+
+def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(arguments, encoder, monkeypatch, tmp_path):
+    args = arguments(encoder=encoder)
+    written = (prepare(args) / "prepare.json").stat().st_mtime_ns
+
+    def encode_again(*args, **kwargs):
+        raise AssertionError("the texts were encoded again")
+
+    monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
+    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="min_interactions"):
+        prepare(replace(args, min_interactions=2))
+    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a refused call leaves the folder as it was"
+    args.codebook_sizes = [2, 2]
+    assert json.loads((prepare(args) / "prepare.json").read_text())["arguments"]["codebook_sizes"] == [2, 2]
+    with pytest.raises(AssertionError, match="encoded again"):
+        prepare(arguments(items=items_table().assign(text="another"), encoder=encoder))
+    other = shutil.copytree(encoder, tmp_path / "encoder")
+    args = replace(arguments(encoder=str(other)), output_dir=str(tmp_path / "other"))
+    monkeypatch.undo()
+    prepare(args)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
+    with pytest.raises(AssertionError, match="encoded again"):
+        prepare(args)  # an encoder of the same name and other weights
+
+
+def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(arguments, embeddings, tmp_path):
+    old_rows = [row for row in range(12) if row not in (2, 7)]
+    old_items = items_table().iloc[old_rows]
+    interactions = interactions_table()
+    interactions = interactions[interactions["item_id"].isin(old_items["item_id"])]
+    first = prepare(
+        replace(
+            arguments(interactions, old_items, embeddings=embeddings[old_rows], min_interactions=3),
+            output_dir=str(tmp_path / "first"),
+        )
+    )
+    of_first = {"tokenizer": str(first / "tokenizer"), "codebook_sizes": [256, 256, 256]}
+    before = SemanticIdTokenizer.from_pretrained(first / "tokenizer")
+    order = np.random.default_rng(0).permutation(12)
+    args = arguments(None, items_table().iloc[order], embeddings=embeddings[order], **of_first)
+    folder = prepare(args)
+    after = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
+    assert after.item_ids[:10] == before.item_ids and set(after.item_ids[10:]) == {"002", "007"}
+    np.testing.assert_array_equal(after.item_codes[:10], before.item_codes)
+    assert after.titles == [f"Film {int(item)}" for item in after.item_ids]
+    kept = load_file(folder / "item_embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(kept, embeddings[[int(item) for item in after.item_ids]].astype(np.float32))
+    user = load_from_disk(str(folder / "dataset"))["train"][0]
+    expected = [row[1] for row in sorted(INTERACTIONS, key=lambda row: row[2]) if row[0] == user["user_id"]][:-2]
+    assert [after.item_ids[item] for item in user["items"]] == expected
+    with pytest.raises(ValueError, match=r"found 1 missing, for instance \['003'\]"):
+        some = items_table().drop(index=3)
+        prepare(arguments(interactions_table().query("item_id != '003'"), some, **of_first))
+    with pytest.raises(ValueError, match=r"none of \['codebook_sizes', 'atomic'\] beside --tokenizer"):
+        prepare(replace(args, atomic=True, codebook_sizes=[4, 4]))
+    with pytest.raises(ValueError, match=r"behaviors among .*row 1 \('bought'\)"):
+        prepare(
+            replace(args, interactions=arguments(changed(interactions_table(), 1, "behavior", "bought")).interactions)
+        )
+
+
+def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_changes(encoder):
+    texts = ["Film 1 drama", "drama", "Film Film Film 3 4 5", "2"]
+    together = encode_texts(texts, encoder, dtype="float32")
+    alone = np.concatenate([encode_texts([text], encoder, dtype="float32") for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+
+
+def test_the_text_template_joins_columns_and_names_one_that_is_missing(arguments, encoder):
+    first = prepare(arguments(encoder=encoder, text_template="{title} drama"))
+    templated = load_file(first / "item_embeddings.safetensors")["embeddings"].copy()
+    plain = load_file(prepare(arguments(encoder=encoder)) / "item_embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(templated, plain)
+    with pytest.raises(ValueError, match=r"found \['item_id', 'title', 'text'\] without \['genres'\]"):
+        prepare(arguments(encoder=encoder, text_template="{title}. {genres}"))
+
+
+def changed(table: pd.DataFrame, row: int, column: str, value: object) -> pd.DataFrame:
+    table = table.astype({column: object})
+    table.loc[row, column] = value
+    return table
+
+
+NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"interactions": interactions_table().drop(columns="item_id")}, r"rename or add \['item_id'\]"),
+        ({"interactions": interactions_table().drop(columns="timestamp")}, "a column `timestamp`, or `position`"),
+        ({"interactions": changed(interactions_table(), 4, "user_id", None)}, "user_id in every row.*1 of 9.*row 4"),
+        ({"interactions": changed(interactions_table(), 2, "timestamp", "soon")}, r"row 2 \('soon'\)"),
+        (
+            {"interactions": changed(interactions_table(), 2, "timestamp", -1)},
+            r"an unknown one \(-1\) in 1 of 9.*row 2",
+        ),
+        ({"interactions": changed(interactions_table(), 3, "timestamp", -2)}, r"below 2\*\*63.*row 3 \('-2'\)"),
+        ({"interactions": changed(interactions_table(), 3, "timestamp", 1e19)}, r"below 2\*\*63.*row 3 \('1e"),
+        (
+            {"interactions": interactions_table().assign(timestamp=[1_600_000_000] * 3 + [1_700_000_000_000] * 6)},
+            "one unit.*seconds beside milliseconds.*3 of 9 rows",
+        ),
+        ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
+        ({"interactions": changed(interactions_table(), 1, "item_id", "77")}, r"unknown item_id in 1 of 9.*\('77'\)"),
+        ({"interactions": interactions_table()[4:]}, "expected users with 3 or more interactions, found at most 2"),
+        (
+            {"interactions": changed(interactions_table(), 1, "behavior", "add to cart")},
+            "Rename the behavior, for instance to add_to_cart",
+        ),
+        ({"interactions": changed(interactions_table(), 1, "behavior", "next")}, "behaviors other than 'next'"),
+        ({"items": changed(items_table(), 3, "item_id", "001")}, r"duplicate item_id in 1 of 12.*row 3 \('001'\)"),
+        ({"items": changed(items_table(), 6, "text", " ")}, r"an empty text in 1 of 12 rows.*row 6 \('006'\)"),
+        ({"items": items_table().drop(columns="text")}, "pass --text_template"),
+        ({"embeddings": NAN_ROW}, r"NaN or infinity in 1 of 12 rows, first row 4 \('004'\)"),
+        ({"embeddings": np.ones((11, 8), np.float32)}, r"shape \[12, D\].*found \[11, 8\]"),
+        ({"items": items_table().assign(embedding="[1.0, 2.0]")}, "an embedding in every row, as a list.*12 of 12"),
+        ({"min_interactions": 2}, "expected min_interactions of 3 or more, found 2"),
+    ],
+)
+def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong, message):
+    args = arguments(**wrong)
+    with pytest.raises(ValueError, match=message):
+        prepare(args)
+    assert not (Path(args.output_dir) / "prepare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("item_id,text\n1,caf\u00e9\n".encode("latin-1"), "in UTF-8.*items.csv, which cannot be read"),
+        (b"item_id,text\n1,a\n2,b,c,d\n", "items.csv, which cannot be read.*line 3"),
+        (b"", "items.csv, which cannot be read"),
+        (b"item_id,text\n1,a,\n2,b,\n", "items.csv has, found more: does every row end in a separator"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_by_its_name(arguments, content, message):
+    args = arguments()
+    Path(args.items).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(args)
+    several = Path(args.items).with_name("rows.npz")
+    np.savez(several, a=np.ones(3))
+    with pytest.raises(ValueError, match=r"one array in a \.npy"):
+        prepare(replace(arguments(), embeddings=str(several)))
+
+
+def test_movielens_folders_become_tables_with_readable_titles(tmp_path):
+    (tmp_path / "u.data").write_text("196\t1\t3\t881250949\n186\t2\t4\t891717742\n")
+    flags = ["1" if genre in ("Action", "Sci-Fi") else "0" for genre in ML_100K_GENRES]
+    lines = [
+        "|".join([str(number), title, "01-Jan-1999", "", "", *flags])
+        for number, title in ((1, "Matrix, The (1999)"), (2, "Délits (1999)"))
+    ]
+    (tmp_path / "u.item").write_text("\n".join(lines), encoding="latin-1")
+    interactions, items = movielens_100k(str(tmp_path))
+    assert interactions["behavior"].tolist() == ["dislike", "like"]
+    assert items["text"].tolist()[0] == "The Matrix (1999). Genres: Action, Sci-Fi."
+    with pytest.raises(ValueError, match=r"expected the MovieLens file ratings\.dat"):
+        movielens_1m(str(tmp_path))
+    (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n")
+    (tmp_path / "movies.dat").write_text("1193::Good, the Bad, The (1999)::Drama|War\n", encoding="latin-1")
+    interactions, items = movielens_1m(str(tmp_path))
+    assert interactions.to_dict("records") == [
+        {"user_id": 1, "item_id": 1193, "rating": 5, "timestamp": 978300760, "behavior": "like"}
+    ]
+    assert items["genres"].tolist() == ["Drama, War"]
+    (tmp_path / "ratings.dat").unlink()
+    times = pd.array([978300760, None], dtype="Int64")
+    ordered = pd.DataFrame({"user_id": [1, 1], "item_id": [1193, 7], "rating": [5, 3], "position": [2, 1]})
+    ordered.assign(timestamp=times).to_parquet(tmp_path / "interactions.parquet")
+    assert movielens_1m(str(tmp_path))[0][["timestamp", "position"]].to_dict("list") == {
+        "timestamp": [978300760, -1],
+        "position": [2, 1],
+    }
+    translated = pd.Series(
+        ["Big Blue, The (Grand bleu, Le) (1988)", "Paris, Texas (1984)", "Star Maker, The (Uomo, L')"]
+    )
+    assert clean_titles(translated).tolist() == [
+        "The Big Blue (Le Grand bleu) (1988)",
+        "Paris, Texas (1984)",
+        "The Star Maker (L'Uomo)",
+    ]
