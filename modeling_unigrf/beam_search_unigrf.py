@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from .item_lists_unigrf import ItemFilter
 from .scoring_unigrf import ItemScorer
-from .shared_prefix_unigrf import embed, read_branches
+from .shared_prefix_unigrf import read_branches
 from .trie_unigrf import CatalogTrie
 
 
@@ -103,9 +103,7 @@ def beam_search(
     for level in range(first_level, last_level):
         if level > first_level:
             tokens = beams.codes[..., -1:] + layout.code_offsets[level - 1]
-            states, beams.keys = read_branches(
-                backbone, embed(backbone, tokens), history_mask, beams.keys, cache, times
-            )
+            states, beams.keys = read_branches(backbone, tokens, history_mask, beams.keys, cache, times)
             states = states[:, :, 0]
         log_probs = scorer.code_log_probs(states, level)
         if space.process is not None:

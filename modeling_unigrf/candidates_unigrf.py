@@ -71,10 +71,9 @@ def read_candidates(
         earlier_keys = items.new_empty(*items.shape, 0)
     codes = scorer.catalog.item_codes[items].long()
     tokens = scorer.layout.item_tokens(codes)[..., earlier_keys.shape[2] :]
-    inputs = embed(backbone, tokens)
     query_time = context.query_time
     times = None if query_time is None else query_time[:, None].expand(-1, 2)
-    token_mask = token_times = None
+    block = token_mask = token_times = None
     if context.long_history is not None:
         places = retrieve(
             scorer.catalog.content_embeddings, context.long_history.items, items, scorer.config.num_retrieved_items
@@ -88,13 +87,12 @@ def read_candidates(
         representations = scorer.representations(retrieved.clamp(min=0))
         behavior_ids = behaviors.new_tensor(scorer.layout.behavior_token_ids)[behaviors]
         block = candidate_block(scorer.representations(items), representations, embed(backbone, behavior_ids))
-        inputs = torch.cat([inputs, block], dim=2)
         token_mask = nn.functional.pad(places >= 0, (tokens.shape[2] + 1, 1), value=True)
         if query_time is not None:
             item_time = query_time[:, None, None].expand(*items.shape, tokens.shape[2] + 2)
             token_times = torch.cat([item_time[..., :-1], item_times, item_time[..., -1:]], dim=2)
     states, _ = read_branches(
-        backbone, inputs, context.history_mask, earlier_keys, context.cache, times, token_mask, token_times
+        backbone, tokens, context.history_mask, earlier_keys, context.cache, times, block, token_mask, token_times
     )
     return states
 

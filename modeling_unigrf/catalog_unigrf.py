@@ -81,15 +81,6 @@ class UniGRFCatalog(nn.Module):
             )
         return CatalogTrie(self.item_codes, self.codebook_sizes, items)
 
-    def embeddings_of(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """
-        Item indices of any shape -> content embeddings, floats `[..., content_embedding_dim]`; None if there are none.
-        """
-        if self.content_embeddings is None:
-            return None
-        rows = self.content_embeddings[items]
-        return rows / INT8_ONE if rows.dtype == torch.int8 else rows
-
     def check(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
         """Raises `ValueError` for codes and content embeddings that this catalog cannot hold."""
         num_levels = len(self.codebook_sizes)

@@ -22,11 +22,11 @@ class HSTUConfig(PreTrainedConfig):
         head_dim (`int`, *optional*):
             Width of each head; `hidden_size // num_attention_heads` by default.
         max_position_embeddings (`int`, defaults to 512):
-            Most positions of a sequence; also the constant that attention is divided by in place of a softmax's norm, so that
-            results do not depend on padding or packing.
+            Most positions of a sequence; also the constant that attention is divided by in place of a softmax's norm,
+            so that results do not depend on padding or packing.
         num_time_buckets (`int`, defaults to 0):
-            Buckets (logarithmic, of seconds) of a learned bias a layer for the time between two events, which is added where
-            timestamps are given; 128 in the public code, 0 for none.
+            Buckets (logarithmic, of seconds) of a learned bias a layer for the time between two events, which is
+            added where timestamps are given; 128 in the public code, 0 for none.
         dropout (`float`, defaults to 0.2):
             Dropout on the embeddings and on the output of attention.
         layer_norm_eps (`float`, defaults to 1e-6):

@@ -25,13 +25,12 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from transformers.utils import logging
 
 from .beam_search_unigrf import Beams, SearchSpace, beam_search
-from .cache_unigrf import cache_rollback, check_cache
 from .configuration_unigrf import UniGRFConfig
 from .inputs_unigrf import History, check_history, check_times
 from .layout_unigrf import ItemLayout
 from .old_names_unigrf import convert_old_inputs
-from .recommendation_unigrf import serving_defaults
-from .shared_prefix_unigrf import prefill
+from .recommendation_unigrf import check_catalog_device, serving_defaults
+from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
 from .trie_unigrf import CatalogTrie
 
 logger = logging.get_logger(__name__)
@@ -139,15 +138,6 @@ def generation_defaults(config: UniGRFConfig) -> dict:
     }
 
 
-def check_catalog_device(catalog: CatalogTrie, device: torch.device) -> None:
-    """Raises `ValueError` for a part of the catalog that was made before the model moved."""
-    if catalog.leaf_items.device != device:
-        raise ValueError(
-            f"`catalog` must be on the model's device {device}, got {catalog.leaf_items.device}. Make it with "
-            "`model.catalog.subset(items)` after the model moved."
-        )
-
-
 class UniGRFGenerationMixin(GenerationMixin):
     """transformers' hooks of generation. Reads the attributes `config`, `layout`, `catalog`, `model` and `scorer`."""
 
@@ -233,7 +223,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             mask = kwargs.get("attention_mask")
-            check_history(self.config, self.layout, self.catalog, input_ids, mask, may_be_unfinished=True)
+            check_history(self.config, self.layout, self.catalog.trie, input_ids, mask, may_be_unfinished=True)
             unfinished = self.layout.unfinished_items(input_ids)
             for length in unfinished.lengths.unique().tolist():
                 trie.descend(unfinished.codes[unfinished.lengths == length], length)  # raises where no item begins so

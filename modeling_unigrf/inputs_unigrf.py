@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .catalog_unigrf import UniGRFCatalog
 from .configuration_unigrf import UniGRFConfig
 from .item_lists_unigrf import check_items, is_integer
 from .layout_unigrf import ItemLayout
+from .trie_unigrf import CatalogTrie
 
 
 @dataclass
@@ -35,6 +35,7 @@ class History:
     query_time: torch.LongTensor | None = None
     rows: torch.LongTensor | None = None
     items: torch.LongTensor | None = None
+    long_history: "LongHistory | None" = None
 
 
 @dataclass
@@ -78,24 +79,27 @@ class ItemSets:
 def check_history(
     config: UniGRFConfig,
     layout: ItemLayout,
-    catalog: UniGRFCatalog,
+    trie: CatalogTrie,
     input_ids: torch.LongTensor,
     attention_mask: torch.LongTensor | None,
     timestamps: torch.LongTensor | None = None,
     query_time: torch.LongTensor | None = None,
+    long_history: dict | None = None,
     may_be_unfinished: bool = False,
 ) -> History:
     """
     Check the histories of a request for items.
 
     Args:
+        trie: Of the whole catalog.
         attention_mask: None: all but the padding tokens.
         query_time: None: the time of the last token.
-        may_be_unfinished: Whether a row may end in the first codes of an item, for `generate`.
+        may_be_unfinished: Whether a row may end in the first codes of an item, for `generate`, which reads no long
+            history.
 
     Raises:
-        ValueError: if no item can follow a row, an item is not in the catalog, the positions do not suffice, or
-            shapes differ.
+        ValueError: if no item can follow a row, an item is not in the catalog, positions do not suffice, or shapes
+            differ.
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(
@@ -109,12 +113,11 @@ def check_history(
             f"`attention_mask` must have the shape {tuple(input_ids.shape)} of input_ids, got "
             f"{tuple(attention_mask.shape)}. Pass the tokenizer's own, or leave it out."
         )
-    lengths = check_history_ends(layout, input_ids, attention_mask, may_be_unfinished)
+    lengths, places, codes = check_tokens(layout, input_ids, attention_mask, may_be_unfinished)
     num_block_tokens = 0 if may_be_unfinished else config.num_block_tokens
-    most_tokens = int(attention_mask.sum(dim=1).max()) + layout.num_levels - int(lengths.min()) + num_block_tokens
-    check_positions(config, most_tokens)
-    places, codes = layout.history_codes(input_ids)
-    items = catalog.trie.lookup(codes)
+    longest = int(attention_mask.sum(dim=1).max()) - int(lengths.min())
+    check_positions(config, longest + layout.num_levels + num_block_tokens)
+    items = trie.lookup(codes)
     unknown = (items < 0).nonzero()
     if len(unknown):
         first = int(unknown[0])
@@ -124,21 +127,27 @@ def check_history(
             "histories between items."
         )
     query_time = check_times(input_ids, timestamps, query_time)
-    return History(input_ids, attention_mask, timestamps, query_time, places[:, 0], items)
+    if not may_be_unfinished:
+        has_times = timestamps is not None
+        long_history = check_long_history(config, trie.num_items, len(input_ids), long_history, has_times)
+    return History(input_ids, attention_mask, timestamps, query_time, places[:, 0], items, long_history)
 
 
-def check_history_ends(
+def check_tokens(
     layout: ItemLayout, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, may_be_unfinished: bool
-) -> torch.LongTensor:
-    """The lengths of the unfinished items `[B]`. Raises `ValueError` if no item can follow a row."""
-    unfinished = layout.unfinished_items(input_ids)
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    """
+    Read the lengths of the unfinished items `[B]`, and the places `[n, 2]` and codes `[n, L]` of all items. Raises
+    `ValueError` if no item can follow a row.
+    """
+    unfinished, places, codes = layout.read_histories(input_ids)
     if unfinished.is_broken.any():
         row = int(unfinished.is_broken.nonzero()[0])
         window = input_ids[row, -(layout.num_levels + 1) :]
         raise ValueError(
             "`input_ids` must end in a bos or behavior token, then codes of levels 0, 1, ... in order, got row "
-            f"{row} with the tokens {window.tolist()} of levels {layout.token_levels(window).tolist()}. Cut "
-            "histories between items."
+            f"{row} with the tokens {window.tolist()} of levels {layout.token_levels(window).tolist()}. Cut histories "
+            "between items."
         )
     lengths = unfinished.lengths
     can_follow = (lengths >= 0) & (lengths < layout.num_levels) if may_be_unfinished else lengths == 0
@@ -150,12 +159,12 @@ def check_history_ends(
             f"last token {int(input_ids[row, -1])}, after which no item begins. Pad on the left, and give every item "
             "its behavior."
         )
-    return lengths
+    return lengths, places, codes
 
 
 def check_positions(config: UniGRFConfig, num_tokens: int) -> None:
     """Raises `ValueError` if a history and a candidate take more positions than the backbone has."""
-    num_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    num_positions = getattr(config.text_config, "max_position_embeddings", None)
     if num_positions is not None and num_tokens > num_positions:
         raise ValueError(
             f"A history and a candidate must fit into the {num_positions} positions of the backbone, got "

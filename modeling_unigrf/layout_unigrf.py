@@ -87,12 +87,15 @@ class ItemLayout:
         complete = (in_order & (positions >= 0)).all(dim=1, keepdim=True)
         return (tokens - tokens.new_tensor(self.code_offsets)).masked_fill(~complete, -1)
 
-    def history_codes(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def read_histories(
+        self, input_ids: torch.LongTensor
+    ) -> tuple[UnfinishedItems, torch.LongTensor, torch.LongTensor]:
         """
-        All items of the histories `[B, T]` in order: places of their last codes `[n, 2]`, codes `[n, L]` (-1: broken).
+        Read all items of the histories `[B, T]`: the unfinished ones; in order, the places of the others' last codes
+        `[n, 2]` and their codes `[n, L]` (-1: out of order).
         """
         places = (self.token_levels(input_ids) == self.num_levels - 1).nonzero()
-        return places, self.codes_before(input_ids, places)
+        return self.unfinished_items(input_ids), places, self.codes_before(input_ids, places)
 
     def behavior_items(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
@@ -132,10 +135,6 @@ class ItemLayout:
             tokens = window.gather(1, source.clamp(0, width - 1)[:, None])[:, 0]
             codes[:, level] = torch.where(here, tokens - self.code_offsets[level], codes[:, level])
         return UnfinishedItems(lengths, codes, is_broken)
-
-    def history_ends(self, last_codes: torch.LongTensor) -> torch.LongTensor:
-        """Positions of items' last codes -> positions of the bos or behavior before them (negative: there is none)."""
-        return last_codes - self.num_levels
 
     def code_positions(self, history_ends: torch.LongTensor) -> torch.LongTensor:
         """Positions of <bos> or behaviors `[n]` -> where the codes of the items behind them are predicted `[n, L]`."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .inputs_unigrf import ItemSets
 from .negatives_unigrf import LastItems, PackedNegatives
 from .scoring_unigrf import ItemScorer
@@ -233,7 +232,7 @@ def sampled_softmax_loss(
 
 
 def ranking_loss(
-    config: UniGRFConfig,
+    targets: dict[str, int | None],
     logits: torch.Tensor,
     behaviors: torch.LongTensor,
     negative_logits: torch.Tensor | None,
@@ -244,22 +243,23 @@ def ranking_loss(
     target: beside others it counts as one of them).
 
     Args:
+        targets (`dict[str, int | None]`): Ranking targets in order, and the token ids of their behaviors; None:
+            `"next"`.
         logits (`torch.FloatTensor` of shape `(n, num_targets)`): Of the items that came next.
         behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors on them.
         negative_logits (`torch.FloatTensor` of shape `(m, num_targets)`, *optional*): Of items that did not come
             next. They count for `"next"` only: the behavior on them is not known.
     """
-    behavior_ids = dict(zip(config.behaviors, config.behavior_token_ids, strict=True))
     total = logits.new_zeros((), dtype=torch.float32)
-    for index, target in enumerate(config.ranking_targets):
+    for index, behavior_id in enumerate(targets.values()):
         scores = logits[:, index].float()
-        if target == NEXT_TARGET:
+        if behavior_id is None:
             labels = torch.ones_like(scores)
             if negative_logits is not None:
                 scores = torch.cat([scores, negative_logits[:, index].float()])
                 labels = nn.functional.pad(labels, (0, len(negative_logits)))
         else:
-            labels = (behaviors == behavior_ids[target]).float()
+            labels = (behaviors == behavior_id).float()
         loss = nn.functional.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
         total = total + loss / max(1, len(scores))
-    return total / len(config.ranking_targets)
+    return total / len(targets)

@@ -1,5 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""HSTU as a backbone of transformers: pointwise attention by SiLU instead of softmax, gated, without a feed-forward."""
+"""
+HSTU as a backbone of transformers: pointwise attention by SiLU instead of softmax, gated, without a feed-forward.
+"""
 
 import torch
 from torch import nn
@@ -12,13 +14,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_hstu import HSTUConfig
-from .cache_unigrf import check_cache
+from .shared_prefix_unigrf import check_cache
 
 UNKNOWN_TIME = -1
 
 
 class HSTUBias(nn.Module):
-    """What is added to the products of queries and keys: a number for their distance, another for the time between them."""
+    """
+    What is added to the products of queries and keys: a number for their distance, another for the time between them.
+    """
 
     def __init__(self, config: HSTUConfig):
         super().__init__()
@@ -29,7 +33,8 @@ class HSTUBias(nn.Module):
     def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor:
         """
         Args:
-            distance (`torch.LongTensor` of shape `(batch_size or 1, Q, K)`): Position of the key minus that of the query.
+            distance (`torch.LongTensor` of shape `(batch_size or 1, Q, K)`): Position of the key minus that of the
+                query.
             seconds (`torch.LongTensor` of shape `(batch_size, Q, K)`, *optional*): Between them; -1 where not known.
 
         Returns:
@@ -45,7 +50,10 @@ class HSTUBias(nn.Module):
 
 
 def looked_up(table: nn.Embedding, index: torch.LongTensor) -> torch.Tensor:
-    """Numbers of a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. By `gather`, whose backward is faster than an embedding's."""
+    """
+    Numbers of a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. By `gather`, whose backward is faster than an
+    embedding's.
+    """
     return table.weight[:, 0].expand(*index.shape[:-1], -1).gather(-1, index)[:, None]
 
 
@@ -71,13 +79,17 @@ class HSTULayer(nn.Module):
         cache: Cache | None,
         output_attentions: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states [B, Q, hidden_size]`, `attention_mask [B, 1, Q, K]` -> the same shape, and `[B, H, Q, K]` weights."""
+        """
+        `hidden_states [B, Q, hidden_size]`, `attention_mask [B, 1, Q, K]` -> the same shape, and `[B, H, Q, K]`
+        weights.
+        """
         normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         u, *vqk = nn.functional.silu(self.uvqk_proj(normed)).chunk(4, dim=-1)
         value, query, key = (one.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for one in vqk)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to renormalize.
+        # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to
+        # renormalize.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
         weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
         attended = (weights @ (value / self.longest)).transpose(1, 2).flatten(2)
@@ -105,8 +117,8 @@ class HSTUPreTrainedModel(PreTrainedModel):
 
 class HSTUModel(HSTUPreTrainedModel):
     """
-    Hidden states and cache of a token sequence. Of the cache, the layer behind the last one holds the position and the time
-    of every token, which the biases of later queries ask for.
+    Hidden states and cache of a token sequence. Of the cache, the layer behind the last one holds the position and
+    the time of every token, which the biases of later queries ask for.
     """
 
     def __init__(self, config: HSTUConfig):
@@ -137,14 +149,15 @@ class HSTUModel(HSTUPreTrainedModel):
         As every decoder of transformers.
 
         Args:
-            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's event was,
-                in seconds from any origin; negative where not known. Without them the time bias is off.
-            target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When the event is that
-                each token's output is asked for. By default that of the token after it and, for the last one, its own.
+            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's
+                event was, in seconds from any origin; negative where not known. Without them the time bias is off.
+            target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When the
+                event is that each token's output is asked for. By default that of the token after it and, for the
+                last one, its own.
 
         Raises:
-            ValueError: if the sequence has more positions than the config, the cache is no `DynamicCache`, or neither or both
-                of `input_ids` and `inputs_embeds` are given.
+            ValueError: if the sequence has more positions than the config, the cache is no `DynamicCache`, or neither
+                or both of `input_ids` and `inputs_embeds` are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
@@ -190,8 +203,8 @@ class HSTUModel(HSTUPreTrainedModel):
             places, _ = cache.update(places, places[..., :0], self.config.num_hidden_layers)
         key_positions, key_times = places[:, 0].unbind(dim=-1)
         distance = key_positions[:, None] - position_ids[:, :, None]
-        # Where every query is as far from what it sees as their places in the row are, also in padded or packed rows, one
-        # bias serves all rows.
+        # Where every query is as far from what it sees as their places in the row are, also in padded or packed rows,
+        # one bias serves all rows.
         place = torch.arange(distance.shape[2], device=distance.device)
         between = (place - place[-length:, None])[None]
         if ((distance == between) | ~visible[:, 0]).all():

@@ -19,12 +19,11 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .beam_search_unigrf import SearchSpace
 from .catalog_unigrf import UniGRFCatalog, first_codes
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig
-from .generation_unigrf import UniGRFGenerationMixin, check_catalog_device, generation_defaults
-from .inputs_unigrf import check_history, check_long_history
+from .generation_unigrf import UniGRFGenerationMixin, generation_defaults
+from .inputs_unigrf import check_history
 from .item_lists_unigrf import check_items
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
@@ -33,7 +32,7 @@ from .old_names_unigrf import convert_old_inputs
 from .recommendation_unigrf import (
     ServingOptions,
     UniGRFRecommendation,
-    make_item_filter,
+    make_search_space,
     rank_candidates,
     recommend_items,
 )
@@ -386,7 +385,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
             ValueError: if a supervised item is not in the catalog, or the other inputs do not fit labels, config and
                 each other.
         """
-        kwargs = convert_old_inputs(kwargs)
+        kwargs = convert_old_inputs(kwargs) if kwargs else kwargs
         long_history = kwargs.pop("long_history", long_history)
         item_sets = kwargs.pop("item_sets", item_sets)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -451,7 +450,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`: the output at the last tokens.
         """
         history = check_history(
-            self.config, self.layout, self.catalog, input_ids, attention_mask, timestamps, query_time
+            self.config, self.layout, self.catalog.trie, input_ids, attention_mask, timestamps, query_time
         )
         cache = DynamicCache() if cache is None else cache
         return prefill(self.model, history, self.scorer.history_representations(input_ids), cache)
@@ -493,18 +492,14 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
             ValueError: if a candidate is not in the catalog, the cache is not of these histories, or as `recommend`
                 does.
         """
-        kwargs = convert_old_inputs(kwargs)
-        query_time, long_history = kwargs.pop("query_time", query_time), kwargs.pop("long_history", long_history)
-        if kwargs:
-            raise TypeError(f"rank() got unexpected keyword arguments {sorted(kwargs)}")
-        num_items = self.catalog.num_items
-        candidates = check_items("candidates", candidates, len(input_ids), num_items, lowest=0)
-        history = check_history(
-            self.config, self.layout, self.catalog, input_ids, attention_mask, timestamps, query_time
-        )
-        long_history = check_long_history(self.config, num_items, len(input_ids), long_history, timestamps is not None)
+        inputs = {"query_time": query_time, "long_history": long_history, **convert_old_inputs(kwargs)}
+        if strange := sorted(set(inputs) - {"query_time", "long_history"}):
+            raise TypeError(f"rank() got unexpected keyword arguments {strange}")
+        trie = self.catalog.trie
+        candidates = check_items("candidates", candidates, len(input_ids), trie.num_items, lowest=0)
+        history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)
         parts = (self.model, self.scorer, self.candidate_block)
-        return rank_candidates(*parts, history, long_history, candidates, cache, history_states, candidates_per_pack)
+        return rank_candidates(*parts, history, candidates, cache, history_states, candidates_per_pack)
 
     def serving_options(self, generation_config: GenerationConfig | None = None, **overrides) -> ServingOptions:
         """
@@ -562,22 +557,22 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
             ValueError: for histories that no item can follow, unknown items, options out of range, lists that leave
                 no item.
         """
-        inputs = {"query_time": query_time, "long_history": long_history, "catalog": catalog}
-        inputs |= convert_old_inputs(overrides)
-        query_time, long_history, catalog = (inputs.pop(name) for name in ("query_time", "long_history", "catalog"))
-        options = self.serving_options(generation_config, **inputs)
-        history = check_history(
-            self.config, self.layout, self.catalog, input_ids, attention_mask, timestamps, query_time
+        inputs = {"query_time": query_time, "long_history": long_history}
+        if overrides:
+            overrides = convert_old_inputs(overrides)
+            inputs |= {name: overrides.pop(name) for name in list(inputs) if name in overrides}
+            catalog = overrides.pop("catalog", catalog)
+        generation_config = self.generation_config if generation_config is None else generation_config
+        options = ServingOptions.from_generation_config(generation_config, self.config, overrides)
+        trie, scorer = self.catalog.trie, self.scorer
+        history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)
+        space = make_search_space(
+            scorer,
+            trie if catalog is None else catalog,
+            history,
+            options.exclude_history,
+            allowed_items,
+            blocked_items,
         )
-        long_history = check_long_history(
-            self.config, self.catalog.num_items, len(input_ids), long_history, timestamps is not None
-        )
-        trie = self.catalog.trie if catalog is None else catalog
-        item_codes = self.catalog.item_codes
-        check_catalog_device(trie, item_codes.device)
-        item_filter = make_item_filter(
-            trie, item_codes, history, options.exclude_history, allowed_items, blocked_items
-        )
-        space, cache = SearchSpace(trie, item_filter), DynamicCache() if cache is None else cache
-        parts = (self.model, self.scorer, self.candidate_block)
-        return recommend_items(*parts, history, long_history, space, cache, options)
+        cache = DynamicCache() if cache is None else cache
+        return recommend_items(self.model, scorer, self.candidate_block, history, space, cache, options)

@@ -94,7 +94,7 @@ def supervised_items(
     is_behavior &= layout.token_levels(tokens) == layout.num_levels - 1
     places = is_behavior.nonzero()
     rows, positions = places.unbind(dim=1)
-    ends = layout.history_ends(positions)
+    ends = positions - layout.num_levels  # negative: no token before the item
     if (ends < 0).any():
         raise ValueError(
             "`labels` must supervise items that follow a <bos> or a behavior, got row "

@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .beam_search_unigrf import SearchSpace, beam_search
-from .cache_unigrf import cache_rollback, without_gradient
 from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .inputs_unigrf import ItemSets, LongHistory, check_item_sets, check_long_history, check_positions
@@ -31,7 +30,8 @@ from .negatives_unigrf import (
     supervised_items,
 )
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
-from .shared_prefix_unigrf import attention_mask_4d
+from .shared_prefix_unigrf import attention_mask_4d, cache_rollback, without_gradient
+from .trie_unigrf import CatalogTrie
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,7 @@ class Supervision:
         cache (`DynamicCache`, *optional*): Of the histories, where candidates of the last items are ranked.
         long_history (`LongHistory`, *optional*)
         target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
+        trie (`CatalogTrie`, *optional*): The items that exist.
     """
 
     targets: torch.LongTensor
@@ -64,6 +65,7 @@ class Supervision:
     cache: DynamicCache | None = None
     long_history: LongHistory | None = None
     target_timestamps: torch.LongTensor | None = None
+    trie: CatalogTrie | None = None
 
 
 @dataclass
@@ -87,6 +89,12 @@ class Objective:
     candidate_block: UniGRFCandidateBlock | None
     task_weights: tuple[float, float] = (1.0, 1.0)
     measures_gradients: bool = False
+
+    @property
+    def _targets(self) -> dict[str, int | None]:
+        """Ranking target -> token id of its behavior; None for `"next"`."""
+        ids = dict(zip(self.config.behaviors, self.scorer.layout.behavior_token_ids, strict=True))
+        return {name: ids.get(name) for name in self.config.ranking_targets}
 
     @property
     def is_training(self) -> bool:
@@ -120,13 +128,13 @@ class Objective:
         Raises:
             ValueError: as `UniGRFForCausalLM.forward` does.
         """
-        layout, catalog, training = self.scorer.layout, self.scorer.catalog, self.config.training_config
-        items = supervised_items(layout, catalog.trie, tokens, targets)
+        layout, trie, training = self.scorer.layout, self.scorer.catalog.trie, self.config.training_config
+        items = supervised_items(layout, trie, tokens, targets)
         has_candidates = (item_sets or {}).get("candidates") is not None
         ranks_last = training.ranking_loss_weight > 0 and (has_candidates or self.config.ranks_last_items)
         if ranks_last or not self.config.num_retrieved_items:  # a model that reads no long history refuses one
             long_history = check_long_history(
-                self.config, catalog.num_items, len(tokens), long_history, "timestamps" in inputs
+                self.config, trie.num_items, len(tokens), long_history, "timestamps" in inputs
             )
         attention_mask = inputs["attention_mask"]
         has_own_places = inputs["cache"] is not None or inputs["position_ids"] is not None
@@ -142,9 +150,9 @@ class Objective:
             )
         attention_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         sequence_ids, position_ids = layout.packed_histories(tokens, attention_mask)
-        supervision = Supervision(targets, items, sequence_ids, attention_mask)
+        supervision = Supervision(targets, items, sequence_ids, attention_mask, trie=trie)
         if item_sets:
-            supervision.item_sets = check_item_sets(item_sets, sequence_ids, catalog.num_items)
+            supervision.item_sets = check_item_sets(item_sets, sequence_ids, trie.num_items)
         inputs = self._pack(inputs, supervision, position_ids)
         if ranks_last:
             supervision.long_history = long_history
@@ -239,7 +247,7 @@ class Objective:
         if training.dense_loss_weight:
             states = of_histories[positives.rows, positives.history_ends]
             queries = self.scorer.ranking_head.history_query(states)
-            num_items, generator = self.scorer.catalog.num_items, self.generator(states.device)
+            num_items, generator = len(self.scorer.catalog.item_codes), self.generator(states.device)
             losses["dense_loss"] = share * sampled_softmax_loss(
                 queries, positives.items, self.scorer.representations, num_items, generator
             )
@@ -303,7 +311,7 @@ class Objective:
             states = self.scorer.layout.ranking_states(hidden_states[:, -negatives.tokens.shape[1] :])
             ends = hidden_states[is_random.nonzero()[:, 0], negatives.history_ends[is_random]]
             negative_logits = head(states[is_random], ends, representations(negatives.items[is_random]))
-        return ranking_loss(self.config, logits, supervised.behaviors, negative_logits)
+        return ranking_loss(self._targets, logits, supervised.behaviors, negative_logits)
 
     def _last_item_ranking_loss(self, hidden_states: torch.FloatTensor, supervision: Supervision) -> torch.Tensor:
         """
@@ -325,14 +333,16 @@ class Objective:
             )
         last = last_items(supervision.items, len(sequence_ids))
         history_mask = self.scorer.layout.history_up_to(last.history_ends, sequence_ids, supervision.attention_mask)
-        check_positions(config, int(history_mask.sum(dim=1).max()) + config.num_levels + config.num_block_tokens)
+        check_positions(
+            config, int(history_mask.sum(dim=1).max()) + self.scorer.layout.num_levels + config.num_block_tokens
+        )
         query_time = None
         if supervision.target_timestamps is not None:
             query_time = supervision.target_timestamps.gather(1, last.history_ends[:, None])[:, 0]
         context = CandidateContext(history_mask, cache, supervision.long_history, query_time)
         rows = torch.arange(len(sequence_ids), device=sequence_ids.device)
         history_states = hidden_states[rows, last.history_ends]
-        candidates = self._candidates(supervision.item_sets, history_states, context)
+        candidates = self._candidates(supervision, history_states, context)
         if candidates is None or candidates.shape[1] == 0:
             candidates = last.items[:, None]
         if training.inject_target:
@@ -349,16 +359,17 @@ class Objective:
         is_target = candidates == last.items[:, None]
         exists = (candidates >= 0) & (last.items >= 0)[:, None]
         behaviors = last.behaviors[:, None].expand_as(candidates)[exists & is_target]
-        return ranking_loss(config, logits[exists & is_target], behaviors, logits[exists & ~is_target])
+        return ranking_loss(self._targets, logits[exists & is_target], behaviors, logits[exists & ~is_target])
 
     @torch.no_grad()
     def _candidates(
-        self, item_sets: ItemSets | None, history_states: torch.FloatTensor, context: CandidateContext
+        self, supervision: Supervision, history_states: torch.FloatTensor, context: CandidateContext
     ) -> torch.LongTensor | None:
         """
         Candidates of the last items, `[B, N]` (-1: none): the caller's, or the model's own beams; None: the true
         items.
         """
+        item_sets, trie = supervision.item_sets, supervision.trie
         if item_sets is not None and item_sets.candidates is not None:
             return item_sets.candidates
         num_beams = self.config.training_config.num_train_beams
@@ -369,18 +380,18 @@ class Objective:
                     "num_train_beams, e.g. to 20, for the model's own beams, or pass item_sets={'candidates': ...}."
                 )
             return None
-        catalog, item_filter = self.scorer.catalog, None
+        item_filter = None
         if item_sets is not None and item_sets.blocked_items is not None:
             blocked = [row[row >= 0] for row in item_sets.blocked_items]
-            item_filter = ItemFilter(catalog.trie, catalog.item_codes, blocked=blocked)
+            item_filter = ItemFilter(trie, self.scorer.catalog.item_codes, blocked=blocked)
         beams = beam_search(
             self.backbone,
             self.scorer,
-            SearchSpace(catalog.trie, item_filter),
+            SearchSpace(trie, item_filter),
             history_states,
             context.history_mask,
             without_gradient(context.cache),
             num_beams,
             context.query_time,
         )
-        return catalog.trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)
+        return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)

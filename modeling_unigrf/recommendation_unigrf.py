@@ -12,13 +12,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
 from .beam_search_unigrf import SearchSpace, beam_search
-from .cache_unigrf import cache_rollback, check_cache
 from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import UniGRFConfig
-from .inputs_unigrf import History, LongHistory
+from .inputs_unigrf import History
 from .item_lists_unigrf import ItemFilter, item_list
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
-from .shared_prefix_unigrf import prefill
+from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
 from .trie_unigrf import CatalogTrie
 
 
@@ -104,15 +103,15 @@ class ServingOptions:
             raise ValueError(
                 f"`dense_weight={self.dense_weight}` and `num_dense_candidates={self.num_dense_candidates}` must be "
                 "0 for a model "
-                'without a dense-retrieval score. Train one with the ranking target "next" and content_embedding_dim or '
+                f"`dense_weight={self.dense_weight}` and `num_dense_candidates={self.num_dense_candidates}` must be "
                 "embedding_table_size."
             )
         for name in ("max_items", "max_long_items"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value}. Leave it out for no limit.")
-        most = config.max_history_items
-        if self.max_items is not None and most is not None and self.max_items > most:
+        most = None if self.max_items is None else config.max_history_items
+        if most is not None and self.max_items > most:
             raise ValueError(
                 f"`max_items` must be at most the {most} items that the backbone has positions for, got "
                 f"{self.max_items}. Take fewer items, or a backbone with more positions (max_position_embeddings)."
@@ -156,27 +155,38 @@ class Candidates:
     states: torch.FloatTensor
 
 
-def make_item_filter(
-    trie: CatalogTrie,
-    item_codes: torch.Tensor,
+def check_catalog_device(catalog: CatalogTrie, device: torch.device) -> None:
+    """Raises `ValueError` for a part of the catalog that was made before the model moved."""
+    if catalog.leaf_items.device != device:
+        raise ValueError(
+            f"`catalog` must be on the model's device {device}, got {catalog.leaf_items.device}. Make it with "
+            "`model.catalog.subset(items)` after the model moved."
+        )
+
+
+def make_search_space(
+    scorer: ItemScorer,
+    catalog: CatalogTrie,
     history: History,
     exclude_history: bool,
     allowed_items: list | None,
     blocked_items: list | None,
-) -> ItemFilter | None:
+) -> SearchSpace:
     """
-    Make the filter of a call from its lists and, with `exclude_history`, the histories' own items; None: nothing is
-    filtered.
+    Make the space of a call: a catalog, the call's lists and, with `exclude_history`, nothing of the user's own
+    history.
 
     Raises:
-        ValueError: as `ItemFilter` does, and for another number of lists than requests.
+        ValueError: as `ItemFilter` does, for another number of lists than requests, and for a catalog of another
+            device.
     """
-    batch_size = len(history.input_ids)
+    item_codes, batch_size = scorer.catalog.item_codes, len(history.input_ids)
+    check_catalog_device(catalog, item_codes.device)
     for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
         if lists is not None and len(lists) != batch_size:
             raise ValueError(
-                f"`{name}` must hold one list for each of {batch_size} requests, got {len(lists)}. Pass an empty "
-                "list for none."
+                f"`{name}` must hold one list for each of {batch_size} requests, got {len(lists)}. Pass an empty list "
+                "for none."
             )
     if exclude_history:
         lists = [[]] * batch_size if blocked_items is None else blocked_items
@@ -185,8 +195,8 @@ def make_item_filter(
             for row, items in enumerate(lists)
         ]
     if allowed_items is None and blocked_items is None:
-        return None
-    return ItemFilter(trie, item_codes, allowed_items, blocked_items)
+        return SearchSpace(catalog)
+    return SearchSpace(catalog, ItemFilter(catalog, item_codes, allowed_items, blocked_items))
 
 
 def recommend_items(
@@ -194,7 +204,6 @@ def recommend_items(
     scorer: ItemScorer,
     candidate_block: UniGRFCandidateBlock | None,
     history: History,
-    long_history: LongHistory | None,
     space: SearchSpace,
     cache: DynamicCache,
     options: ServingOptions,
@@ -202,7 +211,7 @@ def recommend_items(
     """Recommend the next items of checked histories: see `UniGRFForCausalLM.recommend`."""
     representations = scorer.history_representations(history.input_ids)
     history_states = prefill(backbone, history, representations, cache)
-    context = CandidateContext(history.attention_mask.bool(), cache, long_history, history.query_time)
+    context = CandidateContext(history.attention_mask.bool(), cache, history.long_history, history.query_time)
     with cache_rollback(cache):
         # Beams: the search has run all of their codes but the last.
         beams = beam_search(
@@ -250,8 +259,9 @@ def fuse(
         "generation_scores": candidates.log_probs,
         "ranking_scores": nn.functional.logsigmoid(logits),
     }
-    if scorer.has_dense_scores:
-        columns["dense_scores"] = scorer.dense_scores(history_states, candidates.items)
+    dense_scores = scorer.dense_scores(history_states, candidates.items)
+    if dense_scores is not None:
+        columns["dense_scores"] = dense_scores
     weights = {
         "generation_scores": 1.0,
         "ranking_scores": options.ranking_weight,
@@ -281,7 +291,6 @@ def rank_candidates(
     scorer: ItemScorer,
     candidate_block: UniGRFCandidateBlock | None,
     history: History,
-    long_history: LongHistory | None,
     candidates: torch.LongTensor,
     cache: DynamicCache | None,
     history_states: torch.FloatTensor | None,
@@ -302,7 +311,7 @@ def rank_candidates(
     if candidates_per_pack is None:
         # A CPU keeps 64 candidates in its own caches; elsewhere a pack costs its launches.
         candidates_per_pack = 64 if candidates.device.type == "cpu" else 1024
-    context = CandidateContext(history.attention_mask.bool(), cache, long_history, history.query_time)
+    context = CandidateContext(history.attention_mask.bool(), cache, history.long_history, history.query_time)
     num_targets = len(scorer.config.ranking_targets)
     logits = [torch.empty(len(candidates), 0, num_targets, device=candidates.device)]
     for pack in candidates.split(candidates_per_pack, dim=1) if candidates.shape[1] else ():

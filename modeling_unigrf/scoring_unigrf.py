@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .catalog_unigrf import UniGRFCatalog
+from .catalog_unigrf import INT8_ONE, UniGRFCatalog
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .item_lists_unigrf import ItemFilter
 from .layout_unigrf import ItemLayout
@@ -219,9 +219,18 @@ class ItemScorer:
             total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
         return total
 
+    def content_embeddings(self, items: torch.LongTensor) -> torch.Tensor | None:
+        """
+        Item indices `[...]` -> content embeddings, floats `[..., content_embedding_dim]`; None if the items have none.
+        """
+        if self.catalog.content_embeddings is None:
+            return None
+        rows = self.catalog.content_embeddings[items]
+        return rows / INT8_ONE if rows.dtype == torch.int8 else rows
+
     def representations(self, items: torch.LongTensor) -> torch.Tensor | None:
         """Item indices `[...]` -> item representations `[..., hidden_size]`; None if the model has none."""
-        return self.item_encoder(items, self.catalog.embeddings_of(items))
+        return self.item_encoder(items, self.content_embeddings(items))
 
     def history_representations(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
         """
@@ -240,8 +249,13 @@ class ItemScorer:
         added = representations.new_zeros(*input_ids.shape, self.config.hidden_size)
         return added.index_put(tuple(places.unbind(dim=1)), representations)
 
-    def dense_scores(self, history_states: torch.FloatTensor, items: torch.LongTensor) -> torch.FloatTensor:
-        """Dense-retrieval scores of `items [B, N]` at history ends `[B, hidden_size]`: `[B, N]`, float32."""
+    def dense_scores(self, history_states: torch.FloatTensor, items: torch.LongTensor) -> torch.FloatTensor | None:
+        """
+        Dense-retrieval scores of `items [B, N]` at history ends `[B, hidden_size]`: `[B, N]`, float32; None: no such
+        score.
+        """
+        if not self.has_dense_scores:
+            return None
         return self.ranking_head.dense_scores(history_states[:, None], self.representations(items)).float()
 
     def top_dense_items(

@@ -12,17 +12,19 @@ ways, with equal results:
   attention, training, histories longer than a sliding window, and backbones that hand nothing down.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from threading import Lock
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache_unigrf import cache_rollback, check_cache
 from .inputs_unigrf import History
 
 MAX_SCORES = 2**24  # attention scores in memory at a time: 64 MiB
@@ -176,6 +178,41 @@ def attention_mask_4d(
     return prepared(near)
 
 
+def check_cache(cache: Cache) -> None:
+    """Raises `ValueError` unless tokens can be appended to the cache and taken off again."""
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(
+            f"`cache` must be a `DynamicCache()` with plain layers, got {type(cache).__name__} with layers {kinds}. "
+            "Beams and candidates are appended to it and taken off again: pass `DynamicCache()`, or leave the cache "
+            "out."
+        )
+
+
+@contextmanager
+def cache_rollback(cache: Cache, only_on_error: bool = False) -> Iterator[Cache]:
+    """Crops the cache back to its length on exit; with `only_on_error`, only where an exception is raised."""
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    completed = False
+    try:
+        yield cache
+        completed = True
+    finally:
+        if not (completed and only_on_error):
+            # Layer by layer: a forward that failed has not reached the last ones.
+            for layer, length in zip_longest(cache.layers, lengths, fillvalue=0):
+                if excess := layer.get_seq_length() - length:
+                    layer.crop(-excess)
+
+
+def without_gradient(cache: DynamicCache) -> DynamicCache:
+    """Copies the cache: the same keys and values, into which no gradient flows."""
+    copy = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        copy.update(layer.keys.detach(), layer.values.detach(), index)
+    return copy
+
+
 def embed(backbone: PreTrainedModel, token_ids: torch.LongTensor) -> torch.FloatTensor:
     """Token ids `[...]` -> the backbone's embeddings `[..., hidden_size]`. `backbone`: a `UniGRFModel`."""
     return backbone.language_model.get_input_embeddings()(token_ids)
@@ -223,21 +260,21 @@ def prefill(
     mask[:, -1] = False
     last = embed(backbone, input_ids[:, -1:])
     last = last if representations is None else last + representations[:, -1:]
-    no_keys = input_ids.new_empty(len(input_ids), 1, 0)
+    nothing = input_ids.new_empty(len(input_ids), 1, 0)
+    times = None if times is None else times[:, -2:]
     with cache_rollback(cache):
-        states, _ = read_branches(
-            backbone, last[:, :, None], mask, no_keys, cache, None if times is None else times[:, -2:]
-        )
+        states, _ = read_branches(backbone, nothing, mask, nothing, cache, times, last[:, :, None])
     return states[:, 0, 0]
 
 
 def read_branches(
     backbone: PreTrainedModel,
-    inputs_embeds: torch.FloatTensor,
+    token_ids: torch.LongTensor,
     history_mask: torch.BoolTensor,
     earlier_keys: torch.LongTensor,
     cache: DynamicCache,
     times: torch.LongTensor | None = None,
+    block: torch.FloatTensor | None = None,
     token_mask: torch.BoolTensor | None = None,
     token_times: torch.LongTensor | None = None,
 ) -> tuple[torch.FloatTensor, torch.LongTensor]:
@@ -253,6 +290,8 @@ def read_branches(
             tokens are.
         times (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): The time of these tokens' event, and of the
             event that their outputs predict, in seconds.
+        block (`torch.FloatTensor` of shape `(batch_size, N, t, hidden_size)`, *optional*): Embeddings of t more
+            tokens, behind `token_ids`; s counts them, too, from here on.
         token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens exist; None:
             all. No other token sees those that do not, and they take no position; their own outputs mean nothing.
         token_times (`torch.LongTensor` of shape `(batch_size, N, s)`, *optional*): Each token's time, in place of the
@@ -264,6 +303,9 @@ def read_branches(
     """
     language_model = backbone.language_model
     config = language_model.config
+    inputs_embeds = embed(backbone, token_ids)
+    if block is not None:
+        inputs_embeds = torch.cat([inputs_embeds, block], dim=2)
     _, count, steps = inputs_embeds.shape[:3]
     keys, positions, branch_mask = _place_branches(inputs_embeds, history_mask, earlier_keys, cache, token_mask)
     earlier = earlier_keys.shape[2]
@@ -359,10 +401,10 @@ def shares_prefix(language_model: PreTrainedModel) -> bool:
             succeeded = False
             # Dropout draws random numbers in training: a resumed run must not see other ones.
             with torch.random.fork_rng([language_model.device] if language_model.device.type == "cuda" else []):
-                language_model(token, cache=cache, use_cache=True)
+                language_model(input_ids=token, cache=cache, use_cache=True)
                 config._attn_implementation = SHARED_PREFIX
                 try:
-                    language_model(token, mask, cache=cache, use_cache=True, branches=trial)
+                    language_model(input_ids=token, attention_mask=mask, cache=cache, use_cache=True, branches=trial)
                     language_model.hands_down_arguments = succeeded = trial.reached_attention
                 finally:
                     if not succeeded:
