@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("file", WRITTEN, ids=["README.md", "recipes/results/README.md"])
-def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_committed_results(file):
+def test_readme_files_exist_and_tables_match_the_results(file):
     text = file.read_text()
     assert with_tables(text) == text
     for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
@@ -36,7 +36,7 @@ def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_co
 
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda file: str(file.relative_to(ROOT)))
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_readmes_commands_are_understood(file, monkeypatch):
+def test_readme_commands_are_understood(file, monkeypatch):
     blocks = re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m recipes.")]
@@ -63,7 +63,7 @@ def test_the_readmes_commands_are_understood(file, monkeypatch):
         ("recochain_beauty_llama", reproduce_recochain),
     ],
 )
-def test_the_command_of_every_committed_run_asks_for_what_was_run(name, recipe):
+def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
     for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
@@ -73,7 +73,7 @@ def test_the_command_of_every_committed_run_asks_for_what_was_run(name, recipe):
         assert {one: asked[one] for one in found} == found, run["made by"]["command"]
 
 
-def test_the_readme_snippets_run(tmp_path, monkeypatch):
+def test_readme_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)

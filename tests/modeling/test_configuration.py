@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from modeling_unigrf import HSTUConfig, UniGRFConfig, UniGRFForCausalLM
 
 
-def test_a_config_that_is_used_twice_is_left_as_it_was():
+def test_a_reused_text_config_is_not_changed():
     base = AutoConfig.for_model("llama", **BACKBONES["llama"])
     first = UniGRFConfig(text_config=base, codebook_sizes=[4, 4, 2])
     vocab_size = first.vocab_size
@@ -63,12 +63,12 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
         ({"max_items": 0, "text_config": {"model_type": "bloom"}}, "max_items of 1 or more"),  # without positions
     ],
 )
-def test_configs_that_make_no_sense_are_refused(fields, message):
+def test_invalid_configs_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         UniGRFConfig(**fields)
 
 
-def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
+def test_integers_and_tuples_equal_floats_and_lists(tmp_path):
     text_config = HSTUConfig(dropout=0, layer_norm_eps=1)
     lists = {"code_offsets": (6, 8), "behavior_token_ids": (4, 5), "ranking_targets": ("next",)}
     lists |= {"codebook_sizes": (2, 2), "behaviors": ("dislike", "like"), "retrieval_behaviors": ("like",)}
@@ -80,13 +80,13 @@ def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=str)
-def test_a_spelling_that_is_changed_at_load_is_checked_as_a_new_one(changed, tmp_path):
+def test_token_ids_changed_at_load_are_checked_again(changed, tmp_path):
     build_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Token ids overlap"):
         UniGRFForCausalLM.from_pretrained(tmp_path, **changed)
 
 
-def test_tokens_that_spell_items_are_not_taken_away():
+def test_semantic_id_tokens_cannot_be_removed():
     model = build_model()
     needed = model.config.num_spelling_tokens
     assert model.resize_token_embeddings(needed + 3).num_embeddings == needed + 3

@@ -46,7 +46,7 @@ def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
         torch.testing.assert_close(cached[row, real], alone, atol=2e-5, rtol=1e-4)
 
 
-def test_a_beam_as_wide_as_the_catalog_equals_exact_scoring_of_every_item(backbone):
+def test_a_beam_of_the_whole_catalog_equals_exact_scoring(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 1])
     out = model.generate(
@@ -83,7 +83,7 @@ class FavourOddTokens(LogitsProcessor):
         return scores + (torch.arange(scores.shape[1]) % 2) * 3.0 + (input_ids[:, -1:] % 3) * 0.1
 
 
-def test_logits_processors_of_the_user_are_applied_as_stock_generate_applies_them():
+def test_custom_logits_processors_act_as_in_stock_generate():
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8, "output_scores": True}
@@ -97,7 +97,7 @@ def test_logits_processors_of_the_user_are_applied_as_stock_generate_applies_the
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
+def test_allowed_tokens_per_row_act_as_in_stock_generate(batch_size):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2, 1, 3][:batch_size])
     first, second = model.config.code_offsets[:2]
@@ -120,7 +120,7 @@ def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
     seed=st.integers(0, 10_000),
     num_beams=st.integers(1, 12),
 )
-def test_every_generated_item_exists_in_random_catalogs_with_shared_suffixes(sizes, share, seed, num_beams):
+def test_every_generated_item_exists_in_random_catalogs(sizes, share, seed, num_beams):
     total = int(torch.tensor(sizes).prod())
     num_items = max(1, round(share * total))
     model = build_model(codebook_sizes=sizes, num_items=num_items, seed=seed, embeddings=False)
@@ -133,7 +133,7 @@ def test_every_generated_item_exists_in_random_catalogs_with_shared_suffixes(siz
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
 
 
-def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the_beams(tmp_path):
+def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8}
@@ -146,7 +146,7 @@ def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the
     assert torch.equal(loaded.generate(input_ids, **arguments), expected)
 
 
-def test_what_no_generation_config_says_is_as_in_a_new_model(tmp_path):
+def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     expected, best = model.generate(input_ids, attention_mask=mask), model.recommend(input_ids, mask)
@@ -162,7 +162,7 @@ def test_what_no_generation_config_says_is_as_in_a_new_model(tmp_path):
     assert model.max_return_sequences() == 10
 
 
-def test_generation_keeps_no_state_between_calls_and_none_between_rows():
+def test_generation_keeps_no_state_between_calls_or_rows():
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # a batch that is no codebook's size
     together = model.recommend(input_ids, mask, num_beams=6, num_return_sequences=6)
@@ -172,7 +172,7 @@ def test_generation_keeps_no_state_between_calls_and_none_between_rows():
         torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-5, rtol=1e-5)
 
 
-def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
+def test_a_partial_item_is_completed_and_a_dead_prefix_raises():
     model = build_model(codebook_sizes=(6, 3, 2), num_items=5)
     input_ids, _, _ = random_histories(model, [2])
     codes = model.catalog.item_codes.long()
@@ -190,7 +190,7 @@ def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
         model.generate(wrong_level, num_beams=4)
 
 
-def test_histories_that_no_item_can_follow_are_refused():
+def test_histories_that_no_item_can_follow_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [2, 1])
     with pytest.raises(ValueError, match="after which no item begins"):
@@ -252,7 +252,7 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     assert sorted(narrow.item_indices[0].tolist()) == [27, 28, 29] and (narrow.item_indices[1] >= 20).all()
 
 
-def test_lists_that_leave_nothing_or_name_nothing_are_refused():
+def test_item_lists_that_leave_no_item_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [2, 1])
     with pytest.raises(ValueError, match="Request 1 leaves no item"):
@@ -313,7 +313,7 @@ def test_the_processor_finds_its_node_from_the_tokens_alone():
     )
 
 
-def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exist():
+def test_stock_beam_search_generates_existing_items():
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     arguments = {"attention_mask": mask, "num_beams": 4, "num_return_sequences": 4}
@@ -338,7 +338,7 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
 
 
 @pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=str)
-def test_stock_beam_search_has_no_more_beams_than_items_either(stock):
+def test_stock_beam_search_has_no_more_beams_than_items(stock):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     market = [1, 2, 3]
@@ -374,7 +374,7 @@ def test_padding_takes_no_positions():
         ("gemma3_text", r" with \['use_bidirectional_attention=True'\]"),
     ],
 )
-def test_backbones_that_place_tokens_by_their_row_or_attend_otherwise_are_refused(model_type, found):
+def test_unsupported_backbones_are_rejected(model_type, found):
     text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     text_config |= {"falcon": {"alibi": True}, "gemma3_text": {"use_bidirectional_attention": True}}.get(
         model_type, {}
@@ -383,7 +383,7 @@ def test_backbones_that_place_tokens_by_their_row_or_attend_otherwise_are_refuse
         UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
-def test_a_catalog_that_was_set_in_inference_mode_is_searched_too():
+def test_a_catalog_set_in_inference_mode_can_be_searched():
     model, other = build_model(), build_model(seed=1).catalog
     input_ids = random_histories(model, [2])[0]  # of which <bos> is in both
     model.set_catalog(other.item_codes, other.content_embeddings)

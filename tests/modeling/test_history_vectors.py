@@ -27,7 +27,7 @@ def build(backbone="llama", **config):
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_the_vector_of_each_item_is_added_to_the_behavior_behind_it(backbone, embeddings):
+def test_item_representations_are_added_to_the_next_behavior(backbone, embeddings):
     model = build(backbone, project_content_embeddings=embeddings)
     input_ids, mask, _ = random_histories(model, [4, 2])
     timed = {"timestamps": torch.arange(input_ids.shape[1]).expand(2, -1)} if backbone == "hstu" else {}
@@ -42,7 +42,7 @@ def test_the_vector_of_each_item_is_added_to_the_behavior_behind_it(backbone, em
 
 
 @pytest.mark.parametrize("retrieved", [0, 3])
-def test_search_and_ranking_on_any_part_of_a_cache_equal_exact_scoring(backbone, retrieved):
+def test_search_and_rank_on_a_partial_cache_equal_exact_scores(backbone, retrieved):
     model = build(backbone, num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
     everything, longer = torch.arange(30).expand(2, -1), long_histories(model, [12, 2]) if retrieved else {}
@@ -64,7 +64,7 @@ def test_search_and_ranking_on_any_part_of_a_cache_equal_exact_scoring(backbone,
         torch.testing.assert_close(again.scores, whole.scores, atol=5e-5, rtol=1e-4)
 
 
-def test_our_search_equals_stock_generate_and_the_artefact_comes_back(backbone, tmp_path):
+def test_the_search_equals_stock_generate_also_after_reloading(backbone, tmp_path):
     model = build(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2])
     asked = {"attention_mask": mask, "num_beams": 5, "num_return_sequences": 5}
@@ -79,7 +79,7 @@ def test_our_search_equals_stock_generate_and_the_artefact_comes_back(backbone, 
     torch.testing.assert_close(stock.sequences_scores, ours.sequences_scores, atol=5e-5, rtol=1e-4)
 
 
-def test_histories_packed_in_one_row_keep_their_vectors_and_the_vectors_learn(backbone):
+def test_packed_histories_train_their_item_representations(backbone):
     model = build(backbone, ranking_loss_weight=0.0)
     input_ids, mask, _ = random_histories(model, [3, 2])
     alone = [ids[one.bool()] for ids, one in zip(input_ids, mask, strict=True)]
@@ -92,7 +92,7 @@ def test_histories_packed_in_one_row_keep_their_vectors_and_the_vectors_learn(ba
     assert model.item_encoder.proj.weight.grad.abs().sum() > 0 and model.item_encoder.table.weight.grad.abs().sum() > 0
 
 
-def test_an_item_that_the_catalog_lacks_is_read_by_its_codes_alone():
+def test_an_item_outside_the_catalog_is_read_by_its_codes_alone():
     model = build()
     input_ids, mask, items = random_histories(model, [3])
     kept = [item for item in range(30) if item != items[0][1]]
@@ -106,7 +106,7 @@ def test_an_item_that_the_catalog_lacks_is_read_by_its_codes_alone():
     torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_vectors_that_are_missing_are_asked_for():
+def test_missing_item_representations_are_reported():
     model = build()
     input_ids, mask, _ = random_histories(model, [3])
     with pytest.raises(ValueError, match="pass item_representations="):

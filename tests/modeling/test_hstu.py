@@ -120,7 +120,7 @@ def test_padding_on_either_side_changes_nothing():
     torch.testing.assert_close(right, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_any_dynamic_cache_will_do_and_no_other():
+def test_only_a_dynamic_cache_is_accepted():
     model = build_model("hstu")
     input_ids, mask, _ = random_histories(model, [3, 2])
     expected = model.recommend(input_ids, mask)
@@ -134,7 +134,7 @@ def test_any_dynamic_cache_will_do_and_no_other():
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="static")
 
 
-def test_what_a_forward_returns_beside_its_output_is_told_by_the_config_too():
+def test_output_flags_work_as_arguments_and_in_the_config():
     model, tokens = build(), torch.randint(1, 30, (1, 5))
     asked = model(tokens, output_hidden_states=True, output_attentions=True)
     model.config.output_hidden_states = model.config.output_attentions = True
@@ -151,7 +151,7 @@ def test_the_old_name_of_the_cache_still_reaches_it():
     assert cache.get_seq_length() == 5
 
 
-def test_more_positions_than_there_are_is_refused():
+def test_inputs_longer_than_the_positions_are_rejected():
     with pytest.raises(ValueError, match="max_position_embeddings=20"):
         build()(torch.zeros(1, 21, dtype=torch.long))
     with pytest.raises(ValueError, match="exactly one of"):
@@ -193,7 +193,7 @@ def states_alone(model, ids, times, request, item):
 
 
 @torch.no_grad()
-def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
+def test_search_and_rank_read_times_as_a_plain_forward_does(monkeypatch):
     model = build_model("hstu")
     input_ids, mask, _, times, requests = timed(model, [4, 2])
     given = {"timestamps": times, "query_time": requests}
@@ -228,7 +228,7 @@ def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
     torch.testing.assert_close(by_transformers.sequences_scores, generated.sequences_scores, atol=2e-5, rtol=1e-4)
 
 
-def test_packed_negatives_are_asked_for_when_the_true_item_came():
+def test_packed_negatives_have_the_time_of_the_true_item():
     model = build_model("hstu", negatives_per_item=2.0)
     input_ids, mask, _, times, _ = timed(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -253,7 +253,7 @@ def test_packed_negatives_are_asked_for_when_the_true_item_came():
     torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
 
 
-def test_the_pipeline_takes_times_of_items_and_of_the_request():
+def test_the_pipeline_takes_item_times_and_a_query_time():
     model = build_model("hstu")
     names = [f"i{number}" for number in range(30)]
     tokenizer = SemanticIdTokenizer.from_codes(
@@ -291,7 +291,7 @@ def test_the_pipeline_takes_times_of_items_and_of_the_request():
         tokenizer.encode_history(["i3"], ["like"], timestamps=[float("nan")])
 
 
-def test_times_that_nothing_reads_or_that_fit_no_row_are_refused():
+def test_timestamps_that_do_not_fit_are_rejected():
     model = build_model("llama")
     input_ids, mask, _, times, _ = timed(model, [3, 1])
     with pytest.raises(ValueError, match="does not read"):

@@ -9,7 +9,7 @@ from modeling_unigrf import supervision_unigrf, training_unigrf
 from recipes.callbacks import AdaptiveWeighter
 
 
-def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviors(backbone):
+def test_the_loss_is_the_log_likelihood_of_codes_and_behaviors(backbone):
     """Against a loop over positions, with padding on either side."""
     model = build_model(backbone, dense_loss_weight=0.7)
     input_ids, mask, items = random_histories(model, [4, 2])
@@ -61,7 +61,7 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviors(backbone):
     ],
 )
 @torch.no_grad()
-def test_dropout_is_drawn_in_training_alone(place, reader, fields):
+def test_dropout_acts_only_in_training(place, reader, fields):
     model = build_model(reader, **fields)
     input_ids, mask, _ = random_histories(model, [4, 2])
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
@@ -80,7 +80,7 @@ def test_dropout_is_drawn_in_training_alone(place, reader, fields):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backbone, attention):
+def test_packed_negatives_are_scored_as_by_rank(backbone, attention):
     model = build_model(backbone, negatives_per_item=2.5)
     if backbone == "hstu" and attention == "sdpa":
         pytest.skip("HSTU attends in a way of its own")
@@ -111,7 +111,7 @@ def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backb
     torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
 
 
-def test_random_negatives_are_as_many_and_where_the_log_odds_of_next_say():
+def test_random_negatives_follow_every_history_equally_often():
     model = build_model(codebook_sizes=(30,), negatives_per_item=200.0)
     input_ids, mask, items = random_histories(model, [4, 1])
     seen = watch_negatives(model)
@@ -126,7 +126,7 @@ def test_random_negatives_are_as_many_and_where_the_log_odds_of_next_say():
     assert negatives.items.flatten().bincount(minlength=30).min() > 20, "of all items"
 
 
-def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
+def test_training_only_the_ranking_computes_no_code_softmax(monkeypatch):
     model, joint = build_model(generation_loss_weight=0.0), build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -138,7 +138,7 @@ def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
 
 
 @pytest.mark.parametrize("second_stage", [False, True])
-def test_a_retriever_alone_neither_packs_candidates_nor_ranks_them(second_stage, monkeypatch):
+def test_training_only_retrieval_packs_and_ranks_no_candidates(second_stage, monkeypatch):
     config = {"num_retrieved_items": 3, "num_train_beams": 4} if second_stage else {"negatives_per_item": 2.0}
     model, joint = build_model(ranking_loss_weight=0.0, **config), build_model(**config)
     input_ids, mask, _ = random_histories(model, [4, 2])
@@ -154,7 +154,7 @@ def test_a_retriever_alone_neither_packs_candidates_nor_ranks_them(second_stage,
         AdaptiveWeighter().on_train_begin(None, None, None, model=model)
 
 
-def test_a_ranking_that_sees_no_item_that_did_not_come_next_is_warned_of(monkeypatch):
+def test_ranking_without_negatives_logs_a_warning(monkeypatch):
     told = []
     monkeypatch.setattr(supervision_unigrf.logger, "warning_once", told.append)
     for changed, is_warned in (
@@ -171,7 +171,7 @@ def test_a_ranking_that_sees_no_item_that_did_not_come_next_is_warned_of(monkeyp
     assert "items that came next alone" in told[0]
 
 
-def test_training_on_items_outside_the_catalog_is_refused():
+def test_training_on_items_outside_the_catalog_is_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3])
     codes = torch.roll(model.catalog.item_codes, 1, dims=1) % torch.tensor([4, 3, 3, 2])
@@ -188,7 +188,7 @@ def test_negatives_need_a_plain_mask():
         model(input_ids=input_ids, attention_mask=square, labels=input_ids)
 
 
-def test_what_the_labels_are_for_is_asked_for():
+def test_labels_without_any_loss_are_rejected():
     model = build_model(generation_loss_weight=0.0, ranking_loss_weight=0.0)
     input_ids, mask, _ = random_histories(model, [4, 2])
     with pytest.raises(ValueError, match="nothing to learn"):
@@ -202,7 +202,7 @@ def test_what_the_labels_are_for_is_asked_for():
         model(input_ids[:1, 4:], labels=input_ids[:1, 4:])  # cut inside an item
 
 
-def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
+def test_packed_histories_are_read_as_if_each_were_alone(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2, 3])
     rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
@@ -218,7 +218,7 @@ def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_retrieval_learns_the_items_with_its_behaviors_alone_and_ranking_all(backbone):
+def test_only_retrieval_is_limited_to_retrieval_behaviors(backbone):
     plain, chosen = (
         build_model(backbone, dense_loss_weight=0.7, retrieval_behaviors=only) for only in (None, ["like"])
     )
@@ -241,7 +241,7 @@ def test_retrieval_learns_the_items_with_its_behaviors_alone_and_ranking_all(bac
         torch.testing.assert_close(model(input_ids, mask, labels=labels).generation_loss, whole.generation_loss)
 
 
-def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
+def test_the_sampled_softmax_loss_approaches_the_full_one(monkeypatch):
     torch.manual_seed(0)
     states, vectors, items = torch.randn(50, 8), torch.randn(400, 8), torch.randint(400, (50,))
     full = training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400)
@@ -250,7 +250,7 @@ def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
     torch.testing.assert_close(torch.stack(sampled).mean(), full, atol=0.02, rtol=0.01)
 
 
-def test_a_row_that_begins_with_a_supervised_item_is_refused():
+def test_a_row_that_begins_with_a_supervised_item_is_rejected():
     model = build_model()
     input_ids, _, _ = random_histories(model, [3])
     with pytest.raises(ValueError, match="Keep the <bos>"):
@@ -259,7 +259,7 @@ def test_a_row_that_begins_with_a_supervised_item_is_refused():
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws_that_are_not_it(similarity, shared):
+def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws(similarity, shared):
     model = build_model(
         codebook_sizes=(40, 3),
         num_items=90,

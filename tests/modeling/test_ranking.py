@@ -29,7 +29,7 @@ def rank_alone(model, input_ids, mask, candidates):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rank_equals_every_candidate_on_its_own(backbone, attention):
+def test_rank_equals_each_candidate_alone(backbone, attention):
     model = build_model(backbone)
     if backbone == "hstu" and attention == "sdpa":
         pytest.skip("HSTU attends in a way of its own")
@@ -42,7 +42,7 @@ def test_rank_equals_every_candidate_on_its_own(backbone, attention):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_unchanged(backbone):
+def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2])
     candidates = torch.tensor([[0, 5, 9], [29, 1, 2]])
@@ -59,7 +59,7 @@ def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_u
     torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
 
 
-def test_the_cache_is_left_as_it_was_also_when_ranking_or_reading_fails(monkeypatch):
+def test_the_cache_is_rolled_back_when_a_call_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
     cache, part = prefill(model, input_ids, mask), prefill(model, input_ids[:, :6], mask[:, :6])
@@ -118,7 +118,7 @@ def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
         assert torch.corrcoef(torch.stack([first, second.float()]))[0, 1] > 0.99
 
 
-def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
+def test_the_dense_score_is_part_of_the_ranking_or_separate():
     together, apart = (build_model(rank_by_dense_score=part, dense_loss_weight=1.0) for part in (True, False))
     input_ids, mask, _ = random_histories(together, [4, 2])
     everything = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "ranking_target": "next"}
@@ -131,7 +131,7 @@ def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_the_item_level_score_is_trained_by_the_ranking_unless_that_is_detached(detach):
+def test_ranking_trains_the_dense_score_unless_it_is_detached(detach):
     fields = {"stop_gradient_dense_score": detach, "dense_loss_weight": 1.0, "negatives_per_item": 1.0}
     gradients, losses = [], []
     for weight in (1.0, 2.0):
@@ -146,7 +146,7 @@ def test_the_item_level_score_is_trained_by_the_ranking_unless_that_is_detached(
     assert torch.equal(*gradients) == detach and gradients[0].any(), "its own softmax trains it in any case"
 
 
-def test_candidates_and_caches_that_do_not_fit_are_refused():
+def test_candidates_and_caches_that_do_not_fit_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3, 2])
     with pytest.raises(ValueError, match="one row a history"):
@@ -175,7 +175,7 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
     )
 
 
-def test_added_items_are_generated_at_once_and_old_scores_stay():
+def test_added_items_are_generated_and_old_scores_stay():
     model = build_model(codebook_sizes=(4, 3, 3, 3), num_items=20)
     input_ids, mask, _ = random_histories(model, [4, 2])
     old = exact_scores(model, input_ids, mask)
@@ -194,7 +194,7 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
+def test_the_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
     code, level = model.catalog.item_codes[0].tolist(), model.layout.level_slice(2)
@@ -215,7 +215,7 @@ def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     torch.testing.assert_close(loaded.recommend(input_ids, mask, num_beams=14).scores, best.scores[:, :10])
 
 
-def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
+def test_duplicate_and_impossible_codes_are_rejected():
     model = build_model()
     codes = model.catalog.item_codes.clone()
     before = codes.clone()
@@ -231,7 +231,7 @@ def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
     assert torch.equal(model.catalog.item_codes, before)
 
 
-def test_a_catalog_that_is_changed_in_place_is_read_anew():
+def test_a_catalog_loaded_from_a_state_dict_takes_effect():
     model = build_model()
     before, items = model.catalog.item_codes.clone(), torch.arange(30)
     assert torch.equal(model.catalog.trie.lookup(before), items)

@@ -34,7 +34,7 @@ def expected_ranking_loss(model, input_ids, mask, candidates, longer):
 
 @pytest.mark.parametrize("retrieved", [0, 3])
 @pytest.mark.parametrize("detach", [False, True])
-def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backbone, retrieved, detach):
+def test_training_beams_equal_recommend_and_are_scored_by_rank(backbone, retrieved, detach):
     model = build_model(backbone, num_retrieved_items=retrieved, num_train_beams=6, stop_gradient_history=detach)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
     longer = long_histories(model, [12, 2, 4]) if retrieved else {}
@@ -65,7 +65,7 @@ def test_the_beams_of_training_are_those_of_recommend_ranked_as_rank_would(backb
     assert out.cache is None
 
 
-def test_no_beam_of_training_is_spent_on_a_blocked_item_and_the_target_is_ranked_all_the_same():
+def test_blocked_items_are_no_training_beams_but_the_target_is():
     model = build_model(num_retrieved_items=3, num_train_beams=6)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
     longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
@@ -83,7 +83,7 @@ def test_no_beam_of_training_is_spent_on_a_blocked_item_and_the_target_is_ranked
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
 
 
-def test_candidates_of_training_are_asked_for_when_the_true_item_came():
+def test_training_candidates_have_the_time_of_the_true_item():
     model = build_model("hstu", num_retrieved_items=3, num_train_beams=6)
     input_ids, mask, _ = random_histories(model, [4, 4, 4])
     longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
@@ -112,7 +112,7 @@ def test_candidates_of_training_are_asked_for_when_the_true_item_came():
     assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
 
 
-def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
+def test_an_injected_target_is_ranked_by_its_own_codes():
     """Would fail if only the item's index took the place of a beam whose keys and values stayed."""
     model = build_model(num_retrieved_items=3)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
@@ -128,7 +128,7 @@ def test_a_target_injected_for_a_beam_is_ranked_by_its_own_codes_and_block():
     torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
 
 
-def test_a_target_that_the_search_missed_is_no_candidate_unless_it_is_injected():
+def test_a_missed_target_is_no_candidate_without_injection():
     model = build_model(num_train_beams=6, inject_target=False)
     input_ids, mask, _ = random_histories(model, [4, 4, 4])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -147,7 +147,7 @@ def test_a_target_that_the_search_missed_is_no_candidate_unless_it_is_injected()
     torch.testing.assert_close(found, torch.stack([of_next, *of_behaviors]).mean(), atol=3e-5, rtol=1e-4)
 
 
-def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monkeypatch):
+def test_packs_of_candidates_have_the_same_gradient(backbone, monkeypatch):
     gradients = []
     for at_once in (64, 3):
         monkeypatch.setattr(candidates_unigrf, "CANDIDATES_AT_ONCE", at_once)
@@ -164,7 +164,7 @@ def test_candidates_in_packs_are_the_same_with_the_same_gradient(backbone, monke
 
 
 @pytest.mark.parametrize(("embeddings", "table"), [(True, 0), (False, 30), (True, 7), (False, 7)])
-def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_path):
+def test_either_part_of_an_item_representation_may_be_missing(embeddings, table, tmp_path):
     model = build_model(
         num_retrieved_items=3, num_train_beams=4, project_content_embeddings=embeddings, embedding_table_size=table
     )
@@ -183,7 +183,7 @@ def test_either_part_of_an_item_vector_may_be_missing(embeddings, table, tmp_pat
         )
 
 
-def test_the_target_takes_a_random_place_where_it_was_missed_and_no_other_changes():
+def test_a_missed_target_replaces_one_random_beam():
     beams, targets = torch.arange(12).view(2, 6), torch.tensor([20, 8])
     places = set()
     for seed in range(40):
@@ -194,7 +194,7 @@ def test_the_target_takes_a_random_place_where_it_was_missed_and_no_other_change
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_the_gradient_of_stage_two_stops_at_the_history_if_it_is_detached(backbone, detach):
+def test_stop_gradient_history_stops_the_ranking_gradient(backbone, detach):
     model = build_model(
         backbone, num_retrieved_items=3, num_train_beams=5, stop_gradient_history=detach, generation_loss_weight=0.0
     )
@@ -233,7 +233,7 @@ def test_the_search_leaves_no_trace_in_the_gradient(backbone, autocast, monkeypa
         torch.testing.assert_close(gradient, gradients[1][name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_of_histories_packed_in_one_row_the_last_one_has_candidates_that_see_no_other(backbone):
+def test_candidates_of_a_packed_row_see_only_the_last_history(backbone):
     model = build_model(backbone, num_retrieved_items=3)
     input_ids, mask, _ = random_histories(model, [4, 2])
     rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
@@ -246,7 +246,7 @@ def test_of_histories_packed_in_one_row_the_last_one_has_candidates_that_see_no_
     torch.testing.assert_close(found.ranking_loss, alone.ranking_loss, atol=3e-5, rtol=1e-4)
 
 
-def test_a_row_without_a_supervised_item_has_no_candidates_to_learn_from():
+def test_a_row_without_a_supervised_item_has_no_candidates():
     model = build_model(num_retrieved_items=3, num_train_beams=4)
     input_ids, mask, items = random_histories(model, [4, 2, 3])
     labels, longer = input_ids.masked_fill(mask == 0, -100), long_histories(model, [12, 2, 5])
@@ -285,7 +285,7 @@ def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
         torch.testing.assert_close(ranking, whole.ranking_loss)
 
 
-def test_candidates_that_do_not_fit_are_refused():
+def test_training_candidates_that_do_not_fit_are_rejected():
     model = build_model(num_train_beams=4)
     input_ids, mask, _ = random_histories(model, [3, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -309,7 +309,7 @@ def test_candidates_that_do_not_fit_are_refused():
     assert build_model()(input_ids, mask, labels=labels, candidates=empty).ranking_loss.isfinite()
 
 
-def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_stock_trainer(tmp_path):
+def test_stage_two_starts_from_stage_one_under_the_stock_trainer(tmp_path):
     first = build_model(negatives_per_item=1.0)
     first.save_pretrained(tmp_path / "one")
     fields = {"num_retrieved_items": 3, "num_train_beams": 6}
@@ -335,7 +335,7 @@ def test_stage_two_starts_from_a_checkpoint_of_stage_one_and_trains_under_the_st
 
 
 @pytest.mark.parametrize("kept_for", [{}, {"every_epochs": 2}, {"every_steps": 5}], ids=str)
-def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_for, tmp_path):
+def test_a_resumed_stage_two_equals_an_uninterrupted_one(kept_for, tmp_path):
     rows = second_stage_rows(build_model(num_retrieved_items=3))
 
     def train(folder, resume=None, **arguments):
@@ -365,7 +365,7 @@ def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_for, tmp_pa
         assert torch.equal(first, second), name
 
 
-def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_they_were_old(tmp_path):
+def test_candidates_are_refreshed_after_the_given_steps(tmp_path):
     model = build_model(num_train_beams=6)
     rows = second_stage_rows(model).select_columns(["row", "input_ids", "attention_mask", "labels"])
     kept, seen = CachedCandidates(model, rows, 6, every_steps=6), []
@@ -410,7 +410,7 @@ def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_the
         CachedCandidates(model, rows, 6, every_steps=0)
 
 
-def test_kept_candidates_are_searched_for_at_the_time_of_the_true_item():
+def test_cached_candidates_have_the_time_of_the_true_item():
     model = build_model("hstu", num_train_beams=4)
     rows = second_stage_rows(model)
     generator = torch.Generator().manual_seed(2)
@@ -430,7 +430,7 @@ def test_kept_candidates_are_searched_for_at_the_time_of_the_true_item():
         assert torch.equal(items, best.item_indices[0])
 
 
-def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_asked_for():
+def test_candidates_are_refreshed_after_the_given_epochs():
     model = build_model(num_retrieved_items=3)
     rows = second_stage_rows(model)
     kept = CachedCandidates(model, rows, num_beams=40, every_epochs=2, batch_size=3)
@@ -470,7 +470,7 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
         CachedCandidates(model, rows.remove_columns("row"), num_beams=4)
 
 
-def test_a_frozen_base_model_learns_to_rank_and_nothing_else(tmp_path):
+def test_a_frozen_base_model_only_learns_to_rank(tmp_path):
     model = build_model(num_retrieved_items=3, num_train_beams=6, dense_loss_weight=1.0, embedding_dropout=0.1)
     input_ids, mask, _ = random_histories(model, [4, 2, 1])
     asked = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "num_dense_candidates": 5}

@@ -29,7 +29,7 @@ def one_by_one(model, input_ids, mask, branches):
 
 
 @pytest.mark.parametrize("way", ["shared prefix", "shared prefix in chunks", "packed mask", "eager"])
-def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, way, monkeypatch):
+def test_a_tree_of_branches_is_read_as_each_path_alone(backbone, way, monkeypatch):
     if backbone == "hstu" and way != "eager":
         pytest.skip("HSTU attends in a way of its own")
     model = build_model(backbone)
@@ -58,7 +58,7 @@ def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, wa
     )
 
 
-def test_a_backbone_that_hands_nothing_down_is_found_out_also_by_two_threads_and_after_a_failure(monkeypatch):
+def test_a_backbone_that_ignores_the_branches_is_detected(monkeypatch):
     model = build_model()
     backbone, threads, asked_beside = model.model.language_model, ThreadPoolExecutor(1), []
     forward, last = backbone.forward, backbone.layers[1].forward
@@ -100,7 +100,7 @@ def test_sums_over_a_long_history_fit_into_a_float16():
     torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
 
 
-def test_training_after_inference_is_training_as_before():
+def test_inference_does_not_change_later_training():
     model = build_model(negatives_per_item=0.5)
     input_ids, mask, _ = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -110,7 +110,7 @@ def test_training_after_inference_is_training_as_before():
     torch.testing.assert_close(model(input_ids, mask, labels=labels).loss, before)
 
 
-def test_a_window_that_no_layer_has_is_none():
+def test_a_window_that_no_layer_uses_is_none():
     fields = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 2}
     assert sliding_window(UniGRFConfig(text_config={**fields, "max_window_layers": 1}).text_config) == 4
     assert sliding_window(UniGRFConfig(text_config={**fields, "max_window_layers": 28}).text_config) is None

@@ -66,7 +66,7 @@ def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors, l
     exclude=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_the_sub_history_is_what_sorting_everything_finds(items, count, exclude, seed):
+def test_the_sub_history_equals_a_full_sort(items, count, exclude, seed):
     embeddings = torch.randn(9, 4, generator=torch.Generator().manual_seed(seed))
     candidates = torch.tensor([[0, 3, 8], [5, 5, 1]])
     both = torch.tensor([items, items[::-1]], dtype=torch.long)
@@ -90,7 +90,7 @@ def test_the_sub_history_is_the_same_in_chunks(at_once, monkeypatch):
     assert torch.equal(retrieve(embeddings, items, candidates, 12), expected)
 
 
-def test_of_equal_cosines_the_latest_are_taken_also_of_embeddings_of_zeros():
+def test_ties_in_cosine_are_won_by_the_latest_items():
     items = torch.tensor([[3, 1, 2, 3, -1, 0, 3]])
     assert retrieve(torch.zeros(4, 5), items, torch.tensor([[2]]), 3).tolist() == [[[3, 5, 6]]]
     distinct = torch.eye(4)
@@ -99,7 +99,7 @@ def test_of_equal_cosines_the_latest_are_taken_also_of_embeddings_of_zeros():
 
 
 @pytest.mark.parametrize("length", [1001, 1197, 1200])
-def test_of_items_with_the_same_embedding_the_latest_is_taken_wherever_they_stand(length):
+def test_of_equal_embeddings_the_latest_item_is_retrieved(length):
     generator = torch.Generator().manual_seed(length)
     embeddings = torch.randn(600, 128, generator=generator).repeat(2, 1)  # items i and 600 + i
     items, candidates = torch.randperm(1200, generator=generator)[None, :length], torch.arange(600)[None]
@@ -109,7 +109,7 @@ def test_of_items_with_the_same_embedding_the_latest_is_taken_wherever_they_stan
     assert torch.equal(found[latest >= 0], latest[latest >= 0])
 
 
-def test_what_is_chosen_does_not_depend_on_the_precision_of_the_training():
+def test_retrieval_does_not_depend_on_autocast():
     embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
     items, candidates = torch.arange(200)[None], torch.arange(50)[None]
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +117,7 @@ def test_what_is_chosen_does_not_depend_on_the_precision_of_the_training():
     assert torch.equal(found, retrieve(embeddings, items, candidates, 10))
 
 
-def test_embeddings_of_int8_choose_and_rank_as_the_floats_that_they_stand_for(tmp_path):
+def test_int8_content_embeddings_rank_as_the_floats_they_encode(tmp_path):
     model = build_model(num_retrieved_items=3)
     whole = torch.randint(-127, 128, (30, 6), generator=torch.Generator().manual_seed(1)).to(torch.int8)
     model.set_catalog(model.catalog.item_codes, whole / 127)
@@ -143,7 +143,7 @@ def test_embeddings_of_int8_choose_and_rank_as_the_floats_that_they_stand_for(tm
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("exclude", [False, True])
-def test_rank_with_sub_histories_equals_every_candidate_on_its_own(backbone, attention, exclude):
+def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention, exclude):
     model = build_model(backbone, num_retrieved_items=3, exclude_candidate=exclude)
     if backbone == "hstu" and attention == "sdpa":
         pytest.skip("HSTU attends in a way of its own")
@@ -212,7 +212,7 @@ def test_recommend_ranks_its_beams_as_rank_does(backbone):
     assert [set(row) for row in best.item_indices.tolist()] == beams, "the sub-history has no say in generation"
 
 
-def test_padding_unknown_items_and_a_k_beyond_the_long_history_change_nothing():
+def test_padding_and_unknown_items_do_not_change_the_ranking():
     model = build_model(num_retrieved_items=20)
     input_ids, mask, _ = random_histories(model, [3])
     candidates = torch.tensor([[4, 7, 21]])
@@ -231,7 +231,7 @@ def test_padding_unknown_items_and_a_k_beyond_the_long_history_change_nothing():
     assert not torch.allclose(without, expected)
 
 
-def test_histories_of_ten_thousand_items_are_trained_on_and_served():
+def test_histories_of_ten_thousand_items_train_and_serve():
     model = build_model(num_retrieved_items=8, num_train_beams=4)
     input_ids, mask, _ = random_histories(model, [4, 2])
     longer = long_histories(model, [10_000, 9_000])
@@ -258,7 +258,7 @@ BAD_LONG_HISTORIES = [
 
 
 @pytest.mark.parametrize(("items", "behaviors", "message"), BAD_LONG_HISTORIES)
-def test_long_histories_that_do_not_fit_are_refused_everywhere(items, behaviors, message):
+def test_long_histories_that_do_not_fit_are_rejected(items, behaviors, message):
     model = build_model(num_retrieved_items=2)
     input_ids, mask, _ = random_histories(model, [3, 2])
     longer = {
@@ -274,7 +274,7 @@ def test_long_histories_that_do_not_fit_are_refused_everywhere(items, behaviors,
             call()
 
 
-def test_a_model_without_sub_histories_is_the_old_one_and_says_so():
+def test_a_model_without_sub_histories_rejects_long_histories():
     model = build_model()
     assert not any("candidate_block" in name for name in model.state_dict())
     input_ids, mask, _ = random_histories(model, [3, 2])
@@ -294,7 +294,7 @@ def test_one_behavior_needs_no_long_behaviors():
     assert torch.equal(found, expected)
 
 
-def test_embeddings_that_do_not_fit_are_refused():
+def test_content_embeddings_that_do_not_fit_are_rejected():
     model = build_model(num_retrieved_items=5)
     for embeddings in (torch.zeros(30, 5), torch.full((30, 6), torch.nan)):
         with pytest.raises(ValueError, match=r"shape \(30, 6\)|NaN"):
@@ -319,7 +319,7 @@ def test_a_history_leaves_room_for_the_candidate_and_its_block():
 
 
 @pytest.mark.parametrize("retrieved", [0, 3])
-def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone, retrieved):
+def test_dense_candidates_are_ranked_beside_the_beams(backbone, retrieved):
     """A beam of one and a union of everything is exact scoring of everything, in all three scores."""
     model = build_model(backbone, num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
@@ -350,7 +350,7 @@ def test_items_of_the_best_item_level_score_are_ranked_beside_the_beams(backbone
 
 
 @pytest.mark.parametrize("at_once", [4, 2**16])
-def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_once, monkeypatch, tmp_path):
+def test_beams_and_dense_candidates_respect_the_item_lists(at_once, monkeypatch, tmp_path):
     monkeypatch.setattr(candidates_unigrf, "LEAVES_AT_ONCE", at_once)
     model = build_model()
     input_ids, mask, items = random_histories(model, [4, 2])
@@ -376,7 +376,7 @@ def test_a_union_holds_the_beams_the_best_items_and_the_lists_of_the_request(at_
 
 @pytest.mark.parametrize("retrieved", [0, 3])
 @pytest.mark.parametrize("dense_weight", [0.0, 0.7])
-def test_of_many_beams_the_best_without_their_ranking_are_ranked(retrieved, dense_weight, tmp_path):
+def test_rerank_top_k_ranks_the_best_unranked_candidates(retrieved, dense_weight, tmp_path):
     model = build_model(num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
     asked = {"num_beams": 20, "ranking_weight": 1.5, "dense_weight": dense_weight}
@@ -409,7 +409,7 @@ def test_of_many_beams_the_best_without_their_ranking_are_ranked(retrieved, dens
             model.recommend(input_ids, mask, num_return_sequences=6, **arguments, **asked)
 
 
-def test_an_item_level_score_that_does_not_exist_is_refused():
+def test_a_dense_score_that_does_not_exist_is_rejected():
     model = build_model(embeddings=False)
     input_ids, mask, _ = random_histories(model, [4, 2])
     assert model.recommend(input_ids, mask).dense_scores is None
@@ -435,7 +435,7 @@ print(json.dumps([module, model.recommend(**inputs).scores.tolist()]))
 )
 
 
-def test_a_folder_of_all_parts_loads_elsewhere_by_its_own_code(tmp_path):
+def test_a_saved_folder_loads_elsewhere_by_its_own_code(tmp_path):
     model = build_model("hstu", num_retrieved_items=3, num_train_beams=4, exclude_candidate=True)
     model.save_pretrained(tmp_path / "folder")
     input_ids, mask, _ = random_histories(model, [4, 2])

@@ -115,7 +115,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
 
 
 @pytest.mark.parametrize("logging_steps", [1, 500])
-def test_a_loss_that_is_no_number_is_told_also_after_the_last_log(tmp_path, logging_steps):
+def test_a_nan_loss_is_reported_also_after_the_last_log(tmp_path, logging_steps):
     model = build_model()
     with torch.no_grad():
         model.ranking_head.out_proj.bias.fill_(float("nan"))
@@ -144,7 +144,7 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
-def test_virtual_tokens_and_adapters_of_single_rows_reach_the_beams():
+def test_prompt_tuning_and_per_row_adapters_reach_the_beams():
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
@@ -173,7 +173,7 @@ def test_virtual_tokens_and_adapters_of_single_rows_reach_the_beams():
     assert ((with_it - plain).view(2, 12).abs().amax(dim=1) > 1e-2).all()
 
 
-def test_what_an_adapter_would_hide_or_break_is_refused():
+def test_changes_that_an_adapter_would_hide_are_rejected():
     from peft import LoraConfig, get_peft_model
 
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12)

@@ -50,7 +50,7 @@ def test_the_trie_holds_exactly_the_catalog(catalog):
     assert trie.leaf_items[nodes].tolist() == trie.lookup(spelt).tolist()
 
 
-def test_a_level_of_more_codes_than_a_float_can_count_finds_each():
+def test_a_level_may_have_more_codes_than_float32_counts():
     count = 2**24 + 8
     level = trie_unigrf.TrieLevel.build(count, torch.zeros(count).long(), torch.arange(count).int(), 1)
     last = torch.arange(count - 9, count)
@@ -59,7 +59,7 @@ def test_a_level_of_more_codes_than_a_float_can_count_finds_each():
 
 @settings(max_examples=60, deadline=None)
 @given(catalog=catalogs, count=st.integers(1, 9), lists=st.sampled_from(["none", "allowed", "blocked", "both"]))
-def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(catalog, count, lists):
+def test_the_best_children_exist_and_are_allowed(catalog, count, lists):
     trie, codes, generator = build(**catalog)
     size, batch_size = len(codes), 3
     drawn = torch.rand(2, batch_size, size, generator=generator)
@@ -105,7 +105,7 @@ def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(cata
         (scores, _, nodes, _), prefixes = found, new_prefixes
 
 
-def test_a_part_of_the_catalog_knows_its_items_by_the_same_indices():
+def test_a_catalog_subset_keeps_the_item_indices():
     codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
     part = torch.tensor([7, 3, 150, 3, 199])
     trie = CatalogTrie(codes, [6, 6, 6, 2], part)
@@ -115,7 +115,7 @@ def test_a_part_of_the_catalog_knows_its_items_by_the_same_indices():
         CatalogTrie(codes, [6, 6, 6, 2], part[:0])
 
 
-def test_beams_are_scored_in_float32_whatever_the_default_is():
+def test_beams_are_scored_in_float32_under_any_default_dtype():
     codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -126,7 +126,7 @@ def test_beams_are_scored_in_float32_whatever_the_default_is():
     assert scores.dtype == torch.float32 and torch.equal(trie.lookup(codes), torch.arange(200))
 
 
-def test_more_spellings_than_an_integer_counts():
+def test_codes_may_have_more_combinations_than_an_int64():
     sizes = [256] * 9
     codes = torch.randint(256, (50, 9), generator=torch.Generator().manual_seed(0)).int()
     codes = torch.cat([codes, codes])

@@ -79,7 +79,7 @@ def test_the_gradient_norm_form_balances_the_gradients():
     torch.testing.assert_close(model(**batch).gradient_norms, torch.stack([expected, torch.tensor(0.0)]))
 
 
-def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
+def test_a_training_too_short_to_be_weighted_is_rejected(tmp_path):
     model = build_model()
     for window, steps in ((None, {"num_train_epochs": 2, "max_steps": -1}), (2, {"max_steps": 4})):
         with pytest.raises(ValueError, match="more than two windows of training, found 2"):
@@ -90,7 +90,7 @@ def test_a_training_in_which_nothing_would_be_weighed_is_refused(tmp_path):
     ("form", "window", "end"),
     [("loss_ratio", 2, 5), ("gradient_norm", 2, 5), ("loss_ratio", None, 2), ("loss_ratio", None, 3)],
 )
-def test_the_adaptive_weights_are_resumed_in_a_window_and_at_its_end(tmp_path, form, window, end):
+def test_adaptive_weights_resume_in_a_window_and_at_its_end(tmp_path, form, window, end):
     whole, stopped, resumed = (build_model() for _ in range(3))
     dataset = histories_dataset(whole, 32 if window else 8)  # 2 steps a window in any case
 
@@ -108,7 +108,7 @@ def test_the_adaptive_weights_are_resumed_in_a_window_and_at_its_end(tmp_path, f
     assert_same_weights(whole.named_parameters(), resumed.named_parameters())
 
 
-def test_the_adaptive_weights_reach_a_model_with_an_adapter():
+def test_adaptive_weights_reach_a_model_with_an_adapter():
     from peft import LoraConfig, get_peft_model
 
     model, args = build_model(), TrainingArguments(use_cpu=True)

@@ -9,7 +9,7 @@ from recipes import benchmark_decoding, decoding_report, ranking_cost
 from recipes.peers import DictTrie, StaticTrie, random_catalog
 
 
-def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
+def test_a_small_benchmark_is_run_and_stored(tmp_path, monkeypatch):
     # The ratios are of cells of their own; here of small ones.
     cell = {"history_items": 3, "num_beams": 8, "users": 1, "levels": 4, "catalog": 400}
     for name in ("SEARCH", "LONG", "HALF", "BATCH", "CANDIDATES"):
@@ -62,7 +62,7 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     assert again["made by"] == data["made by"] and again["ranking made by"]["command"].endswith("--parts ranking")
 
 
-def test_a_contender_that_took_its_time_is_not_run_again_and_a_warm_up_is_not_counted():
+def test_a_slow_contender_runs_once_and_warm_up_is_not_counted():
     calls = {"short": 0, "long": 0}
 
     def run(name):
@@ -76,7 +76,7 @@ def test_a_contender_that_took_its_time_is_not_run_again_and_a_warm_up_is_not_co
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_the_peers_tries_take_the_same_steps(level):
+def test_the_baseline_tries_take_the_same_steps(level):
     codes = random_catalog(3000)
     static, nested = StaticTrie(codes, 256), DictTrie(codes)
     prefixes = codes[:, :level].unique(dim=0)[torch.randperm(40, generator=torch.Generator().manual_seed(0))].long()

@@ -27,7 +27,7 @@ def labeled(model, lengths, seed=0):
 
 
 @pytest.mark.parametrize("shared", [True, False, None])
-def test_given_negatives_replace_random_ones_or_count_more_and_favorites_are_none(shared):
+def test_hard_negatives_and_excluded_positives_of_atomic_ids(shared):
     sampling = (
         {"code_negatives": 0, "given_negative_weight": 5.0} if shared is None else {"share_code_negatives": shared}
     )
@@ -60,7 +60,7 @@ def test_given_negatives_replace_random_ones_or_count_more_and_favorites_are_non
     torch.testing.assert_close(out.generation_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
 
 
-def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_probabilities(backbone):
+def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
     model = build_model(backbone, negatives_per_item=1.5, contrastive_loss_weight=0.3)
     batch, items = labeled(model, [4, 2, 1])
     negatives = torch.tensor([[7, 8, 9], [items[1][1], 3, -1], [-1, -1, -1]])
@@ -92,7 +92,7 @@ def test_semantic_ids_learn_the_last_item_among_the_given_ones_by_whole_log_prob
 
 
 @pytest.mark.parametrize("ids", [{"negatives_per_item": 1.5}, {**ATOMIC, "negatives_per_item": 1.5}])
-def test_random_negatives_of_the_ranking_are_no_given_ones(ids):
+def test_random_negatives_do_not_change_with_hard_negatives(ids):
     model = build_model(**ids)
     batch, _ = labeled(model, [4, 2])
     given = {"excluded_positives": torch.full((2, 1), -1)}
@@ -104,7 +104,7 @@ def test_random_negatives_of_the_ranking_are_no_given_ones(ids):
     torch.testing.assert_close(out.loss, plain.loss)
 
 
-def test_a_favorite_is_no_random_candidate_of_the_ranking():
+def test_an_excluded_positive_is_no_random_negative():
     model = build_model(negatives_per_item=20.0)
     batch, items = labeled(model, [4, 2])
     seen = watch_negatives(model)
@@ -117,7 +117,7 @@ def test_a_favorite_is_no_random_candidate_of_the_ranking():
         assert set(negatives.items[row].tolist()) & set(favorites), "they were drawn"
 
 
-def test_given_items_that_fit_nothing_are_refused():
+def test_item_sets_that_do_not_fit_are_rejected():
     model = build_model()
     batch, _ = labeled(model, [3, 2])
     with pytest.raises(ValueError, match="one row a history"):
@@ -143,7 +143,7 @@ class Arguments:
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
 @pytest.mark.parametrize(("pool", "ids"), [("uniform", ATOMIC), ("beam", ATOMIC), ("beam", {})])
-def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path, pool, ids, reader):
+def test_hard_negatives_are_retrieved_high_and_ranked_low(tmp_path, pool, ids, reader):
     model = build_model(reader, **ids)
     enhancer = build_enhancer(model, reader == "hstu", pool=pool, penalty=0.7)
     pools = []
@@ -191,7 +191,7 @@ def test_pools_hold_the_items_that_retrieval_likes_and_ranking_does_not(tmp_path
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("sampling", [{"code_negatives": 0}, {}, {"share_code_negatives": False}], ids=str)
-def test_logits_are_float32_in_a_training_in_bfloat16(similarity, sampling):
+def test_code_logits_are_float32_under_bfloat16_autocast(similarity, sampling):
     model = build_model(**{**ATOMIC, "code_similarity": similarity, **sampling}).train()
     states = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     batch, items = labeled(model, [2, 2])
@@ -208,7 +208,7 @@ def test_logits_are_float32_in_a_training_in_bfloat16(similarity, sampling):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_workers_that_persist_see_later_pools(tmp_path):
+def test_persistent_workers_see_refreshed_pools(tmp_path):
     enhancer = build_enhancer(build_model(**ATOMIC))
     rows = enhancer_rows(enhancer).to_list()
     collate = enhancer.collator(DataCollatorForSeq2Seq(enhancer.tokenizer))
@@ -225,7 +225,7 @@ def test_workers_that_persist_see_later_pools(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "options"), [(ATOMIC, {}), (ATOMIC, {"relabel": True}), ({}, {"pool": "beam"})], ids=str
 )
-def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, ids, options):
+def test_a_resumed_enhancer_run_equals_an_uninterrupted_one(tmp_path, ids, options):
     def train(folder, resume=None, **arguments):
         model = build_model(**ids)
         enhancer = build_enhancer(model, **options)
@@ -256,7 +256,7 @@ def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, i
         train("elsewhere", resume=str(tmp_path / "parts" / "checkpoint-5"))
 
 
-def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
+def test_relabeling_appends_a_favorite_to_the_last_row_only():
     model = build_model()
     enhancer = build_enhancer(model, pool="beam", relabel=True)
     enhancer.favorites[1] = torch.tensor([4, -1])
@@ -272,7 +272,7 @@ def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
     assert batch["timestamps"][0].tolist() == [9] * length + [-1] * len(tokens), "it comes nobody knows when"
 
 
-def test_what_the_enhancer_cannot_do_is_said(tmp_path):
+def test_enhancer_arguments_that_do_not_fit_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="1 <= num_negatives <= pool_size"):
         build_enhancer(build_model(**ATOMIC), num_negatives=13)
     with pytest.raises(ValueError, match="pool 'beam'"):

@@ -155,7 +155,7 @@ def spelt_wrong(input_ids, tokenizer):
     return torch.cat([input_ids, torch.stack([item, none, cut]).to(input_ids)], dim=1)
 
 
-def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
+def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     shared = [
         f"--data_dir={prepared}",
@@ -270,7 +270,7 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
         evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
 
 
-def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):
+def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
     arguments += ["--max_items=4", "--use_cpu", "--max_steps=2", "--save_strategy=no", "--disable_tqdm=True"]

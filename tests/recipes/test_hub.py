@@ -162,7 +162,7 @@ print(json.dumps(found))
 )
 
 
-def test_the_folder_alone_gives_the_same_everywhere_and_comes_back_the_same(recommender, repository, tmp_path):
+def test_the_repository_alone_works_and_saves_the_same_again(recommender, repository, tmp_path):
     shutil.copytree(repository, tmp_path / "repository")
     cache = tmp_path / "home" / "hub" / "models--someone--films"
     shutil.copytree(repository, cache / "snapshots" / COMMIT)
@@ -213,7 +213,7 @@ def catalog(recommender):
     return recommender.tokenizer.item_ids, recommender.tokenizer.titles
 
 
-def test_a_history_is_a_dict_or_a_plain_list_and_gives_the_users_own_ids_and_titles(recommender):
+def test_a_recommendation_has_item_ids_titles_and_scores(recommender):
     found = recommender(HISTORY)
     assert len(found) == 10 and found == recommender(dict(HISTORY)) == recommender([HISTORY])[0]
     titles = dict(zip(*catalog(recommender), strict=True))
@@ -224,7 +224,7 @@ def test_a_history_is_a_dict_or_a_plain_list_and_gives_the_users_own_ids_and_tit
     assert {row["item_id"] for row in found}.isdisjoint(HISTORY["items"])
 
 
-def test_with_one_behavior_a_history_is_a_plain_list_of_ids_and_titles_are_none(recommender):
+def test_with_one_behavior_a_history_is_a_plain_list(recommender):
     codes = recommender.tokenizer.item_codes
     tokenizer = SemanticIdTokenizer.from_codes(range(60), codes, recommender.tokenizer.codebook_sizes, ["view"])
     text_config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -240,7 +240,7 @@ def test_with_one_behavior_a_history_is_a_plain_list_of_ids_and_titles_are_none(
         plain({"items": [[7, 3], [5]]}, unknown="skip")
 
 
-def test_a_batch_equals_one_by_one_also_with_lists_for_some_requests_alone(recommender):
+def test_a_batch_equals_single_requests_also_with_item_lists(recommender):
     requests = [
         HISTORY,
         SHORT,
@@ -259,7 +259,7 @@ def test_a_batch_equals_one_by_one_also_with_lists_for_some_requests_alone(recom
     assert [row["item_id"] for row in alone[4]] == ["film 8"]
 
 
-def test_arrays_are_histories_and_lists_as_python_lists_are(recommender):
+def test_arrays_are_accepted_like_lists(recommender):
     histories = [
         {"items": np.array(one["items"]), "behaviors": np.array(one["behaviors"])} for one in (HISTORY, SHORT)
     ]
@@ -286,7 +286,7 @@ def test_a_checkpoint_serves_by_its_own_defaults(recommender):
             setattr(config, name, value)
 
 
-def test_the_history_may_be_recommended_only_if_asked_for(recommender):
+def test_history_items_are_recommended_only_on_request(recommender):
     everything = {"num_beams": 60, "num_return_sequences": 60}
     assert len(recommender(HISTORY, **everything)) == 57
     assert len(recommender(HISTORY, exclude_history=False, **everything)) == 60
@@ -311,7 +311,7 @@ def test_a_part_of_the_catalog_is_swapped_in_for_one_call(recommender):
     assert len(recommender(HISTORY)) == 10
 
 
-def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommender, monkeypatch):
+def test_a_too_long_history_keeps_its_most_recent_items(recommender, monkeypatch):
     assert (
         recommender.model.config.max_history_items == 15
     )  # 1 + 15 * 4 codes and behaviors + 3 codes of the next item = 64
@@ -325,7 +325,7 @@ def test_a_history_longer_than_the_backbone_keeps_its_most_recent_items(recommen
         recommender(long, max_items=16)
 
 
-def test_sub_histories_are_searched_for_in_all_of_a_history(recommender):
+def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
     config = UniGRFConfig(**{**recommender.model.config.to_dict(), "num_retrieved_items": 3})
     model = UniGRFForCausalLM(config)
     with torch.no_grad():
@@ -361,7 +361,7 @@ def test_sub_histories_are_searched_for_in_all_of_a_history(recommender):
         torch.testing.assert_close(torch.tensor([row["score"] for row in found]), best.scores[0], atol=2e-5, rtol=1e-4)
 
 
-def test_unknown_items_are_an_error_or_skipped_everywhere_alike(recommender):
+def test_unknown_items_are_an_error_or_skipped(recommender):
     strange = {"items": ["film 5", "film 99"], "behaviors": ["dislike", "like"], "blocked_items": ["film 98"]}
     with pytest.raises(ValueError, match="film 99"):
         recommender(strange)
@@ -394,19 +394,19 @@ def test_unknown_items_are_an_error_or_skipped_everywhere_alike(recommender):
         (SHORT, {"ranking_target": "love"}, "found 'love'"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(recommender, request_, parameters, message):
+def test_invalid_requests_are_rejected(recommender, request_, parameters, message):
     with pytest.raises(ValueError, match=message):
         recommender(request_, **parameters)
 
 
-def test_a_misspelt_parameter_of_the_constructor_is_refused_and_a_right_one_is_the_default(recommender):
+def test_constructor_parameters_are_checked_defaults(recommender):
     with pytest.raises(ValueError, match=r"found \['exclude'\]"):
         RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, exclude=True)
     three = RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, num_return_sequences=3)
     assert three(HISTORY) == recommender(HISTORY)[:3] and len(three(HISTORY, num_return_sequences=4)) == 4
 
 
-def test_the_repository_holds_model_tokenizer_codebooks_code_card_and_metrics_and_no_pickle(repository, run, hub):
+def test_the_repository_holds_every_part_and_no_pickle(repository, run, hub):
     names = {path.name for path in repository.iterdir()}
     root = Path(push_to_hub.__file__).parents[1]
     code = {path.name for package in ("modeling_unigrf", "tokenization") for path in (root / package).glob("*.py")}
@@ -432,7 +432,7 @@ def test_the_repository_holds_model_tokenizer_codebooks_code_card_and_metrics_an
         check_files(run / "extra")
 
 
-def test_the_card_says_what_was_measured_in_its_metadata_and_in_its_text(repository, recommender):
+def test_the_card_states_the_metrics_in_metadata_and_text(repository, recommender):
     card = ModelCard.load(repository / "README.md")
     data = card.data
     metadata = data.to_dict()
@@ -474,7 +474,7 @@ def test_the_card_says_what_was_measured_in_its_metadata_and_in_its_text(reposit
     assert not re.search(r"\{\{|\{%|Undefined|None\b|\n\n\n", card.text)
 
 
-def test_it_is_uploaded_as_one_commit_and_only_after_it_has_loaded(run, hub, monkeypatch):
+def test_a_folder_is_uploaded_in_one_commit_after_it_loaded(run, hub, monkeypatch):
     monkeypatch.setattr(push_to_hub, "check_loading", lambda *_: hub.append("loaded"))
     push(arguments(run, private=True))
     loaded, created, uploaded = hub
@@ -483,14 +483,14 @@ def test_it_is_uploaded_as_one_commit_and_only_after_it_has_loaded(run, hub, mon
     assert {"README.md", "model.safetensors", "metrics.json", "pipeline_unigrf.py"} <= set(uploaded[1])
 
 
-def test_a_folder_that_does_not_load_elsewhere_is_not_uploaded(run, hub, monkeypatch):
+def test_a_folder_that_does_not_load_is_not_uploaded(run, hub, monkeypatch):
     monkeypatch.setattr(push_to_hub, "check_files", lambda folder: (folder / "trie_unigrf.py").unlink())
     with pytest.raises(ValueError, match=r"(?s)found .*trie_unigrf.*Nothing was uploaded"):
         push(arguments(run))
     assert hub == []
 
 
-def test_what_cannot_be_published_is_refused_before_anything_is_written(run, hub, tmp_path):
+def test_an_invalid_push_is_rejected_before_writing(run, hub, tmp_path):
     def refused(message, **changes):
         with pytest.raises(ValueError, match=message):
             push(arguments(run, **{"dry_run": True, "output_dir": str(tmp_path / "out"), **changes}))
@@ -521,7 +521,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(run, hub
         push(arguments(run, dry_run=True, output_dir=str(run)))
 
 
-def test_the_command_of_the_docstring_is_understood(run):
+def test_the_docstring_command_is_understood(run):
     command = re.search(r"push_to_hub (--check.*?)\n\n", push_to_hub.__doc__, re.DOTALL)[1]
     first = command.replace("\\\n", " ").splitlines()[0].split()
     parsed = HfArgumentParser(PushArguments).parse_args_into_dataclasses(first)[0]

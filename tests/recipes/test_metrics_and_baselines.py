@@ -31,7 +31,7 @@ def random_histories(num_users: int, num_items: int, seed: int) -> list[list[int
     return [(rng.permutation(num_items)[:length] ** 2 // num_items).tolist() for length in lengths]
 
 
-def test_next_item_equals_the_definition_for_ragged_and_padded_lists(next_item):
+def test_next_item_equals_its_definition_for_ragged_lists(next_item):
     rng = np.random.default_rng(0)
     lists = [rng.permutation(30)[: rng.integers(0, 25)].tolist() for _ in range(200)]
     lists = [row + [-1] * int(rng.integers(0, 3)) for row in lists]
@@ -48,18 +48,18 @@ def test_next_item_equals_the_definition_for_ragged_and_padded_lists(next_item):
     assert next_item.compute(predictions=lists, references=targets) == pytest.approx(expected, abs=1e-12)
 
 
-def test_next_item_counts_the_first_place_of_a_repeated_item_and_places_after_padding(next_item):
+def test_next_item_counts_repeated_items_and_padding(next_item):
     assert next_item.compute(predictions=[[4, 7, 7]], references=[7])["mrr"] == 0.5
     assert next_item.compute(predictions=[[-1, -1, 7]], references=[7])["mrr"] == pytest.approx(1 / 3)
     assert next_item.compute(predictions=[[]], references=[7])["mrr"] == 0.0
 
 
-def test_next_item_refuses_a_negative_target_that_padding_would_match(next_item):
+def test_next_item_rejects_a_negative_target(next_item):
     with pytest.raises(ValueError, match="found -1 at row 1"):
         next_item.compute(predictions=[[1], [-1]], references=[1, -1])
 
 
-def test_like_auc_is_the_share_of_ordered_pairs_with_ties_one_half(like_auc):
+def test_like_auc_is_the_share_of_correctly_ordered_pairs(like_auc):
     rng = np.random.default_rng(1)
     scores = rng.integers(0, 6, 80) / 5
     labels = rng.integers(0, 2, 80)
@@ -70,13 +70,13 @@ def test_like_auc_is_the_share_of_ordered_pairs_with_ties_one_half(like_auc):
 
 
 @pytest.mark.parametrize("labels", [[1, 1], [0, 0], [0, 2]])
-def test_like_auc_refuses_labels_without_both_classes(like_auc, labels):
+def test_like_auc_rejects_labels_without_both_classes(like_auc, labels):
     with pytest.raises(ValueError, match="expected references with both 0"):
         like_auc.compute(prediction_scores=[0.1, 0.2], references=labels)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_item_knn_scores_equal_the_formula_written_out(window):
+def test_item_knn_scores_equal_the_written_out_formula(window):
     num_items, neighbors, shrink = 25, 4, 2.0
     train = random_histories(60, num_items, seed=2)
     histories = random_histories(9, num_items, seed=3)
@@ -102,7 +102,7 @@ def test_item_knn_scores_equal_the_formula_written_out(window):
     np.testing.assert_allclose(knn.scores(histories)[:, clear], expected[:, clear], atol=1e-5)
 
 
-def test_top_items_leaves_the_history_out_and_pads_when_the_catalog_ends():
+def test_top_items_leave_the_history_out_and_are_padded():
     ranker = Popularity(5).fit([[0, 1, 2], [2, 1], [2, 3]])
     assert ranker.top_items([[2], [0, 1, 2]], k=4).tolist() == [[1, 0, 3, 4], [3, 4, -1, -1]]
     assert ranker.top_items([[2]], k=2, exclude_history=False).tolist() == [[2, 1]]
@@ -131,7 +131,7 @@ def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
         assert real[name]["test"]["recall@10"] == pytest.approx(np.mean(ranks <= 10))
 
 
-def test_a_report_shows_every_method_and_its_pictures_and_misses_no_part(tmp_path):
+def test_a_report_shows_every_method_and_picture(tmp_path):
     values = {"recall@5": 0.1, "recall@10": 0.2, "ndcg@5": 0.05, "ndcg@10": 0.08125, "mrr": 0.07}
     metrics = {
         "protocol": {"split": "leave-one-out"},

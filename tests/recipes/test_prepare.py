@@ -89,7 +89,7 @@ def encoder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_each_user_is_split_in_time_order_with_ties_in_file_order(arguments, embeddings):
+def test_users_are_split_by_time_with_ties_in_file_order(arguments, embeddings):
     splits = load_from_disk(str(prepare(arguments(embeddings=embeddings)) / "dataset"))
     like, skip = 0, 1
     assert splits["train"].to_list() == [
@@ -103,7 +103,7 @@ def test_each_user_is_split_in_time_order_with_ties_in_file_order(arguments, emb
     assert targets == [(2, skip, 5, [1, 3], [1, 5]), (1, like, 40, [0, 3, 2], [10, 20, 30])]
 
 
-def test_positions_order_interactions_whose_times_are_not_all_known(arguments, embeddings):
+def test_positions_order_interactions_with_unknown_times(arguments, embeddings):
     positions = [2, 4, 3, 1, 1, 3, 1, 2, 2]
     table = interactions_table().assign(position=positions)
     table["timestamp"] = [-1, 40, 5, 10, -1, -1, 1, -1, -1]
@@ -124,7 +124,7 @@ def test_positions_order_interactions_whose_times_are_not_all_known(arguments, e
         prepare(arguments(changed(table, 2, "position", "last"), embeddings=embeddings))
 
 
-def test_the_folder_holds_the_whole_catalog_in_one_order_and_says_what_was_dropped(arguments, embeddings, capsys):
+def test_the_folder_holds_the_catalog_and_reports_drops(arguments, embeddings, capsys):
     folder = prepare(arguments(embeddings=embeddings))
     tokenizer = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
     assert list(tokenizer.item_ids) == ITEM_IDS
@@ -136,7 +136,7 @@ def test_the_folder_holds_the_whole_catalog_in_one_order_and_says_what_was_dropp
     assert "dropped 1 users with fewer than 3 interactions" in capsys.readouterr().out
 
 
-def test_popularity_that_orders_colliding_items_counts_training_interactions_only(arguments):
+def test_popularity_counts_training_interactions_only(arguments):
     # All items share their codes, so the last code is the rank by popularity, ties in table order. Items 0, 1 and
     # 3 are in training once; item 2 was taken twice, both times as a target, and must come after them.
     folder = prepare(arguments(embeddings=np.ones((len(ITEM_IDS), 8), np.float32)))
@@ -144,7 +144,7 @@ def test_popularity_that_orders_colliding_items_counts_training_interactions_onl
     assert suffixes[:4].tolist() == [0, 1, 3, 2]
 
 
-def test_csv_tsv_and_parquet_with_numbers_or_dates_give_the_same_dataset(arguments, embeddings):
+def test_csv_tsv_and_parquet_give_the_same_dataset(arguments, embeddings):
     dates = interactions_table()
     dates["timestamp"] = pd.to_datetime(dates["timestamp"], unit="s")
     with_column = items_table().assign(embedding=list(embeddings))
@@ -162,7 +162,7 @@ def test_csv_tsv_and_parquet_with_numbers_or_dates_give_the_same_dataset(argumen
     assert all(splits == found[0] for splits in found)
 
 
-def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(arguments, encoder, monkeypatch, tmp_path):
+def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, tmp_path):
     args = arguments(encoder=encoder)
     written = (prepare(args) / "prepare.json").stat().st_mtime_ns
 
@@ -189,7 +189,7 @@ def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(argu
         prepare(args)  # an encoder of the same name and other weights
 
 
-def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(arguments, embeddings, tmp_path):
+def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_path):
     old_rows = [row for row in range(12) if row not in (2, 7)]
     old_items = items_table().iloc[old_rows]
     interactions = interactions_table()
@@ -225,7 +225,7 @@ def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(argum
         )
 
 
-def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_changes(encoder):
+def test_text_embeddings_are_unit_vectors_in_any_batch(encoder):
     texts = ["Film 1 drama", "drama", "Film Film Film 3 4 5", "2"]
     together = encode_texts(texts, encoder, dtype="float32")
     alone = np.concatenate([encode_texts([text], encoder, dtype="float32") for text in texts])
@@ -233,7 +233,7 @@ def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_chan
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 
-def test_the_text_template_joins_columns_and_names_one_that_is_missing(arguments, encoder):
+def test_the_text_template_joins_columns(arguments, encoder):
     first = prepare(arguments(encoder=encoder, text_template="{title} drama"))
     templated = load_file(first / "item_embeddings.safetensors")["embeddings"].copy()
     plain = load_file(prepare(arguments(encoder=encoder)) / "item_embeddings.safetensors")["embeddings"]
@@ -282,7 +282,7 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"min_interactions": 2}, "expected min_interactions of 3 or more, found 2"),
     ],
 )
-def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong, message):
+def test_invalid_tables_are_rejected_with_the_row(arguments, wrong, message):
     args = arguments(**wrong)
     with pytest.raises(ValueError, match=message):
         prepare(args)
@@ -298,7 +298,7 @@ def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong
         (b"item_id,text\n1,a,\n2,b,\n", "items.csv has, found more: does every row end in a separator"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused_by_its_name(arguments, content, message):
+def test_unreadable_files_are_rejected_by_name(arguments, content, message):
     args = arguments()
     Path(args.items).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -309,7 +309,7 @@ def test_a_file_that_is_no_table_is_refused_by_its_name(arguments, content, mess
         prepare(replace(arguments(), embeddings=str(several)))
 
 
-def test_movielens_folders_become_tables_with_readable_titles(tmp_path):
+def test_movielens_folders_become_tables(tmp_path):
     (tmp_path / "u.data").write_text("196\t1\t3\t881250949\n186\t2\t4\t891717742\n")
     flags = ["1" if genre in ("Action", "Sci-Fi") else "0" for genre in ML_100K_GENRES]
     lines = [

@@ -101,7 +101,7 @@ def count_rows(model, monkeypatch, fail_at=None) -> list[int]:
 
 
 @pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 100), (3, 4), (32, 5), (4, 1)])
-def test_equals_recommend_row_by_row_however_it_is_cut(model, tokenizer, tmp_path, batch_size, shard_size):
+def test_any_batch_and_shard_size_equals_recommend(model, tokenizer, tmp_path, batch_size, shard_size):
     dataset = histories()
     settings = RecommendSettings(**ASKED, ranking_weight=0.7, batch_size=batch_size, shard_size=shard_size)
     assert recommend_dataset(model, tokenizer, dataset, tmp_path / "out", settings) == tmp_path / "out"
@@ -113,7 +113,7 @@ def test_equals_recommend_row_by_row_however_it_is_cut(model, tokenizer, tmp_pat
     )
 
 
-def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model, tokenizer, tmp_path):
+def test_settings_reach_the_model_and_lists_end_with_the_items(model, tokenizer, tmp_path):
     dataset, settings = histories(), {"ranking_target": "like", "num_beams": 40, "num_return_sequences": 40}
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(**settings, max_items=3))
     expected = one_by_one(model, tokenizer, dataset, max_items=3, **settings)
@@ -130,7 +130,7 @@ def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model
     assert all(set(items).isdisjoint(row) for items, row in zip(listed, own, strict=True))
 
 
-def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_path):
+def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path):
     dataset = histories()
     model.config.exclude_history, model.config.ranking_target, model.config.rerank_top_k = False, "like", 4
     assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
@@ -150,7 +150,7 @@ def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_p
         resolved(RecommendSettings(num_beams=20, num_return_sequences=5), model)
 
 
-def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
+def test_sub_histories_come_from_the_whole_history(tokenizer, tmp_path):
     model, dataset = build_model(num_retrieved_items=3, exclude_history=True), histories()
     model.set_catalog(torch.tensor(tokenizer.item_codes), model.catalog.content_embeddings)
     found = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
@@ -183,9 +183,7 @@ def timed_model(tokenizer, **config):
 
 
 @pytest.mark.parametrize(("query_time", "retrieved"), [(True, 0), (False, 0), (True, 2)])
-def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(
-    tokenizer, tmp_path, query_time, retrieved
-):
+def test_a_timed_model_reads_item_times_and_the_query_time(tokenizer, tmp_path, query_time, retrieved):
     model = timed_model(tokenizer, num_retrieved_items=retrieved)
     dataset = with_times(histories())
     dataset = dataset if query_time else dataset.remove_columns("query_time")
@@ -211,7 +209,7 @@ def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(
     assert_same(found, pd.DataFrame(rows, columns=COLUMNS))
 
 
-def test_times_that_fit_nothing_are_told_and_other_models_leave_them_alone(model, tokenizer, tmp_path):
+def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_path):
     dataset, settings = with_times(histories()), RecommendSettings(**ASKED)
     recommend_dataset(model, tokenizer, dataset, tmp_path / "untimed", settings)
     assert_same(tmp_path / "untimed", one_by_one(model, tokenizer, dataset))
@@ -250,7 +248,7 @@ def test_one_behavior_needs_no_column(tmp_path):
     assert_same(tmp_path, one_by_one(model, tokenizer, dataset.add_column("behaviors", [["bought"] * 2, ["bought"]])))
 
 
-def test_resumed_equals_uninterrupted_and_makes_nothing_twice(model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_resumed_call_equals_an_uninterrupted_one(model, tokenizer, tmp_path, monkeypatch, capsys):
     dataset, settings = histories(), RecommendSettings(**ASKED, batch_size=2, shard_size=4)
     expected, names = one_by_one(model, tokenizer, dataset), [f"part-0000{k}-of-00003.parquet" for k in range(3)]
 
@@ -281,7 +279,7 @@ def test_resumed_equals_uninterrupted_and_makes_nothing_twice(model, tokenizer, 
     assert_same(tmp_path, expected)
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "part.parquet") as file:
         file.write_text("half")
         raise KeyboardInterrupt
@@ -291,7 +289,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
 
 
-def test_other_work_is_refused_in_the_same_folder(model, tokenizer, tmp_path):
+def test_other_work_is_rejected_in_the_same_folder(model, tokenizer, tmp_path):
     dataset = histories()
 
     def again(dataset=dataset, **other):
@@ -320,7 +318,7 @@ def test_other_work_is_refused_in_the_same_folder(model, tokenizer, tmp_path):
     assert json.loads((tmp_path / ".recommend.json").read_text())["rows"] == len(dataset)
 
 
-def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path, monkeypatch):
+def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_path, monkeypatch):
     calls = count_rows(model, monkeypatch)
     bad = changed(
         histories(),
@@ -365,7 +363,7 @@ def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path,
         (Dataset.from_dict({"user_id": ["u"], "items": [[1]], "behaviors": [[0]]}), "behaviors of type list<.*int64"),
     ],
 )
-def test_columns_of_other_names_or_types_are_refused(model, tokenizer, tmp_path, dataset, told):
+def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path, dataset, told):
     with pytest.raises(ValueError, match=told):
         recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED))
 
@@ -380,17 +378,17 @@ def test_columns_of_other_names_or_types_are_refused(model, tokenizer, tmp_path,
         ({"ranking_target": "love"}, "ranking_target among .* found 'love'"),
     ],
 )
-def test_settings_out_of_range_are_refused(model, tokenizer, tmp_path, wrong, told):
+def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, told):
     with pytest.raises(ValueError, match=told):
         recommend_dataset(model, tokenizer, histories(), tmp_path, RecommendSettings(**{**ASKED, **wrong}))
 
 
-def test_a_tokenizer_of_another_catalog_is_refused(tokenizer, tmp_path):
+def test_a_tokenizer_of_another_catalog_is_rejected(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="of one catalog"):
         recommend_dataset(build_model(seed=1), tokenizer, histories(), tmp_path, RecommendSettings(**ASKED))
 
 
-def test_unknown_items_are_skipped_and_rows_without_another_counted(model, tokenizer, tmp_path, capsys):
+def test_unknown_items_are_skipped_and_empty_rows_counted(model, tokenizer, tmp_path, capsys):
     dataset = changed(
         histories(),
         {
@@ -413,7 +411,7 @@ def test_unknown_items_are_skipped_and_rows_without_another_counted(model, token
     )
 
 
-def test_the_whole_history_is_excluded_also_what_is_not_read(model, tokenizer, tmp_path, capsys):
+def test_the_whole_history_is_excluded_beyond_max_items(model, tokenizer, tmp_path, capsys):
     everything = [f"sku-{item}" for item in range(30)]
     dataset = Dataset.from_dict(
         {

@@ -15,9 +15,7 @@ from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
 
-def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
-    prepared, tmp_path, monkeypatch
-):
+def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.baselines.GRID", GRID)
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {
@@ -115,7 +113,7 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
 
 
 @pytest.mark.parametrize("row", reproduce_recochain.ROWS)
-def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_path, monkeypatch):
+def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeypatch):
     trained = []
 
     def train(model_args, data_args, training_args):
@@ -175,7 +173,7 @@ def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_p
     assert tuple(differ) == expected[row]
 
 
-def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared, tmp_path):
+def test_a_tuned_sasrec_learns_and_is_in_the_table(prepared, tmp_path):
     atomic = prepare(
         PrepareArguments(
             interactions=str(prepared.parent / "interactions.parquet"),
@@ -213,7 +211,7 @@ def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared,
         sasrec.run(sasrec.SasrecArguments(data_dir=str(prepared), output_dir=str(folder)))
 
 
-def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
+def test_metrics_gain_and_calibration_equal_a_loop():
     ranks = np.array([1, np.inf, 7, 3])
     found = reproduce_recochain.recall_and_ndcg(ranks)
     assert found["recall@5"].tolist() == [1, 0, 0, 1] and found["recall@10"].tolist() == [1, 0, 1, 1]
@@ -231,7 +229,7 @@ def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
     assert [(one["predicted"], one["observed"]) for one in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
 
 
-def test_weights_are_chosen_on_validation_and_told_of_test():
+def test_weights_are_chosen_on_validation_only():
     users = {"target": [3, 4, 5, 6], "items": [[0], [1], [2], [7]]}
     splits = {name: Dataset.from_dict(users) for name in ("validation", "test")}
     found = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}

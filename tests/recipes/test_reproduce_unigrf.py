@@ -44,7 +44,7 @@ def movielens(tmp_path):
         ("hstu-time", "semantic", "like"),
     ],
 )
-def test_a_row_is_trained_once_and_scored_as_recommend_scores(
+def test_an_ablation_is_trained_once_and_scored_as_recommend(
     movielens, tmp_path, backbone, ids, behaviors, monkeypatch
 ):
     monkeypatch.setattr(unigrf_report, "FILE", tmp_path / "unigrf_ml1m.json")
@@ -114,7 +114,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     assert len(data["runs"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 
-def test_a_row_that_broke_off_goes_on_and_tells_the_seconds_of_all_its_sessions(movielens, tmp_path, monkeypatch):
+def test_an_interrupted_ablation_resumes_with_its_seconds(movielens, tmp_path, monkeypatch):
     def run(folder, after=99):
         def log(stopwatch, args, state, control, logs=None, **kwargs):
             original(stopwatch, args, state, control, logs, **kwargs)
@@ -146,7 +146,7 @@ def test_a_row_that_broke_off_goes_on_and_tells_the_seconds_of_all_its_sessions(
     assert curves[0] == curves[1] and curves[0][:2] == [1.0, 1.0] != curves[0][2:]
 
 
-def test_what_could_not_be_measured_is_refused_before_it_is_trained(movielens, tmp_path, monkeypatch):
+def test_an_invalid_ablation_is_rejected_before_training(movielens, tmp_path, monkeypatch):
     def run(**changed):
         reproduce_unigrf.run(
             reproduce_unigrf.ReproduceArguments(
@@ -175,12 +175,12 @@ def test_what_could_not_be_measured_is_refused_before_it_is_trained(movielens, t
     assert row.split(" | ")[-3] == "-", "no AUC"
 
 
-def test_a_table_of_nothing_is_refused(tmp_path):
+def test_a_table_without_runs_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         unigrf_report.collect(tmp_path)
 
 
-def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movielens, tmp_path, monkeypatch):
+def test_a_refit_trains_on_the_validation_targets(movielens, tmp_path, monkeypatch):
     read, history_rows = [], reproduce_unigrf.history_rows
 
     def remembered(histories, *others, **options):

@@ -9,7 +9,7 @@ from recipes import runs
 from recipes.runs import Stages
 
 
-def test_another_trainings_folder_is_not_gone_on_with(tmp_path):
+def test_the_folder_of_another_training_is_rejected(tmp_path):
     asked, finished = {"model": {"seed": 0}, "path": tmp_path}, tmp_path / "finished.json"
     assert runs.begin(tmp_path, asked, finished) == runs.begin(tmp_path, asked, finished)
     assert runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished), "nothing was trained yet"
@@ -28,7 +28,7 @@ def test_another_trainings_folder_is_not_gone_on_with(tmp_path):
         (tmp_path / "arguments.json").touch()
 
 
-def test_a_stage_is_done_again_when_one_before_it_was_even_if_a_run_broke_off_between(tmp_path):
+def test_a_stage_runs_again_after_an_earlier_stage_did(tmp_path):
     ran = []
 
     def run(*names, seed, breaks=None):
@@ -50,7 +50,7 @@ def test_a_stage_is_done_again_when_one_before_it_was_even_if_a_run_broke_off_be
     assert ran[-1] == "again", "what it made is gone"
 
 
-def test_a_training_resumes_from_the_newest_checkpoint_that_is_whole(tmp_path, capsys):
+def test_a_training_resumes_from_the_newest_whole_checkpoint(tmp_path, capsys):
     assert runs.last_checkpoint(tmp_path / "nothing") is runs.last_checkpoint(tmp_path) is None
     for step, names in {
         9: ["trainer_state.json", "pools.safetensors"],
@@ -66,7 +66,7 @@ def test_a_training_resumes_from_the_newest_checkpoint_that_is_whole(tmp_path, c
     assert runs.last_checkpoint(tmp_path, ["pools.safetensors"]) == str(tmp_path / "checkpoint-9")
 
 
-def test_collected_runs_replace_their_own_stay_without_a_folder_and_are_not_mixed(tmp_path):
+def test_collected_runs_are_merged_and_never_mixed(tmp_path):
     def run(row: str, seed: int, value: float, **others) -> dict:
         return {"arguments": {"row": row, "seed": seed, **others}, "value": value}
 

@@ -66,7 +66,7 @@ def change(folder, tmp_path, table, edit):
     return copy
 
 
-def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prepared, tmp_path):
+def test_the_maps_hold_each_item_once_ordered_by_id(tables, arguments, prepared, tmp_path):
     table = pd.read_parquet(tables / f"{EMBEDDINGS}.parquet")
     assert len(table) == 401 and prepared["items"]["repeated_keys"] == 1
     first = {}
@@ -85,7 +85,7 @@ def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prep
     assert np.array_equal(np.load(tmp_path / "content_embeddings.npy"), embeddings)
 
 
-def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepared):
+def test_codebooks_of_a_sample_encode_all_items_in_chunks(arguments, prepared):
     out = Path(arguments.output_dir)
     codes, quantizer = np.load(out / "item_codes.npy"), ResidualKMeans.load(out)
     assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
@@ -93,7 +93,7 @@ def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepare
     assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
 
 
-def test_long_stages_show_how_far_they_are(arguments, prepared, tmp_path, capsys):
+def test_long_stages_show_progress(arguments, prepared, tmp_path, capsys):
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     fit(out, [8, 4, 8], points_per_code=16, num_iterations=5, seed=3)
     rows = np.sort(np.random.default_rng(3).choice(400, 128, replace=False, shuffle=False))
@@ -134,7 +134,7 @@ def test_rows_equal_a_slow_join_of_the_tables(tables, arguments, prepared, split
     assert split == "test" or padding > 0
 
 
-def test_the_tokenizer_spells_what_the_rows_spell(tables, arguments, prepared):
+def test_the_tokenizer_decodes_the_rows(tables, arguments, prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(f"{arguments.output_dir}/tokenizer")
     assert list(tokenizer.codebook_sizes) == prepared["suffixes"]["codebook_sizes"]
     ids = np.load(f"{arguments.output_dir}/item_ids.npy")
@@ -144,7 +144,7 @@ def test_the_tokenizer_spells_what_the_rows_spell(tables, arguments, prepared):
         assert items[:-1] == [str(ids[item]) for item in row["long_items"][-len(items) + 1 :]]
 
 
-def test_every_row_comes_once_shuffled_and_in_shards_of_several_readers(tables, arguments, prepared, tmp_path):
+def test_every_row_comes_once_when_shuffled_or_sharded(tables, arguments, prepared, tmp_path):
     def spelt(rows):
         return sorted(row["input_ids"].tolist() for row in rows)
 
@@ -160,7 +160,7 @@ def test_every_row_comes_once_shuffled_and_in_shards_of_several_readers(tables, 
     assert spelt(everything) == spelt(everything.shuffle(seed=1, buffer_size=7))
 
 
-def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(arguments, prepared, tmp_path, capsys):
+def test_a_second_run_reads_only_changed_tables(arguments, prepared, tmp_path, capsys):
     copy, out = shutil.copytree(arguments.tables, tmp_path / "tables"), tmp_path / "prepared"
     shutil.copytree(arguments.output_dir, out)
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
@@ -182,7 +182,7 @@ def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(argume
     assert changed == {"test_click_users.npy", "test_click_items.npy"}
 
 
-def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypatch):
+def test_an_array_replaces_another_only_when_whole(tmp_path, monkeypatch):
     file = tmp_path / "items.npy"
     with new_array(file, np.int32, (0,)):
         pass
@@ -205,7 +205,7 @@ def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypa
     assert np.load(file).tolist() == [7] * 4 and list(tmp_path.iterdir()) == [file]
 
 
-def test_pages_of_a_row_group_are_held_and_not_all_of_it(tmp_path):
+def test_a_row_group_is_not_read_into_memory_whole(tmp_path):
     values = np.random.default_rng(0).integers(1, 2**60, 20_000 * 100)
     lists = pa.ListArray.from_arrays(pa.array(np.arange(20_001, dtype=np.int32) * 100), pa.array(values))
     pq.write_table(pa.table({"150_2_180": lists}), tmp_path / "users.parquet")
@@ -246,14 +246,14 @@ def nulled(column):
         ("test_user_features", lambda frame: pd.concat([frame, frame[:1]]), "one row a user"),
     ],
 )
-def test_bad_tables_are_refused(tables, arguments, prepared, tmp_path, table, edit, message):
+def test_invalid_taobao_tables_are_rejected(tables, arguments, prepared, tmp_path, table, edit, message):
     copy = truncated(tables, tmp_path, table) if edit is None else change(tables, tmp_path, table, edit)
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     with pytest.raises(ValueError, match=message):
         prepare(replace(arguments, tables=str(copy), output_dir=str(out)))
 
 
-def test_what_cannot_be_joined_is_counted_or_refused(tables, arguments, prepared, tmp_path, capsys):
+def test_rows_that_cannot_be_joined_are_counted_or_rejected(tables, arguments, prepared, tmp_path, capsys):
     def stranger(frame):  # one click on an item without an embedding
         clicked = [list(label) == [0, 1] for label in frame["label_0"]]
         frame.loc[clicked.index(True), "205"] = 12345
@@ -307,14 +307,14 @@ def run_training(arguments, output_dir, *more):
         ),
     ],
 )
-def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, tmp_path, option, message):
+def test_invalid_options_are_rejected_before_training(arguments, prepared, tmp_path, option, message):
     rows = prepared["train rows"]["rows"]
     with pytest.raises(ValueError, match=message.format(rows=rows, steps=math.ceil(3 * rows / 8))):
         run_training(arguments, tmp_path / "training", option)
     assert not (tmp_path / "training").exists()
 
 
-def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepared, tmp_path):
+def test_a_tokenizer_of_other_codes_is_rejected(arguments, prepared, tmp_path):
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     again = replace(arguments, output_dir=str(out), seed=1, tokenizer=False)
     mapped = np.load(out / "item_codes.npy", mmap_mode="r")
@@ -335,9 +335,7 @@ def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepa
     assert not list(tmp_path.glob("training/checkpoint*"))
 
 
-def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
-    arguments, prepared, tmp_path, monkeypatch, capsys
-):
+def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
 
     def run(*more):
@@ -384,7 +382,7 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
     assert again["evaluation"] == log["evaluation"]
 
 
-def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_items(arguments, prepared, tmp_path):
+def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, tmp_path):
     run_training(arguments, tmp_path / "one", "--eval_rows=8")
     second = (f"--init_from={tmp_path / 'one/checkpoint'}", "--num_train_beams=4", "--num_retrieved_items=3")
     second += ("--max_long_items=20", "--eval_rows=40")
@@ -437,7 +435,7 @@ def test_a_linear_cost_is_extrapolated_exactly():
     assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
 
 
-def test_a_training_on_all_items_holds_no_less_than_their_codes_and_trie():
+def test_memory_at_full_size_includes_codes_and_trie():
     results = json.loads(Path(taobao_report.__file__).with_name("results").joinpath("taobao.json").read_text())
     more = 34_400_000 * 32 / 2**20  # than the runs of 1M items
     results["training at full size"]["stage II"]["private_mb"] = 5000  # the slope's
@@ -446,7 +444,7 @@ def test_a_training_on_all_items_holds_no_less_than_their_codes_and_trie():
 
 
 @pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
-def test_two_runs_make_one_table_of_what_all_would_take(arguments, prepared, tmp_path, monkeypatch, capsys):
+def test_two_runs_extrapolate_to_the_full_size(arguments, prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(taobao_scaling, "FULL", {"items": 4000, "users": 1500, "samples": 9000})
     tables = SyntheticArguments(str(tmp_path / "tables"), num_items=200, num_users=80, num_clusters=8, max_history=40)
     smaller = TaobaoArguments(

@@ -99,7 +99,7 @@ def losses_of(model, batch):
 
 
 @torch.no_grad()
-def test_packed_and_padded_rows_are_learned_as_each_window_alone(world):
+def test_packed_and_padded_rows_are_learned_as_single_windows(world):
     tokenizer, splits, model = world
     histories = splits["train"]
     windows = [
@@ -121,7 +121,7 @@ def test_packed_and_padded_rows_are_learned_as_each_window_alone(world):
 
 
 @torch.no_grad()
-def test_a_held_out_item_is_asked_for_when_it_came(world):
+def test_a_held_out_item_is_predicted_at_its_own_time(world):
     tokenizer, splits, model = world
     split = splits["validation"]
     expected = [loss for user in split for loss in code_losses(model, tokenizer, user, -3, None, target=True)]
@@ -133,7 +133,7 @@ def test_a_held_out_item_is_asked_for_when_it_came(world):
         training_rows.held_out_rows(old, tokenizer, 3, with_times=True)
 
 
-def test_rows_of_the_second_stage_have_the_times_of_their_items(world):
+def test_stage_two_rows_have_the_times_of_their_items(world):
     tokenizer, splits, _ = world
     histories = splits["train"]
     rows = training_rows.second_stage_rows(histories, tokenizer, 3, 3, 5, with_times=True)
@@ -161,7 +161,7 @@ def requests(tokenizer, split, max_items):
 
 
 @torch.no_grad()
-def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
+def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     tokenizer, splits, model = world
     split, asked = splits["test"], {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
     how = Measurement(max_items=4, batch_size=5)

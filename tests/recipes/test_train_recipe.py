@@ -15,7 +15,7 @@ from recipes.prepare import PrepareArguments, check_same_items, prepare
 from tokenization import SemanticIdTokenizer
 
 
-def test_a_training_that_failed_before_its_first_checkpoint_blocks_no_other(prepared, tmp_path):
+def test_a_training_that_failed_early_blocks_no_other(prepared, tmp_path):
     arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", "--use_cpu", "--max_steps=1", "--max_items=4"]
     arguments += ["--save_strategy=no", "--disable_tqdm=True"]
     for wrong, message in (
@@ -31,7 +31,7 @@ def test_a_training_that_failed_before_its_first_checkpoint_blocks_no_other(prep
     assert (train.train(*train.parse(arguments)) / "model.safetensors").exists()
 
 
-def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
+def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
     arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
     arguments += ["--max_items=10", "--use_cpu", "--per_device_train_batch_size=16", "--save_strategy=no"]
     arguments += ["--num_train_epochs=4", "--logging_steps=1", "--disable_tqdm=True", "--negatives_per_item=0.5"]
@@ -78,12 +78,12 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         (["--text_config=[]"], "text_config as a JSON object"),
     ],
 )
-def test_arguments_that_would_do_nothing_are_refused(prepared, tmp_path, options, message):
+def test_arguments_without_effect_are_rejected(prepared, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train.train(*train.parse([f"--data_dir={prepared}", f"--output_dir={tmp_path}", *options]))
 
 
-def test_a_training_is_of_one_device_a_process_and_goes_on_wherever_it_is(prepared, tmp_path, monkeypatch):
+def test_a_training_uses_one_device_and_resumes_on_another(prepared, tmp_path, monkeypatch):
     options = [f"--data_dir={prepared}", f"--output_dir={tmp_path}"]
     for changed, message in (({"n_gpu": 2}, "one GPU a process, found 2"), ({"fsdp": "full_shard"}, "neither --fsdp")):
         args = train.parse(options)
@@ -104,7 +104,7 @@ def test_a_training_is_of_one_device_a_process_and_goes_on_wherever_it_is(prepar
 
 
 @pytest.mark.parametrize("atomic", [False, True])
-def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepared, tmp_path, atomic):
+def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, atomic):
     parent = prepared.parent
     if atomic:
         tables = {name: str(parent / f"{name}.parquet") for name in ("interactions", "items")}

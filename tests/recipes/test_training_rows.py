@@ -10,7 +10,7 @@ from recipes import training_rows
 from tokenization import SemanticIdTokenizer
 
 
-def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_came_later(prepared):
+def test_a_stage_two_row_does_not_leak_its_last_item(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     rows = training_rows.second_stage_rows(histories, tokenizer, 3, 3, 5)
@@ -35,7 +35,7 @@ def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_cam
         assert row["long_items"] == user["items"][-5:] and row["long_behaviors"] == user["behaviors"][-5:]
 
 
-def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
+def test_each_crop_supervises_every_item_once(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     total = sum(map(len, histories["items"]))
@@ -52,7 +52,7 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
     assert len(set(training_rows.cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
 
 
-def test_users_whose_long_history_is_empty_may_come_first(prepared):
+def test_users_with_an_empty_long_history_may_come_first(prepared):
     """1,000 rows and more are written at a time: of the first ones alone their type could not be told."""
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     lists = {"items": [[3]] * 1200 + [[1, 2, 3]], "behaviors": [[0]] * 1200 + [[1, 0, 1]]}
@@ -63,7 +63,7 @@ def test_users_whose_long_history_is_empty_may_come_first(prepared):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(17, 1), (17, 4), (6, 1), (3, 2), (7, 50)])
-def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length, stride):
+def test_sliding_windows_hold_every_item_at_any_stride(length, stride):
     windows = training_rows.cut_windows(length, 6, 1, stride)
     assert windows[0] == (max(0, length - 6), length) and windows[-1] == (0, min(6, length))
     assert all(end - start == min(6, length) for start, end in windows) and len(set(windows)) == len(windows)

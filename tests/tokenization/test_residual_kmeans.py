@@ -18,7 +18,7 @@ def quantizer():
     return ResidualKMeans((16, 16), seed=3).fit(clustered(600))
 
 
-def test_more_levels_approximate_better_and_encode_finds_the_nearest_entry_of_each_level(quantizer):
+def test_more_levels_approximate_better_by_the_nearest_entry(quantizer):
     points = clustered(200, seed=1)
     codes = quantizer.encode(points)
     assert codes.dtype == np.int32 and codes.shape == (200, 2)
@@ -40,7 +40,7 @@ def test_embeddings_far_from_the_origin_are_encoded_without_loss(quantizer):
     assert (shifted.encode(points + 1000)[:, 0] == distances.argmin(1)).mean() > 0.99
 
 
-def test_equal_seeds_give_equal_codebooks_from_numpy_and_torch_of_any_float_type():
+def test_equal_seeds_give_equal_codebooks_from_numpy_and_torch():
     points = clustered(2000)
     one = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=5).fit(points)
     two = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=5).fit(torch.from_numpy(points).double())
@@ -60,7 +60,7 @@ def test_every_code_is_used_on_the_training_sample(seed, num_codes):
 
 
 @pytest.mark.parametrize("num_distinct", [1, 3])
-def test_fewer_distinct_points_than_codes_give_an_entry_each_and_unused_codes(num_distinct):
+def test_fewer_distinct_points_than_codes_get_one_entry_each(num_distinct):
     distinct = clustered(num_distinct)
     points = np.tile(distinct, (20, 1))
     quantizer = ResidualKMeans((8, 4)).fit(points)
@@ -69,7 +69,7 @@ def test_fewer_distinct_points_than_codes_give_an_entry_each_and_unused_codes(nu
     np.testing.assert_allclose(quantizer.decode(codes), points, atol=1e-5)
 
 
-def test_equal_embeddings_have_equal_codes_whatever_stands_beside_them():
+def test_equal_embeddings_have_equal_codes_in_any_batch():
     distinct = np.random.default_rng(3700).normal(size=(37, 100)).astype(np.float32)
     quantizer = ResidualKMeans((100, 64)).fit(np.tile(distinct, (3, 1)))  # most entries are surplus
     together = quantizer.encode(np.tile(distinct, (3, 1)))
@@ -78,7 +78,7 @@ def test_equal_embeddings_have_equal_codes_whatever_stands_beside_them():
         np.testing.assert_array_equal(quantizer.encode(distinct[row : row + 1])[0], together[row])
 
 
-def test_numbers_of_any_size_are_quantized_or_refused():
+def test_numbers_of_any_size_are_quantized_or_rejected():
     points = clustered(60)
     with pytest.raises(ValueError, match="numbers whose squares are infinite"):
         ResidualKMeans((8, 8)).fit(1e19 * points)  # which ends the process within faiss
@@ -87,7 +87,7 @@ def test_numbers_of_any_size_are_quantized_or_refused():
     assert ResidualKMeans((1,), pca_dim=2).fit(points[:1]).encode(points[:1]).tolist() == [[0]]
 
 
-def test_a_normalizing_quantizer_ignores_length_and_keeps_zero_rows():
+def test_a_normalizing_quantizer_ignores_the_norm():
     points = clustered(300)
     quantizer = ResidualKMeans((8, 8), normalize=True).fit(points)
     np.testing.assert_array_equal(quantizer.encode(points), quantizer.encode(4 * points))
@@ -102,7 +102,7 @@ def test_chunks_do_not_change_the_codes(quantizer, monkeypatch):
     np.testing.assert_array_equal(quantizer.encode(points), whole)
 
 
-def test_nan_is_refused_with_the_number_of_rows_and_the_first(quantizer):
+def test_nan_is_rejected_with_the_first_row(quantizer):
     points = clustered(100)
     points[[17, 40], 2] = np.nan
     points[99, 0] = np.inf
@@ -111,7 +111,7 @@ def test_nan_is_refused_with_the_number_of_rows_and_the_first(quantizer):
             method(points)
 
 
-def test_wrong_input_is_refused_with_what_was_expected_and_found(quantizer):
+def test_invalid_quantizer_input_is_rejected(quantizer):
     with pytest.raises(ValueError, match=r"width 8.*found width 5"):
         quantizer.encode(np.zeros((2, 5), np.float32))
     with pytest.raises(ValueError, match=r"shape \[N, D\], found float32 \(8,\)"):
@@ -136,7 +136,7 @@ def test_a_saved_quantizer_encodes_as_before(quantizer, tmp_path):
     assert loaded.metadata() == quantizer.metadata()
 
 
-def test_a_truncated_or_missing_file_is_refused_by_name(quantizer, tmp_path):
+def test_a_truncated_or_missing_file_is_rejected_by_name(quantizer, tmp_path):
     with pytest.raises(ValueError, match=r"expected the file semantic_ids\.safetensors"):
         ResidualKMeans.load(tmp_path)
     path = quantizer.save(tmp_path)

@@ -10,7 +10,7 @@ from tokenization import assign_suffixes, codebook_health
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), num_items=st.integers(0, 60), levels=st.integers(1, 4), size=st.integers(1, 5))
-def test_suffixes_make_codes_unique_and_count_from_zero_in_the_given_order(seed, num_items, levels, size):
+def test_suffixes_make_codes_unique_in_the_given_order(seed, num_items, levels, size):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, size, (num_items, levels))
     popularity = rng.integers(0, 4, num_items)
@@ -24,13 +24,13 @@ def test_suffixes_make_codes_unique_and_count_from_zero_in_the_given_order(seed,
             assert [suffixes[row] for row in expected] == list(range(len(rows)))
 
 
-def test_codes_too_wide_to_pack_into_64_bits_still_get_unique_suffixes():
+def test_codes_wider_than_64_bits_get_unique_suffixes():
     codes = np.random.default_rng(0).integers(0, 2, (50, 12)) * (2**20)
     suffixed = np.column_stack([codes, assign_suffixes(codes)])
     assert len(np.unique(suffixed, axis=0)) == 50
 
 
-def test_suffixes_of_wrong_input_are_refused():
+def test_suffixes_of_invalid_input_are_rejected():
     with pytest.raises(ValueError, match=r"shape \[N, L\]"):
         assign_suffixes(np.zeros(3, int))
     with pytest.raises(ValueError, match=">= 0, found -1"):
@@ -41,7 +41,7 @@ def test_suffixes_of_wrong_input_are_refused():
         assign_suffixes(np.zeros((2, 1), int), np.zeros(3))
 
 
-def test_health_measures_collisions_use_entropy_and_error():
+def test_codebook_statistics_equal_their_definitions():
     codes = np.array([[0, 0], [0, 0], [1, 2], [1, 3]])
     embeddings = np.array([[0.0], [2.0], [4.0], [6.0]])
     health = codebook_health(codes, (2, 8), embeddings, embeddings + 1)
@@ -59,7 +59,7 @@ def test_health_measures_collisions_use_entropy_and_error():
     [np.zeros(1000, int), np.arange(1000) % 20, np.where(np.arange(1000) < 990, 0, np.arange(1000) % 200)],
     ids=["one code", "20 of 256 codes", "one code has 99 %"],
 )
-def test_a_collapsed_codebook_warns_loudly_and_names_the_level(column):
+def test_a_collapsed_codebook_warns_with_its_level(column):
     healthy = np.arange(1000) % 256
     with pytest.warns(UserWarning, match="COLLAPSED CODEBOOK: level 1 uses"):
         codebook_health(np.column_stack([healthy, column]), (256, 256))
@@ -73,7 +73,7 @@ def test_random_codes_of_any_number_of_items_do_not_warn(num_items):
         codebook_health(codes, (256, 256, 256))
 
 
-def test_health_of_mismatched_input_is_refused():
+def test_codebook_statistics_reject_mismatched_input():
     with pytest.raises(ValueError, match="below the codebook sizes"):
         codebook_health(np.array([[4]]), (4,))
     with pytest.raises(ValueError, match="both or neither"):

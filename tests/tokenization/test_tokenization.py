@@ -52,7 +52,7 @@ def small_tokenizer(behaviors=("like",)):
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     num_behaviors=st.integers(1, 3),
 )
-def test_what_is_encoded_decodes_to_the_same_items(seed, sizes, num_behaviors):
+def test_encoded_histories_decode_to_the_same_items(seed, sizes, num_behaviors):
     rng = np.random.default_rng(seed)
     spellings = np.stack(np.unravel_index(rng.permutation(np.prod(sizes))[:40], sizes), axis=1)
     ids = rng.permutation(1000)[: len(spellings)]
@@ -79,7 +79,7 @@ def test_what_is_encoded_decodes_to_the_same_items(seed, sizes, num_behaviors):
         assert tokenizer.decode(single) == text.replace(" ", "")
 
 
-def test_the_vocabulary_is_specials_then_behaviors_then_codes_with_the_growing_level_last(tokenizer):
+def test_the_vocabulary_is_specials_behaviors_and_codes(tokenizer):
     last = tokenizer.codebook_sizes[-1]
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     assert tokens[:6] == ["<pad>", "<bos>", "<eos>", "<unk>", "<view>", "<like>"]
@@ -99,7 +99,7 @@ def test_the_vocabulary_is_specials_then_behaviors_then_codes_with_the_growing_l
     assert tokenizer.padding_side == "left" and tokenizer.unk_token_id == 3
 
 
-def test_popular_items_of_a_colliding_group_come_first_and_all_ids_are_unique(tokenizer):
+def test_popular_items_of_a_colliding_group_come_first(tokenizer):
     codes = tokenizer.item_codes
     assert len(np.unique(codes, axis=0)) == 300
     assert len(np.unique(codes[:, :-1], axis=0)) == (codes[:, -1] == 0).sum() < 300
@@ -108,7 +108,7 @@ def test_popular_items_of_a_colliding_group_come_first_and_all_ids_are_unique(to
     assert (np.diff(order)[same] < 0).all()
 
 
-def test_provenance_holds_origin_seed_count_hash_and_health(tokenizer, quantizer):
+def test_provenance_holds_origin_seed_hash_and_statistics(tokenizer, quantizer):
     found = tokenizer.provenance
     assert (found["encoder"], found["embedding_dim"], found["seed"], found["num_items"]) == ("none", DIM, 0, 300)
     assert found["health"]["collision_rate"] > 0 and 0 < found["health"]["reconstruction_error"] < 1
@@ -122,7 +122,7 @@ def test_a_collapsed_quantizer_warns_when_the_ids_are_made():
         SemanticIdTokenizer.from_embeddings(range(100), points, ResidualKMeans((16,)).fit(points), ["view"])
 
 
-def test_a_batch_is_padded_on_the_left_and_max_items_keeps_the_most_recent():
+def test_a_batch_is_padded_left_and_max_items_keeps_the_latest():
     tokenizer = small_tokenizer()
     batch = tokenizer.encode_history([["x", "y", "z"], ("z",)], max_items=2)
     assert batch["input_ids"] == [[1, 5, 9, 4, 7, 8, 4], [0, 0, 0, 1, 7, 8, 4]]
@@ -136,7 +136,7 @@ def test_a_batch_is_padded_on_the_left_and_max_items_keeps_the_most_recent():
     assert found.tolist() == [1, 132, 130]
 
 
-def test_times_are_spread_over_an_items_tokens_and_padded_beside_them_as_unknown():
+def test_times_are_repeated_for_each_token_and_padded():
     tokenizer = small_tokenizer()
     step = tokenizer.num_levels + 1
     times = [tokenizer.encode_times(np.array(one)) for one in ([7, -1, 9], [5])]
@@ -154,7 +154,7 @@ def test_times_are_spread_over_an_items_tokens_and_padded_beside_them_as_unknown
     assert batch["attention_mask"][1].tolist() == [0] * 2 * step + [1] * (1 + step)
 
 
-def test_a_missing_title_is_an_empty_one_and_an_item_map_that_cannot_be_written_harms_none(tmp_path):
+def test_missing_titles_are_empty_and_a_failed_save_is_harmless(tmp_path):
     columns = ([[0], [1], [2]], [3], ["view"])
     tokenizer = SemanticIdTokenizer.from_codes(list("xyz"), *columns, titles=["one", None, float("nan")])
     assert tokenizer.titles == ["one", "", ""]
@@ -176,7 +176,7 @@ def test_unknown_items_are_named_or_skipped_with_their_behaviors():
         tokenizer.encode_history([["x"], ["q"]], [["like"], ["like"]], unknown="skip")
 
 
-def test_malformed_histories_are_refused_with_what_is_wrong():
+def test_malformed_histories_are_rejected():
     tokenizer = small_tokenizer(("view", "like"))
     with pytest.raises(ValueError, match="found None"):
         tokenizer.encode_history(["x"])
@@ -221,7 +221,7 @@ def test_malformed_histories_are_refused_with_what_is_wrong():
         ([[5.7, 8.0]], "rows of integer token ids"),
     ],
 )
-def test_tokens_that_are_no_items_are_refused_with_spelling_and_position(token_ids, message):
+def test_tokens_that_are_no_items_are_rejected_with_position(token_ids, message):
     with pytest.raises(ValueError, match=message):
         small_tokenizer().decode_items(token_ids)
 
@@ -257,7 +257,7 @@ def test_tokens_without_codes_decode_to_no_items():
         ({"provenance": {"encoder": object()}}, "JSON types"),
     ],
 )
-def test_catalogs_that_make_no_sense_are_refused(change, message):
+def test_invalid_catalogs_are_rejected(change, message):
     good = {
         "item_ids": ["x", "y", "z"],
         "codes": [[0, 0], [0, 1], [2, 0]],
@@ -271,7 +271,7 @@ def test_catalogs_that_make_no_sense_are_refused(change, message):
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), num_new=st.integers(0, 30), copies=st.booleans())
-def test_adding_items_changes_nothing_that_was_there_and_stays_unique(quantizer, seed, num_new, copies):
+def test_added_items_are_unique_and_keep_the_old_ones(quantizer, seed, num_new, copies):
     old = SemanticIdTokenizer.from_embeddings(range(100), embeddings_of(100), quantizer, ["view"])
     tokenizer = copy.deepcopy(old)
     # copies of one embedding make the last level grow
@@ -290,7 +290,7 @@ def test_adding_items_changes_nothing_that_was_there_and_stays_unique(quantizer,
         assert sorted(group) == list(range(len(group)))
 
 
-def test_items_that_cannot_be_added_leave_the_tokenizer_as_it_was(tokenizer):
+def test_invalid_additions_leave_the_tokenizer_unchanged(tokenizer):
     before = (tokenizer.item_codes.tobytes(), list(tokenizer.item_ids), len(tokenizer), tokenizer.provenance)
     nan = embeddings_of(2)
     nan[1] = np.nan
@@ -315,7 +315,7 @@ def test_items_that_cannot_be_added_leave_the_tokenizer_as_it_was(tokenizer):
         small_tokenizer().add_items(["n"], embeddings_of(1))
 
 
-def test_new_items_of_atomic_ids_take_the_next_ones_and_no_item_at_all_is_a_bos():
+def test_new_items_of_atomic_ids_take_the_next_codes():
     atomic = SemanticIdTokenizer.from_codes(["a", "b"], np.arange(2)[:, None], [2], ["view"])
     assert atomic.add_items(["c", "d"], embeddings_of(2)).tolist() == [[2], [3]]
     assert atomic.codebook_sizes == (4,) and atomic.decode_items(atomic.encode_history(["d"])["input_ids"]) == ["d"]
@@ -324,7 +324,7 @@ def test_new_items_of_atomic_ids_take_the_next_ones_and_no_item_at_all_is_a_bos(
     assert atomic.encode_indices([], []).tolist() == [atomic.bos_token_id]
 
 
-def test_save_load_save_writes_the_same_files_also_after_growth_and_padding(tokenizer, tmp_path):
+def test_save_load_save_writes_the_same_files(tokenizer, tmp_path):
     tokenizer.add_items([f"new{i}" for i in range(40)], embeddings_of(1).repeat(40, 0))
     tokenizer(["<a_1> <b_1>", "<a_1>"], padding=True)
     tokenizer.save_pretrained(tmp_path / "one")
@@ -342,7 +342,7 @@ def test_save_load_save_writes_the_same_files_also_after_growth_and_padding(toke
     )
 
 
-def test_text_padding_unknown_tokens_and_added_tokens_work_as_in_any_tokenizer(tmp_path):
+def test_padding_and_added_tokens_work_as_in_any_tokenizer(tmp_path):
     tokenizer = small_tokenizer()
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(tmp_path)
@@ -376,7 +376,7 @@ print(json.dumps([type(again).__name__, ids, tokenizer.decode_items(ids), codes.
 
 
 @pytest.mark.parametrize("source", ["folder", "hub"])
-def test_the_saved_folder_alone_is_enough_without_the_project_and_without_faiss(tokenizer, tmp_path, source):
+def test_a_saved_tokenizer_loads_without_project_and_faiss(tokenizer, tmp_path, source):
     home, commit = tmp_path / "home", "0123456789" * 4
     cache = home / "hub" / "models--someone--items"
     folder = cache / "snapshots" / commit if source == "hub" else tmp_path / "folder"
@@ -404,7 +404,7 @@ def test_the_saved_folder_alone_is_enough_without_the_project_and_without_faiss(
     assert "pip install faiss-cpu" in found[5]
 
 
-def test_without_trusted_code_auto_refuses_and_the_plain_class_reads_the_text_side(tokenizer, tmp_path):
+def test_without_trusted_code_the_plain_class_reads_the_text(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
@@ -425,7 +425,7 @@ def damage(folder: Path, other: Path, name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "of another folder"])
 @pytest.mark.parametrize("name", ["items.json", "semantic_ids.safetensors", "tokenizer.json"])
-def test_missing_truncated_and_mixed_up_files_are_refused(tokenizer, quantizer, tmp_path, name, how):
+def test_missing_truncated_and_mixed_up_files_are_rejected(tokenizer, quantizer, tmp_path, name, how):
     tokenizer.save_pretrained(tmp_path / "one")
     SemanticIdTokenizer.from_embeddings(range(9), embeddings_of(9), quantizer, ["view"]).save_pretrained(
         tmp_path / "other"
@@ -437,7 +437,7 @@ def test_missing_truncated_and_mixed_up_files_are_refused(tokenizer, quantizer, 
         assert name in str(raised.value) and "expected" in str(raised.value)
 
 
-def test_an_edited_item_map_of_the_same_length_is_refused_by_its_hash(tokenizer, tmp_path):
+def test_an_edited_item_map_is_rejected_by_its_hash(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "items.json").read_text())
     content["item_ids"][:2] = content["item_ids"][1::-1]
