@@ -25,7 +25,8 @@ def prepared(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = []
     for user in range(40):
-        start, length = rng.integers(30), rng.integers(6, 20)
+        start = rng.integers(30)
+        length = rng.integers(6, 20)
         for step in range(length):
             item = (start + step) % 30
             rows.append((f"u{user}", f"i{item}", step, "like" if item % 2 else "dislike"))

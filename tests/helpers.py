@@ -62,7 +62,9 @@ def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, see
 def random_histories(model, lengths, seed=0):
     """Left-padded random histories: `input_ids`, `attention_mask`, and the items of each row."""
     generator = torch.Generator().manual_seed(seed)
-    config, rows, items = model.config, [], []
+    config = model.config
+    rows = []
+    items = []
     for length in lengths:
         chosen = torch.randint(model.catalog.num_items, (length,), generator=generator)
         behaviors = torch.randint(len(config.behaviors), (length, 1), generator=generator)
@@ -77,7 +79,8 @@ def random_histories(model, lengths, seed=0):
 
 def exact_scores(model, input_ids, attention_mask):
     """`log P` of every item after every history, `[B, num_items]`, by plain forwards without any cache."""
-    codes, layout = model.catalog.item_codes.long(), model.layout
+    codes = model.catalog.item_codes.long()
+    layout = model.layout
     scores = torch.empty(len(input_ids), len(codes))
     for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
         history = ids[mask.bool()].expand(len(codes), -1)
@@ -213,7 +216,7 @@ def build_enhancer(model, with_times=False, **options):
     )
     options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
     items, behaviors = users_of(model)
-    times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(one)).cumsum()) for one in items]
+    times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(history)).cumsum()) for history in items]
     return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times if with_times else None, **options)
 
 

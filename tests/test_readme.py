@@ -40,7 +40,8 @@ def test_readme_commands_are_understood(file, monkeypatch):
     blocks = re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m recipes.")]
-    parse, parsed = HfArgumentParser.parse_args_into_dataclasses, []
+    parse = HfArgumentParser.parse_args_into_dataclasses
+    parsed = []
 
     def stop(parser, args=None, **kwargs):
         parsed.append(parse(parser, args, **kwargs))
@@ -69,8 +70,10 @@ def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
         assert module == recipe.__name__
         asked = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
         # Beams and what is beside them are several in a command, and one in a run.
-        found = {one: value for one, value in run["arguments"].items() if one not in ("beams", "union", "ranked")}
-        assert {one: asked[one] for one in found} == found, run["made by"]["command"]
+        fields = {
+            field: value for field, value in run["arguments"].items() if field not in ("beams", "union", "ranked")
+        }
+        assert {field: asked[field] for field in fields} == fields, run["made by"]["command"]
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch):

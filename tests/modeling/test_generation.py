@@ -32,7 +32,8 @@ def generated_items(model, sequences, prompt_length):
 def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [5, 2, 1])
-    cache, chunks = None, []
+    cache = None
+    chunks = []
     for start, end in ((0, 3), (3, 17), (17, input_ids.shape[1])):
         with torch.no_grad():
             out = model(input_ids[:, start:end], mask[:, :end], cache=cache, use_cache=True)
@@ -125,8 +126,8 @@ def test_every_generated_item_exists_in_random_catalogs(sizes, share, seed, num_
     num_items = max(1, round(share * total))
     model = build_model(codebook_sizes=sizes, num_items=num_items, seed=seed, embeddings=False)
     input_ids, mask, _ = random_histories(model, [3, 1], seed=seed)
-    found = model.generate(input_ids, attention_mask=mask, num_beams=num_beams, num_return_sequences=num_beams)
-    items = generated_items(model, found, input_ids.shape[1]).view(2, -1)
+    sequences = model.generate(input_ids, attention_mask=mask, num_beams=num_beams, num_return_sequences=num_beams)
+    items = generated_items(model, sequences, input_ids.shape[1]).view(2, -1)
     assert (items >= 0).all()
     assert all(len(set(row)) == len(row) for row in items.tolist())
     sampled = model.generate(input_ids, attention_mask=mask, num_beams=1, do_sample=True)
@@ -149,14 +150,15 @@ def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
 def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    expected, best = model.generate(input_ids, attention_mask=mask), model.recommend(input_ids, mask)
+    expected = model.generate(input_ids, attention_mask=mask)
+    best = model.recommend(input_ids, mask)
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)
-    for one in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
-        assert torch.equal(one.generate(input_ids, attention_mask=mask), expected)
-        assert one.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
+    for restored in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(restored.generate(input_ids, attention_mask=mask), expected)
+        assert restored.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
     model.generation_config = GenerationConfig(max_new_tokens=4)
     assert torch.equal(model.recommend(input_ids, mask).item_indices, best.item_indices)
     assert model.max_return_sequences() == 10
@@ -177,8 +179,8 @@ def test_a_partial_item_is_completed_and_a_dead_prefix_raises():
     input_ids, _, _ = random_histories(model, [2])
     codes = model.catalog.item_codes.long()
     begun = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
-    found = model.generate(begun, num_beams=4, num_return_sequences=4)
-    items = generated_items(model, found, input_ids.shape[1])
+    sequences = model.generate(begun, num_beams=4, num_return_sequences=4)
+    items = generated_items(model, sequences, input_ids.shape[1])
     assert set(items.tolist()) == set((codes[:, 0] == codes[0, 0]).nonzero()[:, 0].tolist())
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
     prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
@@ -243,8 +245,8 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     fresh = model.recommend(
         input_ids, mask, num_beams=everything, num_return_sequences=everything, exclude_history=True
     )
-    for found, history in zip(fresh.item_indices.tolist(), items, strict=True):
-        assert sorted(item for item in found if item >= 0) == sorted(set(range(everything)) - set(history))
+    for listed, history in zip(fresh.item_indices.tolist(), items, strict=True):
+        assert sorted(item for item in listed if item >= 0) == sorted(set(range(everything)) - set(history))
     # A narrow beam spends nothing on what may not be shown: it still finds as many items as it has places.
     narrow = model.recommend(
         input_ids, mask, num_beams=3, num_return_sequences=3, blocked_items=[list(range(27)), list(range(20))]
@@ -288,10 +290,11 @@ def test_atomic_ids_are_the_one_level_case(backbone, similarity):
     assert torch.equal(best.item_indices, expected.indices)
     torch.testing.assert_close(best.scores, expected.values, atol=2e-5, rtol=1e-4)
     with torch.no_grad():
-        states, vectors = model.model(input_ids, mask).last_hidden_state, model.lm_head.weight
+        states = model.model(input_ids, mask).last_hidden_state
+        vectors = model.lm_head.weight
         if similarity == "cosine":
             assert vectors is model.get_input_embeddings().weight
-            states, vectors = (torch.nn.functional.normalize(one, dim=-1) for one in (states, vectors))
+            states, vectors = (torch.nn.functional.normalize(tensor, dim=-1) for tensor in (states, vectors))
         torch.testing.assert_close(model(input_ids, mask).logits, states @ vectors.T / 0.3, atol=2e-5, rtol=1e-4)
 
 
@@ -346,11 +349,11 @@ def test_stock_beam_search_has_no_more_beams_than_items(stock):
     arguments |= {"catalog": model.catalog.subset(market), **stock}
     for seed in range(3):
         torch.manual_seed(seed)
-        found = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
-        items = generated_items(model, found.sequences, input_ids.shape[1]).view(2, 7)
+        output = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
+        items = generated_items(model, output.sequences, input_ids.shape[1]).view(2, 7)
         assert items[:, :3].sort().values.tolist() == [market] * 2 and (items[:, 3:] == -1).all()
-        assert (found.sequences_scores.view(2, 7) == -torch.inf).equal(items == -1)
-        assert (found.sequences.view(2, 7, -1)[:, 3:, -4:] == model.config.pad_token_id).all()
+        assert (output.sequences_scores.view(2, 7) == -torch.inf).equal(items == -1)
+        assert (output.sequences.view(2, 7, -1)[:, 3:, -4:] == model.config.pad_token_id).all()
     plain = model.generate(input_ids, return_dict_in_generate=True, **arguments)
     assert plain.scores is plain.sequences_scores is None
 
@@ -358,13 +361,13 @@ def test_stock_beam_search_has_no_more_beams_than_items(stock):
 def test_padding_takes_no_positions():
     model = build_model("gpt2")  # of 256 positions
     input_ids, mask, _ = random_histories(model, [3])
-    wide, wide_mask = (torch.nn.functional.pad(one, (300, 0)) for one in (input_ids, mask))
-    expected, found = (model.recommend(*one, num_beams=10) for one in ((input_ids, mask), (wide, wide_mask)))
-    torch.testing.assert_close(found.scores, expected.scores)
+    wide, wide_mask = (torch.nn.functional.pad(inputs, (300, 0)) for inputs in (input_ids, mask))
+    expected, actual = (model.recommend(*inputs, num_beams=10) for inputs in ((input_ids, mask), (wide, wide_mask)))
+    torch.testing.assert_close(actual.scores, expected.scores)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "found"),
+    ("model_type", "reason"),
     [
         *((name, "") for name in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt")),
         ("falcon", r" with \['alibi=True'\]"),
@@ -374,17 +377,18 @@ def test_padding_takes_no_positions():
         ("gemma3_text", r" with \['use_bidirectional_attention=True'\]"),
     ],
 )
-def test_unsupported_backbones_are_rejected(model_type, found):
+def test_unsupported_backbones_are_rejected(model_type, reason):
     text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     text_config |= {"falcon": {"alibi": True}, "gemma3_text": {"use_bidirectional_attention": True}}.get(
         model_type, {}
     )
-    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{found}"):
+    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{reason}"):
         UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
 def test_a_catalog_set_in_inference_mode_can_be_searched():
-    model, other = build_model(), build_model(seed=1).catalog
+    model = build_model()
+    other = build_model(seed=1).catalog
     input_ids = random_histories(model, [2])[0]  # of which <bos> is in both
     model.set_catalog(other.item_codes, other.content_embeddings)
     expected = model.generate(input_ids[:, :1], num_beams=9)

@@ -11,7 +11,8 @@ from modeling_unigrf import UniGRFForCausalLM
 
 def by_hand(model, ids):
     """Embeddings of one history `[T]`, behavior by behavior."""
-    rows, codes = [], model.catalog.item_codes.tolist()
+    rows = []
+    codes = model.catalog.item_codes.tolist()
     for position, token in enumerate(ids.tolist()):
         row = model.get_input_embeddings()(torch.tensor(token))
         if token in model.config.behavior_token_ids:
@@ -31,21 +32,22 @@ def test_item_representations_are_added_to_the_next_behavior(backbone, embedding
     model = build(backbone, project_content_embeddings=embeddings)
     input_ids, mask, _ = random_histories(model, [4, 2])
     timed = {"timestamps": torch.arange(input_ids.shape[1]).expand(2, -1)} if backbone == "hstu" else {}
-    found = model(input_ids, mask, **timed, output_hidden_states=True)
+    output = model(input_ids, mask, **timed, output_hidden_states=True)
     for row in range(2):
         ids = input_ids[row][mask[row].bool()]
-        own = {name: times[row][mask[row].bool()][None] for name, times in timed.items()}
-        states = model.model(inputs_embeds=by_hand(model, ids)[None], **own).last_hidden_state
-        torch.testing.assert_close(found.logits[row, -len(ids) :], model.code_logits(states)[0], atol=2e-5, rtol=1e-4)
+        row_times = {name: times[row][mask[row].bool()][None] for name, times in timed.items()}
+        states = model.model(inputs_embeds=by_hand(model, ids)[None], **row_times).last_hidden_state
+        torch.testing.assert_close(output.logits[row, -len(ids) :], model.code_logits(states)[0], atol=2e-5, rtol=1e-4)
     plain = model.code_logits(model.model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state)
-    assert (plain[0, -1] - found.logits[0, -1]).abs().max() > 0.01, "it would be seen if they were left out"
+    assert (plain[0, -1] - output.logits[0, -1]).abs().max() > 0.01, "it would be seen if they were left out"
 
 
 @pytest.mark.parametrize("retrieved", [0, 3])
 def test_search_and_rank_on_a_partial_cache_equal_exact_scores(backbone, retrieved):
     model = build(backbone, num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    everything, longer = torch.arange(30).expand(2, -1), long_histories(model, [12, 2]) if retrieved else {}
+    everything = torch.arange(30).expand(2, -1)
+    longer = long_histories(model, [12, 2]) if retrieved else {}
     log_probs = exact_scores(model, input_ids, mask)
     asked = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.5, **longer}
     whole = model.recommend(input_ids, mask, **asked)
@@ -82,7 +84,7 @@ def test_the_search_equals_stock_generate_also_after_reloading(backbone, tmp_pat
 def test_packed_histories_train_their_item_representations(backbone):
     model = build(backbone, ranking_loss_weight=0.0)
     input_ids, mask, _ = random_histories(model, [3, 2])
-    alone = [ids[one.bool()] for ids, one in zip(input_ids, mask, strict=True)]
+    alone = [ids[row_mask.bool()] for ids, row_mask in zip(input_ids, mask, strict=True)]
     packed = torch.cat(alone)[None]
     together = model(packed, labels=packed).loss * (packed != model.config.bos_token_id).sum()
     apart = sum(model(ids[None], labels=ids[None]).loss * (len(ids) - 1) for ids in alone)

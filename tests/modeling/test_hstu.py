@@ -31,7 +31,8 @@ def build(seed=0, **config):
 
 def by_the_formula(model, tokens, times, next_times):
     """The block as the paper and its public code write it, one query and one key at a time."""
-    config, length = model.config, len(tokens)
+    config = model.config
+    length = len(tokens)
     x = model.embed_tokens(tokens) * math.sqrt(config.hidden_size) + model.embed_positions(torch.arange(length))
 
     def norm(v):
@@ -68,14 +69,15 @@ def test_the_model_is_the_formula(with_times):
     tokens = torch.randint(30, (7,))
     times = [3, 3, 60, 4000, 4000, 90_000, 10_000_000] if with_times else None
     next_times = [3, 60, 4000, 4000, 90_000, 10_000_000, 10_000_000] if with_times else None
-    found = model(tokens[None], timestamps=None if times is None else torch.tensor([times])).last_hidden_state[0]
-    torch.testing.assert_close(found, by_the_formula(model, tokens, times, next_times), atol=1e-5, rtol=1e-4)
+    actual = model(tokens[None], timestamps=None if times is None else torch.tensor([times])).last_hidden_state[0]
+    torch.testing.assert_close(actual, by_the_formula(model, tokens, times, next_times), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_cached_equals_uncached_with_times_and_unknown_times():
     model = build()
-    tokens, times = torch.randint(30, (3, 9)), torch.randint(10**6, (3, 9)).cumsum(1)
+    tokens = torch.randint(30, (3, 9))
+    times = torch.randint(10**6, (3, 9)).cumsum(1)
     times[1, :4] = -1
     later = torch.cat([times[:, 1:], times[:, -1:] + 500], dim=1)
     whole = model(tokens, timestamps=times, target_timestamps=later).last_hidden_state
@@ -94,7 +96,8 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
     assert not torch.allclose(model(tokens).last_hidden_state, whole), "times matter"
     times[:, 7:] = -1  # of all that is read last, which is asked for at a known time
     arguments = {"timestamps": times, "target_timestamps": later}
-    whole, cache = model(tokens, **arguments).last_hidden_state, DynamicCache()
+    whole = model(tokens, **arguments).last_hidden_state
+    cache = DynamicCache()
     for part in (slice(0, 7), slice(7, 9)):
         columns = {name: column[:, part] for name, column in arguments.items()}
         last = model(tokens[:, part], cache=cache, use_cache=True, **columns).last_hidden_state
@@ -124,8 +127,8 @@ def test_only_a_dynamic_cache_is_accepted():
     model = build_model("hstu")
     input_ids, mask, _ = random_histories(model, [3, 2])
     expected = model.recommend(input_ids, mask)
-    found = model.recommend(input_ids, mask, cache=DynamicCache(config=model.config))
-    torch.testing.assert_close(found.scores, expected.scores)
+    actual = model.recommend(input_ids, mask, cache=DynamicCache(config=model.config))
+    torch.testing.assert_close(actual.scores, expected.scores)
     sequences = model.generate(input_ids, attention_mask=mask, num_beams=4)
     assert torch.equal(
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="dynamic"), sequences
@@ -135,10 +138,12 @@ def test_only_a_dynamic_cache_is_accepted():
 
 
 def test_output_flags_work_as_arguments_and_in_the_config():
-    model, tokens = build(), torch.randint(1, 30, (1, 5))
+    model = build()
+    tokens = torch.randint(1, 30, (1, 5))
     asked = model(tokens, output_hidden_states=True, output_attentions=True)
     model.config.output_hidden_states = model.config.output_attentions = True
-    by_config, neither = model(tokens), model(tokens, output_hidden_states=False, output_attentions=False)
+    by_config = model(tokens)
+    neither = model(tokens, output_hidden_states=False, output_attentions=False)
     for name in ("hidden_states", "attentions"):
         torch.testing.assert_close(by_config[name], asked[name])
         assert name not in neither
@@ -196,13 +201,14 @@ def states_alone(model, ids, times, request, item):
 def test_search_and_rank_read_times_as_a_plain_forward_does(monkeypatch):
     model = build_model("hstu")
     input_ids, mask, _, times, requests = timed(model, [4, 2])
-    given = {"timestamps": times, "query_time": requests}
-    best = model.recommend(input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=0.5, **given)
+    timed_inputs = {"timestamps": times, "query_time": requests}
+    best = model.recommend(input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=0.5, **timed_inputs)
     candidates = torch.arange(30).expand(2, -1)
-    ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **given)
-    cache, later = DynamicCache(), torch.cat([times[:, 1:], requests[:, None]], dim=1)
+    ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **timed_inputs)
+    cache = DynamicCache()
+    later = torch.cat([times[:, 1:], requests[:, None]], dim=1)
     model.model(input_ids, mask, cache=cache, use_cache=True, timestamps=times, target_timestamps=later)
-    again = model.rank(input_ids, mask, candidates, cache=cache, **given)
+    again = model.rank(input_ids, mask, candidates, cache=cache, **timed_inputs)
     for row in range(2):
         real = mask[row].bool()
         length = int(real.sum())
@@ -221,10 +227,10 @@ def test_search_and_rank_read_times_as_a_plain_forward_does(monkeypatch):
             torch.testing.assert_close(best.ranking_scores[row, place], score, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(again, ranked, atol=2e-5, rtol=1e-4)
     beams = {"num_beams": 30, "num_return_sequences": 30, "output_scores": True, "return_dict_in_generate": True}
-    generated = model.generate(input_ids, attention_mask=mask, **beams, **given)
+    generated = model.generate(input_ids, attention_mask=mask, **beams, **timed_inputs)
     torch.testing.assert_close(generated.sequences_scores.view(2, 30), best.generation_scores.sort(descending=True)[0])
     monkeypatch.setattr(UniGRFGenerationMixin, "_beam_search", GenerationMixin._beam_search)
-    by_transformers = model.generate(input_ids, attention_mask=mask, **beams, **given)
+    by_transformers = model.generate(input_ids, attention_mask=mask, **beams, **timed_inputs)
     torch.testing.assert_close(by_transformers.sequences_scores, generated.sequences_scores, atol=2e-5, rtol=1e-4)
 
 
@@ -235,22 +241,23 @@ def test_packed_negatives_have_the_time_of_the_true_item():
     seen = watch_negatives(model)
     with torch.no_grad():
         out = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
-        negatives, scores = seen["negatives"], seen["calls"][1]
+        negatives = seen["negatives"]
+        scores = seen["calls"][1]
         model.config.negatives_per_item = 0.0
         plain = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
         no_times = model(input_ids=input_ids, attention_mask=mask, labels=labels)
     torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(plain.generation_loss, no_times.generation_loss)
-    found = []
+    expected = []
     for row, column in negatives.usable.nonzero().tolist():
         end = int(negatives.history_ends[row, column])
         part = mask[row].bool() & (torch.arange(input_ids.shape[1]) <= end)
         request = {"timestamps": times[row][part][None], "query_time": times[row, end + 1][None]}
-        found.append(
+        expected.append(
             model.rank(input_ids[row][part][None], candidates=negatives.items[row, column].view(1, 1), **request)
         )
     prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
-    torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(scores - prior, torch.cat(expected)[:, 0], atol=2e-5, rtol=1e-4)
 
 
 def test_the_pipeline_takes_item_times_and_a_query_time():
@@ -268,21 +275,21 @@ def test_the_pipeline_takes_item_times_and_a_query_time():
         prepared = longer.preprocess({**history, "timestamps": times})
         assert prepared["long_timestamps"].tolist() == [[0, *(0 if time is None else time + 1 for time in times)]]
         assert longer({**history, "timestamps": times}, num_beams=5, num_return_sequences=5)
-    found = recommender({**history, "query_time": 500_000}, num_beams=12, exclude_history=False)
+    recommended = recommender({**history, "query_time": 500_000}, num_beams=12, exclude_history=False)
     encoded = tokenizer.encode_history(
         history["items"], history["behaviors"], timestamps=history["timestamps"], return_tensors="pt"
     )
     spelt = [value for time in (100, -1, 9000) for value in [time] * 5]
     assert encoded["timestamps"].tolist() == [[100, *spelt]]
     best = model.recommend(**encoded, query_time=torch.tensor([500_000]), num_beams=12)
-    assert [one["score"] for one in found] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
+    assert [single["score"] for single in recommended] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
     at_once = model.recommend(**encoded, num_beams=12)
     assert not torch.allclose(at_once.scores, best.scores)
     requests = [{**history, "query_time": 500_000}, history, {**history, "timestamps": None}]
     together = recommender(requests, batch_size=3, num_beams=12)
-    for one, several in zip((recommender(request, num_beams=12) for request in requests), together, strict=True):
-        assert [item["item_id"] for item in one] == [item["item_id"] for item in several]
-        assert [item["score"] for item in one] == pytest.approx([item["score"] for item in several], abs=1e-5)
+    for single, several in zip((recommender(request, num_beams=12) for request in requests), together, strict=True):
+        assert [item["item_id"] for item in single] == [item["item_id"] for item in several]
+        assert [item["score"] for item in single] == pytest.approx([item["score"] for item in several], abs=1e-5)
     batch = tokenizer.encode_history([["i3"], ["i4", "i5"]], [["like"], ["like", "like"]], timestamps=[[1], [2, 3]])
     assert batch["timestamps"] == [[-1] * 5 + [1] * 6, [2] * 6 + [3] * 5]
     with pytest.raises(ValueError, match="as many timestamps as items"):

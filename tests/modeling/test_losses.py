@@ -16,7 +16,9 @@ def test_the_loss_is_the_log_likelihood_of_codes_and_behaviors(backbone):
     labels = input_ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         out = model(input_ids=input_ids, attention_mask=mask, labels=labels)
-    code_losses, rank_losses, item_losses = [], [], []
+    code_losses = []
+    rank_losses = []
+    item_losses = []
     like = model.config.behavior_token_ids[1]
     for row in range(2):
         tokens = input_ids[row][mask[row].bool()]
@@ -90,25 +92,27 @@ def test_packed_negatives_are_scored_as_by_rank(backbone, attention):
     seen = watch_negatives(model)
     with torch.no_grad():
         with_negatives = model(input_ids=input_ids, attention_mask=mask, labels=labels)
-        negatives, scores = seen["negatives"], seen["calls"][1]
+        negatives = seen["negatives"]
+        scores = seen["calls"][1]
         model.config.negatives_per_item = 0.0
         without = model(input_ids=input_ids, attention_mask=mask, labels=labels)
         model.config.negatives_per_item = 2.5
     real = mask.bool()
     torch.testing.assert_close(with_negatives.logits[real], without.logits[real], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
-    length, found = input_ids.shape[1], []
+    length = input_ids.shape[1]
+    expected = []
     for row, column in negatives.usable.nonzero().tolist():
         visible = negatives.attention_mask[row, 4 * column, :length]
         item = negatives.items[row, column]
         assert int(item) != items[row][int(visible.sum() - 1) // 5], "a negative is never the item that came next"
         prefix = input_ids[row][visible]
         assert prefix[0] == model.config.bos_token_id and (len(prefix) - 1) % 5 == 0
-        found.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
+        expected.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
     # `rank` speaks of all items, training of 2.5 an item.
     prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
     assert model.config.next_logit_bias == pytest.approx(np.log(29 / 2.5))
-    torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(scores - prior, torch.stack(expected), atol=2e-5, rtol=1e-4)
 
 
 def test_random_negatives_follow_every_history_equally_often():
@@ -117,17 +121,18 @@ def test_random_negatives_follow_every_history_equally_often():
     seen = watch_negatives(model)
     model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100))
     negatives = seen["negatives"]
-    for row, own in enumerate(items):
+    for row, row_items in enumerate(items):
         ends, counts = negatives.history_ends[row][negatives.usable[row]].unique(return_counts=True)
-        assert ends.tolist() == list(range(8 - 2 * len(own), 8, 2)), "<bos>, and all behaviors but the last"
+        assert ends.tolist() == list(range(8 - 2 * len(row_items), 8, 2)), "<bos>, and all behaviors but the last"
         # But for the draws that hit the item that came next.
-        assert counts.sum() == pytest.approx(200 * 29 / 30 * len(own), rel=0.05)
-        assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(own), rel=0.2)
+        assert counts.sum() == pytest.approx(200 * 29 / 30 * len(row_items), rel=0.05)
+        assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(row_items), rel=0.2)
     assert negatives.items.flatten().bincount(minlength=30).min() > 20, "of all items"
 
 
 def test_training_only_the_ranking_computes_no_code_softmax(monkeypatch):
-    model, joint = build_model(generation_loss_weight=0.0), build_model()
+    model = build_model(generation_loss_weight=0.0)
+    joint = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
     expected = joint(input_ids, mask, labels=labels).ranking_loss
@@ -140,7 +145,8 @@ def test_training_only_the_ranking_computes_no_code_softmax(monkeypatch):
 @pytest.mark.parametrize("second_stage", [False, True])
 def test_training_only_retrieval_packs_and_ranks_no_candidates(second_stage, monkeypatch):
     config = {"num_retrieved_items": 3, "num_train_beams": 4} if second_stage else {"negatives_per_item": 2.0}
-    model, joint = build_model(ranking_loss_weight=0.0, **config), build_model(**config)
+    model = build_model(ranking_loss_weight=0.0, **config)
+    joint = build_model(**config)
     input_ids, mask, _ = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
     longer = {"long_items": input_ids[:, :0], "long_behaviors": input_ids[:, :0]} if second_stage else {}
@@ -155,8 +161,8 @@ def test_training_only_retrieval_packs_and_ranks_no_candidates(second_stage, mon
 
 
 def test_ranking_without_negatives_logs_a_warning(monkeypatch):
-    told = []
-    monkeypatch.setattr(supervision_unigrf.logger, "warning_once", told.append)
+    messages = []
+    monkeypatch.setattr(supervision_unigrf.logger, "warning_once", messages.append)
     for changed, is_warned in (
         ({"negatives_per_item": 1.0}, False),
         ({"ranking_loss_weight": 0.0}, False),
@@ -165,10 +171,10 @@ def test_ranking_without_negatives_logs_a_warning(monkeypatch):
         model = build_model(**changed)
         input_ids, mask, _ = random_histories(model, [3, 3])
         model(input_ids, mask, labels=input_ids)
-        assert not told, "nothing is trained"
+        assert not messages, "nothing is trained"
         model.train()(input_ids, mask, labels=input_ids)
-        assert bool(told) == is_warned
-    assert "items that came next alone" in told[0]
+        assert bool(messages) == is_warned
+    assert "items that came next alone" in messages[0]
 
 
 def test_training_on_items_outside_the_catalog_is_rejected():
@@ -243,7 +249,9 @@ def test_only_retrieval_is_limited_to_retrieval_behaviors(backbone):
 
 def test_the_sampled_softmax_loss_approaches_the_full_one(monkeypatch):
     torch.manual_seed(0)
-    states, vectors, items = torch.randn(50, 8), torch.randn(400, 8), torch.randint(400, (50,))
+    states = torch.randn(50, 8)
+    vectors = torch.randn(400, 8)
+    items = torch.randint(400, (50,))
     full = training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400)
     monkeypatch.setattr(training_unigrf, "MAX_SOFTMAX_ITEMS", 300)
     sampled = [training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400) for _ in range(200)]
@@ -272,10 +280,12 @@ def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws(similarity, sha
     states = model.model(input_ids, mask).last_hidden_state
     targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
     torch.manual_seed(5)
-    found = training_unigrf.generation_loss(model.train(), states, targets)
+    actual = training_unigrf.generation_loss(model.train(), states, targets)
     model.eval()
     torch.manual_seed(5)
-    logits, expected, count = model(input_ids, mask).logits, 0.0, 0
+    logits = model(input_ids, mask).logits
+    expected = 0.0
+    count = 0
     levels = model.layout.token_levels(targets)
     here = (levels == 0).nonzero()
     drawn = torch.randint(40, (7,) if shared else (len(here), 7))
@@ -286,12 +296,14 @@ def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws(similarity, sha
             *(model.config.code_offsets[0] + drawn if shared else model.config.code_offsets[0] + drawn[place]),
         ]
         kept = [draw for index, draw in enumerate(map(int, draws)) if index == 0 or draw != true]
-        expected, count = expected - logits[row, column, kept].log_softmax(dim=0)[0], count + 1
+        expected = expected - logits[row, column, kept].log_softmax(dim=0)[0]
+        count = count + 1
     for row, column in (levels == 1).nonzero().tolist():  # three codes: all of them
         level = model.layout.level_slice(1)
         true = int(targets[row, column]) - level.start
-        expected, count = expected - logits[row, column, level].log_softmax(dim=0)[true], count + 1
-    torch.testing.assert_close(found, expected / count, atol=1e-5, rtol=1e-4)
+        expected = expected - logits[row, column, level].log_softmax(dim=0)[true]
+        count = count + 1
+    torch.testing.assert_close(actual, expected / count, atol=1e-5, rtol=1e-4)
     out = model.train()(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100))
     assert out.logits is None and out.loss.isfinite()
     assert model.eval()(input_ids, mask, labels=input_ids).logits is not None

@@ -38,8 +38,8 @@ def test_rank_equals_each_candidate_alone(backbone, attention):
     candidates = torch.stack([torch.randperm(30)[:11] for _ in range(3)])
     expected = rank_alone(model, input_ids, mask, candidates)
     for pack in (1, 4, 32):
-        found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack)
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        actual = model.rank(input_ids, mask, candidates, candidates_per_pack=pack)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
@@ -62,17 +62,18 @@ def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
 def test_the_cache_is_rolled_back_when_a_call_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    cache, part = prefill(model, input_ids, mask), prefill(model, input_ids[:, :6], mask[:, :6])
+    cache = prefill(model, input_ids, mask)
+    part = prefill(model, input_ids[:, :6], mask[:, :6])
     monkeypatch.setattr(
         model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
     )  # after the first one's
     with pytest.raises(ZeroDivisionError):
         model.rank(input_ids, mask, torch.tensor([[0], [1]]), cache=cache)
-    for one in (part, DynamicCache()):
-        before = one.get_seq_length()
+    for prefix_cache in (part, DynamicCache()):
+        before = prefix_cache.get_seq_length()
         with pytest.raises(ZeroDivisionError):
-            model.recommend(input_ids, mask, cache=one)
-        assert {layer.get_seq_length() for layer in one.layers} == {before}
+            model.recommend(input_ids, mask, cache=prefix_cache)
+        assert {layer.get_seq_length() for layer in prefix_cache.layers} == {before}
     assert [layer.get_seq_length() for layer in cache.layers] == [input_ids.shape[1]] * 2
 
 
@@ -133,7 +134,8 @@ def test_the_dense_score_is_part_of_the_ranking_or_separate():
 @pytest.mark.parametrize("detach", [False, True])
 def test_ranking_trains_the_dense_score_unless_it_is_detached(detach):
     fields = {"stop_gradient_dense_score": detach, "dense_loss_weight": 1.0, "negatives_per_item": 1.0}
-    gradients, losses = [], []
+    gradients = []
+    losses = []
     for weight in (1.0, 2.0):
         model = build_model(ranking_loss_weight=weight, **fields).train()
         input_ids, mask, _ = random_histories(model, [4, 2])
@@ -197,7 +199,8 @@ def test_added_items_are_generated_and_old_scores_stay():
 def test_the_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    code, level = model.catalog.item_codes[0].tolist(), model.layout.level_slice(2)
+    code = model.catalog.item_codes[0].tolist()
+    level = model.layout.level_slice(2)
 
     def learned_rows():
         return model.get_input_embeddings().weight, model.lm_head.weight, model.item_encoder.table.weight
@@ -233,7 +236,8 @@ def test_duplicate_and_impossible_codes_are_rejected():
 
 def test_a_catalog_loaded_from_a_state_dict_takes_effect():
     model = build_model()
-    before, items = model.catalog.item_codes.clone(), torch.arange(30)
+    before = model.catalog.item_codes.clone()
+    items = torch.arange(30)
     assert torch.equal(model.catalog.trie.lookup(before), items)
     model.load_state_dict({**model.state_dict(), "catalog.item_codes": before.flip(0)})
     assert torch.equal(model.catalog.trie.lookup(before), items.flip(0))

@@ -17,10 +17,11 @@ def expected_ranking_loss(model, input_ids, mask, candidates, longer):
     """By `rank` on every row's history without its last item: binary cross-entropy for `next`, and for the behaviors."""
     losses = {target: [] for target in model.config.ranking_targets}
     for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True)):
-        ids, own = ids[seen.bool()], {name: value[row : row + 1] for name, value in longer.items()}
+        ids = ids[seen.bool()]
+        row_inputs = {name: value[row : row + 1] for name, value in longer.items()}
         target = model.catalog.trie.lookup(model.layout.history_codes(ids[None])[1][-1:])
         items = candidates[row][candidates[row] >= 0]
-        logits = model.rank(ids[None, :-5], candidates=items[None], **own)[0]
+        logits = model.rank(ids[None, :-5], candidates=items[None], **row_inputs)[0]
         assert (items == target).sum() == 1
         losses["next"] += [
             -torch.nn.functional.logsigmoid(logit if item == target else -logit)
@@ -29,7 +30,7 @@ def expected_ranking_loss(model, input_ids, mask, candidates, longer):
         for name, logit in zip(model.config.ranking_targets[1:], logits[items == target][0, 1:], strict=True):
             happened = int(ids[-1]) == model.config.behavior_token_ids[model.config.behaviors.index(name)]
             losses[name].append(-torch.nn.functional.logsigmoid(logit if happened else -logit))
-    return torch.stack([torch.stack(one).mean() for one in losses.values()]).mean()
+    return torch.stack([torch.stack(values).mean() for values in losses.values()]).mean()
 
 
 @pytest.mark.parametrize("retrieved", [0, 3])
@@ -68,62 +69,65 @@ def test_training_beams_equal_recommend_and_are_scored_by_rank(backbone, retriev
 def test_blocked_items_are_no_training_beams_but_the_target_is():
     model = build_model(num_retrieved_items=3, num_train_beams=6)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
-    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    longer = long_histories(model, [12, 2, 4])
+    labels = input_ids.masked_fill(mask == 0, -100)
     targets = torch.tensor([row[-1] for row in items])
     asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
     first = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **longer).item_indices[:, :3]
     blocked = torch.cat([first, torch.tensor([[-1, -1], [-1, -1], [-1, -1]]), targets[:, None]], dim=1)
     with torch.no_grad():
-        found = model(input_ids, mask, labels=labels, blocked_items=blocked, **longer).ranking_loss
+        actual = model(input_ids, mask, labels=labels, blocked_items=blocked, **longer).ranking_loss
     lists = [row[row >= 0] for row in blocked]
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], blocked_items=lists, **asked, **longer).item_indices
     assert not (beams == targets[:, None]).any()
     candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, longer)
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
 
 
 def test_training_candidates_have_the_time_of_the_true_item():
     model = build_model("hstu", num_retrieved_items=3, num_train_beams=6)
     input_ids, mask, _ = random_histories(model, [4, 4, 4])
-    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    longer = long_histories(model, [12, 2, 4])
+    labels = input_ids.masked_fill(mask == 0, -100)
     events = torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(3)).cumsum(dim=1)
     times = events.repeat_interleave(5, dim=1)[:, 4:]  # <bos> has one of its own
     timed = {"timestamps": times[:, :-5], "query_time": times[:, -1]}
     with torch.no_grad():
-        found = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
+        actual = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
     asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked, **timed, **longer).item_indices
     targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
     candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     before = torch.arange(12).expand(3, -1) - 1
     with torch.no_grad():
-        own = model(
+        timed_output = model(
             input_ids, mask, labels=labels, timestamps=times, long_timestamps=before, candidates=beams, **longer
         )
     candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
     own_times = {**longer, **timed, "long_timestamps": before}
     with_own = expected_ranking_loss(model, input_ids, mask, candidates, own_times)
-    torch.testing.assert_close(own.ranking_loss, with_own, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(timed_output.ranking_loss, with_own, atol=3e-5, rtol=1e-4)
     assert not torch.allclose(with_own, expected)
     timed["query_time"] = times[:, -1] + 10**6
-    assert not torch.allclose(found, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
+    assert not torch.allclose(actual, expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed}))
 
 
 def test_an_injected_target_is_ranked_by_its_own_codes():
     """Would fail if only the item's index took the place of a beam whose keys and values stayed."""
     model = build_model(num_retrieved_items=3)
     input_ids, mask, items = random_histories(model, [4, 2, 1])
-    longer, labels = long_histories(model, [12, 2, 4]), input_ids.masked_fill(mask == 0, -100)
+    longer = long_histories(model, [12, 2, 4])
+    labels = input_ids.masked_fill(mask == 0, -100)
     targets = torch.tensor([row[-1] for row in items])
-    given = CANDIDATES.masked_fill(targets[:, None] == CANDIDATES, -1)
+    others = CANDIDATES.masked_fill(targets[:, None] == CANDIDATES, -1)
     with torch.no_grad():
-        missed = model(input_ids, mask, labels=labels, candidates=given, **longer).ranking_loss
-        there = with_targets(given, targets, torch.Generator().manual_seed(0))
-        found = model(input_ids, mask, labels=labels, candidates=there, **longer).ranking_loss
-    torch.testing.assert_close(missed, found)
+        missed = model(input_ids, mask, labels=labels, candidates=others, **longer).ranking_loss
+        there = with_targets(others, targets, torch.Generator().manual_seed(0))
+        actual = model(input_ids, mask, labels=labels, candidates=there, **longer).ranking_loss
+    torch.testing.assert_close(missed, actual)
     expected = expected_ranking_loss(model, input_ids, mask, there, longer)
     torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
 
@@ -135,16 +139,16 @@ def test_a_missed_target_is_no_candidate_without_injection():
     asked = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **asked).item_indices
     targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
-    given = torch.where(beams == targets[:, None], -1, beams)
-    given[0, 0] = targets[0]
+    candidates = torch.where(beams == targets[:, None], -1, beams)
+    candidates[0, 0] = targets[0]
     with torch.no_grad():
-        found = model(input_ids, mask, labels=labels, candidates=given).ranking_loss
-        logits = model.rank(input_ids[:, :-5], mask[:, :-5], given.clamp(min=0))
-    happened = (given == targets[:, None])[given >= 0].float()
-    of_next = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 0][given >= 0], happened)
-    behavior = torch.tensor([float(int(input_ids[0, -1]) == one) for one in model.config.behavior_token_ids])
+        actual = model(input_ids, mask, labels=labels, candidates=candidates).ranking_loss
+        logits = model.rank(input_ids[:, :-5], mask[:, :-5], candidates.clamp(min=0))
+    happened = (candidates == targets[:, None])[candidates >= 0].float()
+    of_next = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 0][candidates >= 0], happened)
+    behavior = torch.tensor([float(int(input_ids[0, -1]) == token) for token in model.config.behavior_token_ids])
     of_behaviors = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, 0, 1:], behavior, reduction="none")
-    torch.testing.assert_close(found, torch.stack([of_next, *of_behaviors]).mean(), atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, torch.stack([of_next, *of_behaviors]).mean(), atol=3e-5, rtol=1e-4)
 
 
 def test_packs_of_candidates_have_the_same_gradient(backbone, monkeypatch):
@@ -170,7 +174,8 @@ def test_either_part_of_an_item_representation_may_be_missing(embeddings, table,
     )
     assert (model.item_encoder.proj is not None, model.item_encoder.table is not None) == (embeddings, table > 0)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    longer, candidates = long_histories(model, [12, 2]), torch.tensor([[1, 2], [3, 4]])
+    longer = long_histories(model, [12, 2])
+    candidates = torch.tensor([[1, 2], [3, 4]])
     assert model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), **longer).loss.isfinite()
     model.save_pretrained(tmp_path)
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
@@ -184,12 +189,13 @@ def test_either_part_of_an_item_representation_may_be_missing(embeddings, table,
 
 
 def test_a_missed_target_replaces_one_random_beam():
-    beams, targets = torch.arange(12).view(2, 6), torch.tensor([20, 8])
+    beams = torch.arange(12).view(2, 6)
+    targets = torch.tensor([20, 8])
     places = set()
     for seed in range(40):
-        found = with_targets(beams, targets, torch.Generator().manual_seed(seed))
-        assert torch.equal(found[1], beams[1]) and (found[0] != beams[0]).sum() == 1
-        places.add(int((found[0] == 20).nonzero()[0]))
+        candidates = with_targets(beams, targets, torch.Generator().manual_seed(seed))
+        assert torch.equal(candidates[1], beams[1]) and (candidates[0] != beams[0]).sum() == 1
+        places.add(int((candidates[0] == 20).nonzero()[0]))
     assert places == set(range(6))
 
 
@@ -202,7 +208,8 @@ def test_stop_gradient_history_stops_the_ranking_gradient(backbone, detach):
     inputs_embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
     model(inputs_embeds=inputs_embeds, labels=input_ids, **long_histories(model, [12])).loss.backward()
     gradient = torch.zeros_like(inputs_embeds) if inputs_embeds.grad is None else inputs_embeds.grad
-    history, answer = gradient[:, :-5], gradient[:, -5:]
+    history = gradient[:, :-5]
+    answer = gradient[:, -5:]
     assert (answer == 0).all(), "the target is read as a candidate: the row's own spelling of it is not ranked"
     assert bool((history == 0).all()) == detach
     assert model.candidate_block.segments.weight.grad.abs().sum(dim=1).min() > 0
@@ -212,7 +219,8 @@ def test_stop_gradient_history_stops_the_ranking_gradient(backbone, detach):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_search_leaves_no_trace_in_the_gradient(backbone, autocast, monkeypatch):
     """Nor under autocast, which keeps its casts of weights: one made without gradient would lose it for all the step."""
-    candidates, gradients = [], []
+    candidates = []
+    gradients = []
     original = candidates_unigrf.with_targets
     monkeypatch.setattr(
         candidates_unigrf, "with_targets", lambda *args: candidates.append(original(*args)) or candidates[-1]
@@ -238,29 +246,34 @@ def test_candidates_of_a_packed_row_see_only_the_last_history(backbone):
     input_ids, mask, _ = random_histories(model, [4, 2])
     rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
     packed = torch.nn.functional.pad(torch.cat(rows), (2, 3))[None]
-    labels, seen = packed.masked_fill(packed == 0, -100), (packed != 0).long()
-    longer, candidates = long_histories(model, [12]), CANDIDATES[:1]
+    labels = packed.masked_fill(packed == 0, -100)
+    seen = (packed != 0).long()
+    longer = long_histories(model, [12])
+    candidates = CANDIDATES[:1]
     with torch.no_grad():
-        found = model(packed, seen, labels=labels, candidates=candidates, **longer)
+        together = model(packed, seen, labels=labels, candidates=candidates, **longer)
         alone = model(rows[1][None], labels=rows[1][None], candidates=candidates, **longer)
-    torch.testing.assert_close(found.ranking_loss, alone.ranking_loss, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(together.ranking_loss, alone.ranking_loss, atol=3e-5, rtol=1e-4)
 
 
 def test_a_row_without_a_supervised_item_has_no_candidates():
     model = build_model(num_retrieved_items=3, num_train_beams=4)
     input_ids, mask, items = random_histories(model, [4, 2, 3])
-    labels, longer = input_ids.masked_fill(mask == 0, -100), long_histories(model, [12, 2, 5])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    longer = long_histories(model, [12, 2, 5])
     labels[1] = -100
     kept = torch.tensor([0, 2])
     candidates = torch.tensor([[row[-1], 28, 29] for row in items])  # the targets are there: nothing is injected
     with torch.no_grad():
-        found = model(input_ids, mask, labels=labels, candidates=candidates, **longer)
-        own = {name: value[kept] for name, value in longer.items()}
-        expected = model(input_ids[kept], mask[kept], labels=labels[kept], candidates=candidates[kept], **own)
+        actual = model(input_ids, mask, labels=labels, candidates=candidates, **longer)
+        kept_histories = {name: value[kept] for name, value in longer.items()}
+        expected = model(
+            input_ids[kept], mask[kept], labels=labels[kept], candidates=candidates[kept], **kept_histories
+        )
         assert model(input_ids, mask, labels=labels, **longer).loss.isfinite()
-        nothing = model(input_ids, mask, labels=torch.full_like(labels, -100), **longer)
-    torch.testing.assert_close(found.loss, expected.loss, atol=2e-5, rtol=1e-4)
-    assert nothing.ranking_loss == 0
+        unsupervised = model(input_ids, mask, labels=torch.full_like(labels, -100), **longer)
+    torch.testing.assert_close(actual.loss, expected.loss, atol=2e-5, rtol=1e-4)
+    assert unsupervised.ranking_loss == 0
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [4, 4, 1, 1]])
@@ -275,7 +288,8 @@ def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
     tokens = int((labels[:, 1:] != -100).sum())
     with torch.no_grad():
         whole = model(**batch)
-        parts, shares = [], []
+        parts = []
+        shares = []
         for part in (slice(0, 2), slice(2, 4)):
             parts.append(model(**{name: value[part] for name, value in batch.items()}, num_items_in_batch=tokens))
             shares.append(int((labels[part, 1:] != -100).sum()) / tokens)
@@ -368,7 +382,8 @@ def test_a_resumed_stage_two_equals_an_uninterrupted_one(kept_for, tmp_path):
 def test_candidates_are_refreshed_after_the_given_steps(tmp_path):
     model = build_model(num_train_beams=6)
     rows = second_stage_rows(model).select_columns(["row", "input_ids", "attention_mask", "labels"])
-    kept, seen = CachedCandidates(model, rows, 6, every_steps=6), []
+    kept = CachedCandidates(model, rows, 6, every_steps=6)
+    seen = []
     beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
 
     def look(model, args, kwargs):  # behind the hook that adds them
@@ -395,7 +410,8 @@ def test_candidates_are_refreshed_after_the_given_steps(tmp_path):
         train_dataset=rows,
         callbacks=[kept],
     ).train()
-    searched, changed = {}, 0
+    searched = {}
+    changed = 0
     for step, batch in enumerate(seen):
         for row, (items, now) in batch.items():
             if row not in searched or step - searched[row][0] >= 6:
@@ -417,15 +433,17 @@ def test_cached_candidates_have_the_time_of_the_true_item():
     times = [
         torch.randint(1, 10**6, (len(row["input_ids"]),), generator=generator).sort().values.tolist() for row in rows
     ]
-    found = {}
+    cached = {}
     for name, some in (("timed", rows.add_column("timestamps", times)), ("not", rows)):
         kept = CachedCandidates(model, some, num_beams=6, batch_size=5)
         kept.on_epoch_begin(TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
-        found[name] = kept.items
-    assert not torch.equal(found["timed"], found["not"])
+        cached[name] = kept.items
+    assert not torch.equal(cached["timed"], cached["not"])
     beams = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
-    for row, time, items in zip(rows, times, found["timed"], strict=True):
-        history, before, query_time = torch.tensor([row["input_ids"][:-5]]), torch.tensor([time[:-5]]), time[-5]
+    for row, time, items in zip(rows, times, cached["timed"], strict=True):
+        history = torch.tensor([row["input_ids"][:-5]])
+        before = torch.tensor([time[:-5]])
+        query_time = time[-5]
         best = model.recommend(history, timestamps=before, query_time=torch.tensor([query_time]), **beams)
         assert torch.equal(items, best.item_indices[0])
 
@@ -434,14 +452,15 @@ def test_candidates_are_refreshed_after_the_given_epochs():
     model = build_model(num_retrieved_items=3)
     rows = second_stage_rows(model)
     kept = CachedCandidates(model, rows, num_beams=40, every_epochs=2, batch_size=3)
-    args, state = TrainingArguments(use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0)
+    args = TrainingArguments(use_cpu=True, disable_tqdm=True)
+    state = TrainerState(epoch=0.0)
     model.train()
     kept.on_epoch_begin(args, state, None)
     assert model.training
     batch = kept.collator(Collator(PAD))([rows[5], rows[2]])
     assert "row" not in batch and batch["candidates"].shape == (2, 40)
     assert (batch["candidates"][:, 30:] == -1).all(), "there are thirty items"
-    for row, found in zip((5, 2), batch["candidates"], strict=True):
+    for row, cached_row in zip((5, 2), batch["candidates"], strict=True):
         history = torch.tensor([rows[row]["input_ids"][:-5]])
         best = model.eval().recommend(
             history,
@@ -451,12 +470,12 @@ def test_candidates_are_refreshed_after_the_given_epochs():
             long_items=history[:, :0],
             long_behaviors=history[:, :0],
         )
-        assert torch.equal(found[:30], best.item_indices[0])
+        assert torch.equal(cached_row[:30], best.item_indices[0])
     assert "candidates" not in kept.collator(Collator(PAD))([rows.remove_columns("row")[0]])
-    own = [list(range(row % 7)) for row in range(len(rows))]
-    others = CachedCandidates(model, rows.add_column("blocked_items", own), num_beams=30, batch_size=3)
+    blocked_items = [list(range(row % 7)) for row in range(len(rows))]
+    others = CachedCandidates(model, rows.add_column("blocked_items", blocked_items), num_beams=30, batch_size=3)
     others.on_epoch_begin(args, state, None)
-    for items, all_items, blocked in zip(others.items.tolist(), kept.items.tolist(), own, strict=True):
+    for items, all_items, blocked in zip(others.items.tolist(), kept.items.tolist(), blocked_items, strict=True):
         allowed = [item for item in all_items if item not in (-1, *blocked)]
         assert items == allowed + [-1] * len(blocked), "a row's own items are none of them"
     before = kept.items.clone()

@@ -40,11 +40,13 @@ def test_a_tree_of_branches_is_read_as_each_path_alone(backbone, way, monkeypatc
         monkeypatch.setattr(shared_prefix_unigrf, "MAX_SCORES", 1)
     input_ids, mask, _ = random_histories(model, [1, 0] if windowed and "shared" in way else [5, 2])
     generator = torch.Generator().manual_seed(1)
-    seen, cache = mask.bool(), DynamicCache()
+    seen = mask.bool()
+    cache = DynamicCache()
     with torch.no_grad():
         model.model(input_ids, mask, cache=cache, use_cache=True)
         tokens = torch.randint(4, model.config.vocab_size, (2, 3, 1), generator=generator)
-        paths, keys = tokens, torch.empty(2, 3, 0, dtype=torch.long)
+        paths = tokens
+        keys = torch.empty(2, 3, 0, dtype=torch.long)
         states, keys = read_branches(model.model, tokens, seen, keys, cache)
         for width, steps in ((5, 1), (4, 2)):  # children of random parents, some of one parent, some parents childless
             parent = torch.randint(paths.shape[1], (2, width, 1), generator=generator)
@@ -60,8 +62,11 @@ def test_a_tree_of_branches_is_read_as_each_path_alone(backbone, way, monkeypatc
 
 def test_a_backbone_that_ignores_the_branches_is_detected(monkeypatch):
     model = build_model()
-    backbone, threads, asked_beside = model.model.language_model, ThreadPoolExecutor(1), []
-    forward, last = backbone.forward, backbone.layers[1].forward
+    backbone = model.model.language_model
+    threads = ThreadPoolExecutor(1)
+    asked_beside = []
+    forward = backbone.forward
+    last = backbone.layers[1].forward
 
     def hands_nothing_down(*args, branches=None, **kwargs):
         if branches is not None:  # in the middle of the trial
@@ -78,26 +83,28 @@ def test_a_backbone_that_ignores_the_branches_is_detected(monkeypatch):
     assert backbone.config._attn_implementation == "sdpa"
     monkeypatch.setattr(backbone, "forward", hands_nothing_down)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    found = model.recommend(input_ids, mask, num_beams=12)
+    actual = model.recommend(input_ids, mask, num_beams=12)
     assert not shares_prefix(model.model) and not asked_beside[0].result()
     assert backbone.config._attn_implementation == "sdpa"
     shared = build_model()
-    torch.testing.assert_close(found.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
+    torch.testing.assert_close(actual.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
     assert shares_prefix(shared.model)
 
 
 def test_sums_over_a_long_history_fit_into_a_float16():
-    length, count = 2048, 3
+    length = 2048
+    count = 3
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, n, 8, generator=generator) for n in (count, length + count))
     query *= 0.01  # all are seen alike
     value = 40.0 + torch.randn(key.shape, generator=generator)  # of which 2,048 add up to more than 65,504
     own_keys = (length + torch.arange(count)).view(1, count, 1)
-    states, history = [one.half() for one in (query, key, value)], torch.ones(1, length, dtype=torch.bool)
-    found, _ = shared_prefix_attention(None, *states, None, branches=Branches(history, own_keys))
+    states = [tensor.half() for tensor in (query, key, value)]
+    history = torch.ones(1, length, dtype=torch.bool)
+    actual, _ = shared_prefix_attention(None, *states, None, branches=Branches(history, own_keys))
     mask = torch.cat([history.expand(count, -1), torch.eye(count, dtype=torch.bool)], dim=1)
-    expected = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in states), mask)
-    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(tensor.float() for tensor in states), mask)
+    torch.testing.assert_close(actual.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
 
 
 def test_inference_does_not_change_later_training():

@@ -30,7 +30,8 @@ def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors, l
     `[B, T]`, and of the request `[B]`.
     """
     config = model.config
-    embed, segments = model.get_input_embeddings(), model.candidate_block.segments.weight
+    embed = model.get_input_embeddings()
+    segments = model.candidate_block.segments.weight
     scores = torch.empty(*candidates.shape, len(config.ranking_targets))
     for row in range(len(input_ids)):
         history = input_ids[row][mask[row].bool()]
@@ -49,11 +50,12 @@ def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors, l
             whole = torch.cat([tokens, vector + segments[0], retrieved, vector + segments[2]])
             timed = {}
             if times is not None:
-                of_tokens, query_time = times[0][row][mask[row].bool()], times[1][row : row + 1]
+                of_tokens = times[0][row][mask[row].bool()]
+                query_time = times[1][row : row + 1]
                 codes = query_time.expand(model.layout.num_levels + 1)
-                own = torch.cat([of_tokens, codes, long_timestamps[row, places], query_time])
-                later = torch.cat([of_tokens[1:], query_time.expand(len(own) - len(of_tokens) + 1)])
-                timed = {"timestamps": own[None], "target_timestamps": later[None]}
+                all_times = torch.cat([of_tokens, codes, long_timestamps[row, places], query_time])
+                later = torch.cat([of_tokens[1:], query_time.expand(len(all_times) - len(of_tokens) + 1)])
+                timed = {"timestamps": all_times[None], "target_timestamps": later[None]}
             states = model.model(inputs_embeds=whole[None], **timed).last_hidden_state[0]
             scores[row, column] = model.ranking_head(states[-1], states[len(history) - 1], vector[0])
     return scores
@@ -70,12 +72,12 @@ def test_the_sub_history_equals_a_full_sort(items, count, exclude, seed):
     embeddings = torch.randn(9, 4, generator=torch.Generator().manual_seed(seed))
     candidates = torch.tensor([[0, 3, 8], [5, 5, 1]])
     both = torch.tensor([items, items[::-1]], dtype=torch.long)
-    found = retrieve(embeddings, both, candidates, count, exclude)
-    assert found.shape == (2, 3, min(count, len(items)))
+    actual = retrieve(embeddings, both, candidates, count, exclude)
+    assert actual.shape == (2, 3, min(count, len(items)))
     for row in range(2):
         for column, candidate in enumerate(candidates[row].tolist()):
             expected = retrieve_one(embeddings, both[row].tolist(), candidate, count, exclude)
-            places = found[row, column].tolist()
+            places = actual[row, column].tolist()
             assert places == [-1] * (len(places) - len(expected)) + expected
 
 
@@ -102,19 +104,21 @@ def test_ties_in_cosine_are_won_by_the_latest_items():
 def test_of_equal_embeddings_the_latest_item_is_retrieved(length):
     generator = torch.Generator().manual_seed(length)
     embeddings = torch.randn(600, 128, generator=generator).repeat(2, 1)  # items i and 600 + i
-    items, candidates = torch.randperm(1200, generator=generator)[None, :length], torch.arange(600)[None]
+    items = torch.randperm(1200, generator=generator)[None, :length]
+    candidates = torch.arange(600)[None]
     same = items % 600 == candidates[0, :, None]
     latest = torch.where(same, torch.arange(length), -1).amax(dim=1)
-    found = retrieve(embeddings, items, candidates, 1)[0, :, 0]
-    assert torch.equal(found[latest >= 0], latest[latest >= 0])
+    actual = retrieve(embeddings, items, candidates, 1)[0, :, 0]
+    assert torch.equal(actual[latest >= 0], latest[latest >= 0])
 
 
 def test_retrieval_does_not_depend_on_autocast():
     embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
-    items, candidates = torch.arange(200)[None], torch.arange(50)[None]
+    items = torch.arange(200)[None]
+    candidates = torch.arange(50)[None]
     with torch.autocast("cpu", torch.bfloat16):
-        found = retrieve(embeddings, items, candidates, 10)
-    assert torch.equal(found, retrieve(embeddings, items, candidates, 10))
+        actual = retrieve(embeddings, items, candidates, 10)
+    assert torch.equal(actual, retrieve(embeddings, items, candidates, 10))
 
 
 def test_int8_content_embeddings_rank_as_the_floats_they_encode(tmp_path):
@@ -130,15 +134,16 @@ def test_int8_content_embeddings_rank_as_the_floats_they_encode(tmp_path):
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     assert loaded.catalog.content_embeddings.dtype == torch.int8
     input_ids, mask, _ = random_histories(model, [4, 2, 0])
-    longer, candidates = long_histories(model, [12, 2, 0]), torch.arange(15).view(3, 5)
+    longer = long_histories(model, [12, 2, 0])
+    candidates = torch.arange(15).view(3, 5)
     expected = model.rank(input_ids, mask, candidates, **longer)
-    for one in (small, loaded):
-        torch.testing.assert_close(one.rank(input_ids, mask, candidates, **longer), expected, atol=1e-5, rtol=1e-4)
+    for variant in (small, loaded):
+        torch.testing.assert_close(variant.rank(input_ids, mask, candidates, **longer), expected, atol=1e-5, rtol=1e-4)
     loaded.add_items(torch.tensor([[0, 0, 0, 2]]), whole[:1])
     assert loaded.catalog.content_embeddings.dtype == torch.int8 and loaded.catalog.num_items == 31
-    for one, wrong in ((small, whole / 127), (model, whole)):
+    for variant, wrong in ((small, whole / 127), (model, whole)):
         with pytest.raises(ValueError, match=r"int8_content_embeddings.*An int8 of 127 stands for 1\.0"):
-            one.set_catalog(model.catalog.item_codes, wrong)
+            variant.set_catalog(model.catalog.item_codes, wrong)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -154,14 +159,14 @@ def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention
     with torch.no_grad():
         expected = rank_alone(model, input_ids, mask, candidates, **longer)
     for pack in (2, 32):
-        found = model.rank(input_ids, mask, candidates.int(), candidates_per_pack=pack, **longer)
-        torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+        actual = model.rank(input_ids, mask, candidates.int(), candidates_per_pack=pack, **longer)
+        torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     cache = DynamicCache()
     with torch.no_grad():
         model.model(input_ids, mask, cache=cache, use_cache=True)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    found = model.rank(input_ids, mask, candidates, cache=cache, **longer)
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
+    actual = model.rank(input_ids, mask, candidates, cache=cache, **longer)
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 
@@ -169,7 +174,8 @@ def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention
 def test_retrieved_items_have_their_own_times():
     model = build_model("hstu", num_retrieved_items=3)
     input_ids, mask, _ = random_histories(model, [4, 2, 0])
-    longer, generator = long_histories(model, [12, 2, 0]), torch.Generator().manual_seed(7)
+    longer = long_histories(model, [12, 2, 0])
+    generator = torch.Generator().manual_seed(7)
     before = torch.randint(1, 10**6, longer["long_items"].shape, generator=generator).sort(dim=1).values
     before[0, 3] = -1
     times = 10**6 + torch.randint(1, 10**5, input_ids.shape, generator=generator).sort(dim=1).values
@@ -179,21 +185,21 @@ def test_retrieved_items_have_their_own_times():
         expected = rank_alone(
             model, input_ids, mask, candidates, **longer, long_timestamps=before, times=(times, query_time)
         )
-    given = {"timestamps": times, "query_time": query_time, **longer}
+    inputs = {"timestamps": times, "query_time": query_time, **longer}
     for pack in (2, 32):
-        found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, long_timestamps=before, **given)
-        torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-4)
-    unknown = model.rank(input_ids, mask, candidates, **given)
+        actual = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, long_timestamps=before, **inputs)
+        torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
+    unknown = model.rank(input_ids, mask, candidates, **inputs)
     assert not torch.allclose(unknown[0], expected[0]), "they are read"
-    nothing = model.rank(input_ids, mask, candidates, long_timestamps=torch.full_like(before, -1), **given)
-    assert torch.equal(nothing, unknown)
+    all_unknown = model.rank(input_ids, mask, candidates, long_timestamps=torch.full_like(before, -1), **inputs)
+    assert torch.equal(all_unknown, unknown)
     best = model.recommend(
-        input_ids, mask, num_beams=30, num_return_sequences=30, long_timestamps=before, ranking_weight=0.0, **given
+        input_ids, mask, num_beams=30, num_return_sequences=30, long_timestamps=before, ranking_weight=0.0, **inputs
     )
-    ranked = model.rank(input_ids, mask, best.item_indices, long_timestamps=before, **given)[..., 0]
+    ranked = model.rank(input_ids, mask, best.item_indices, long_timestamps=before, **inputs)[..., 0]
     torch.testing.assert_close(best.ranking_scores, torch.nn.functional.logsigmoid(ranked), atol=3e-5, rtol=1e-4)
-    untimed = {name: value for name, value in given.items() if "timestamps" not in name}
-    for wrong, rest in ((before[:, 1:], given), (before.float(), given), (before, untimed)):
+    untimed = {name: value for name, value in inputs.items() if "timestamps" not in name}
+    for wrong, rest in ((before[:, 1:], inputs), (before.float(), inputs), (before, untimed)):
         with pytest.raises(ValueError, match="Expected integer long_timestamps of shape"):
             model.rank(input_ids, mask, candidates, long_timestamps=wrong, **rest)
 
@@ -208,7 +214,7 @@ def test_recommend_ranks_its_beams_as_rank_does(backbone):
     torch.testing.assert_close(best.scores, best.generation_scores + 0.7 * ranks, atol=3e-5, rtol=1e-4)
     plain = model.generate(input_ids, attention_mask=mask, num_beams=9, num_return_sequences=9)
     codes = [model.layout.history_codes(rows)[1] for rows in plain.view(2, 9, -1)[:, :, -4:]]
-    beams = [set(model.catalog.trie.lookup(one).tolist()) for one in codes]
+    beams = [set(model.catalog.trie.lookup(row_codes).tolist()) for row_codes in codes]
     assert [set(row) for row in best.item_indices.tolist()] == beams, "the sub-history has no say in generation"
 
 
@@ -216,18 +222,19 @@ def test_padding_and_unknown_items_do_not_change_the_ranking():
     model = build_model(num_retrieved_items=20)
     input_ids, mask, _ = random_histories(model, [3])
     candidates = torch.tensor([[4, 7, 21]])
-    items, behaviors = torch.tensor([[2, 4, 2, 9]]), torch.tensor([[0, 1, 1, 0]])
+    items = torch.tensor([[2, 4, 2, 9]])
+    behaviors = torch.tensor([[0, 1, 1, 0]])
     expected = model.rank(input_ids, mask, candidates, long_items=items, long_behaviors=behaviors)
     for spread in ([-1, -1, 2, 4, 2, 9], [2, -1, 4, 2, -1, 9, -1], [2, 4, 2, 9, *[-1] * 40]):
         with_gaps = torch.tensor([spread])
         matching = torch.full_like(with_gaps, -1)  # where there is no item, the behavior means nothing
         matching[with_gaps >= 0] = behaviors[0]
-        found = model.rank(input_ids, mask, candidates, long_items=with_gaps, long_behaviors=matching)
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        actual = model.rank(input_ids, mask, candidates, long_items=with_gaps, long_behaviors=matching)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
     empty = {"long_items": torch.empty(1, 0, dtype=torch.long), "long_behaviors": torch.empty(1, 0, dtype=torch.long)}
-    nothing = {"long_items": torch.tensor([[-1]]), "long_behaviors": torch.tensor([[0]])}
+    only_unknown = {"long_items": torch.tensor([[-1]]), "long_behaviors": torch.tensor([[0]])}
     without = model.rank(input_ids, mask, candidates, **empty)
-    torch.testing.assert_close(without, model.rank(input_ids, mask, candidates, **nothing), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(without, model.rank(input_ids, mask, candidates, **only_unknown), atol=2e-5, rtol=1e-4)
     assert not torch.allclose(without, expected)
 
 
@@ -288,10 +295,10 @@ def test_one_behavior_needs_no_long_behaviors():
     model = build_model(behaviors=["click"], num_retrieved_items=3)
     input_ids, mask, _ = random_histories(model, [3, 2])
     items = long_histories(model, [5, 2])["long_items"]
-    found = model.rank(input_ids, mask, torch.tensor([[1], [2]]), long_items=items)
+    actual = model.rank(input_ids, mask, torch.tensor([[1], [2]]), long_items=items)
     zeros = torch.zeros_like(items)
     expected = model.rank(input_ids, mask, torch.tensor([[1], [2]]), long_items=items, long_behaviors=zeros)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_content_embeddings_that_do_not_fit_are_rejected():
@@ -303,7 +310,9 @@ def test_content_embeddings_that_do_not_fit_are_rejected():
 
 def test_a_history_leaves_room_for_the_candidate_and_its_block():
     model = build_model("gpt2", num_retrieved_items=5, num_train_beams=3)
-    fits, longer, candidates = model.config.max_history_items, long_histories(model, [9]), torch.tensor([[1]])
+    fits = model.config.max_history_items
+    longer = long_histories(model, [9])
+    candidates = torch.tensor([[1]])
     assert fits == (256 - 1 - 4 - 7) // 5
     input_ids, mask, _ = random_histories(model, [fits])
     assert model.rank(input_ids, mask, candidates, **longer).isfinite().all()
@@ -345,8 +354,8 @@ def test_dense_candidates_are_ranked_beside_the_beams(backbone, retrieved):
         )
         assert torch.equal(best.item_indices, expected.indices)
         torch.testing.assert_close(best.scores, expected.values, atol=5e-5, rtol=1e-4)
-        for found, exact in ((best.generation_scores, log_probs), (best.dense_scores, dense_scores)):
-            torch.testing.assert_close(found, exact.gather(1, expected.indices), atol=5e-5, rtol=1e-4)
+        for actual, exact in ((best.generation_scores, log_probs), (best.dense_scores, dense_scores)):
+            torch.testing.assert_close(actual, exact.gather(1, expected.indices), atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("at_once", [4, 2**16])
@@ -357,19 +366,19 @@ def test_beams_and_dense_candidates_respect_the_item_lists(at_once, monkeypatch,
     narrow = {"num_beams": 3, "exclude_history": True, "allowed_items": [list(range(20)), [7, 8, 9]]}
     narrow["catalog"] = model.catalog.subset(list(range(2, 30)))
     beams = model.recommend(input_ids, mask, num_return_sequences=3, **narrow).item_indices
-    found = model.recommend(input_ids, mask, num_return_sequences=8, num_dense_candidates=5, **narrow)
+    united = model.recommend(input_ids, mask, num_return_sequences=8, num_dense_candidates=5, **narrow)
     scores = model.recommend(input_ids, mask, num_return_sequences=30, num_dense_candidates=30, **narrow).dense_scores
     for row, allowed in enumerate((set(range(2, 20)), {7, 8, 9})):
         allowed -= set(items[row])
-        listed = [item for item in found.item_indices[row].tolist() if item >= 0]
+        listed = [item for item in united.item_indices[row].tolist() if item >= 0]
         assert len(set(listed)) == len(listed) and set(beams[row].tolist()) - {-1} <= set(listed) <= allowed
         best = scores[row].sort(descending=True).values[: min(5, len(allowed))]
-        assert torch.isin(best, found.dense_scores[row]).all()
-    assert (found.item_indices[1] == -1).sum() >= 5 and (found.scores[found.item_indices < 0] == -torch.inf).all()
+        assert torch.isin(best, united.dense_scores[row]).all()
+    assert (united.item_indices[1] == -1).sum() >= 5 and (united.scores[united.item_indices < 0] == -torch.inf).all()
     model.config.num_dense_candidates = 5
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path).recommend(input_ids, mask, num_return_sequences=8, **narrow)
-    assert torch.equal(saved.item_indices, found.item_indices), "what the checkpoint says is the default"
+    assert torch.equal(saved.item_indices, united.item_indices), "what the checkpoint says is the default"
     none = model.recommend(input_ids, mask, num_return_sequences=3, num_dense_candidates=0, **narrow)
     assert torch.equal(none.item_indices, beams)
 
@@ -385,18 +394,18 @@ def test_rerank_top_k_ranks_the_best_unranked_candidates(retrieved, dense_weight
     everything = model.recommend(input_ids, mask, num_return_sequences=20, **asked)
     unranked = everything.generation_scores + dense_weight * everything.dense_scores.nan_to_num(neginf=0.0)
     expected = unranked >= unranked.topk(6, dim=1).values[:, -1:]
-    found = model.recommend(input_ids, mask, num_return_sequences=6, rerank_top_k=6, **asked)
+    reranked = model.recommend(input_ids, mask, num_return_sequences=6, rerank_top_k=6, **asked)
     for row, kept in enumerate(expected):
         count = int((kept & (everything.item_indices[row] >= 0)).sum())
         assert count == (6, 4)[row]
         for name in ("item_indices", "scores", "generation_scores", "ranking_scores", "dense_scores"):
-            torch.testing.assert_close(found[name][row, :count], everything[name][row][kept][:count])
-        assert (found.item_indices[row, count:] == -1).all()
+            torch.testing.assert_close(reranked[name][row, :count], everything[name][row][kept][:count])
+        assert (reranked.item_indices[row, count:] == -1).all()
     model.config.rerank_top_k = 6
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path)
     again = saved.recommend(input_ids, mask, num_return_sequences=6, **asked)
-    assert torch.equal(again.item_indices, found.item_indices), "what the checkpoint says is the default"
+    assert torch.equal(again.item_indices, reranked.item_indices), "what the checkpoint says is the default"
     again = saved.recommend(input_ids, mask, num_return_sequences=20, rerank_top_k=0, **asked)
     assert torch.equal(again.item_indices, everything.item_indices)
     united = model.recommend(input_ids, mask, num_return_sequences=36, num_dense_candidates=30, **asked)
@@ -443,8 +452,8 @@ def test_a_saved_folder_loads_elsewhere_by_its_own_code(tmp_path):
     inputs = {"input_ids": input_ids, "attention_mask": mask, **longer}
     expected = model.recommend(**inputs).scores
     command = [sys.executable, "-c", ELSEWHERE, json.dumps({name: value.tolist() for name, value in inputs.items()})]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    module, scores = json.loads(found.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    module, scores = json.loads(process.stdout.splitlines()[-1])
     assert module == "transformers_modules"
     torch.testing.assert_close(torch.tensor(scores), expected)

@@ -152,22 +152,22 @@ def test_prompt_tuning_and_per_row_adapters_reach_the_beams():
     arguments = {"input_ids": input_ids, "attention_mask": mask, "num_beams": 12, "num_return_sequences": 12}
     arguments |= {"output_scores": True, "return_dict_in_generate": True}
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    found = prompted.generate(**arguments)
+    output = prompted.generate(**arguments)
     with torch.no_grad():
-        logits = prompted(input_ids=found.sequences, attention_mask=torch.ones_like(found.sequences)).logits
+        logits = prompted(input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences)).logits
     expected = 0.0
-    for level, tokens in enumerate(found.sequences[:, -3:].T):
+    for level, tokens in enumerate(output.sequences[:, -3:].T):
         codes = model.layout.level_slice(level)
         log_probs = logits[:, level - 4, codes].log_softmax(dim=-1)
         expected = expected + log_probs.gather(1, tokens[:, None] - codes.start)[:, 0]
-    torch.testing.assert_close(found.sequences_scores, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(output.sequences_scores, expected, atol=2e-5, rtol=1e-4)
 
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
     plain = model.generate(**arguments).sequences_scores
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     with_it, mixed = (
-        adapted.generate(**arguments, **one).sequences_scores
-        for one in ({}, {"adapter_names": ["default", "__base__"]})
+        adapted.generate(**arguments, **options).sequences_scores
+        for options in ({}, {"adapter_names": ["default", "__base__"]})
     )
     torch.testing.assert_close(mixed, torch.cat([with_it[:12], plain[12:]]), atol=2e-5, rtol=1e-4)
     assert ((with_it - plain).view(2, 12).abs().amax(dim=1) > 1e-2).all()
@@ -181,9 +181,10 @@ def test_changes_that_an_adapter_would_hide_are_rejected():
         "item_encoder" in model.modules_to_save and "item_encoder" not in build_model(embeddings=False).modules_to_save
     )
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
-    trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("item_encoder" in name and "table" in name for name in trained)
-    new, vector = torch.tensor([[*model.catalog.item_codes[0, :2].tolist(), 2]]), torch.randn(1, 6)
+    new = torch.tensor([[*model.catalog.item_codes[0, :2].tolist(), 2]])
+    vector = torch.randn(1, 6)
     with pytest.raises(ValueError, match="Merge the adapter first"):
         model.add_items(new, vector)
     assert (model.catalog.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
@@ -198,7 +199,8 @@ def test_changes_that_an_adapter_would_hide_are_rejected():
     ):
         model = build_model(num_items=12)
         input_ids, mask, _ = random_histories(model, [4, 2])
-        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalog.item_codes
+        expected = model(input_ids, mask, labels=input_ids).loss
+        before = model.catalog.item_codes
         get_peft_model(model, LoraConfig(**of_table))
         torch.testing.assert_close(model(input_ids, mask, labels=input_ids).loss, expected)
         with pytest.raises(ValueError, match="Merge the adapter first"):

@@ -48,7 +48,11 @@ common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["unigrf"] = UniGRFForCausalLM.__name__
 class UniGRFModelTester:
     """A tiny model and valid histories, in the form that `ModelTesterMixin` asks for."""
 
-    batch_size, num_histories_items, hidden_size, num_hidden_layers, num_attention_heads = 3, 3, 32, 2, 4
+    batch_size = 3
+    num_histories_items = 3
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
     is_training = True
 
     def __init__(self, parent):

@@ -38,7 +38,8 @@ def test_the_trie_holds_exactly_the_catalog(catalog):
     everything = torch.cartesian_prod(*(torch.arange(-1, size + 1) for size in sizes)).view(-1, len(sizes))
     index = {tuple(code): item for item, code in enumerate(codes.tolist())}
     assert trie.lookup(everything).tolist() == [index.get(tuple(code), -1) for code in everything.tolist()]
-    spelt, nodes = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    spelt = torch.zeros(1, 0, dtype=torch.long)
+    nodes = torch.zeros(1, dtype=torch.long)
     for depth, level in enumerate(trie.levels):
         parent, nodes, code = level.children(nodes)
         spelt = torch.cat([spelt[parent], code[:, None]], dim=1)
@@ -61,7 +62,8 @@ def test_a_level_may_have_more_codes_than_float32_counts():
 @given(catalog=catalogs, count=st.integers(1, 9), lists=st.sampled_from(["none", "allowed", "blocked", "both"]))
 def test_the_best_children_exist_and_are_allowed(catalog, count, lists):
     trie, codes, generator = build(**catalog)
-    size, batch_size = len(codes), 3
+    size = len(codes)
+    batch_size = 3
     drawn = torch.rand(2, batch_size, size, generator=generator)
     allowed = [(row < 0.6).nonzero()[:, 0].tolist() for row in drawn[0]] if lists in ("allowed", "both") else None
     blocked = [(row < 0.4).nonzero()[:, 0].tolist() for row in drawn[1]] if lists in ("blocked", "both") else None
@@ -76,11 +78,12 @@ def test_the_best_children_exist_and_are_allowed(catalog, count, lists):
                 ItemFilter(trie, codes, allowed, blocked)
             return
         item_filter = ItemFilter(trie, codes, allowed, blocked)
-    nodes, scores = torch.zeros(batch_size, 1, dtype=torch.long), torch.zeros(batch_size, 1)
+    nodes = torch.zeros(batch_size, 1, dtype=torch.long)
+    scores = torch.zeros(batch_size, 1)
     prefixes = [[[]] for _ in range(batch_size)]
     for level, num_codes in enumerate(catalog["sizes"]):
         log_probs = torch.randn(*nodes.shape, num_codes, generator=generator)
-        found = trie.best_children(level, nodes, scores, log_probs, count, item_filter)
+        children = trie.best_children(level, nodes, scores, log_probs, count, item_filter)
         new_prefixes = []
         for row in range(batch_size):
             alive = {tuple(codes[item][: level + 1].tolist()) for item in may[row]}
@@ -92,17 +95,18 @@ def test_the_best_children_exist_and_are_allowed(catalog, count, lists):
                 if (*prefix, code) in alive
             }
             best = sorted(expected, key=expected.get, reverse=True)[:count]
-            real = int((found[0][row] > -torch.inf).sum())
+            real = int((children[0][row] > -torch.inf).sum())
             assert real == len(best) and torch.equal(
-                found[0][row, :real], found[0][row].sort(descending=True)[0][:real]
+                children[0][row, :real], children[0][row].sort(descending=True)[0][:real]
             )
-            rows = list(zip(*(column[row].tolist() for column in found), strict=True))
+            rows = list(zip(*(column[row].tolist() for column in children), strict=True))
             new_prefixes.append([[*prefixes[row][parent], code] for _, parent, _, code in rows])
             assert [tuple(prefix) for prefix in new_prefixes[row][:real]] == best
             reached = trie.descend(torch.tensor(new_prefixes[row][:real]), level + 1)
-            assert reached.tolist() == found[2][row, :real].tolist()
-        assert ((found[2] >= 0) & (found[2] < trie.levels[level].num_nodes)).all(), "also where nothing is left"
-        (scores, _, nodes, _), prefixes = found, new_prefixes
+            assert reached.tolist() == children[2][row, :real].tolist()
+        assert ((children[2] >= 0) & (children[2] < trie.levels[level].num_nodes)).all(), "also where nothing is left"
+        (scores, _, nodes, _) = children
+        prefixes = new_prefixes
 
 
 def test_a_catalog_subset_keeps_the_item_indices():

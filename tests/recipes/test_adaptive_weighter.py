@@ -12,7 +12,9 @@ from recipes.callbacks import AdaptiveWeighter
 
 
 def test_the_slower_loss_gets_the_greater_weight():
-    weighter, model, args = AdaptiveWeighter(temperature=0.1), build_model(), TrainingArguments(use_cpu=True)
+    weighter = AdaptiveWeighter(temperature=0.1)
+    model = build_model()
+    args = TrainingArguments(use_cpu=True)
     weighter.on_train_begin(args, TrainerState(num_train_epochs=3), None, model=model)
 
     def window(generation, ranking):
@@ -22,7 +24,8 @@ def test_the_slower_loss_gets_the_greater_weight():
             weighter.on_step_end(args, TrainerState(), None)
         used = model.task_weights
         weighter.on_epoch_begin(args, TrainerState(epoch=1.0), None)
-        state, logs = TrainerState(log_history=[{}]), {"loss": 1.0}
+        state = TrainerState(log_history=[{}])
+        logs = {"loss": 1.0}
         weighter.on_log(args, state, None, logs)
         assert used == (logs["generation_weight"], logs["ranking_weight"]), "not those of the window that comes"
         return model.task_weights
@@ -32,7 +35,8 @@ def test_the_slower_loss_gets_the_greater_weight():
     assert slower == pytest.approx((2 / (1 + math.exp(0.5)), 2 / (1 + math.exp(-0.5))), abs=1e-5)
     input_ids, mask, _ = random_histories(model, [3, 2])
     inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
-    out, weighted = model.eval()(**inputs), model.train()(**inputs)
+    out = model.eval()(**inputs)
+    weighted = model.train()(**inputs)
     torch.testing.assert_close(out.loss, out.generation_loss + out.ranking_loss)
     torch.testing.assert_close(
         weighted.loss, slower[0] * weighted.generation_loss + slower[1] * weighted.ranking_loss, atol=1e-5, rtol=1e-5
@@ -51,7 +55,8 @@ def test_the_slower_loss_gets_the_greater_weight():
 
 
 def test_the_gradient_norm_form_balances_the_gradients():
-    weighter, model = AdaptiveWeighter(form="gradient_norm"), build_model()
+    weighter = AdaptiveWeighter(form="gradient_norm")
+    model = build_model()
     weighter.on_train_begin(None, TrainerState(num_train_epochs=3), None, model=model)
     input_ids, mask, _ = random_histories(model, [4, 2])
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
@@ -75,7 +80,8 @@ def test_the_gradient_norm_form_balances_the_gradients():
     assert model(**batch).gradient_norms is None
     with pytest.raises(ValueError, match="loss_ratio or gradient_norm"):
         AdaptiveWeighter(form="other")
-    model.measures_gradients, model.config.ranking_loss_weight = True, 0.0
+    model.measures_gradients = True
+    model.config.ranking_loss_weight = 0.0
     torch.testing.assert_close(model(**batch).gradient_norms, torch.stack([expected, torch.tensor(0.0)]))
 
 
@@ -111,7 +117,8 @@ def test_adaptive_weights_resume_in_a_window_and_at_its_end(tmp_path, form, wind
 def test_adaptive_weights_reach_a_model_with_an_adapter():
     from peft import LoraConfig, get_peft_model
 
-    model, args = build_model(), TrainingArguments(use_cpu=True)
+    model = build_model()
+    args = TrainingArguments(use_cpu=True)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
     weighter = AdaptiveWeighter()
     weighter.on_train_begin(args, TrainerState(num_train_epochs=3), None, model=adapted)

@@ -69,7 +69,7 @@ def test_a_slow_contender_runs_once_and_warm_up_is_not_counted():
         calls[name] += 1
 
     figures = benchmark_decoding.measure({name: lambda name=name: run(name) for name in calls}, repeats=3)
-    assert calls == {"short": 4, "long": 4} and {one["runs"] for one in figures.values()} == {3}
+    assert calls == {"short": 4, "long": 4} and {figure["runs"] for figure in figures.values()} == {3}
     calls.update(short=0)
     figures = benchmark_decoding.measure({"short": lambda: run("short")}, repeats=3, seconds=0.0)
     assert calls["short"] == 1 and figures["short"]["runs"] == 1
@@ -78,11 +78,13 @@ def test_a_slow_contender_runs_once_and_warm_up_is_not_counted():
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_the_baseline_tries_take_the_same_steps(level):
     codes = random_catalog(3000)
-    static, nested = StaticTrie(codes, 256), DictTrie(codes)
+    static = StaticTrie(codes, 256)
+    nested = DictTrie(codes)
     prefixes = codes[:, :level].unique(dim=0)[torch.randperm(40, generator=torch.Generator().manual_seed(0))].long()
     keys = [codes[:, : depth + 1].unique(dim=0).tolist() for depth in range(level)]
     states = torch.tensor([keys[-1].index(prefix) for prefix in prefixes.tolist()])
-    scores, log_probs = torch.randn(1, 40), torch.randn(1, 40, 256)
+    scores = torch.randn(1, 40)
+    log_probs = torch.randn(1, 40, 256)
     by_static, parents, _ = static.step(level, states[None], scores, log_probs, 12)
     by_dict, places = nested.step([prefixes.tolist()], scores, log_probs, 12)
     torch.testing.assert_close(by_static, by_dict)

@@ -40,13 +40,15 @@ def test_hard_negatives_and_excluded_positives_of_atomic_ids(shared):
     torch.manual_seed(3)
     drawn = torch.randint(40, (12,) if shared else (6, 12))
     logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
-    codes, offset = model.catalog.item_codes[:, 0].long(), model.config.code_offsets[0]
-    losses, place = [], 0
-    for row, own in enumerate(items):
+    codes = model.catalog.item_codes[:, 0].long()
+    offset = model.config.code_offsets[0]
+    losses = []
+    place = 0
+    for row, row_items in enumerate(items):
         first = batch["attention_mask"].shape[1] - int(batch["attention_mask"][row].sum())
         hard = [item for item in negatives[row].tolist() if item >= 0]
         liked = codes[[item for item in favorites[row].tolist() if item >= 0]].tolist()
-        for position, item in enumerate(own):
+        for position, item in enumerate(row_items):
             chosen = [*codes[[other for other in hard if other != item]].tolist()]
             if shared is None:
                 random = [code for code in range(40) if code not in chosen]
@@ -84,7 +86,9 @@ def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
             ]
             scores.append(sum(parts))
         losses.append(-torch.stack(scores).log_softmax(dim=0)[0])
-    expected = torch.stack(losses).sum() / (4 * sum(len(one) for one in items))  # one more code for each row
+    expected = torch.stack(losses).sum() / (
+        4 * sum(len(row_items) for row_items in items)
+    )  # one more code for each row
     torch.testing.assert_close(out.contrastive_loss, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.ranking_loss, plain.ranking_loss, atol=2e-5, rtol=1e-4)
@@ -95,11 +99,12 @@ def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
 def test_random_negatives_do_not_change_with_hard_negatives(ids):
     model = build_model(**ids)
     batch, _ = labeled(model, [4, 2])
-    given = {"excluded_positives": torch.full((2, 1), -1)}
+    item_sets = {"excluded_positives": torch.full((2, 1), -1)}
     if "code_negatives" in ids:  # among the sampled codes, without tokens of their own
-        given["hard_negatives"] = torch.tensor([[1, 2], [3, -1]])
+        item_sets["hard_negatives"] = torch.tensor([[1, 2], [3, -1]])
     with torch.no_grad():
-        out, plain = model(**batch, **given), model(**batch)
+        out = model(**batch, **item_sets)
+        plain = model(**batch)
     assert out.contrastive_loss is None
     torch.testing.assert_close(out.loss, plain.loss)
 
@@ -111,9 +116,9 @@ def test_an_excluded_positive_is_no_random_negative():
     with torch.no_grad():
         model(**batch, excluded_positives=torch.tensor([[7, 8], [9, -1]]))
     negatives = seen["negatives"]
-    for row, (favorites, own) in enumerate(zip(([7, 8], [9]), items, strict=True)):
+    for row, (favorites, row_items) in enumerate(zip(([7, 8], [9]), items, strict=True)):
         used = negatives.items[row][negatives.usable[row]]
-        assert not set(used.tolist()) & set(favorites) and len(used) > 10 * len(own) // 2
+        assert not set(used.tolist()) & set(favorites) and len(used) > 10 * len(row_items) // 2
         assert set(negatives.items[row].tolist()) & set(favorites), "they were drawn"
 
 
@@ -126,7 +131,7 @@ def test_item_sets_that_do_not_fit_are_rejected():
         model(**batch, hard_negatives=torch.tensor([[1.0], [2.0]]))
     with pytest.raises(ValueError, match="excluded_positives range from 1 to 30, outside"):
         model(**batch, excluded_positives=torch.tensor([[1], [30]]))
-    packed = {name: torch.cat([one[:, -11:], one[:, -11:]], dim=1)[1:] for name, one in batch.items()}
+    packed = {name: torch.cat([column[:, -11:], column[:, -11:]], dim=1)[1:] for name, column in batch.items()}
     with pytest.raises(ValueError, match="2 histories"):
         model(**packed, hard_negatives=torch.tensor([[1]]))
     square = torch.ones(1, 1, 16, 16).tril().bool().expand(2, -1, -1, -1)
@@ -135,7 +140,9 @@ def test_item_sets_that_do_not_fit_are_rejected():
 
 
 class Arguments:
-    world_size, process_index, disable_tqdm = 1, 0, True
+    world_size = 1
+    process_index = 0
+    disable_tqdm = True
 
     def __init__(self, output_dir):
         self.output_dir = output_dir
@@ -170,19 +177,19 @@ def test_hard_negatives_are_retrieved_high_and_ranked_low(tmp_path, pool, ids, r
                 history["query_time"] = torch.tensor(times[-1:])
             expected = model.rank(**history, candidates=items[None])[0, :, like].sigmoid()
             torch.testing.assert_close(ranking[row][usable[row]], expected, atol=2e-5, rtol=1e-4)
-            found = model.recommend(
+            best_items = model.recommend(
                 **history, num_beams=model.catalog.num_items, num_return_sequences=model.catalog.num_items
             )
             log_probs = torch.zeros(model.catalog.num_items)
-            log_probs[found.item_indices[0]] = found.generation_scores[0]
+            log_probs[best_items.item_indices[0]] = best_items.generation_scores[0]
             torch.testing.assert_close(retrieval[row][usable[row]], log_probs[items], atol=2e-5, rtol=1e-4)
             scores = log_probs[items]
             rho = (scores - scores.min()) / (scores.max() - scores.min()) - 0.7 * expected
             liked = expected > 0.6
             order = rho.masked_fill(liked, -torch.inf).argsort(descending=True)[: min(3, int((~liked).sum()))]
-            assert set(items[order].tolist()) == {one for one in enhancer.negatives[user].tolist() if one >= 0}
+            assert set(items[order].tolist()) == {item for item in enhancer.negatives[user].tolist() if item >= 0}
             best = items[expected.masked_fill(~liked, -1).argsort(descending=True)[: min(2, int(liked.sum()))]]
-            assert best.tolist() == [one for one in enhancer.favorites[user].tolist() if one >= 0]
+            assert best.tolist() == [item for item in enhancer.favorites[user].tolist() if item >= 0]
     lines = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert all(title.startswith("Film ") for title in lines[0]["examples"][0]["disliked"])
@@ -196,16 +203,17 @@ def test_code_logits_are_float32_under_bfloat16_autocast(similarity, sampling):
     states = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     batch, items = labeled(model, [2, 2])
     targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    given = torch.tensor([[7, 8, 9], [1, 2, 3]])
-    ends, last = torch.tensor([1, 1]), torch.tensor([row[-1] for row in items])
-    known = training_unigrf.GivenItems(given, given + 10, ends, last)
+    hard = torch.tensor([[7, 8, 9], [1, 2, 3]])
+    ends = torch.tensor([1, 1])
+    last = torch.tensor([row[-1] for row in items])
+    known = training_unigrf.GivenItems(hard, hard + 10, ends, last)
     states = states[:, : targets.shape[1]]
     torch.manual_seed(0)
     expected = training_unigrf.generation_loss(model, states, targets, known)
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = training_unigrf.generation_loss(model, states, targets, known)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual = training_unigrf.generation_loss(model, states, targets, known)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_persistent_workers_see_refreshed_pools(tmp_path):
@@ -218,8 +226,8 @@ def test_persistent_workers_see_refreshed_pools(tmp_path):
     )
     assert all("hard_negatives" not in batch for batch in loader)
     enhancer._refresh(Arguments(tmp_path), 1)
-    found = torch.cat([batch["hard_negatives"] for batch in loader])
-    assert torch.equal(found, enhancer.negatives)
+    negatives = torch.cat([batch["hard_negatives"] for batch in loader])
+    assert torch.equal(negatives, enhancer.negatives)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +258,8 @@ def test_a_resumed_enhancer_run_equals_an_uninterrupted_one(tmp_path, ids, optio
     assert rest[-7:] == losses[-7:]
     assert torch.equal(enhancer.negatives, again.negatives) and torch.equal(enhancer.favorites, again.favorites)
     assert (enhancer.negatives >= 0).any()
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for expected, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, other)
     with pytest.raises(ValueError, match="Resume one that had it, in its own output_dir"):
         train("elsewhere", resume=str(tmp_path / "parts" / "checkpoint-5"))
 
@@ -288,7 +296,8 @@ def test_enhancer_arguments_that_do_not_fit_are_rejected(tmp_path):
     small.behaviors = [[0] * 8 for _ in small.items]
     with pytest.raises(ValueError, match="pools of at least 3 items"):
         small._refresh(Arguments(tmp_path), 1)
-    small.items[0], small.behaviors[0] = [0], [1]  # but this user's can
+    small.items[0] = [0]
+    small.behaviors[0] = [1]  # but this user's can
     small.threshold = 1.0
     small._refresh(Arguments(tmp_path), 1)
     assert (small.negatives >= 0).sum(dim=1).tolist() == [3] + [2] * 5, "the others get what there is"

@@ -84,8 +84,8 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         (tmp_path / f"run-{seed}").mkdir()
         ranked = {name: value + seed for name, value in metrics["ranked"].items()}
         protocol = metrics["protocol"] | {"seed of the codebooks": seed}
-        found = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
-        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(found))
+        of_run = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
+        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(of_run))
     collected = results.collect([tmp_path / "run-0", tmp_path / "run-1"])
     assert collected["seeds"] == [0, 1]
     mean = pytest.approx(metrics["ranked"]["recall@5"] + 0.5, abs=1e-5)
@@ -93,13 +93,14 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         "mean": mean,
         "std": pytest.approx(0.5**0.5, abs=1e-5),
     }
-    found["protocol"]["users"] = 3
-    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(found))
+    of_run["protocol"]["users"] = 3
+    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(of_run))
     with pytest.raises(ValueError, match="Expected runs of one protocol"):
         results.collect([tmp_path / "run-0", tmp_path / "run-1"])
 
     with monkeypatch.context() as patched:  # scores of which validation prefers one weight and test another
-        dataset, asked = load_from_disk(str(prepared / "dataset")), []
+        dataset = load_from_disk(str(prepared / "dataset"))
+        asked = []
 
         def scores(model, tokenizer, split, *args):
             asked.append(split["target"][:])
@@ -179,13 +180,13 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     assert (model.config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
     assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
     frozen = [*shared, f"--output_dir={tmp_path / 'three'}", *second, "--freeze_base_model=True"]
-    before, after = (load_file(one / "model.safetensors") for one in (first, train.train(*train.parse(frozen))))
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, train.train(*train.parse(frozen))))
     learned = {
         name.split(".")[0] for name in after if name not in before or not torch.equal(after[name], before[name])
     }
     assert learned == {"ranking_head", "candidate_block"}, "of what the first stage made nothing"
-    told = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
-    assert told == weights_of(first) != weights_of(checkpoint)
+    stored_hash = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
+    assert stored_hash == weights_of(first) != weights_of(checkpoint)
     measured = EvaluateArguments(
         checkpoint=str(checkpoint),
         data_dir=str(prepared),
@@ -223,11 +224,12 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["rerank_top_k"] == 3
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert model.config.rerank_top_k == 3
-    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    dataset = load_from_disk(str(prepared / "dataset"))
+    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     measured = replace(measured, num_dense_candidates=0)
     how = Measurement(max_items=4, max_long_items=12)
-    found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
-    lists = measure.fused_lists(found, 1.0, 3, 0.5, num_ranked=3)
+    candidates = measure.candidates(model, tokenizer, dataset["test"], 5, how)
+    lists = measure.fused_lists(candidates, 1.0, 3, 0.5, num_ranked=3)
     for rows, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
@@ -238,10 +240,13 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
             **measure.long_histories(model, dataset["test"], rows, how),
         )
         assert best.item_indices.tolist() == [lists[row] for row in rows]
-    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    dataset = load_from_disk(str(prepared / "dataset"))
+    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
-        ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
+        ids = tokenizer.item_ids
+        sizes = tokenizer.codebook_sizes
+        behaviors = tokenizer.behaviors
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
         train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4), 4)
     fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
@@ -279,5 +284,5 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
         EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], dense_weights=[0.0, 1.0], list_length=5)
     )
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
-    assert len(metrics["validation"]) == 2 and {one["ranking_weight"] for one in metrics["validation"]} == {0.0}
+    assert len(metrics["validation"]) == 2 and {row["ranking_weight"] for row in metrics["validation"]} == {0.0}
     assert UniGRFForCausalLM.from_pretrained(checkpoint).config.ranking_weight == 0

@@ -21,7 +21,8 @@ from recipes.push_to_hub import PushArguments, check_files, push
 from recipes.recommend import weights_hash
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
-REPO_ID, COMMIT = "someone/films", "0123456789" * 4
+REPO_ID = "someone/films"
+COMMIT = "0123456789" * 4
 HISTORY = {"items": ["007", "film 12", "007", "film 3"], "behaviors": ["like", "dislike", "like", "like"]}
 SHORT = {"items": ["film 5"], "behaviors": ["dislike"]}
 
@@ -184,14 +185,15 @@ def test_the_repository_alone_works_and_saves_the_same_again(recommender, reposi
 
     inputs = recommender.tokenizer.encode_history(*HISTORY.values(), return_tensors="pt")
     with torch.no_grad():
-        logits, states = recommender.model(**inputs).logits, recommender.model.model(**inputs).last_hidden_state
+        logits = recommender.model(**inputs).logits
+        states = recommender.model.model(**inputs).last_hidden_state
     classes = ["UniGRFConfig", "UniGRFModel", "UniGRFForCausalLM", "SemanticIdTokenizer", "RecommendationPipeline"]
     expected = [approx(row) for row in recommender([HISTORY, SHORT])]
-    for found in json.loads(last):
-        assert found["parts"] == [f"transformers_modules.{name}" for name in (*classes, classes[2], classes[3])]
-        torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=0, atol=1e-6)
-        torch.testing.assert_close(torch.tensor(found["states"]), states, rtol=0, atol=1e-6)
-        assert found["recommended"] == expected
+    for loaded in json.loads(last):
+        assert loaded["parts"] == [f"transformers_modules.{name}" for name in (*classes, classes[2], classes[3])]
+        torch.testing.assert_close(torch.tensor(loaded["logits"]), logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(loaded["states"]), states, rtol=0, atol=1e-6)
+        assert loaded["recommended"] == expected
 
     for source in ("from_folder", "from_hub"):
         folder = tmp_path / source
@@ -214,14 +216,14 @@ def catalog(recommender):
 
 
 def test_a_recommendation_has_item_ids_titles_and_scores(recommender):
-    found = recommender(HISTORY)
-    assert len(found) == 10 and found == recommender(dict(HISTORY)) == recommender([HISTORY])[0]
+    recommended = recommender(HISTORY)
+    assert len(recommended) == 10 and recommended == recommender(dict(HISTORY)) == recommender([HISTORY])[0]
     titles = dict(zip(*catalog(recommender), strict=True))
-    for row in found:
+    for row in recommended:
         assert titles[row["item_id"]] == row["title"]
         assert row["score"] == pytest.approx(row["generation_score"] + row["ranking_score"], abs=1e-5)
-    assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
-    assert {row["item_id"] for row in found}.isdisjoint(HISTORY["items"])
+    assert [row["score"] for row in recommended] == sorted((row["score"] for row in recommended), reverse=True)
+    assert {row["item_id"] for row in recommended}.isdisjoint(HISTORY["items"])
 
 
 def test_with_one_behavior_a_history_is_a_plain_list(recommender):
@@ -231,11 +233,11 @@ def test_with_one_behavior_a_history_is_a_plain_list(recommender):
     model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=text_config)).eval()
     model.set_catalog(torch.from_numpy(codes.copy()))
     plain = RecommendationPipeline(model=model, tokenizer=tokenizer)
-    found = plain([7, 3])
-    assert found == plain(("7", "3")) == plain({"items": [7, 3]}) == plain([[7, 3], [5]])[0]
-    assert all(row["title"] is None and int(row["item_id"]) in range(60) for row in found)
-    assert plain([np.array([7, 3]), torch.tensor([5])]) == plain([[7, 3], [5]]) == [found, plain([5])]
-    assert plain(torch.tensor([7, 3])) == plain(list(torch.tensor([7, 3]))) == found
+    recommended = plain([7, 3])
+    assert recommended == plain(("7", "3")) == plain({"items": [7, 3]}) == plain([[7, 3], [5]])[0]
+    assert all(row["title"] is None and int(row["item_id"]) in range(60) for row in recommended)
+    assert plain([np.array([7, 3]), torch.tensor([5])]) == plain([[7, 3], [5]]) == [recommended, plain([5])]
+    assert plain(torch.tensor([7, 3])) == plain(list(torch.tensor([7, 3]))) == recommended
     with pytest.raises(ValueError, match="one history a request, found 2"):
         plain({"items": [[7, 3], [5]]}, unknown="skip")
 
@@ -261,21 +263,24 @@ def test_a_batch_equals_single_requests_also_with_item_lists(recommender):
 
 def test_arrays_are_accepted_like_lists(recommender):
     histories = [
-        {"items": np.array(one["items"]), "behaviors": np.array(one["behaviors"])} for one in (HISTORY, SHORT)
+        {"items": np.array(history["items"]), "behaviors": np.array(history["behaviors"])}
+        for history in (HISTORY, SHORT)
     ]
     assert recommender(histories) == recommender([HISTORY, SHORT])
     for name in ("blocked_items", "allowed_items"):
         for items in (["film 9"], ["film 7", "film 8"]):
-            found = recommender({**SHORT, name: np.array(items)})
-            assert found == recommender({**SHORT, name: items})
+            recommended = recommender({**SHORT, name: np.array(items)})
+            assert recommended == recommender({**SHORT, name: items})
 
 
 def test_a_checkpoint_serves_by_its_own_defaults(recommender):
     """As recipes.evaluate writes them: what is served is what was measured."""
-    config, everything = recommender.model.config, {"num_beams": 60, "num_return_sequences": 60}
+    config = recommender.model.config
+    everything = {"num_beams": 60, "num_return_sequences": 60}
     before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "rerank_top_k")}
     try:
-        config.exclude_history, config.ranking_target = False, "like"
+        config.exclude_history = False
+        config.ranking_target = "like"
         assert recommender(HISTORY, **everything) == recommender(
             HISTORY, exclude_history=False, ranking_target="like", **everything
         )
@@ -332,10 +337,8 @@ def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
     model.catalog.load_state_dict(recommender.model.catalog.state_dict())
-    pipe, tokenizer = (
-        RecommendationPipeline(model=model.eval(), tokenizer=recommender.tokenizer),
-        recommender.tokenizer,
-    )
+    pipe = RecommendationPipeline(model=model.eval(), tokenizer=recommender.tokenizer)
+    tokenizer = recommender.tokenizer
     items = [f"film {1 + 7 * i % 29}" for i in range(40)]
     behaviors = ["like" if i % 3 else "dislike" for i in range(40)]
     requests = [
@@ -347,7 +350,7 @@ def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
     assert approx(together[0]) == pipe(requests[0], **asked) and approx(together[1]) == pipe(
         requests[1], unknown="skip", **asked
     )
-    for request, known, found in zip(requests, (range(40), (0, 2)), together, strict=True):
+    for request, known, recommended in zip(requests, (range(40), (0, 2)), together, strict=True):
         names = [request["behaviors"][place] for place in known]
         ids = [request["items"][place] for place in known]
         best = model.recommend(
@@ -357,8 +360,10 @@ def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
             num_beams=6,
             num_return_sequences=6,
         )
-        assert [tokenizer.item_ids[item] for item in best.item_indices[0]] == [row["item_id"] for row in found]
-        torch.testing.assert_close(torch.tensor([row["score"] for row in found]), best.scores[0], atol=2e-5, rtol=1e-4)
+        assert [tokenizer.item_ids[item] for item in best.item_indices[0]] == [row["item_id"] for row in recommended]
+        torch.testing.assert_close(
+            torch.tensor([row["score"] for row in recommended]), best.scores[0], atol=2e-5, rtol=1e-4
+        )
 
 
 def test_unknown_items_are_an_error_or_skipped(recommender):
@@ -443,15 +448,15 @@ def test_the_card_states_the_metrics_in_metadata_and_text(repository, recommende
     )
     assert {"recommendation", "recommender-system", "generative-retrieval", "semantic-ids", "ranking"} <= {*data.tags}
     assert data.model_name == "films" and data.datasets == ["Films-of-1998"]
-    values = {(one.task_type, one.metric_name): one.metric_value for one in data.eval_results}
+    values = {(entry.task_type, entry.metric_name): entry.metric_value for entry in data.eval_results}
     expected = {("recommendation", f"{k}, generation and ranking"): v for k, v in METRICS["ranked"].items()}
     expected |= {("recommendation", f"{k}, generation alone"): v for k, v in METRICS["generation"].items()}
     assert values == expected | {("ranking", "AUC"): 0.8125}
     index = data.to_dict()["model-index"][0]
     assert index["name"] == "films" and len(index["results"]) == 2
-    for one in index["results"]:
-        assert one["dataset"] == {"name": "Films of 1998", "type": "Films-of-1998", "split": "test"}
-        assert one["task"]["type"] and all({"type", "name", "value"} <= set(metric) for metric in one["metrics"])
+    for entry in index["results"]:
+        assert entry["dataset"] == {"name": "Films of 1998", "type": "Films-of-1998", "split": "test"}
+        assert entry["task"]["type"] and all({"type", "name", "value"} <= set(metric) for metric in entry["metrics"])
 
     for row in (*METRICS["baselines"].values(), METRICS["generation"], METRICS["ranked"]):
         assert " | ".join(f"{value:.4f}" for value in row.values()) in card.text

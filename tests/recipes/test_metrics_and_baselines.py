@@ -40,9 +40,9 @@ def test_next_item_equals_its_definition_for_ragged_lists(next_item):
     for row, target in zip(lists, targets, strict=True):
         rank = row.index(target) + 1 if target in row else None
         for k in (5, 10):
-            found = rank is not None and rank <= k
-            naive[f"recall@{k}"].append(1.0 if found else 0.0)
-            naive[f"ndcg@{k}"].append(1 / np.log2(rank + 1) if found else 0.0)
+            is_hit = rank is not None and rank <= k
+            naive[f"recall@{k}"].append(1.0 if is_hit else 0.0)
+            naive[f"ndcg@{k}"].append(1 / np.log2(rank + 1) if is_hit else 0.0)
         naive["mrr"].append(1 / rank if rank else 0.0)
     expected = {name: np.mean(values) for name, values in naive.items()}
     assert next_item.compute(predictions=lists, references=targets) == pytest.approx(expected, abs=1e-12)
@@ -65,8 +65,8 @@ def test_like_auc_is_the_share_of_correctly_ordered_pairs(like_auc):
     labels = rng.integers(0, 2, 80)
     above = scores[labels == 1][:, None] - scores[labels == 0]
     expected = np.mean((above > 0) + 0.5 * (above == 0))
-    found = like_auc.compute(prediction_scores=scores.tolist(), references=labels.tolist())
-    assert found == pytest.approx({"auc": expected}, abs=1e-12)
+    actual = like_auc.compute(prediction_scores=scores.tolist(), references=labels.tolist())
+    assert actual == pytest.approx({"auc": expected}, abs=1e-12)
 
 
 @pytest.mark.parametrize("labels", [[1, 1], [0, 0], [0, 2]])
@@ -77,7 +77,9 @@ def test_like_auc_rejects_labels_without_both_classes(like_auc, labels):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_item_knn_scores_equal_the_written_out_formula(window):
-    num_items, neighbors, shrink = 25, 4, 2.0
+    num_items = 25
+    neighbors = 4
+    shrink = 2.0
     train = random_histories(60, num_items, seed=2)
     histories = random_histories(9, num_items, seed=3)
     takers = [{user for user, row in enumerate(train) if item in row} for item in range(num_items)]
@@ -122,7 +124,8 @@ def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
         )
         return baselines.baseline_results(splits, num_items, k=20)
 
-    real, other = results([row[-1] for row in histories]), results([29] * len(histories))
+    real = results([row[-1] for row in histories])
+    other = results([29] * len(histories))
     for name in ("popularity", "item_knn"):
         assert real[name]["settings"] == other[name]["settings"]
         assert real[name]["validation"] == other[name]["validation"]

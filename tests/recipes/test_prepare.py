@@ -91,7 +91,8 @@ def encoder(tmp_path_factory) -> str:
 
 def test_users_are_split_by_time_with_ties_in_file_order(arguments, embeddings):
     splits = load_from_disk(str(prepare(arguments(embeddings=embeddings)) / "dataset"))
-    like, skip = 0, 1
+    like = 0
+    skip = 1
     assert splits["train"].to_list() == [
         {"user_id": "b", "items": [1], "behaviors": [like], "timestamps": [1]},
         {"user_id": "a", "items": [0, 3], "behaviors": [like, skip], "timestamps": [10, 20]},
@@ -109,14 +110,14 @@ def test_positions_order_interactions_with_unknown_times(arguments, embeddings):
     table["timestamp"] = [-1, 40, 5, 10, -1, -1, 1, -1, -1]
     args = arguments(table, embeddings=embeddings)
     folder = prepare(args)
-    (one, other) = load_from_disk(str(folder / "dataset"))["test"].to_list()
-    assert (one["items"], one["timestamps"], one["target"], one["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
+    (first, other) = load_from_disk(str(folder / "dataset"))["test"].to_list()
+    assert (first["items"], first["timestamps"], first["target"], first["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
     assert (other["items"], other["timestamps"], other["target_timestamp"]) == ([0, 3, 2], [10, -1, -1], 40)
     assert json.loads((folder / "prepare.json").read_text())["counts"]["interactions_of_tied_time"] == 0
     without = load_from_disk(
         str(prepare(arguments(table.drop(columns="timestamp"), embeddings=embeddings)) / "dataset")
     )["test"]
-    assert [user["items"] for user in without] == [one["items"], other["items"]] and without[0]["timestamps"] == [
+    assert [user["items"] for user in without] == [first["items"], other["items"]] and without[0]["timestamps"] == [
         -1,
         -1,
     ]
@@ -148,7 +149,7 @@ def test_csv_tsv_and_parquet_give_the_same_dataset(arguments, embeddings):
     dates = interactions_table()
     dates["timestamp"] = pd.to_datetime(dates["timestamp"], unit="s")
     with_column = items_table().assign(embedding=list(embeddings))
-    found = []
+    datasets = []
     for tables in (
         {"embeddings": embeddings},
         {"embeddings": embeddings, "suffix": ".tsv"},
@@ -158,8 +159,8 @@ def test_csv_tsv_and_parquet_give_the_same_dataset(arguments, embeddings):
         args = arguments(**tables)
         shutil.rmtree(args.output_dir, ignore_errors=True)
         splits = load_from_disk(str(prepare(args) / "dataset"))
-        found.append({name: split.to_list() for name, split in splits.items()})
-    assert all(splits == found[0] for splits in found)
+        datasets.append({name: split.to_list() for name, split in splits.items()})
+    assert all(splits == datasets[0] for splits in datasets)
 
 
 def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, tmp_path):

@@ -78,17 +78,18 @@ def one_by_one(model, tokenizer, dataset, max_items=None, unknown="error", **ask
 
 
 def assert_same(folder: Path, expected: pd.DataFrame) -> None:
-    found = pd.read_parquet(folder)
-    assert list(found) == COLUMNS and found["user_id"].tolist() == expected["user_id"].tolist()
-    assert [list(items) for items in found["item_ids"]] == expected["item_ids"].tolist()
+    actual = pd.read_parquet(folder)
+    assert list(actual) == COLUMNS and actual["user_id"].tolist() == expected["user_id"].tolist()
+    assert [list(items) for items in actual["item_ids"]] == expected["item_ids"].tolist()
     for name in COLUMNS[2:]:
-        for scores, others in zip(found[name], expected[name], strict=True):
+        for scores, others in zip(actual[name], expected[name], strict=True):
             np.testing.assert_allclose(scores, others, rtol=1e-4, atol=1e-4)
 
 
 def count_rows(model, monkeypatch, fail_at=None) -> list[int]:
     """Row counts of the calls of `model.recommend` from now on; the call number `fail_at` fails."""
-    calls, recommend = [], model.recommend
+    calls = []
+    recommend = model.recommend
 
     def counted(input_ids, *args, **kwargs):
         if len(calls) == fail_at:
@@ -114,7 +115,8 @@ def test_any_batch_and_shard_size_equals_recommend(model, tokenizer, tmp_path, b
 
 
 def test_settings_reach_the_model_and_lists_end_with_the_items(model, tokenizer, tmp_path):
-    dataset, settings = histories(), {"ranking_target": "like", "num_beams": 40, "num_return_sequences": 40}
+    dataset = histories()
+    settings = {"ranking_target": "like", "num_beams": 40, "num_return_sequences": 40}
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(**settings, max_items=3))
     expected = one_by_one(model, tokenizer, dataset, max_items=3, **settings)
     for column in COLUMNS[1:]:  # without the padding
@@ -125,14 +127,16 @@ def test_settings_reach_the_model_and_lists_end_with_the_items(model, tokenizer,
 
     settings = RecommendSettings(num_beams=30, num_return_sequences=30, exclude_history=True)
     recommend_dataset(model, tokenizer, dataset, tmp_path / "b", settings)
-    own = dataset["items"]
+    user_items = dataset["items"]
     listed = pd.read_parquet(tmp_path / "b")["item_ids"]
-    assert all(set(items).isdisjoint(row) for items, row in zip(listed, own, strict=True))
+    assert all(set(items).isdisjoint(row) for items, row in zip(listed, user_items, strict=True))
 
 
 def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path):
     dataset = histories()
-    model.config.exclude_history, model.config.ranking_target, model.config.rerank_top_k = False, "like", 4
+    model.config.exclude_history = False
+    model.config.ranking_target = "like"
+    model.config.rerank_top_k = 4
     assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(num_beams=20))
     expected = recommend_dataset(
@@ -142,18 +146,20 @@ def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path)
         tmp_path / "b",
         RecommendSettings(num_beams=20, num_return_sequences=4, exclude_history=False, ranking_target="like"),
     )
-    found, expected = pd.read_parquet(tmp_path / "a"), pd.read_parquet(expected)
-    pd.testing.assert_frame_equal(found, expected)
-    own = [set(items) & set(row) for items, row in zip(found["item_ids"], dataset["items"], strict=True)]
-    assert any(own) and set(found["item_ids"].map(len)) == {4}
+    actual = pd.read_parquet(tmp_path / "a")
+    expected = pd.read_parquet(expected)
+    pd.testing.assert_frame_equal(actual, expected)
+    repeated = [set(items) & set(row) for items, row in zip(actual["item_ids"], dataset["items"], strict=True)]
+    assert any(repeated) and set(actual["item_ids"].map(len)) == {4}
     with pytest.raises(ValueError, match="num_return_sequences from 1 to 4, found 5"):
         resolved(RecommendSettings(num_beams=20, num_return_sequences=5), model)
 
 
 def test_sub_histories_come_from_the_whole_history(tokenizer, tmp_path):
-    model, dataset = build_model(num_retrieved_items=3, exclude_history=True), histories()
+    model = build_model(num_retrieved_items=3, exclude_history=True)
+    dataset = histories()
     model.set_catalog(torch.tensor(tokenizer.item_codes), model.catalog.content_embeddings)
-    found = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
+    folder = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
     rows = [
         one_by_one(
             model,
@@ -165,14 +171,14 @@ def test_sub_histories_come_from_the_whole_history(tokenizer, tmp_path):
         )
         for row, user in enumerate(dataset)
     ]
-    assert_same(found, pd.concat(rows, ignore_index=True))
+    assert_same(folder, pd.concat(rows, ignore_index=True))
 
 
 def with_times(dataset: Dataset) -> Dataset:
     rng = np.random.default_rng(1)
     times = [(rng.integers(1, 10**6, size=len(items)).cumsum()).tolist() for items in dataset["items"]]
     times[2][3] = None
-    requests = [None, *(one[-1] + 10**5 for one in times[1:])]
+    requests = [None, *(row[-1] + 10**5 for row in times[1:])]
     return dataset.add_column("timestamps", times).add_column("query_time", requests)
 
 
@@ -189,7 +195,7 @@ def test_a_timed_model_reads_item_times_and_the_query_time(tokenizer, tmp_path, 
     dataset = dataset if query_time else dataset.remove_columns("query_time")
     strange = changed(dataset, {4: {"items": ["?", *dataset[4]["items"][1:]]}})
     settings = RecommendSettings(**ASKED, max_items=6, batch_size=4, unknown="skip")
-    found = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
+    folder = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
     rows = []
     for user in strange:
         known = [index for index, item in enumerate(user["items"]) if item != "?"]
@@ -206,11 +212,12 @@ def test_a_timed_model_reads_item_times_and_the_query_time(tokenizer, tmp_path, 
         best = model.recommend(**inputs, blocked_items=blocked, **ASKED)
         ids = [tokenizer.item_ids[item] for item in best.item_indices[0]]
         rows.append([user["user_id"], ids, *(best[name][0].tolist() for name in COLUMNS[2:])])
-    assert_same(found, pd.DataFrame(rows, columns=COLUMNS))
+    assert_same(folder, pd.DataFrame(rows, columns=COLUMNS))
 
 
 def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_path):
-    dataset, settings = with_times(histories()), RecommendSettings(**ASKED)
+    dataset = with_times(histories())
+    settings = RecommendSettings(**ASKED)
     recommend_dataset(model, tokenizer, dataset, tmp_path / "untimed", settings)
     assert_same(tmp_path / "untimed", one_by_one(model, tokenizer, dataset))
     timed = timed_model(tokenizer)
@@ -229,7 +236,9 @@ def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_p
 
 
 def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
-    codes, sizes, names = model.catalog.item_codes, model.config.codebook_sizes, model.config.behaviors
+    codes = model.catalog.item_codes
+    sizes = model.config.codebook_sizes
+    names = model.config.behaviors
     tokenizer = SemanticIdTokenizer.from_codes(range(100, 130), codes, sizes, names)
     dataset = Dataset.from_dict(
         {"user_id": ["b", "a"], "items": [[104, 129], [100]], "behaviors": [["like"] * 2, ["like"]]}
@@ -249,8 +258,10 @@ def test_one_behavior_needs_no_column(tmp_path):
 
 
 def test_a_resumed_call_equals_an_uninterrupted_one(model, tokenizer, tmp_path, monkeypatch, capsys):
-    dataset, settings = histories(), RecommendSettings(**ASKED, batch_size=2, shard_size=4)
-    expected, names = one_by_one(model, tokenizer, dataset), [f"part-0000{k}-of-00003.parquet" for k in range(3)]
+    dataset = histories()
+    settings = RecommendSettings(**ASKED, batch_size=2, shard_size=4)
+    expected = one_by_one(model, tokenizer, dataset)
+    names = [f"part-0000{k}-of-00003.parquet" for k in range(3)]
 
     def files():
         return {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir() if file.suffix == ".parquet"}
@@ -334,13 +345,13 @@ def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_p
     )
     with pytest.raises(ValueError) as error:
         recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**ASKED, shard_size=3))
-    for told in (
+    for message in (
         "3 with items that the catalog does not have (the first user_id: [993, 937, 930])",
         "2 without an item (the first user_id: [986, 972])",
         "1 with another number of behaviors than of items (the first user_id: [958])",
         "2 with behaviors that are none of ('dislike', 'like') (the first user_id: [944, 937])",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
     with pytest.raises(ValueError) as error:
         recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**ASKED, unknown="skip"))
     assert "1 with another number" in str(error.value) and "2 with behaviors that" in str(error.value)
@@ -349,7 +360,7 @@ def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("dataset", "told"),
+    ("dataset", "message"),
     [
         (histories().remove_columns("behaviors"), r"the columns \['user_id', 'items', 'behaviors'\], found 11 rows"),
         (histories().rename_column("user_id", "user"), r"Rename or add \['user_id'\]"),
@@ -363,13 +374,13 @@ def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_p
         (Dataset.from_dict({"user_id": ["u"], "items": [[1]], "behaviors": [[0]]}), "behaviors of type list<.*int64"),
     ],
 )
-def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path, dataset, told):
-    with pytest.raises(ValueError, match=told):
+def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message):
         recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"num_return_sequences": 9}, "num_return_sequences from 1 to 8, found 9"),
         ({"max_items": 1000}, "max_items from 1 to 408, found 1000"),
@@ -378,8 +389,8 @@ def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path
         ({"ranking_target": "love"}, "ranking_target among .* found 'love'"),
     ],
 )
-def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
         recommend_dataset(model, tokenizer, histories(), tmp_path, RecommendSettings(**{**ASKED, **wrong}))
 
 

@@ -128,17 +128,18 @@ def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeyp
         reproduce_recochain.train_stages(reproduce_recochain.ReproduceArguments(row=name, **arguments))
         of_stages = []
         for model_args, data_args, training_args in trained:
-            told = {**model_args, **data_args, **json.loads(model_args["config_fields"])}
-            del told["config_fields"]
+            stage = {**model_args, **data_args, **json.loads(model_args["config_fields"])}
+            del stage["config_fields"]
             names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay")
-            of_stages.append(told | {name: getattr(training_args, name) for name in names})
+            of_stages.append(stage | {name: getattr(training_args, name) for name in names})
         return of_stages
 
     differ = [
-        {name: one.get(name) for name in {*one, *two} if one.get(name) != two.get(name)}
-        for one, two in zip(stages(row), stages("default"), strict=True)
+        {name: fields.get(name) for name in {*fields, *two} if fields.get(name) != two.get(name)}
+        for fields, two in zip(stages(row), stages("default"), strict=True)
     ]
-    long, windows = {"num_train_epochs": 3.0}, {"window31": (31, 16), "window127": (127, 4)}
+    long = {"num_train_epochs": 3.0}
+    windows = {"window31": (31, 16), "window127": (127, 4)}
     expected = {
         "default": ({}, {}),
         "window7": ({}, {}),  # another only where --window gives the default one
@@ -186,26 +187,26 @@ def test_a_tuned_sasrec_learns_and_is_in_the_table(prepared, tmp_path):
     settings = {"text_config": json.dumps(TINY), "max_items": 10, "epochs": 40.0, "batch_size": 8}
     settings |= {"learning_rates": [1e-2, 1e-6], "embedding_dropouts": [0.1], "seeds": [0, 1]}
     arguments = sasrec.SasrecArguments(data_dir=str(atomic), output_dir=str(folder), **settings)
-    found = sasrec.run(arguments)
-    assert found["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "the one that learns, on validation"
-    assert len(found["tried"]) == 2 and len(found["tests"]) == 2
-    assert all(test["recall@5"] > 0.9 for test in found["tests"]), "the ring can be learned; guessing reaches .2"
+    result = sasrec.run(arguments)
+    assert result["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "the one that learns, on validation"
+    assert len(result["tried"]) == 2 and len(result["tests"]) == 2
+    assert all(test["recall@5"] > 0.9 for test in result["tests"]), "the ring can be learned; guessing reaches .2"
     logs = {file: file.stat().st_mtime_ns for file in folder.glob("*/checkpoint/training_log.json")}
     assert len(logs) == 3, "the other seed is trained with the chosen setting alone"
-    assert sasrec.run(arguments) == found
+    assert sasrec.run(arguments) == result
     assert {file: file.stat().st_mtime_ns for file in logs} == logs, "a finished training is not run again"
-    told = {
+    report = {
         "name": "any",
         "protocol": "",
         "codebook sizes": [],
         "baselines": {},
-        "runs": [{"made by": found["made by"]}],
+        "runs": [{"made by": result["made by"]}],
     }
-    told["beside"] = {recochain_report.SASREC: json.loads((folder / "sasrec.json").read_text())}
+    report["beside"] = {recochain_report.SASREC: json.loads((folder / "sasrec.json").read_text())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recochain_report, "rows_of", lambda data: [])
-        assert f"| {recochain_report.SASREC} | {np.mean([t['recall@5'] for t in found['tests']]):.4f} ± " in (
-            recochain_report.table(told)
+        assert f"| {recochain_report.SASREC} | {np.mean([t['recall@5'] for t in result['tests']]):.4f} ± " in (
+            recochain_report.table(report)
         )
     with pytest.raises(ValueError, match="one code an item, found 3"):
         sasrec.run(sasrec.SasrecArguments(data_dir=str(prepared), output_dir=str(folder)))
@@ -213,27 +214,27 @@ def test_a_tuned_sasrec_learns_and_is_in_the_table(prepared, tmp_path):
 
 def test_metrics_gain_and_calibration_equal_a_loop():
     ranks = np.array([1, np.inf, 7, 3])
-    found = reproduce_recochain.recall_and_ndcg(ranks)
-    assert found["recall@5"].tolist() == [1, 0, 0, 1] and found["recall@10"].tolist() == [1, 0, 1, 1]
-    assert found["ndcg@10"].tolist() == pytest.approx([1, 0, 1 / 3, 0.5])
+    metrics = reproduce_recochain.recall_and_ndcg(ranks)
+    assert metrics["recall@5"].tolist() == [1, 0, 0, 1] and metrics["recall@10"].tolist() == [1, 0, 1, 1]
+    assert metrics["ndcg@10"].tolist() == pytest.approx([1, 0, 1 / 3, 0.5])
     other = reproduce_recochain.recall_and_ndcg(np.array([1, 2, 7, np.inf]))
-    gain = reproduce_recochain.gain(found, other)["recall@5"]
+    gain = reproduce_recochain.gain(metrics, other)["recall@5"]
     assert gain["difference"] == 0 and gain["standard error"] == pytest.approx((2 / 4) ** 0.5 / 2)
     log_probs = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.2, 0.0]]).log()
     candidates = {"item_indices": torch.tensor([[4, 5, 6], [7, 8, -1]]), "ranking_scores": log_probs}
-    told = reproduce_recochain.calibration(candidates, torch.tensor([4, 9]), num_bins=2)
+    calibration = reproduce_recochain.calibration(candidates, torch.tensor([4, 9]), num_bins=2)
     bins = [(pytest.approx(0.2), 0.0, 3), (pytest.approx(0.85), 0.5, 2)]
-    assert [(one["predicted"], one["observed"], one["candidates"]) for one in told["all"]["bins"]] == bins
-    assert told["all"]["expected calibration error"] == pytest.approx((3 * 0.2 + 2 * 0.35) / 5)
-    held = told["held"]["bins"]
-    assert [(one["predicted"], one["observed"]) for one in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
+    assert [(row["predicted"], row["observed"], row["candidates"]) for row in calibration["all"]["bins"]] == bins
+    assert calibration["all"]["expected calibration error"] == pytest.approx((3 * 0.2 + 2 * 0.35) / 5)
+    held = calibration["held"]["bins"]
+    assert [(row["predicted"], row["observed"]) for row in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
 
 
 def test_weights_are_chosen_on_validation_only():
     users = {"target": [3, 4, 5, 6], "items": [[0], [1], [2], [7]]}
     splits = {name: Dataset.from_dict(users) for name in ("validation", "test")}
-    found = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}
+    candidates = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}
     args = reproduce_recochain.ReproduceArguments(data_dir="", ranking_weights=[0.5, 1.0], dense_weights=[0.0])
-    result = reproduce_recochain.measure(args, splits, found)
+    result = reproduce_recochain.measure(args, splits, candidates)
     assert result["weights"]["ranked"] == {"ranking": 0.5, "item score": 0.0}
     assert result["cells"]["ranked"]["ndcg@5"] < result["cells"]["ranked at weight 1"]["ndcg@5"] == 1.0

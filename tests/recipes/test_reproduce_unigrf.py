@@ -86,8 +86,11 @@ def test_an_ablation_is_trained_once_and_scored_as_recommend(
     for layer in model.model.language_model.layers if with_times else ():
         torch.nn.init.normal_(layer.bias.times.weight)  # after so few steps it says nothing yet
     rows = held_out_rows(test, tokenizer, 200, with_times=with_times)
-    found = reproduce_unigrf.measure(model, tokenizer, test, rows)
-    ranks, likes, scores, liked = [], [], [], model.config.ranking_targets
+    metrics = reproduce_unigrf.measure(model, tokenizer, test, rows)
+    ranks = []
+    likes = []
+    scores = []
+    liked = model.config.ranking_targets
     for user in test:
         tokens = tokenizer.encode_indices(np.array(user["items"]), np.array(user["behaviors"]))
         times = {}
@@ -101,10 +104,10 @@ def test_an_ablation_is_trained_once_and_scored_as_recommend(
         scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviors that are likes
         likes.append(tokenizer.behaviors[user["target_behavior"]] in liked)
     ranks = np.array(ranks)
-    assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
-    assert found["hr@10"] == pytest.approx(np.mean(ranks <= 10))
-    assert found["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
-    assert 0 < sum(likes) < len(likes) and found["auc"] == pytest.approx(roc_auc_score(likes, scores), abs=1e-6)
+    assert metrics["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
+    assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))
+    assert metrics["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
+    assert 0 < sum(likes) < len(likes) and metrics["auc"] == pytest.approx(roc_auc_score(likes, scores), abs=1e-6)
     assert result["targets never in training"].keys() == {"validation", "test"}
 
     unigrf_report.collect(tmp_path)
@@ -141,7 +144,8 @@ def test_an_interrupted_ablation_resumes_with_its_seconds(movielens, tmp_path, m
     parts = run("parts")
     assert parts["test"] == whole["test"] and parts["epoch"] == whole["epoch"] and parts["seconds"] > 1000
     curves = [
-        [entry["ranking_weight"] for entry in one["history"] if "ranking_weight" in entry] for one in (parts, whole)
+        [entry["ranking_weight"] for entry in result["history"] if "ranking_weight" in entry]
+        for result in (parts, whole)
     ]
     assert curves[0] == curves[1] and curves[0][:2] == [1.0, 1.0] != curves[0][2:]
 
@@ -181,7 +185,8 @@ def test_a_table_without_runs_is_rejected(tmp_path):
 
 
 def test_a_refit_trains_on_the_validation_targets(movielens, tmp_path, monkeypatch):
-    read, history_rows = [], reproduce_unigrf.history_rows
+    read = []
+    history_rows = reproduce_unigrf.history_rows
 
     def remembered(histories, *others, **options):
         read.append(histories)

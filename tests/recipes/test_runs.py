@@ -10,7 +10,8 @@ from recipes.runs import Stages
 
 
 def test_the_folder_of_another_training_is_rejected(tmp_path):
-    asked, finished = {"model": {"seed": 0}, "path": tmp_path}, tmp_path / "finished.json"
+    asked = {"model": {"seed": 0}, "path": tmp_path}
+    finished = tmp_path / "finished.json"
     assert runs.begin(tmp_path, asked, finished) == runs.begin(tmp_path, asked, finished)
     assert runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished), "nothing was trained yet"
     named = {"data": {"data_dir": str(tmp_path / ".." / tmp_path.name)}}
@@ -45,7 +46,8 @@ def test_a_stage_runs_again_after_an_earlier_stage_did(tmp_path):
         run("a", "b", "c", seed=1, breaks="b")
     run("a", "b", "c", seed=1)
     assert ran == ["a", "b", "c", "a", "b", "c"]
-    stages, made = Stages(tmp_path), [tmp_path / "made"]
+    stages = Stages(tmp_path)
+    made = [tmp_path / "made"]
     stages("a", {"seed": 1}, lambda: ran.append("again"), made)
     assert ran[-1] == "again", "what it made is gone"
 
@@ -70,19 +72,19 @@ def test_collected_runs_are_merged_and_never_mixed(tmp_path):
     def run(row: str, seed: int, value: float, **others) -> dict:
         return {"arguments": {"row": row, "seed": seed, **others}, "value": value}
 
-    def key(one: dict) -> tuple:
-        return one["arguments"]["row"], one["arguments"]["seed"]
+    def key(entry: dict) -> tuple:
+        return entry["arguments"]["row"], entry["arguments"]["seed"]
 
     file = tmp_path / "kept.json"
-    for found in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
-        runs.write(file, {"protocol": "one", "runs": runs.merged(file, found, key)})
+    for collected in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
+        runs.write(file, {"protocol": "one", "runs": runs.merged(file, collected, key)})
     kept = json.loads(file.read_text())
     assert kept == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
     assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "a line each"
-    rows = runs.by_row(kept["runs"], lambda one: key(one)[:1])
-    assert [[one["value"] for one in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
+    rows = runs.by_row(kept["runs"], lambda entry: key(entry)[:1])
+    assert [[entry["value"] for entry in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
-        runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda one: key(one)[:1])
+        runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda entry: key(entry)[:1])
     asked = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
     asked += [("seed", int, 0), ("output_dir", str, "runs")]
     args = dataclasses.make_dataclass("Arguments", asked)("mine", row="a b", beams=[2, 3], output_dir="mine")

@@ -28,7 +28,8 @@ from recipes.taobao_tables import new_array, read_batches, stream_rows, table_sh
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"
-MAX_ITEMS, MAX_LONG_ITEMS = 4, 9
+MAX_ITEMS = 4
+MAX_LONG_ITEMS = 9
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def test_the_maps_hold_each_item_once_ordered_by_id(tables, arguments, prepared,
 
 def test_codebooks_of_a_sample_encode_all_items_in_chunks(arguments, prepared):
     out = Path(arguments.output_dir)
-    codes, quantizer = np.load(out / "item_codes.npy"), ResidualKMeans.load(out)
+    codes = np.load(out / "item_codes.npy")
+    quantizer = ResidualKMeans.load(out)
     assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
     embeddings = np.load(out / "content_embeddings.npy").astype("float32") / 127
     assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
@@ -108,9 +110,12 @@ def test_long_stages_show_progress(arguments, prepared, tmp_path, capsys):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rows_equal_a_slow_join_of_the_tables(tables, arguments, prepared, split):
     ids = np.load(f"{arguments.output_dir}/item_ids.npy").tolist()
-    codes, sizes = np.load(f"{arguments.output_dir}/item_codes.npy"), prepared["suffixes"]["codebook_sizes"]
+    codes = np.load(f"{arguments.output_dir}/item_codes.npy")
+    sizes = prepared["suffixes"]["codebook_sizes"]
     samples = pd.read_parquet(tables / f"{split}_samples.parquet")
-    expected, unknown, padding = [], 0, 0
+    expected = []
+    unknown = 0
+    padding = 0
     for user in pd.read_parquet(tables / f"{split}_user_features.parquet").to_dict("records"):
         clicks = [
             ids.index(item)
@@ -125,11 +130,11 @@ def test_rows_equal_a_slow_join_of_the_tables(tables, arguments, prepared, split
             for item in [*history[-MAX_ITEMS:], click]:
                 tokens += [5 + sum(sizes[:level]) + code for level, code in enumerate(codes[item])] + [4]
             expected.append((tokens, [-100, *tokens[1:]], [1] * len(tokens), history[-MAX_LONG_ITEMS:]))
-    found = [
+    actual = [
         tuple(row[name].tolist() for name in ("input_ids", "labels", "attention_mask", "long_items"))
         for row in rows_of(arguments, prepared, split)
     ]
-    assert found == expected and unknown > 0 and len(expected) > 20
+    assert actual == expected and unknown > 0 and len(expected) > 20
     assert prepared[f"{split} rows"]["unknown_items"] == unknown and prepared[f"{split} rows"]["rows"] == len(expected)
     assert split == "test" or padding > 0
 
@@ -161,7 +166,8 @@ def test_every_row_comes_once_when_shuffled_or_sharded(tables, arguments, prepar
 
 
 def test_a_second_run_reads_only_changed_tables(arguments, prepared, tmp_path, capsys):
-    copy, out = shutil.copytree(arguments.tables, tmp_path / "tables"), tmp_path / "prepared"
+    copy = shutil.copytree(arguments.tables, tmp_path / "tables")
+    out = tmp_path / "prepared"
     shutil.copytree(arguments.output_dir, out)
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     again = replace(arguments, tables=str(copy), output_dir=str(out))
@@ -196,7 +202,7 @@ def test_an_array_replaces_another_only_when_whole(tmp_path, monkeypatch):
         assert np.load(file).tolist() == [0, 1, 2]
     assert np.load(file).tolist() == [7] * 4 and before.tolist() == [0, 1, 2]
 
-    def full(*given):
+    def full(*arguments):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
@@ -211,7 +217,8 @@ def test_a_row_group_is_not_read_into_memory_whole(tmp_path):
     pq.write_table(pa.table({"150_2_180": lists}), tmp_path / "users.parquet")
     shards, rows = table_shards(tmp_path, "users", ["150_2_180"])
     assert len(shards) == 1 and rows == 20_000
-    before, most = pa.total_allocated_bytes(), 0
+    before = pa.total_allocated_bytes()
+    most = 0
     for _ in read_batches(shards, ["150_2_180"], 256):
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < values.nbytes / 3
@@ -279,7 +286,7 @@ def test_rows_that_cannot_be_joined_are_counted_or_rejected(tables, arguments, p
         write_items(tmp_path, out)
 
 
-def run_training(arguments, output_dir, *more):
+def run_training(arguments, output_dir, *extra):
     options = [
         f"--tables={arguments.tables}",
         f"--data_dir={arguments.output_dir}",
@@ -291,7 +298,7 @@ def run_training(arguments, output_dir, *more):
         "--save_steps=30",
         "--shuffle_rows=20",
         "--disable_tqdm=True",
-        *more,
+        *extra,
     ]
     return taobao_train.train(*taobao_train.parse(options))
 
@@ -338,13 +345,13 @@ def test_a_tokenizer_of_other_codes_is_rejected(arguments, prepared, tmp_path):
 def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
 
-    def run(*more):
+    def run(*options):
         return run_training(
-            replace(arguments, output_dir=str(folder)), tmp_path / "training", "--save_total_limit=2", *more
+            replace(arguments, output_dir=str(folder)), tmp_path / "training", "--save_total_limit=2", *options
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(taobao_train, "evaluate", lambda *given: 1 / 0)
+        patch.setattr(taobao_train, "evaluate", lambda *unused: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run()
     weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
@@ -368,12 +375,12 @@ def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_pa
     (tmp_path / "training/training_log.json").unlink()
     shutil.rmtree(tmp_path / "training/checkpoint-40")
 
-    def evaluated(*given, evaluate=taobao_train.evaluate):
+    def evaluated(*unused, evaluate=taobao_train.evaluate):
         written = re.findall(
             r"/content_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
         )
         assert set(written) <= {"0"}, "resuming leaves the embeddings mapped"
-        return evaluate(*given)
+        return evaluate(*unused)
 
     monkeypatch.setattr(taobao_train, "evaluate", evaluated)
     again = run()
@@ -391,7 +398,7 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     recommender = pipeline("recommendation", model=str(tmp_path / "two/checkpoint"), trust_remote_code=True)
     assert recommender.model.config.inject_target is False and not recommender.model.config.exclude_history
     ids = recommender.tokenizer.item_ids[:3]
-    assert {one["item_id"] for one in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
+    assert {item["item_id"] for item in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
         "own items, too"
     )
     assert all("dense_loss" in entry for entry in log["log_history"] if "loss" in entry)
@@ -405,9 +412,9 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert model.lm_head.weight.shape == before.lm_head.weight.shape
     row = next(iter(rows_of(arguments, prepared, "test")))
-    given = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
+    request = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
     scores = [
-        model.rank(**given, long_items=torch.from_numpy(row["long_items"]).long()[None, -kept:]) for kept in (9, 1)
+        model.rank(**request, long_items=torch.from_numpy(row["long_items"]).long()[None, -kept:]) for kept in (9, 1)
     ]
     assert not torch.equal(*scores), "what stands beyond the window is read"
     before.catalog.item_codes = before.catalog.item_codes.flip(0)
@@ -437,9 +444,9 @@ def test_a_linear_cost_is_extrapolated_exactly():
 
 def test_memory_at_full_size_includes_codes_and_trie():
     results = json.loads(Path(taobao_report.__file__).with_name("results").joinpath("taobao.json").read_text())
-    more = 34_400_000 * 32 / 2**20  # than the runs of 1M items
+    additional_mb = 34_400_000 * 32 / 2**20  # than the runs of 1M items
     results["training at full size"]["stage II"]["private_mb"] = 5000  # the slope's
-    assert f" {(603 + more) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
+    assert f" {(603 + additional_mb) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
     assert " 4.9 GB private. " in text and "arithmetic" in text
 
 
@@ -452,28 +459,29 @@ def test_two_runs_extrapolate_to_the_full_size(arguments, prepared, tmp_path, mo
     )
     prepare(smaller)
     larger = replace(arguments, output_dir=str(shutil.copytree(arguments.output_dir, tmp_path / "large")))
-    for one in (smaller, larger):
+    for run in (smaller, larger):
         steps = ("--max_steps=4", "--logging_steps=2", "--eval_rows=4")
-        run_training(one, f"{one.output_dir}/training", *steps)
+        run_training(run, f"{run.output_dir}/training", *steps)
         second = (
             "--num_train_beams=4",
             "--num_retrieved_items=3",
-            f"--init_from={one.output_dir}/training/checkpoint",
+            f"--init_from={run.output_dir}/training/checkpoint",
         )
-        run_training(one, f"{one.output_dir}/second", *steps, *second)
-    file, note = tmp_path / "taobao.json", "Beside other work."
-    found = taobao_scaling.main(
+        run_training(run, f"{run.output_dir}/second", *steps, *second)
+    file = tmp_path / "taobao.json"
+    note = "Beside other work."
+    result = taobao_scaling.main(
         taobao_scaling.ScalingArguments([smaller.output_dir, larger.output_dir], str(file), note)
     )
-    assert json.loads(file.read_text()) == found
-    names = [one["what"] for one in found["training"]]
+    assert json.loads(file.read_text()) == result
+    names = [run["what"] for run in result["training"]]
     assert names == [f"{stage}, {count} items" for stage in ("stage I", "stage II") for count in (200, 400)]
-    assert [one["rows"] for one in found["training"]] == [32] * 4
+    assert [run["rows"] for run in result["training"]] == [32] * 4
     rows, samples = (
         sum(prepared[f"{split} {stage}"][name] for split in ("train", "test"))
         for stage, name in (("rows", "rows"), ("clicks", "samples"))
     )
-    assert found["training at full size"]["stage II"]["rows"] == round(9000 * rows / samples)
+    assert result["training at full size"]["stage II"]["rows"] == round(9000 * rows / samples)
     text = capsys.readouterr().out
     assert "\n| codes | " in text and "\n| stage II, 400 items | " in text and note in text
 

@@ -92,10 +92,10 @@ def code_losses(model, tokenizer, user, start, end, target=None):
 
 @torch.no_grad()
 def losses_of(model, batch):
-    found = model(**batch)
+    timed = model(**batch)
     untimed = model(**{name: value for name, value in batch.items() if name != "timestamps"})
-    assert not torch.allclose(found.generation_loss, untimed.generation_loss), "times matter"
-    return found.generation_loss
+    assert not torch.allclose(timed.generation_loss, untimed.generation_loss), "times matter"
+    return timed.generation_loss
 
 
 @torch.no_grad()
@@ -163,11 +163,13 @@ def requests(tokenizer, split, max_items):
 @torch.no_grad()
 def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     tokenizer, splits, model = world
-    split, asked = splits["test"], {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
+    split = splits["test"]
+    asked = {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
     how = Measurement(max_items=4, batch_size=5)
-    found = candidates(model, tokenizer, split, 20, how)
+    scores = candidates(model, tokenizer, split, 20, how)
     calls = []
-    rank, generate = model.rank, model.generate
+    rank = model.rank
+    generate = model.generate
     monkeypatch.setattr(model, "rank", lambda *args, **kwargs: calls.append(rank(*args, **kwargs)) or calls[-1])
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(kwargs) or generate(*args, **kwargs))
     assert 0 <= like_auc(model, tokenizer, split, "like", how)["auc"] <= 1
@@ -180,7 +182,7 @@ def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
         best = model.recommend(**request, blocked_items=[user["items"]], **asked)
         valid = best.item_indices[0] >= 0
         for name in ("generation_scores", "ranking_scores"):
-            torch.testing.assert_close(found[name][row][valid], best[name][0][valid], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(scores[name][row][valid], best[name][0][valid], atol=2e-5, rtol=1e-4)
         logits = rank(**request, candidates=torch.tensor([[user["target"]]]))[0, 0]
         torch.testing.assert_close(ranked[int((order == row).nonzero()[0][0])], logits, atol=2e-5, rtol=1e-4)
         del request["query_time"]

@@ -42,9 +42,9 @@ def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
     losses = [entry for entry in log if "loss" in entry]
     assert "contrastive_loss" not in losses[0] and losses[-1]["contrastive_loss"] > 0
     assert losses[-1]["enhancer_negatives"] > 1 and losses[-1]["generation_weight"] != 1
-    found = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in found] == [2, 3] and found[0]["examples"][0]["disliked"][0].startswith("Film")
-    assert len(found[0]["examples"][0]["disliked"]) <= 3
+    lines = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [2, 3] and lines[0]["examples"][0]["disliked"][0].startswith("Film")
+    assert len(lines[0]["examples"][0]["disliked"]) <= 3
     for wrong, message in (
         (['--config_fields={"inject_targets": false}'], r"config_fields among .* found \['inject_targets'\]"),
         (['--enhancer_options={"seed": 1}'], r"enhancer_options among .* found \['seed'\]"),
@@ -122,7 +122,9 @@ def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, 
     items = pd.read_parquet(parent / "items.parquet")
     new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # of one group, which outgrows all others
     other = pd.concat([new, items])
-    other.assign(embedding=[one[::-1] for one in other["embedding"]]).to_parquet(tmp_path / "other.parquet")
+    other.assign(embedding=[embedding[::-1] for embedding in other["embedding"]]).to_parquet(
+        tmp_path / "other.parquet"
+    )
     other.to_parquet(tmp_path / "items.parquet")
     interactions = pd.read_parquet(parent / "interactions.parquet")
     later = interactions.iloc[:3].assign(user_id="u0", item_id=["n0", "n1", "n2"], timestamp=[100, 101, 102])
@@ -131,7 +133,8 @@ def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, 
     newer = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "newer"), tokenizer=str(first)))
     go_on = [*arguments, f"--data_dir={newer}", f"--init_from={first}"]
     second = train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'two'}"]))
-    model, tokenizer = UniGRFForCausalLM.from_pretrained(second), SemanticIdTokenizer.from_pretrained(second)
+    model = UniGRFForCausalLM.from_pretrained(second)
+    tokenizer = SemanticIdTokenizer.from_pretrained(second)
     assert tokenizer.item_ids[30:] == ["n0", "n1", "n2"] and model.catalog.num_items == 33
     np.testing.assert_array_equal(model.catalog.item_codes, tokenizer.item_codes)
     before = UniGRFForCausalLM.from_pretrained(first)

@@ -42,12 +42,12 @@ def test_embeddings_far_from_the_origin_are_encoded_without_loss(quantizer):
 
 def test_equal_seeds_give_equal_codebooks_from_numpy_and_torch():
     points = clustered(2000)
-    one = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=5).fit(points)
-    two = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=5).fit(torch.from_numpy(points).double())
+    from_numpy = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=5).fit(points)
+    from_torch = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=5).fit(torch.from_numpy(points).double())
     other = ResidualKMeans((8, 8), max_points_per_centroid=64, seed=6).fit(points)
-    assert all((a == b).all() for a, b in zip(one.codebooks, two.codebooks, strict=True))
-    assert not (one.codebooks[0] == other.codebooks[0]).all()
-    assert one.encode(torch.from_numpy(points).bfloat16()).shape == (2000, 2)
+    assert all((a == b).all() for a, b in zip(from_numpy.codebooks, from_torch.codebooks, strict=True))
+    assert not (from_numpy.codebooks[0] == other.codebooks[0]).all()
+    assert from_numpy.encode(torch.from_numpy(points).bfloat16()).shape == (2000, 2)
 
 
 @settings(max_examples=8, deadline=None)

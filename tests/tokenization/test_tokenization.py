@@ -59,10 +59,10 @@ def test_encoded_histories_decode_to_the_same_items(seed, sizes, num_behaviors):
     names = [f"b{i}" for i in range(num_behaviors)]
     tokenizer = SemanticIdTokenizer.from_codes(ids, spellings, sizes, names)
     histories = [rng.choice(ids, rng.integers(1, 6)).tolist() for _ in range(4)]
-    behaviors = [[names[i] for i in rng.integers(0, num_behaviors, len(one))] for one in histories]
+    behaviors = [[names[i] for i in rng.integers(0, num_behaviors, len(history))] for history in histories]
     batch = tokenizer.encode_history(histories, behaviors, return_tensors="pt")
     assert batch["input_ids"].dtype == torch.int64
-    expected = [[str(x) for x in one] for one in histories]
+    expected = [[str(x) for x in history] for history in histories]
     for form in (batch["input_ids"], batch["input_ids"].numpy(), batch["input_ids"].tolist()):
         assert tokenizer.decode_items(form) == expected
     for i, (items, actions) in enumerate(zip(histories, behaviors, strict=True)):
@@ -109,11 +109,16 @@ def test_popular_items_of_a_colliding_group_come_first(tokenizer):
 
 
 def test_provenance_holds_origin_seed_hash_and_statistics(tokenizer, quantizer):
-    found = tokenizer.provenance
-    assert (found["encoder"], found["embedding_dim"], found["seed"], found["num_items"]) == ("none", DIM, 0, 300)
-    assert found["health"]["collision_rate"] > 0 and 0 < found["health"]["reconstruction_error"] < 1
+    provenance = tokenizer.provenance
+    assert (provenance["encoder"], provenance["embedding_dim"], provenance["seed"], provenance["num_items"]) == (
+        "none",
+        DIM,
+        0,
+        300,
+    )
+    assert provenance["health"]["collision_rate"] > 0 and 0 < provenance["health"]["reconstruction_error"] < 1
     other = SemanticIdTokenizer.from_embeddings(range(300), embeddings_of(300), quantizer, ["view"])
-    assert len(found["sha256"]) == 64 != other.provenance["sha256"]
+    assert len(provenance["sha256"]) == 64 != other.provenance["sha256"]
 
 
 def test_a_collapsed_quantizer_warns_when_the_ids_are_made():
@@ -132,14 +137,14 @@ def test_a_batch_is_padded_left_and_max_items_keeps_the_latest():
     numbered = SemanticIdTokenizer.from_codes([1, 2], [[0], [1]], [2], [f"b{number}" for number in range(127)])
     tensors = list(torch.tensor([2, 1]))
     assert numbered.encode_history(tensors, ["b0", "b126"]) == numbered.encode_history([2, 1], ["b0", "b126"])
-    found = numbered.encode_indices(np.array([1]), np.array([126], np.int8))  # as a data set keeps it
-    assert found.tolist() == [1, 132, 130]
+    tokens = numbered.encode_indices(np.array([1]), np.array([126], np.int8))  # as a data set keeps it
+    assert tokens.tolist() == [1, 132, 130]
 
 
 def test_times_are_repeated_for_each_token_and_padded():
     tokenizer = small_tokenizer()
     step = tokenizer.num_levels + 1
-    times = [tokenizer.encode_times(np.array(one)) for one in ([7, -1, 9], [5])]
+    times = [tokenizer.encode_times(np.array(values)) for values in ([7, -1, 9], [5])]
     assert times[0].tolist() == [7] + [7] * step + [-1] * step + [9] * step
     assert tokenizer.encode_times(np.array([])).tolist() == [-1], "of a <bos> alone"
     tokens = [tokenizer.encode_indices(np.arange(count), np.zeros(count, int)) for count in (3, 1)]
@@ -148,7 +153,9 @@ def test_times_are_repeated_for_each_token_and_padded():
         missing = [-1] * 2 * step
         padded = [*missing, *times[1]] if side == "left" else [*times[1], *missing]
         assert batch["timestamps"].tolist() == [times[0].tolist(), padded]
-    rows = [{"input_ids": one.tolist(), "timestamps": when.tolist()} for one, when in zip(tokens, times, strict=True)]
+    rows = [
+        {"input_ids": values.tolist(), "timestamps": when.tolist()} for values, when in zip(tokens, times, strict=True)
+    ]
     batch = DataCollatorForSeq2Seq(tokenizer)([{**row, "labels": row["input_ids"]} for row in rows])
     assert batch["timestamps"][1].tolist() == [-1] * 2 * step + times[1].tolist()
     assert batch["attention_mask"][1].tolist() == [0] * 2 * step + [1] * (1 + step)
@@ -346,11 +353,11 @@ def test_padding_and_added_tokens_work_as_in_any_tokenizer(tmp_path):
     tokenizer = small_tokenizer()
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(tmp_path)
-    for one in (tokenizer, SemanticIdTokenizer.from_pretrained(tmp_path), copy.deepcopy(tokenizer)):
-        batch = one(["<bos> <a_2> <b_0> <like>", "<extra> what"], padding=True, return_tensors="pt")
+    for copied in (tokenizer, SemanticIdTokenizer.from_pretrained(tmp_path), copy.deepcopy(tokenizer)):
+        batch = copied(["<bos> <a_2> <b_0> <like>", "<extra> what"], padding=True, return_tensors="pt")
         assert batch["input_ids"].tolist() == [[1, 7, 8, 4], [0, 0, 10, 3]]
-        assert one.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["<a_2><b_0><like>", "<extra>"]
-        assert len(one) == 11 and one.vocab_size == 10
+        assert copied.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["<a_2><b_0><like>", "<extra>"]
+        assert len(copied) == 11 and copied.vocab_size == 10
 
 
 LOAD_ELSEWHERE = """
@@ -377,7 +384,8 @@ print(json.dumps([type(again).__name__, ids, tokenizer.decode_items(ids), codes.
 
 @pytest.mark.parametrize("source", ["folder", "hub"])
 def test_a_saved_tokenizer_loads_without_project_and_faiss(tokenizer, tmp_path, source):
-    home, commit = tmp_path / "home", "0123456789" * 4
+    home = tmp_path / "home"
+    commit = "0123456789" * 4
     cache = home / "hub" / "models--someone--items"
     folder = cache / "snapshots" / commit if source == "hub" else tmp_path / "folder"
     tokenizer.save_pretrained(folder)
@@ -399,9 +407,9 @@ def test_a_saved_tokenizer_loads_without_project_and_faiss(tokenizer, tmp_path, 
     assert done.returncode == 0, done.stderr
     expected_ids = tokenizer.encode_history(["item7", "item3"], ["like", "view"])["input_ids"]
     codes = tokenizer.add_items(["new"], np.ones((1, DIM), np.float32)).tolist()
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found[:5] == ["SemanticIdTokenizer", expected_ids, ["item7", "item3"], codes, 301]
-    assert "pip install faiss-cpu" in found[5]
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert loaded[:5] == ["SemanticIdTokenizer", expected_ids, ["item7", "item3"], codes, 301]
+    assert "pip install faiss-cpu" in loaded[5]
 
 
 def test_without_trusted_code_the_plain_class_reads_the_text(tokenizer, tmp_path):
