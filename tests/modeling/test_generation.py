@@ -1,13 +1,12 @@
-"""Generation: what is generated exists, and the fast path gives what exact scoring and stock `generate` give."""
+"""Generation: generated items exist, and the search equals exact scoring and stock `generate`."""
 
 import pytest
 import torch
-from helpers import build_model, exact_scores, random_histories
+from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StaticCache,
@@ -19,13 +18,8 @@ from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 
 
-class StockBeamSearch(UniGRFForCausalLM):
-    """The same model with transformers' own beam search; only the logits processor constrains it."""
-
-    _beam_search = GenerationMixin._beam_search
-
-
 def generated_items(model, sequences, prompt_length):
+    """Look up the items that follow the prompts; -1 for none."""
     return model.catalog.trie.lookup(sequences[:, prompt_length:] - torch.tensor(model.config.code_offsets))
 
 
@@ -59,7 +53,7 @@ def test_a_beam_of_the_whole_catalog_equals_exact_scoring(backbone):
         return_dict_in_generate=True,
     )
     items = generated_items(model, out.sequences, input_ids.shape[1]).view(2, -1)
-    assert items.shape[1] == model.config.num_items, "fewer items than beams: fewer results"
+    assert items.shape[1] == model.config.num_items, "as many results as there are items"
     assert all(sorted(row) == list(range(model.config.num_items)) for row in items.tolist()), "no duplicates"
     expected = exact_scores(model, input_ids, mask).gather(1, items)
     torch.testing.assert_close(out.sequences_scores.view(2, -1), expected, atol=2e-5, rtol=1e-4)
@@ -73,13 +67,12 @@ def test_the_fast_path_equals_stock_generate(backbone, num_beams):
     arguments = {"attention_mask": mask, "num_beams": num_beams, "num_return_sequences": num_beams}
     arguments |= {"output_scores": True, "return_dict_in_generate": True}
     fast = model.generate(input_ids, **arguments)
-    model.__class__ = StockBeamSearch
-    stock = model.generate(input_ids, **arguments)
+    stock = model.generate(input_ids, **arguments, **STOCK_BEAM_SEARCH)
     assert torch.equal(fast.sequences, stock.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
-class FavourOddTokens(LogitsProcessor):
+class FavorOddTokens(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores + (torch.arange(scores.shape[1]) % 2) * 3.0 + (input_ids[:, -1:] % 3) * 0.1
 
@@ -90,9 +83,9 @@ def test_custom_logits_processors_act_as_in_stock_generate():
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8, "output_scores": True}
     arguments |= {"return_dict_in_generate": True}
     plain = model.generate(input_ids, **arguments)
-    fast = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
-    model.__class__ = StockBeamSearch
-    stock = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
+    fast = model.generate(input_ids, logits_processor=LogitsProcessorList([FavorOddTokens()]), **arguments)
+    arguments |= STOCK_BEAM_SEARCH
+    stock = model.generate(input_ids, logits_processor=LogitsProcessorList([FavorOddTokens()]), **arguments)
     assert torch.equal(fast.sequences, stock.sequences) and not torch.equal(fast.sequences, plain.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
@@ -108,8 +101,7 @@ def test_allowed_tokens_per_row_act_as_in_stock_generate(batch_size):
     arguments["prefix_allowed_tokens_fn"] = lambda row, tokens: [first + row, *others]
     fast = model.generate(input_ids, **arguments)
     assert (first + torch.arange(batch_size) == fast.sequences[:, input_ids.shape[1]].view(batch_size, 5).T).all()
-    model.__class__ = StockBeamSearch
-    stock = model.generate(input_ids, **arguments)
+    stock = model.generate(input_ids, **arguments, **STOCK_BEAM_SEARCH)
     assert torch.equal(fast.sequences, stock.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
@@ -140,7 +132,7 @@ def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8}
     expected = model.generate(input_ids, **arguments)
     base = GenerationConfig(top_k=2, temperature=0.1, top_p=0.3)
-    assert torch.equal(model.generate(input_ids, base, **arguments), expected), "in its place of stock `generate`"
+    assert torch.equal(model.generate(input_ids, base, **arguments), expected), "a positional generation config"
     model.save_pretrained(tmp_path)
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.length_penalty == 0.0 and loaded.generation_config.top_k is None
@@ -166,7 +158,7 @@ def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
 
 def test_generation_keeps_no_state_between_calls_or_rows():
     model = build_model(num_items=60)
-    input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # a batch that is no codebook's size
+    input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # no codebook has this size
     together = model.recommend(input_ids, mask, num_beams=6, num_return_sequences=6)
     for row in (3, 0, 3):
         alone = model.recommend(input_ids[row : row + 1], mask[row : row + 1], num_beams=6, num_return_sequences=6)
@@ -178,8 +170,8 @@ def test_a_partial_item_is_completed_and_a_dead_prefix_raises():
     model = build_model(codebook_sizes=(6, 3, 2), num_items=5)
     input_ids, _, _ = random_histories(model, [2])
     codes = model.catalog.item_codes.long()
-    begun = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
-    sequences = model.generate(begun, num_beams=4, num_return_sequences=4)
+    partial = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
+    sequences = model.generate(partial, num_beams=4, num_return_sequences=4)
     items = generated_items(model, sequences, input_ids.shape[1])
     assert set(items.tolist()) == set((codes[:, 0] == codes[0, 0]).nonzero()[:, 0].tolist())
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
@@ -198,12 +190,12 @@ def test_histories_that_no_item_can_follow_are_rejected():
     with pytest.raises(ValueError, match="after which no item begins"):
         model.generate(input_ids[:, :-1], attention_mask=mask[:, :-1], num_beams=3)  # ends in a whole item
     with pytest.raises(ValueError, match="after which no item begins"):
-        model.recommend(torch.zeros(1, 4, dtype=torch.long))  # nothing but padding
+        model.recommend(torch.zeros(1, 4, dtype=torch.long))  # only padding
     with pytest.raises(ValueError, match="not in the catalog"):
         unknown = input_ids.clone()
-        spelt = {tuple(code) for code in model.catalog.item_codes.tolist()}
+        known = {tuple(code) for code in model.catalog.item_codes.tolist()}
         missing = next(
-            c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in spelt
+            c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in known
         )
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
@@ -212,12 +204,12 @@ def test_histories_that_no_item_can_follow_are_rejected():
     cache = model(input_ids, mask, use_cache=True).cache
     with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, found one of 11"):
         model.recommend(input_ids[:, :6], mask[:, :6], cache=cache)
-    begun = model.layout.item_tokens(model.catalog.item_codes[0].long())
-    ragged = torch.stack([torch.cat([input_ids[0], begun[:1]]), torch.cat([input_ids[1, 1:], begun[:2]])])
+    codes = model.layout.item_tokens(model.catalog.item_codes[0].long())
+    ragged = torch.stack([torch.cat([input_ids[0], codes[:1]]), torch.cat([input_ids[1, 1:], codes[:2]])])
     with pytest.raises(ValueError, match=r"unfinished items of \[1, 2\] codes"):
         model.generate(ragged, num_beams=3)
     gpt2 = build_model("gpt2")
-    for items in (51, 60):  # the next item does not fit, or not even the history
+    for items in (51, 60):  # too long with the next item, or already without it
         long_ids, long_mask, _ = random_histories(gpt2, [items])
         for call in (gpt2.recommend, gpt2.generate, lambda *args: gpt2.rank(*args, torch.tensor([[1]]))):
             with pytest.raises(ValueError, match=f"take {5 * items + 5} positions, the backbone has 256"):
@@ -247,7 +239,7 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     )
     for listed, history in zip(fresh.item_indices.tolist(), items, strict=True):
         assert sorted(item for item in listed if item >= 0) == sorted(set(range(everything)) - set(history))
-    # A narrow beam spends nothing on what may not be shown: it still finds as many items as it has places.
+    # Blocked items take no places in a narrow beam.
     narrow = model.recommend(
         input_ids, mask, num_beams=3, num_return_sequences=3, blocked_items=[list(range(27)), list(range(20))]
     )
@@ -265,7 +257,7 @@ def test_item_lists_that_leave_no_item_are_rejected():
         model.recommend(input_ids, mask, blocked_items=[[], range(30)])
     with pytest.raises(ValueError, match="outside a catalog of 30 items"):
         model.recommend(input_ids, mask, blocked_items=[[30], []])
-    for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would take either for indices
+    for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would turn both into indices
         with pytest.raises(ValueError, match="item indices as integers"):
             model.recommend(input_ids, mask, allowed_items=[[3], wrong])
         with pytest.raises(ValueError, match="item indices as integers"):
@@ -328,11 +320,11 @@ def test_stock_beam_search_generates_existing_items():
     )
     assert len(attentions.logits) == 4 and torch.equal(attentions.sequences, expected)
 
-    class AtOnce(StoppingCriteria):
+    class StopAtOnce(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.ones(len(input_ids), dtype=torch.bool)
 
-    stopped = model.generate(input_ids, stopping_criteria=StoppingCriteriaList([AtOnce()]), **arguments)
+    stopped = model.generate(input_ids, stopping_criteria=StoppingCriteriaList([StopAtOnce()]), **arguments)
     assert stopped.shape[1] == input_ids.shape[1] + 1
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
@@ -359,7 +351,7 @@ def test_stock_beam_search_has_no_more_beams_than_items(stock):
 
 
 def test_padding_takes_no_positions():
-    model = build_model("gpt2")  # of 256 positions
+    model = build_model("gpt2")  # has 256 positions
     input_ids, mask, _ = random_histories(model, [3])
     wide, wide_mask = (torch.nn.functional.pad(inputs, (300, 0)) for inputs in (input_ids, mask))
     expected, actual = (model.recommend(*inputs, num_beams=10) for inputs in ((input_ids, mask), (wide, wide_mask)))
@@ -389,7 +381,7 @@ def test_unsupported_backbones_are_rejected(model_type, reason):
 def test_a_catalog_set_in_inference_mode_can_be_searched():
     model = build_model()
     other = build_model(seed=1).catalog
-    input_ids = random_histories(model, [2])[0]  # of which <bos> is in both
+    input_ids = random_histories(model, [2])[0]  # its <bos> is in both catalogs
     model.set_catalog(other.item_codes, other.content_embeddings)
     expected = model.generate(input_ids[:, :1], num_beams=9)
     model = build_model()
@@ -419,11 +411,11 @@ def test_another_catalog_is_swapped_in_at_call_time(backbone):
     left = set(market.tolist()) - set(items[0])
     assert {item for item in fresh.item_indices[0].tolist() if item >= 0} == left and items[0][0] in market
     again = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
-    assert torch.equal(again.item_indices, everything.item_indices), "nothing of the market is left behind"
+    assert torch.equal(again.item_indices, everything.item_indices), "the subset holds for one call"
     for name in ("blocked_items", "candidates"):
         with pytest.raises(ValueError, match=f"no {name} in `generate`"):
             model.generate(input_ids, attention_mask=mask, num_beams=3, **{name: market[None]})
-    catalog.leaf_items = catalog.leaf_items.to("meta")  # the model was moved
+    catalog.leaf_items = catalog.leaf_items.to("meta")  # as after the model was moved
     for call in (model.generate, model.recommend):
         with pytest.raises(ValueError, match="found one on meta"):
             call(input_ids, attention_mask=mask, num_beams=3, catalog=catalog)

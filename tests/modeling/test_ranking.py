@@ -1,38 +1,17 @@
-"""Ranking: candidates see the history and themselves, on any cache, and leave it as they found it."""
+"""Ranking: candidates see the history and themselves, on any cache, which is rolled back."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, exact_scores, random_histories
+from helpers import build_model, exact_scores, prefilled_cache, random_histories, rank_alone
 from transformers.cache_utils import DynamicCache
-
-
-def prefill(model, input_ids, mask):
-    cache = DynamicCache()
-    with torch.no_grad():
-        model.model(input_ids, mask, cache=cache, use_cache=True)
-    return cache
-
-
-def rank_alone(model, input_ids, mask, candidates):
-    """Every candidate by a forward of its own over the unpadded history, without cache or mask."""
-    scores = torch.empty(*candidates.shape, len(model.config.ranking_targets))
-    for row in range(len(input_ids)):
-        history = input_ids[row][mask[row].bool()]
-        for column, item in enumerate(candidates[row]):
-            tokens = model.layout.item_tokens(model.catalog.item_codes[item].long())
-            with torch.no_grad():
-                states = model.model(torch.cat([history, tokens])[None]).last_hidden_state
-                end = states[0, len(history) - 1]
-                scores[row, column] = model.ranking_head(states[0, -1], end, model.item_representations(item))
-    return scores
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rank_equals_each_candidate_alone(backbone, attention):
     model = build_model(backbone)
     if backbone == "hstu" and attention == "sdpa":
-        pytest.skip("HSTU attends in a way of its own")
+        pytest.skip("HSTU has an attention of its own")
     model.set_attn_implementation(attention)
     input_ids, mask, _ = random_histories(model, [4, 2, 1])
     candidates = torch.stack([torch.randperm(30)[:11] for _ in range(3)])
@@ -46,7 +25,7 @@ def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2])
     candidates = torch.tensor([[0, 5, 9], [29, 1, 2]])
-    cache = prefill(model, input_ids, mask)
+    cache = prefilled_cache(model, input_ids, mask)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     on_cache = model.rank(input_ids, mask, candidates, cache=cache)
     torch.testing.assert_close(on_cache, model.rank(input_ids, mask, candidates), atol=2e-5, rtol=1e-4)
@@ -62,11 +41,10 @@ def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
 def test_the_cache_is_rolled_back_when_a_call_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    cache = prefill(model, input_ids, mask)
-    part = prefill(model, input_ids[:, :6], mask[:, :6])
-    monkeypatch.setattr(
-        model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
-    )  # after the first one's
+    cache = prefilled_cache(model, input_ids, mask)
+    part = prefilled_cache(model, input_ids[:, :6], mask[:, :6])
+    # The first layer has already written to the cache.
+    monkeypatch.setattr(model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.rank(input_ids, mask, torch.tensor([[0], [1]]), cache=cache)
     for prefix_cache in (part, DynamicCache()):
@@ -98,18 +76,18 @@ def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
 
 
 @pytest.mark.parametrize(
-    "rougher",
+    "convert",
     [
         lambda model: model.to(torch.bfloat16),
         lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8),
     ],
     ids=["bfloat16", "int8"],
 )
-def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
+def test_recommend_in_fewer_bits_agrees_with_float32(convert):
     model = build_model(num_items=60, embeddings=True)
     input_ids, mask, _ = random_histories(model, [6, 3, 2, 1])
     exact = model.recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
-    rough = rougher(model).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
+    rough = convert(model).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
     by_item = [
         scores[items.argsort()]
         for items, scores in ((exact.item_indices, exact.scores), (rough.item_indices, rough.scores))
@@ -145,7 +123,7 @@ def test_ranking_trains_the_dense_score_unless_it_is_detached(detach):
         gradients.append(model.ranking_head.history_query.weight.grad)
         losses.append(out.ranking_loss)
     torch.testing.assert_close(*losses)
-    assert torch.equal(*gradients) == detach and gradients[0].any(), "its own softmax trains it in any case"
+    assert torch.equal(*gradients) == detach and gradients[0].any(), "the dense loss trains it in any case"
 
 
 def test_candidates_and_caches_that_do_not_fit_are_rejected():
@@ -163,7 +141,9 @@ def test_candidates_and_caches_that_do_not_fit_are_rejected():
         with pytest.raises(ValueError, match="outside a catalog of 30 items"):
             model.rank(input_ids, mask, torch.tensor([[1], [outside]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
-        model.rank(input_ids, mask, torch.tensor([[1], [3]]), cache=prefill(model, input_ids[:, :-5], mask[:, :-5]))
+        model.rank(
+            input_ids, mask, torch.tensor([[1], [3]]), cache=prefilled_cache(model, input_ids[:, :-5], mask[:, :-5])
+        )
     with pytest.raises(ValueError, match="ranking_target among"):
         model.recommend(input_ids, mask, ranking_target="share")
     with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):
@@ -172,22 +152,20 @@ def test_candidates_and_caches_that_do_not_fit_are_rejected():
         model.recommend(input_ids, mask, num_beams=0, num_dense_candidates=5, num_return_sequences=4)
     with pytest.raises(ValueError, match="neither of them 0"):
         model.recommend(input_ids[:0], mask[:0])
-    assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3), (
-        "none asked for, none given"
-    )
+    assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3)
 
 
 def test_added_items_are_generated_and_old_scores_stay():
     model = build_model(codebook_sizes=(4, 3, 3, 3), num_items=20)
     input_ids, mask, _ = random_histories(model, [4, 2])
     old = exact_scores(model, input_ids, mask)
-    spelt = {tuple(code) for code in model.catalog.item_codes.tolist()}
-    free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in spelt][:3]
+    known = {tuple(code) for code in model.catalog.item_codes.tolist()}
+    free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in known][:3]
     with pytest.raises(ValueError, match="same spelling"):
         model.add_items(torch.tensor([free[0], free[0]]), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="NaN"):
         model.add_items(torch.tensor(free), torch.full((3, 6), torch.nan))
-    assert model.catalog.num_items == model.config.num_items == 20, "a refused addition changes nothing"
+    assert model.catalog.num_items == model.config.num_items == 20, "a rejected addition changes nothing"
     model.add_items(np.array(free), np.random.default_rng(0).normal(size=(3, 6)).astype("float32"))
     assert model.config.num_items == 23
     torch.testing.assert_close(exact_scores(model, input_ids, mask)[:, :20], old)
