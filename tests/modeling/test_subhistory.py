@@ -1,64 +1,25 @@
-"""Sub-histories: what is retrieved of a long history, how it is read, and how candidates are ranked with it."""
+"""Sub-histories: their retrieval from a long history, and candidates that are ranked with them."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import NO_PROJECT, build_model, exact_scores, long_histories, random_histories
+from helpers import (
+    build_model,
+    exact_scores,
+    long_histories,
+    prefilled_cache,
+    random_histories,
+    rank_alone,
+    retrieve_by_sorting,
+    run_elsewhere,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.subhistory_unigrf import retrieve
-
-
-def retrieve_one(embeddings, items, candidate, count, exclude):
-    """Places of a sub-history, by sorting all there is."""
-    direction = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    known = [place for place, item in enumerate(items) if item >= 0 and not (exclude and item == candidate)]
-    cosine = {item: round(float(direction[item] @ direction[candidate]), 6) for item in items if item >= 0}
-    return sorted(sorted(known, key=lambda place: (-cosine[items[place]], -place))[:count])
-
-
-def rank_alone(model, input_ids, mask, candidates, long_items, long_behaviors, long_timestamps=None, times=None):
-    """
-    Every candidate and its sub-history by a forward of its own, without cache, mask or packing. `times`: of the tokens
-    `[B, T]`, and of the request `[B]`.
-    """
-    config = model.config
-    embed = model.get_input_embeddings()
-    segments = model.candidate_block.segments.weight
-    scores = torch.empty(*candidates.shape, len(config.ranking_targets))
-    for row in range(len(input_ids)):
-        history = input_ids[row][mask[row].bool()]
-        for column, item in enumerate(candidates[row]):
-            places = retrieve_one(
-                model.catalog.content_embeddings,
-                long_items[row].tolist(),
-                int(item),
-                config.num_retrieved_items,
-                config.exclude_candidate,
-            )
-            behavior_ids = torch.tensor(config.behavior_token_ids)[long_behaviors[row, places]]
-            vector = model.item_representations(item)[None]
-            retrieved = model.item_representations(long_items[row, places]) + embed(behavior_ids) + segments[1]
-            tokens = embed(torch.cat([history, model.layout.item_tokens(model.catalog.item_codes[item].long())]))
-            whole = torch.cat([tokens, vector + segments[0], retrieved, vector + segments[2]])
-            timed = {}
-            if times is not None:
-                of_tokens = times[0][row][mask[row].bool()]
-                query_time = times[1][row : row + 1]
-                codes = query_time.expand(model.layout.num_levels + 1)
-                all_times = torch.cat([of_tokens, codes, long_timestamps[row, places], query_time])
-                later = torch.cat([of_tokens[1:], query_time.expand(len(all_times) - len(of_tokens) + 1)])
-                timed = {"timestamps": all_times[None], "target_timestamps": later[None]}
-            states = model.model(inputs_embeds=whole[None], **timed).last_hidden_state[0]
-            scores[row, column] = model.ranking_head(states[-1], states[len(history) - 1], vector[0])
-    return scores
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +37,7 @@ def test_the_sub_history_equals_a_full_sort(items, count, exclude, seed):
     assert actual.shape == (2, 3, min(count, len(items)))
     for row in range(2):
         for column, candidate in enumerate(candidates[row].tolist()):
-            expected = retrieve_one(embeddings, both[row].tolist(), candidate, count, exclude)
+            expected = retrieve_by_sorting(embeddings, both[row].tolist(), candidate, count, exclude)
             places = actual[row, column].tolist()
             assert places == [-1] * (len(places) - len(expected)) + expected
 
@@ -151,19 +112,16 @@ def test_int8_content_embeddings_rank_as_the_floats_they_encode(tmp_path):
 def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention, exclude):
     model = build_model(backbone, num_retrieved_items=3, exclude_candidate=exclude)
     if backbone == "hstu" and attention == "sdpa":
-        pytest.skip("HSTU attends in a way of its own")
+        pytest.skip("HSTU has an attention of its own")
     model.set_attn_implementation(attention)
     input_ids, mask, _ = random_histories(model, [4, 2, 0])
     longer = long_histories(model, [12, 2, 0])
     candidates = torch.stack([torch.randperm(30)[:5] for _ in range(3)])
-    with torch.no_grad():
-        expected = rank_alone(model, input_ids, mask, candidates, **longer)
+    expected = rank_alone(model, input_ids, mask, candidates, **longer)
     for pack in (2, 32):
         actual = model.rank(input_ids, mask, candidates.int(), candidates_per_pack=pack, **longer)
         torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
-    cache = DynamicCache()
-    with torch.no_grad():
-        model.model(input_ids, mask, cache=cache, use_cache=True)
+    cache = prefilled_cache(model, input_ids, mask)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     actual = model.rank(input_ids, mask, candidates, cache=cache, **longer)
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
@@ -181,16 +139,14 @@ def test_retrieved_items_have_their_own_times():
     times = 10**6 + torch.randint(1, 10**5, input_ids.shape, generator=generator).sort(dim=1).values
     query_time = times[:, -1] + torch.tensor([5, 5000, 50_000])
     candidates = torch.stack([torch.randperm(30, generator=generator)[:5] for _ in range(3)])
-    with torch.no_grad():
-        expected = rank_alone(
-            model, input_ids, mask, candidates, **longer, long_timestamps=before, times=(times, query_time)
-        )
+    history = {**longer, "long_timestamps": before}
+    expected = rank_alone(model, input_ids, mask, candidates, **history, times=(times, query_time))
     inputs = {"timestamps": times, "query_time": query_time, **longer}
     for pack in (2, 32):
         actual = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, long_timestamps=before, **inputs)
         torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     unknown = model.rank(input_ids, mask, candidates, **inputs)
-    assert not torch.allclose(unknown[0], expected[0]), "they are read"
+    assert not torch.allclose(unknown[0], expected[0]), "times of long histories are read"
     all_unknown = model.rank(input_ids, mask, candidates, long_timestamps=torch.full_like(before, -1), **inputs)
     assert torch.equal(all_unknown, unknown)
     best = model.recommend(
@@ -215,7 +171,7 @@ def test_recommend_ranks_its_beams_as_rank_does(backbone):
     plain = model.generate(input_ids, attention_mask=mask, num_beams=9, num_return_sequences=9)
     codes = [model.layout.history_codes(rows)[1] for rows in plain.view(2, 9, -1)[:, :, -4:]]
     beams = [set(model.catalog.trie.lookup(row_codes).tolist()) for row_codes in codes]
-    assert [set(row) for row in best.item_indices.tolist()] == beams, "the sub-history has no say in generation"
+    assert [set(row) for row in best.item_indices.tolist()] == beams, "sub-histories do not change the generation"
 
 
 def test_padding_and_unknown_items_do_not_change_the_ranking():
@@ -227,7 +183,7 @@ def test_padding_and_unknown_items_do_not_change_the_ranking():
     expected = model.rank(input_ids, mask, candidates, long_items=items, long_behaviors=behaviors)
     for spread in ([-1, -1, 2, 4, 2, 9], [2, -1, 4, 2, -1, 9, -1], [2, 4, 2, 9, *[-1] * 40]):
         with_gaps = torch.tensor([spread])
-        matching = torch.full_like(with_gaps, -1)  # where there is no item, the behavior means nothing
+        matching = torch.full_like(with_gaps, -1)  # the behavior of a missing item is ignored
         matching[with_gaps >= 0] = behaviors[0]
         actual = model.rank(input_ids, mask, candidates, long_items=with_gaps, long_behaviors=matching)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
@@ -317,7 +273,9 @@ def test_a_history_leaves_room_for_the_candidate_and_its_block():
     input_ids, mask, _ = random_histories(model, [fits])
     assert model.rank(input_ids, mask, candidates, **longer).isfinite().all()
     input_ids, mask, _ = random_histories(model, [fits + 1])
-    assert model(input_ids, mask, labels=input_ids, **longer).loss.isfinite(), "the last item is the candidate's place"
+    assert model(input_ids, mask, labels=input_ids, **longer).loss.isfinite(), (
+        "the candidate takes the place of the last item"
+    )
     with pytest.raises(ValueError, match="the backbone has 256"):
         model.rank(input_ids, mask, candidates, **longer)
     with pytest.raises(ValueError, match="the backbone has 256"):
@@ -329,7 +287,7 @@ def test_a_history_leaves_room_for_the_candidate_and_its_block():
 
 @pytest.mark.parametrize("retrieved", [0, 3])
 def test_dense_candidates_are_ranked_beside_the_beams(backbone, retrieved):
-    """A beam of one and a union of everything is exact scoring of everything, in all three scores."""
+    """Any number of beams with enough dense candidates equals exact scoring of all items."""
     model = build_model(backbone, num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
     longer = long_histories(model, [12, 2]) if retrieved else {}
@@ -378,7 +336,7 @@ def test_beams_and_dense_candidates_respect_the_item_lists(at_once, monkeypatch,
     model.config.num_dense_candidates = 5
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path).recommend(input_ids, mask, num_return_sequences=8, **narrow)
-    assert torch.equal(saved.item_indices, united.item_indices), "what the checkpoint says is the default"
+    assert torch.equal(saved.item_indices, united.item_indices), "saved settings are the defaults"
     none = model.recommend(input_ids, mask, num_return_sequences=3, num_dense_candidates=0, **narrow)
     assert torch.equal(none.item_indices, beams)
 
@@ -388,13 +346,13 @@ def test_beams_and_dense_candidates_respect_the_item_lists(at_once, monkeypatch,
 def test_rerank_top_k_ranks_the_best_unranked_candidates(retrieved, dense_weight, tmp_path):
     model = build_model(num_retrieved_items=retrieved)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    asked = {"num_beams": 20, "ranking_weight": 1.5, "dense_weight": dense_weight}
-    asked |= long_histories(model, [12, 2]) if retrieved else {}
-    asked["blocked_items"] = [[], list(range(4, 30))]  # the second request has fewer items than are ranked
-    everything = model.recommend(input_ids, mask, num_return_sequences=20, **asked)
+    options = {"num_beams": 20, "ranking_weight": 1.5, "dense_weight": dense_weight}
+    options |= long_histories(model, [12, 2]) if retrieved else {}
+    options["blocked_items"] = [[], list(range(4, 30))]  # the second request has only four items
+    everything = model.recommend(input_ids, mask, num_return_sequences=20, **options)
     unranked = everything.generation_scores + dense_weight * everything.dense_scores.nan_to_num(neginf=0.0)
     expected = unranked >= unranked.topk(6, dim=1).values[:, -1:]
-    reranked = model.recommend(input_ids, mask, num_return_sequences=6, rerank_top_k=6, **asked)
+    reranked = model.recommend(input_ids, mask, num_return_sequences=6, rerank_top_k=6, **options)
     for row, kept in enumerate(expected):
         count = int((kept & (everything.item_indices[row] >= 0)).sum())
         assert count == (6, 4)[row]
@@ -404,18 +362,16 @@ def test_rerank_top_k_ranks_the_best_unranked_candidates(retrieved, dense_weight
     model.config.rerank_top_k = 6
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path)
-    again = saved.recommend(input_ids, mask, num_return_sequences=6, **asked)
-    assert torch.equal(again.item_indices, reranked.item_indices), "what the checkpoint says is the default"
-    again = saved.recommend(input_ids, mask, num_return_sequences=20, rerank_top_k=0, **asked)
+    again = saved.recommend(input_ids, mask, num_return_sequences=6, **options)
+    assert torch.equal(again.item_indices, reranked.item_indices), "saved settings are the defaults"
+    again = saved.recommend(input_ids, mask, num_return_sequences=20, rerank_top_k=0, **options)
     assert torch.equal(again.item_indices, everything.item_indices)
-    united = model.recommend(input_ids, mask, num_return_sequences=36, num_dense_candidates=30, **asked)
+    united = model.recommend(input_ids, mask, num_return_sequences=36, num_dense_candidates=30, **options)
     listed = united.item_indices[0].tolist()
-    assert sorted(item for item in listed if item >= 0) == list(range(30)), (
-        "beams that were left out come back with the union"
-    )
+    assert sorted(item for item in listed if item >= 0) == list(range(30)), "dense candidates bring back all items"
     for arguments in ({"rerank_top_k": 5}, {"rerank_top_k": -1}):
         with pytest.raises(ValueError, match="rerank_top_k"):
-            model.recommend(input_ids, mask, num_return_sequences=6, **arguments, **asked)
+            model.recommend(input_ids, mask, num_return_sequences=6, **arguments, **options)
 
 
 def test_a_dense_score_that_does_not_exist_is_rejected():
@@ -429,10 +385,7 @@ def test_a_dense_score_that_does_not_exist_is_rejected():
         build_model().recommend(input_ids, mask, num_dense_candidates=-1)
 
 
-ELSEWHERE = (
-    NO_PROJECT
-    + """
-import json, sys
+LOAD_AND_RECOMMEND = """
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -441,19 +394,14 @@ inputs = {name: torch.tensor(value) for name, value in json.loads(sys.argv[1]).i
 module = type(model.model.language_model).__module__.split(".")[0]
 print(json.dumps([module, model.recommend(**inputs).scores.tolist()]))
 """
-)
 
 
 def test_a_saved_folder_loads_elsewhere_by_its_own_code(tmp_path):
     model = build_model("hstu", num_retrieved_items=3, num_train_beams=4, exclude_candidate=True)
     model.save_pretrained(tmp_path / "folder")
     input_ids, mask, _ = random_histories(model, [4, 2])
-    longer = long_histories(model, [12, 2])
-    inputs = {"input_ids": input_ids, "attention_mask": mask, **longer}
-    expected = model.recommend(**inputs).scores
-    command = [sys.executable, "-c", ELSEWHERE, json.dumps({name: value.tolist() for name, value in inputs.items()})]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    module, scores = json.loads(process.stdout.splitlines()[-1])
+    inputs = {"input_ids": input_ids, "attention_mask": mask, **long_histories(model, [12, 2])}
+    arguments = json.dumps({name: value.tolist() for name, value in inputs.items()})
+    module, scores = json.loads(run_elsewhere(LOAD_AND_RECOMMEND, arguments, folder=tmp_path)[-1])
     assert module == "transformers_modules"
-    torch.testing.assert_close(torch.tensor(scores), expected)
+    torch.testing.assert_close(torch.tensor(scores), model.recommend(**inputs).scores)
