@@ -1,15 +1,15 @@
-"""Training under the stock `Trainer`: resumed equals uninterrupted, accumulated equals whole, two processes equal one."""
+"""Training under the stock `Trainer`: resumed, accumulated, with two processes, and with adapters."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     assert_same_weights,
     build_model,
     histories_dataset,
@@ -18,11 +18,9 @@ from helpers import (
     second_stage_rows,
 )
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from recipes.callbacks import CachedCandidates, LossParts
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
@@ -40,7 +38,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, reader):
 @pytest.mark.parametrize("positives", [None, ["like"]])
 def test_gradient_accumulation_does_not_change_the_loss(tmp_path, positives):
     whole, accumulated = (build_model(retrieval_behaviors=positives) for _ in range(2))
-    dataset = histories_dataset(whole, 24)  # ragged rows: the micro-batches have unequal shares
+    dataset = histories_dataset(whole, 24)  # ragged rows: micro-batches of unequal size
     losses = run_trainer(tmp_path / "a", whole, dataset, max_steps=3)
     parts = run_trainer(
         tmp_path / "b", accumulated, dataset, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4
@@ -56,7 +54,7 @@ import torch
 from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer, second_stage_rows
 from recipes.callbacks import AdaptiveWeighter, CachedCandidates
 from safetensors.torch import save_file
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 model = build_model()
 losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
 rank = os.environ["RANK"]
@@ -74,11 +72,11 @@ enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
 run_trainer({out!r}, model, enhancer_rows(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
 model = build_model(num_retrieved_items=3)
-kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
-kept._propose(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), 0)
-pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "kept": kept.items}}
+cached = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
+cached.on_epoch_begin(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
+pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "candidates": cached.items}}
 save_file({{name: pool.clone() for name, pool in pools.items()}}, {out!r} + f"/pools-{{rank}}.safetensors")
-torch.distributed.barrier()  # a process that ends while another still talks to it would abort that one
+torch.distributed.barrier()  # the first process to end would abort the other
 torch.distributed.destroy_process_group()
 """
 
@@ -103,15 +101,16 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
         for name in ("whole", "resumed")
         for rank in (0, 1)
     ]
-    assert all(other == whole for other in others), "also from the middle of a window"
+    assert all(other == whole for other in others), "resumed inside a window"
     assert whole[:4] == [1.0] * 4 and whole[4] == whole[5] != 1.0
     first, second = (load_file(tmp_path / f"pools-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(pool, second[name]) for name, pool in first.items())
-    assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
+    assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "every user has some"
     model = build_model(num_retrieved_items=3)
-    kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
-    kept._propose(TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True), 0)
-    assert torch.equal(first["kept"], kept.items), "as one process finds them"
+    cached = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    cached.on_epoch_begin(args, TrainerState(epoch=0.0), None)
+    assert torch.equal(first["candidates"], cached.items), "equal to those of one process"
 
 
 @pytest.mark.parametrize("logging_steps", [1, 500])
