@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
@@ -318,6 +319,18 @@ def preferring(weight: float, targets: list[int]) -> dict[str, torch.Tensor]:
         "ranking_scores": torch.tensor([ranking] * len(targets)),
         "dense_scores": torch.zeros(len(targets), 3),
     }
+
+
+HISTORY = {"items": ["007", "film 12", "007", "film 3"], "behaviors": ["like", "dislike", "like", "like"]}
+SHORT_HISTORY = {"items": ["film 5"], "behaviors": ["dislike"]}
+
+
+def approximately(recommendations):
+    """Make recommendations that equal those of the pipeline up to rounding."""
+    return [
+        {key: pytest.approx(value, abs=1e-5) if isinstance(value, float) else value for key, value in row.items()}
+        for row in recommendations
+    ]
 
 
 ATOMIC = {"codebook_sizes": (40,), "num_items": 40, "embeddings": False, "code_negatives": 12}

@@ -68,12 +68,12 @@ def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
     for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
-        asked = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
+        parsed = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
         # Beams and what is beside them are several in a command, and one in a run.
         fields = {
             field: value for field, value in run["arguments"].items() if field not in ("beams", "union", "ranked")
         }
-        assert {field: asked[field] for field in fields} == fields, run["made by"]["command"]
+        assert {field: parsed[field] for field in fields} == fields, run["made by"]["command"]
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a config refuses, keeps and gives back."""
+"""The config: its checks, and what it saves and loads."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_a_reused_text_config_is_not_changed():
     config = UniGRFConfig(negatives_per_item=4.0, codebook_sizes=[4, 4, 4, 4])
     model = UniGRFForCausalLM(config)
     model.set_catalog(random_codes(200, [4, 4, 4, 4], torch.Generator().manual_seed(0)))
-    assert model.config.next_logit_bias == pytest.approx(np.log(199 / 4)), "of the catalog that it has"
+    assert model.config.next_logit_bias == pytest.approx(np.log(199 / 4)), "computed from the size of the catalog"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,10 @@ def test_a_reused_text_config_is_not_changed():
         ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
         ({"max_long_items": 0}, "max_long_items of 1 or more"),
         ({"max_items": 0}, "max_items of 1 or more"),
-        ({"max_items": 0, "text_config": {"model_type": "bloom"}}, "max_items of 1 or more"),  # without positions
+        (
+            {"max_items": 0, "text_config": {"model_type": "bloom"}},
+            "max_items of 1 or more",
+        ),  # a backbone without positions
     ],
 )
 def test_invalid_configs_are_rejected(fields, message):
@@ -79,7 +82,9 @@ def test_integers_and_tuples_equal_floats_and_lists(tmp_path):
     assert UniGRFConfig.from_pretrained(tmp_path, ranking_weight=2).ranking_weight == 2
 
 
-@pytest.mark.parametrize("changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=["codebook_sizes", "pad_token_id"]
+)
 def test_token_ids_changed_at_load_are_checked_again(changed, tmp_path):
     build_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Token ids overlap"):

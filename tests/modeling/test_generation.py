@@ -332,7 +332,7 @@ def test_stock_beam_search_generates_existing_items():
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
 
 
-@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=["max_time", "do_sample"])
 def test_stock_beam_search_has_no_more_beams_than_items(stock):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])

@@ -72,15 +72,15 @@ def test_dropout_acts_only_in_training(place, reader, fields):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and name != place:
             module.p = 0.0
-    kept = model(**batch).loss
-    assert model(**batch).loss == kept
-    drawn = [model.train()(**batch).loss for _ in range(2)]
-    assert drawn[0] != drawn[1]
+    expected = model(**batch).loss
+    assert model(**batch).loss == expected
+    losses = [model.train()(**batch).loss for _ in range(2)]
+    assert losses[0] != losses[1]
     if place == "embedding_dropout":
         model.config.embedding_dropout = 0.0
     else:
         model.get_submodule(place).p = 0.0
-    torch.testing.assert_close(model(**batch).loss, kept)
+    torch.testing.assert_close(model(**batch).loss, expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

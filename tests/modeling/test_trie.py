@@ -1,4 +1,4 @@
-"""The trie: it holds exactly the catalog, and its best children are the best among those that exist and are allowed."""
+"""The trie: it holds exactly the catalog, and returns the best children that exist and are allowed."""
 
 from unittest import mock
 
@@ -15,7 +15,7 @@ catalogs = st.fixed_dictionaries(
     {
         "sizes": st.lists(st.integers(1, 6), min_size=1, max_size=4),
         "share": st.floats(0.05, 1.0),
-        "dense_entries": st.sampled_from([0, 30, 2**17]),  # all levels as lists of codes, some, all as tables
+        "dense_entries": st.sampled_from([0, 30, 2**17]),  # store no level, some or all levels as tables
         "seed": st.integers(0, 10_000),
     }
 )
@@ -34,21 +34,21 @@ def build(sizes, share, dense_entries, seed):
 def test_the_trie_holds_exactly_the_catalog(catalog):
     trie, codes, _ = build(**catalog)
     sizes = catalog["sizes"]
-    # Also codes that no codebook has.
+    # With codes outside the codebooks.
     everything = torch.cartesian_prod(*(torch.arange(-1, size + 1) for size in sizes)).view(-1, len(sizes))
     index = {tuple(code): item for item, code in enumerate(codes.tolist())}
     assert trie.lookup(everything).tolist() == [index.get(tuple(code), -1) for code in everything.tolist()]
-    spelt = torch.zeros(1, 0, dtype=torch.long)
+    prefixes = torch.zeros(1, 0, dtype=torch.long)
     nodes = torch.zeros(1, dtype=torch.long)
     for depth, level in enumerate(trie.levels):
         parent, nodes, code = level.children(nodes)
-        spelt = torch.cat([spelt[parent], code[:, None]], dim=1)
-        assert nodes.tolist() == list(range(level.num_nodes)), "a node is its rank"
-        assert torch.equal(level.child(trie.descend(spelt, depth), spelt[:, depth]), nodes)
-        under = [sum(item[: depth + 1] == prefix for item in codes.tolist()) for prefix in spelt.tolist()]
+        prefixes = torch.cat([prefixes[parent], code[:, None]], dim=1)
+        assert nodes.tolist() == list(range(level.num_nodes)), "nodes are numbered in order"
+        assert torch.equal(level.child(trie.descend(prefixes, depth), prefixes[:, depth]), nodes)
+        under = [sum(item[: depth + 1] == prefix for item in codes.tolist()) for prefix in prefixes.tolist()]
         assert trie.num_leaves(depth, nodes).tolist() == under
-    assert spelt.tolist() == sorted(codes.tolist())
-    assert trie.leaf_items[nodes].tolist() == trie.lookup(spelt).tolist()
+    assert prefixes.tolist() == sorted(codes.tolist())
+    assert trie.leaf_items[nodes].tolist() == trie.lookup(prefixes).tolist()
 
 
 def test_a_level_may_have_more_codes_than_float32_counts():
@@ -104,7 +104,9 @@ def test_the_best_children_exist_and_are_allowed(catalog, count, lists):
             assert [tuple(prefix) for prefix in new_prefixes[row][:real]] == best
             reached = trie.descend(torch.tensor(new_prefixes[row][:real]), level + 1)
             assert reached.tolist() == children[2][row, :real].tolist()
-        assert ((children[2] >= 0) & (children[2] < trie.levels[level].num_nodes)).all(), "also where nothing is left"
+        assert ((children[2] >= 0) & (children[2] < trie.levels[level].num_nodes)).all(), (
+            "valid nodes also in empty places"
+        )
         (scores, _, nodes, _) = children
         prefixes = new_prefixes
 
@@ -134,7 +136,7 @@ def test_codes_may_have_more_combinations_than_an_int64():
     sizes = [256] * 9
     codes = torch.randint(256, (50, 9), generator=torch.Generator().manual_seed(0)).int()
     codes = torch.cat([codes, codes])
-    codes[50:, 8] = (codes[:50, 8] + 1) % 256  # neighbors that differ in the last code alone
+    codes[50:, 8] = (codes[:50, 8] + 1) % 256  # neighbors that differ only in the last code
     trie = CatalogTrie(codes, sizes)
     assert trie.lookup(codes).tolist() == list(range(100))
     assert codes[trie.leaf_items.long()].tolist() == sorted(codes.tolist())

@@ -84,8 +84,8 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         (tmp_path / f"run-{seed}").mkdir()
         ranked = {name: value + seed for name, value in metrics["ranked"].items()}
         protocol = metrics["protocol"] | {"seed of the codebooks": seed}
-        of_run = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
-        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(of_run))
+        run_metrics = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
+        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(run_metrics))
     collected = results.collect([tmp_path / "run-0", tmp_path / "run-1"])
     assert collected["seeds"] == [0, 1]
     mean = pytest.approx(metrics["ranked"]["recall@5"] + 0.5, abs=1e-5)
@@ -93,18 +93,18 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         "mean": mean,
         "std": pytest.approx(0.5**0.5, abs=1e-5),
     }
-    of_run["protocol"]["users"] = 3
-    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(of_run))
+    run_metrics["protocol"]["users"] = 3
+    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(run_metrics))
     with pytest.raises(ValueError, match="Expected runs of one protocol"):
         results.collect([tmp_path / "run-0", tmp_path / "run-1"])
 
     with monkeypatch.context() as patched:  # scores of which validation prefers one weight and test another
         dataset = load_from_disk(str(prepared / "dataset"))
-        asked = []
+        targets = []
 
         def scores(model, tokenizer, split, *args):
-            asked.append(split["target"][:])
-            return preferring(0.5 if len(asked) == 1 else 1.0, asked[-1])
+            targets.append(split["target"][:])
+            return preferring(0.5 if len(targets) == 1 else 1.0, targets[-1])
 
         patched.setattr(evaluate_recipe, "candidates", scores)
         patched.setattr(evaluate_recipe, "invalid_items", lambda *args: {"checked": 0, "invalid": 0})
@@ -113,7 +113,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         )
         selecting = replace(selecting, baselines=False)
         chosen = evaluate_checkpoint(selecting)
-        assert asked == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
+        assert targets == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
         assert chosen["selection"]["ranking_weight"] == 0.5 and chosen["baselines"] == {}
         assert chosen["ranked"]["recall@5"] == 1 and chosen["ranked"]["mrr"] < 1, "test would have chosen 1"
     split = load_from_disk(str(prepared / "dataset"))["test"].select(range(3))
@@ -263,14 +263,16 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
     selection = evaluate_checkpoint(served)["selection"]
     config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
-    kept = {
+    settings = {
         "exclude_history": False,
         "ranking_target": "like",
         "ranking_weight": 0.5,
         "max_long_items": 12,
         "max_items": 4,
     }
-    assert {name: getattr(config, name) for name in kept} == kept == {name: selection[name] for name in kept}
+    assert (
+        {name: getattr(config, name) for name in settings} == settings == {name: selection[name] for name in settings}
+    )
     with pytest.raises(ValueError, match="ranking_weights above 0"):
         evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
 

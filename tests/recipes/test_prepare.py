@@ -210,8 +210,8 @@ def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_p
     assert after.item_ids[:10] == before.item_ids and set(after.item_ids[10:]) == {"002", "007"}
     np.testing.assert_array_equal(after.item_codes[:10], before.item_codes)
     assert after.titles == [f"Film {int(item)}" for item in after.item_ids]
-    kept = load_file(folder / "item_embeddings.safetensors")["embeddings"]
-    np.testing.assert_array_equal(kept, embeddings[[int(item) for item in after.item_ids]].astype(np.float32))
+    stored = load_file(folder / "item_embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(stored, embeddings[[int(item) for item in after.item_ids]].astype(np.float32))
     user = load_from_disk(str(folder / "dataset"))["train"][0]
     expected = [row[1] for row in sorted(INTERACTIONS, key=lambda row: row[2]) if row[0] == user["user_id"]][:-2]
     assert [after.item_ids[item] for item in user["items"]] == expected

@@ -64,14 +64,14 @@ def changed(dataset: Dataset, changes: dict[int, dict]) -> Dataset:
     return Dataset.from_list(rows, features=dataset.features)
 
 
-def one_by_one(model, tokenizer, dataset, max_items=None, unknown="error", **asked) -> pd.DataFrame:
+def one_by_one(model, tokenizer, dataset, max_items=None, unknown="error", **options) -> pd.DataFrame:
     rows = []
     for user in dataset:
         inputs = tokenizer.encode_history(
             user["items"], user["behaviors"], max_items=max_items, unknown=unknown, return_tensors="pt"
         )
         blocked = [tokenizer.item_indices(user["items"], unknown=unknown)]
-        best = model.recommend(**inputs, blocked_items=blocked, **{**ASKED, **asked})
+        best = model.recommend(**inputs, blocked_items=blocked, **{**ASKED, **options})
         items = [tokenizer.item_ids[item] for item in best.item_indices[0]]
         rows.append([user["user_id"], items, *(best[name][0].tolist() for name in COLUMNS[2:])])
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -28,8 +28,8 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     arguments |= {"rerank_top_k": 3}
 
     def run(row: str, *beams: int, **changed) -> list[int]:
-        asked = {"row": row, "num_beams": list(beams), **arguments, **changed}
-        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(**asked))
+        entry = {"row": row, "num_beams": list(beams), **arguments, **changed}
+        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(**entry))
         return [file.stat().st_mtime_ns for file in sorted((tmp_path / f"{row}-0").glob("beams-*.json"))]
 
     run("no-embedding-part", 3)
@@ -64,10 +64,10 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     assert not model.config.history_item_representations
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
     assert model.config.history_item_representations
-    kept = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
+    weights = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
     name = f"beams-{model.generation_config.num_beams}-union-{model.config.num_dense_candidates}"
     name += f"-ranked-{model.config.rerank_top_k}.json" if model.config.rerank_top_k else ".json"
-    assert (max(choices)[0], name, kept) in choices, "the checkpoint's defaults are what validation chose"
+    assert (max(choices)[0], name, weights) in choices, "the checkpoint's defaults are what validation chose"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
@@ -101,8 +101,8 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
         "| *TIGER, published* |",
     ):
         assert sum(row.startswith(beginning) for row in rows) == 1
-    asked = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
-    assert runs.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
+    entry = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
+    assert runs.kept(entry) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = [
         {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
     ]

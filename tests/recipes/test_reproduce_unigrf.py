@@ -90,19 +90,19 @@ def test_an_ablation_is_trained_once_and_scored_as_recommend(
     ranks = []
     likes = []
     scores = []
-    liked = model.config.ranking_targets
+    like_targets = model.config.ranking_targets
     for user in test:
         tokens = tokenizer.encode_indices(np.array(user["items"]), np.array(user["behaviors"]))
         times = {}
         if with_times:
             times["timestamps"] = torch.tensor(tokenizer.encode_times(user["timestamps"]))[None]
             times["query_time"] = torch.tensor([user["target_timestamp"]])
-        asked = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
-        best = model.recommend(torch.tensor(tokens)[None], **asked, **times)
+        beams = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
+        best = model.recommend(torch.tensor(tokens)[None], **beams, **times)
         ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
         ranking = model.rank(torch.tensor(tokens)[None], candidates=torch.tensor([[user["target"]]]), **times)
         scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviors that are likes
-        likes.append(tokenizer.behaviors[user["target_behavior"]] in liked)
+        likes.append(tokenizer.behaviors[user["target_behavior"]] in like_targets)
     ranks = np.array(ranks)
     assert metrics["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
     assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))

@@ -10,22 +10,22 @@ from recipes.runs import Stages
 
 
 def test_the_folder_of_another_training_is_rejected(tmp_path):
-    asked = {"model": {"seed": 0}, "path": tmp_path}
+    arguments = {"model": {"seed": 0}, "path": tmp_path}
     finished = tmp_path / "finished.json"
-    assert runs.begin(tmp_path, asked, finished) == runs.begin(tmp_path, asked, finished)
-    assert runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished), "nothing was trained yet"
+    assert runs.begin(tmp_path, arguments, finished) == runs.begin(tmp_path, arguments, finished)
+    assert runs.begin(tmp_path, {**arguments, "model": {"seed": 1}}, finished), "nothing was trained yet"
     named = {"data": {"data_dir": str(tmp_path / ".." / tmp_path.name)}}
     assert runs.begin(tmp_path, named, finished) == {"data": {"data_dir": str(tmp_path.resolve())}}
-    runs.begin(tmp_path, {**asked, "model": {"seed": 1}}, finished)
+    runs.begin(tmp_path, {**arguments, "model": {"seed": 1}}, finished)
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match=r"found other values of \['model.seed'\]"):
-        runs.begin(tmp_path, asked, finished)
+        runs.begin(tmp_path, arguments, finished)
     for text in ("[1, 2]", None):  # of an older version, and of somebody else's Trainer
         (tmp_path / "arguments.json").unlink()
         if text is not None:
             (tmp_path / "arguments.json").write_text(text)
         with pytest.raises(ValueError, match=r"found other values of \['model.seed', 'path'\]"):
-            runs.begin(tmp_path, asked, finished)
+            runs.begin(tmp_path, arguments, finished)
         (tmp_path / "arguments.json").touch()
 
 
@@ -78,15 +78,15 @@ def test_collected_runs_are_merged_and_never_mixed(tmp_path):
     file = tmp_path / "kept.json"
     for collected in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
         runs.write(file, {"protocol": "one", "runs": runs.merged(file, collected, key)})
-    kept = json.loads(file.read_text())
-    assert kept == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
+    stored = json.loads(file.read_text())
+    assert stored == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
     assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "a line each"
-    rows = runs.by_row(kept["runs"], lambda entry: key(entry)[:1])
+    rows = runs.by_row(stored["runs"], lambda entry: key(entry)[:1])
     assert [[entry["value"] for entry in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
         runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda entry: key(entry)[:1])
-    asked = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
-    asked += [("seed", int, 0), ("output_dir", str, "runs")]
-    args = dataclasses.make_dataclass("Arguments", asked)("mine", row="a b", beams=[2, 3], output_dir="mine")
+    fields = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
+    fields += [("seed", int, 0), ("output_dir", str, "runs")]
+    args = dataclasses.make_dataclass("Arguments", fields)("mine", row="a b", beams=[2, 3], output_dir="mine")
     line = runs.command("recipes.one", args, data_dir="path/to/data")
     assert line == "python -m recipes.one --data_dir path/to/data --row 'a b' --beams 2 3"

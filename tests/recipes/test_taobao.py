@@ -62,8 +62,8 @@ def change(folder, tmp_path, table, edit):
     file = copy / f"{table}.parquet"
     schema = pq.read_schema(file)
     frame = edit(pd.read_parquet(file))
-    kept = pa.schema([field for field in schema if field.name in frame])
-    pq.write_table(pa.Table.from_pandas(frame, kept, preserve_index=False), file)
+    columns = pa.schema([field for field in schema if field.name in frame])
+    pq.write_table(pa.Table.from_pandas(frame, columns, preserve_index=False), file)
     return copy
 
 
@@ -414,7 +414,8 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     row = next(iter(rows_of(arguments, prepared, "test")))
     request = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
     scores = [
-        model.rank(**request, long_items=torch.from_numpy(row["long_items"]).long()[None, -kept:]) for kept in (9, 1)
+        model.rank(**request, long_items=torch.from_numpy(row["long_items"]).long()[None, -length:])
+        for length in (9, 1)
     ]
     assert not torch.equal(*scores), "what stands beyond the window is read"
     before.catalog.item_codes = before.catalog.item_codes.flip(0)

@@ -164,7 +164,7 @@ def requests(tokenizer, split, max_items):
 def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     tokenizer, splits, model = world
     split = splits["test"]
-    asked = {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
+    beams = {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
     how = Measurement(max_items=4, batch_size=5)
     scores = candidates(model, tokenizer, split, 20, how)
     calls = []
@@ -179,7 +179,7 @@ def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     assert {"timestamps", "query_time"} <= set(calls[-1])
     differ = 0
     for row, (user, request) in enumerate(requests(tokenizer, split, 4)):
-        best = model.recommend(**request, blocked_items=[user["items"]], **asked)
+        best = model.recommend(**request, blocked_items=[user["items"]], **beams)
         valid = best.item_indices[0] >= 0
         for name in ("generation_scores", "ranking_scores"):
             torch.testing.assert_close(scores[name][row][valid], best[name][0][valid], atol=2e-5, rtol=1e-4)
@@ -187,7 +187,7 @@ def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
         torch.testing.assert_close(ranked[int((order == row).nonzero()[0][0])], logits, atol=2e-5, rtol=1e-4)
         del request["query_time"]
         differ += not torch.allclose(
-            model.recommend(**request, blocked_items=[user["items"]], **asked).scores, best.scores
+            model.recommend(**request, blocked_items=[user["items"]], **beams).scores, best.scores
         )
     assert differ > len(split) / 4, "the time of the request matters"
 

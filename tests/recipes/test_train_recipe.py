@@ -97,8 +97,8 @@ def test_a_training_uses_one_device_and_resumes_on_another(prepared, tmp_path, m
             reproduce_recochain.ReproduceArguments(data_dir=str(prepared), output_dir=str(tmp_path))
         )
     (tmp_path / "checkpoint-1").mkdir()
-    asked = {"training": {"use_cpu": True, "local_rank": 0, "seed": 1}}
-    (tmp_path / "arguments.json").write_text(json.dumps(asked))
+    stored = {"training": {"use_cpu": True, "local_rank": 0, "seed": 1}}
+    (tmp_path / "arguments.json").write_text(json.dumps(stored))
     here = {"training": {"use_cpu": False, "seed": 1}}
     assert runs.begin(tmp_path, here, tmp_path / "finished.json") == {"training": {"seed": 1}}
 

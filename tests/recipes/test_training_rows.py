@@ -43,10 +43,10 @@ def test_each_crop_supervises_every_item_once(prepared):
         alone = training_rows.history_rows(histories, tokenizer, 6, crops_per_epoch)
         assert max(alone["length"]) == 1 + 7 * (tokenizer.num_levels + 1)
         rows = training_rows.packed_rows(histories, tokenizer, 6, crops_per_epoch, seed=0)
-        spelt = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
+        decoded = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
         # Six items and the one after them: all that is read when the next item is asked for has been read in training.
-        assert sum(map(len, spelt)) == crops_per_epoch * total and max(map(len, spelt)) == 7
-        assert np.mean([len(items) for items in spelt]) > 6, "packed: little room is left"
+        assert sum(map(len, decoded)) == crops_per_epoch * total and max(map(len, decoded)) == 7
+        assert np.mean([len(items) for items in decoded]) > 6, "packed: little room is left"
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
     assert len(set(training_rows.cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))

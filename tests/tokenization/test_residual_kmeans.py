@@ -1,3 +1,5 @@
+"""Residual k-means: codes are nearest entries, fitting is deterministic, and files are checked."""
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tokenization import ResidualKMeans
 
 
 def clustered(num_points, dim=8, seed=0):
+    """Draw points around ten centers."""
     centers = 3 * np.random.default_rng(0).normal(size=(10, dim))
     rng = np.random.default_rng(seed)
     return (centers[rng.integers(0, 10, num_points)] + rng.normal(size=(num_points, dim))).astype(np.float32)
@@ -71,7 +74,7 @@ def test_fewer_distinct_points_than_codes_get_one_entry_each(num_distinct):
 
 def test_equal_embeddings_have_equal_codes_in_any_batch():
     distinct = np.random.default_rng(3700).normal(size=(37, 100)).astype(np.float32)
-    quantizer = ResidualKMeans((100, 64)).fit(np.tile(distinct, (3, 1)))  # most entries are surplus
+    quantizer = ResidualKMeans((100, 64)).fit(np.tile(distinct, (3, 1)))  # most entries are unused
     together = quantizer.encode(np.tile(distinct, (3, 1)))
     np.testing.assert_array_equal(together, np.tile(together[:37], (3, 1)))
     for row in range(37):
@@ -81,7 +84,7 @@ def test_equal_embeddings_have_equal_codes_in_any_batch():
 def test_numbers_of_any_size_are_quantized_or_rejected():
     points = clustered(60)
     with pytest.raises(ValueError, match="numbers whose squares are infinite"):
-        ResidualKMeans((8, 8)).fit(1e19 * points)  # which ends the process within faiss
+        ResidualKMeans((8, 8)).fit(1e19 * points)  # faiss would abort the process
     tiny = ResidualKMeans((8, 8), normalize=True).fit(points)
     np.testing.assert_array_equal(tiny.encode(np.float32(1e-25) * points), tiny.encode(points))
     assert ResidualKMeans((1,), pca_dim=2).fit(points[:1]).encode(points[:1]).tolist() == [[0]]
@@ -154,7 +157,7 @@ def test_principal_components_are_part_of_the_quantizer(tmp_path):
     codes = quantizer.encode(embeddings)
     assert quantizer.embedding_dim == 40 and quantizer.codebooks[0].shape == (32, 8)
     error = np.square(quantizer.decode(codes) - embeddings).sum() / np.square(embeddings - embeddings.mean(0)).sum()
-    assert error < 0.2, "`decode` comes back to the embeddings' own space"
+    assert error < 0.2, "`decode` returns to the space of the embeddings"
     quantizer.save(tmp_path)
     loaded = ResidualKMeans.load(tmp_path)
     assert (loaded.encode(embeddings) == codes).all() and (loaded.decode(codes) == quantizer.decode(codes)).all()

@@ -1,3 +1,5 @@
+"""Collision tokens and codebook statistics."""
+
 import warnings
 
 import numpy as np
@@ -57,7 +59,7 @@ def test_codebook_statistics_equal_their_definitions():
 @pytest.mark.parametrize(
     "column",
     [np.zeros(1000, int), np.arange(1000) % 20, np.where(np.arange(1000) < 990, 0, np.arange(1000) % 200)],
-    ids=["one code", "20 of 256 codes", "one code has 99 %"],
+    ids=["single", "20-of-256", "99-percent"],
 )
 def test_a_collapsed_codebook_warns_with_its_level(column):
     healthy = np.arange(1000) % 256
