@@ -1,16 +1,15 @@
-"""The READMEs: their files, tables, commands and snippets, and the commands of the committed results."""
+"""READMEs: their files, tables, commands and snippets, and the commands of committed results."""
 
 import json
 import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+from helpers import ROOT, TINY
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
@@ -18,7 +17,6 @@ from recipes import recochain_report, reproduce_recochain, reproduce_unigrf
 from recipes.results import WRITTEN, with_tables
 from tokenization import SemanticIdTokenizer
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
@@ -45,14 +43,14 @@ def test_readme_commands_are_understood(file, monkeypatch):
 
     def stop(parser, args=None, **kwargs):
         parsed.append(parse(parser, args, **kwargs))
-        raise SystemExit  # nothing is run
+        raise SystemExit  # before the recipe runs
 
     monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", stop)
     for _, _, module, *arguments in commands:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(SystemExit):
             runpy.run_module(module, run_name="__main__")
-    assert len(parsed) == len(commands) >= 4, "all were understood; argparse itself exits on others"
+    assert len(parsed) == len(commands) >= 4, "argparse exits on commands that it cannot parse"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,7 @@ def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
         parsed = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
-        # Beams and what is beside them are several in a command, and one in a run.
+        # A command holds several numbers of beams, a run one.
         fields = {
             field: value for field, value in run["arguments"].items() if field not in ("beams", "union", "ranked")
         }
@@ -80,12 +78,12 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
-    ids = [str(number) for number in range(200)]  # stands in for MovieLens, of which nothing is in the repository
+    ids = [str(item) for item in range(200)]  # in place of MovieLens
     codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
     tokenizer = SemanticIdTokenizer.from_codes(ids, codes, (6, 6, 6), ["dislike", "like"], titles=ids)
     model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY, embedding_table_size=200))
     model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()))
     RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
-    names: dict = {}  # the last one goes on where the second one ends
+    names: dict = {}  # shared by the snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)

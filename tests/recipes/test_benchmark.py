@@ -1,4 +1,4 @@
-"""The benchmark runs, its contenders agree with each other, and what it measured is not measured again."""
+"""The benchmark: it runs, its contenders agree, and stored measurements are reused."""
 
 import json
 
@@ -10,7 +10,7 @@ from recipes.peers import DictTrie, StaticTrie, random_catalog
 
 
 def test_a_small_benchmark_is_run_and_stored(tmp_path, monkeypatch):
-    # The ratios are of cells of their own; here of small ones.
+    # Small cells for the ratios.
     cell = {"history_items": 3, "num_beams": 8, "users": 1, "levels": 4, "catalog": 400}
     for name in ("SEARCH", "LONG", "HALF", "BATCH", "CANDIDATES"):
         monkeypatch.setattr(decoding_report, name, cell)
@@ -50,7 +50,7 @@ def test_a_small_benchmark_is_run_and_stored(tmp_path, monkeypatch):
     for task in ("recommend", "recommend, cut"):
         added = decoding_report.added_by_ranking(data, task, retrieved=10, long_items=30, users=2, dtype="float32")
         assert added["wall"] == round(of_cell[task] / of_cell["generate"], 2)
-    monkeypatch.setattr(benchmark_decoding, "measure", None)  # nothing is measured twice
+    monkeypatch.setattr(benchmark_decoding, "measure", None)  # stored measurements are reused
     benchmark_decoding.main(arguments)
     assert json.loads((tmp_path / "decoding.json").read_text())["rows"] == data["rows"]
     monkeypatch.setattr(benchmark_decoding, "measure", lambda calls, _: {call: {"wall_ms": 1.0} for call in calls})

@@ -1,17 +1,16 @@
-"""The metric modules against naive definitions, the baselines against naive formulas, the report as a whole."""
-
-from pathlib import Path
+"""Metrics and baselines against their written-out formulas, and the report."""
 
 import evaluate
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers import ROOT
 
 from recipes import baselines
 from recipes.baselines import ItemKNN, Popularity
 from recipes.report import write_report
 
-METRICS = Path(__file__).parents[2] / "recipes" / "metrics"
+METRICS = ROOT / "recipes" / "metrics"
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,10 @@ def like_auc():
     return evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
 
 
-def random_histories(num_users: int, num_items: int, seed: int) -> list[list[int]]:
+def random_item_lists(num_users: int, num_items: int, seed: int) -> list[list[int]]:
+    """Draw lists of items, some of which are much more popular than others."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 12, num_users)
-    # Squared: some items are much more popular than others.
     return [(rng.permutation(num_items)[:length] ** 2 // num_items).tolist() for length in lengths]
 
 
@@ -80,8 +79,8 @@ def test_item_knn_scores_equal_the_written_out_formula(window):
     num_items = 25
     neighbors = 4
     shrink = 2.0
-    train = random_histories(60, num_items, seed=2)
-    histories = random_histories(9, num_items, seed=3)
+    train = random_item_lists(60, num_items, seed=2)
+    histories = random_item_lists(9, num_items, seed=3)
     takers = [{user for user, row in enumerate(train) if item in row} for item in range(num_items)]
     similarity = np.zeros((num_items, num_items))
     for i in range(num_items):
@@ -96,7 +95,7 @@ def test_item_knn_scores_equal_the_written_out_formula(window):
             weight = 1.0 if window is None else max(0.0, 1 - distance / window)
             expected[row] += weight * similarity[:, item]
     knn = ItemKNN(num_items, neighbors=neighbors, shrink=shrink, window=window).fit(train)
-    # Equal similarities at the cut may be kept either way: compare the candidates without such a tie.
+    # Compare only candidates without a tie at the last neighbor.
     full = ItemKNN(num_items, neighbors=num_items, shrink=shrink).fit(train).similarity.toarray()
     ordered = -np.sort(-full, axis=1)
     clear = ordered[:, neighbors - 1] > ordered[:, neighbors] + 1e-6
@@ -113,7 +112,7 @@ def test_top_items_leave_the_history_out_and_are_padded():
 def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
     monkeypatch.setattr(baselines, "GRID", {"neighbors": (2, 8), "shrink": (0.0, 5.0), "window": (2, None)})
     num_items = 30
-    histories = [row for row in random_histories(80, num_items, seed=4) if len(set(row)) > 3]
+    histories = [row for row in random_item_lists(80, num_items, seed=4) if len(set(row)) > 3]
 
     def results(test_targets: list[int]) -> dict:
         history = {"items": [row[:-2] for row in histories]}

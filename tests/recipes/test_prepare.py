@@ -1,4 +1,4 @@
-"""recipes.prepare and recipes.movielens: tables in, the prepared folder out."""
+"""recipes.prepare: tables in, prepared data out."""
 
 import json
 import shutil
@@ -20,8 +20,8 @@ from recipes.movielens import ML_100K_GENRES, clean_titles, movielens_1m, moviel
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
-ITEM_IDS = [f"{number:03d}" for number in range(12)]  # "000" would be 0 if ids were read as numbers
-# In file order; user b has two interactions at time 5, user c has too few.
+ITEM_IDS = [f"{number:03d}" for number in range(12)]  # as numbers they would lose their zeros
+# User b has two interactions at time 5, user c has too few.
 INTERACTIONS = [
     ("b", "003", 5, "like"),
     ("a", "001", 40, "like"),
@@ -46,7 +46,7 @@ def items_table() -> pd.DataFrame:
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Writes the tables and returns arguments with small codebooks; keyword arguments replace tables or options."""
+    """Writes tables and returns arguments; keyword arguments replace tables or options."""
 
     def build(interactions=None, items=None, embeddings=None, suffix=".csv", **options) -> PrepareArguments:
         tables = {
@@ -75,7 +75,7 @@ def embeddings() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    """A random BERT of 20 KB with its tokenizer, as a folder."""
+    """The folder of a tiny random BERT with its tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
     words = ["[PAD]", "[UNK]", "Film", "drama", *map(str, range(12))]
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
@@ -138,8 +138,8 @@ def test_the_folder_holds_the_catalog_and_reports_drops(arguments, embeddings, c
 
 
 def test_popularity_counts_training_interactions_only(arguments):
-    # All items share their codes, so the last code is the rank by popularity, ties in table order. Items 0, 1 and
-    # 3 are in training once; item 2 was taken twice, both times as a target, and must come after them.
+    # All items collide, so the collision token is the rank by popularity, with ties in table order.
+    # Items 0, 1 and 3 are in training once. Item 2 is a target twice, and in training never.
     folder = prepare(arguments(embeddings=np.ones((len(ITEM_IDS), 8), np.float32)))
     suffixes = np.asarray(SemanticIdTokenizer.from_pretrained(folder / "tokenizer").item_codes)[:, -1]
     assert suffixes[:4].tolist() == [0, 1, 3, 2]
@@ -174,7 +174,7 @@ def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, 
     assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="min_interactions"):
         prepare(replace(args, min_interactions=2))
-    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a refused call leaves the folder as it was"
+    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a rejected call changes nothing"
     args.codebook_sizes = [2, 2]
     assert json.loads((prepare(args) / "prepare.json").read_text())["arguments"]["codebook_sizes"] == [2, 2]
     with pytest.raises(AssertionError, match="encoded again"):
@@ -187,7 +187,7 @@ def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, 
     save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
     with pytest.raises(AssertionError, match="encoded again"):
-        prepare(args)  # an encoder of the same name and other weights
+        prepare(args)  # the encoder has the same name and other weights
 
 
 def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_path):
@@ -244,6 +244,7 @@ def test_the_text_template_joins_columns(arguments, encoder):
 
 
 def changed(table: pd.DataFrame, row: int, column: str, value: object) -> pd.DataFrame:
+    """Replace a value of the table."""
     table = table.astype({column: object})
     table.loc[row, column] = value
     return table

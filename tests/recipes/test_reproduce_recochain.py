@@ -1,4 +1,4 @@
-"""RecoChain's table: a row is trained and measured once, and SASRec's task stands beside it, trained as hard."""
+"""RecoChain's ablations and the SASRec baseline: trained and measured once, and collected in a table."""
 
 import json
 import shutil
@@ -42,13 +42,13 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
         "stage-one-window7-leh-0",
         "stage-one-window7-lehp-0",
         "stage-one-window7-lh-0",
-    ], "rows share a stage I"
+    ], "ablations share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
-    assert run("default", 3, 6) == before and len(before) == 5, "all of three beams are ranked anyway"
+    assert run("default", 3, 6) == before and len(before) == 5, "with three beams all are ranked"
     assert len(run("default", 20)) == 8
     assert (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns == trained
     choices = []
-    for file in (tmp_path / "default-0").glob("beams-20-*.json"):  # what the last call measured
+    for file in (tmp_path / "default-0").glob("beams-20-*.json"):  # of the last call
         result = json.loads(file.read_text())
         cells = result["cells"]
         for name in ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone"):
@@ -67,16 +67,16 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     weights = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
     name = f"beams-{model.generation_config.num_beams}-union-{model.config.num_dense_candidates}"
     name += f"-ranked-{model.config.rerank_top_k}.json" if model.config.rerank_top_k else ".json"
-    assert (max(choices)[0], name, weights) in choices, "the checkpoint's defaults are what validation chose"
+    assert (max(choices)[0], name, weights) in choices, "the defaults of the checkpoint are chosen on validation"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
     assert (tmp_path / "recochain_beauty.png").stat().st_size > 10_000
     whole = (tmp_path / "recochain_beauty.json").read_text()
     shutil.rmtree(tmp_path / "k0-0")
-    monkeypatch.delattr(recochain_report, "baseline_results")  # told once
+    monkeypatch.delattr(recochain_report, "baseline_results")  # baselines are computed once
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
-    assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run whose folder is gone stays told"
+    assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run without its folder stays stored"
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(ValueError, match="Run some rows first"):
         recochain_report.collect(elsewhere, prepared, "recochain_beauty")
@@ -85,7 +85,9 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     (elsewhere / "sasrec" / "sasrec.json").write_text(json.dumps({"tests": [test]}))
     recochain_report.collect(elsewhere, prepared, "recochain_beauty")
     beside = json.loads((tmp_path / "recochain_beauty.json").read_text())
-    assert f"| {recochain_report.SASREC} | 0.5000 |" in recochain_report.table(beside), "a baseline that came later"
+    assert f"| {recochain_report.SASREC} | 0.5000 |" in recochain_report.table(beside), (
+        "a baseline that was added later"
+    )
     data = json.loads(whole)
     table_rows = recochain_report.rows_of(data)
     assert len(table_rows) == 8 + 2 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
@@ -107,9 +109,11 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
         {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
     ]
     row = {"runs": several, "test": {"generation": {"recall@5": 0.2}}}
-    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(10)), "over seeds"
+    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(10)), "over three seeds"
     row["runs"] = several[::2]
-    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(5)), "of two, over users"
+    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(5)), (
+        "over users, with two seeds"
+    )
 
 
 @pytest.mark.parametrize("row", reproduce_recochain.ROWS)
@@ -142,7 +146,7 @@ def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeyp
     windows = {"window31": (31, 16), "window127": (127, 4)}
     expected = {
         "default": ({}, {}),
-        "window7": ({}, {}),  # another only where --window gives the default one
+        "window7": ({}, {}),  # the default window
         **{f"k{count}": ({}, {"num_retrieved_items": count}) for count in (0, 1, 5, 20)},
         "candidate-excluded": ({}, {"exclude_candidate": True}),
         "history-detached": ({}, {"stop_gradient_history": True}),
@@ -188,11 +192,11 @@ def test_a_tuned_sasrec_learns_and_is_in_the_table(prepared, tmp_path):
     settings |= {"learning_rates": [1e-2, 1e-6], "embedding_dropouts": [0.1], "seeds": [0, 1]}
     arguments = sasrec.SasrecArguments(data_dir=str(atomic), output_dir=str(folder), **settings)
     result = sasrec.run(arguments)
-    assert result["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "the one that learns, on validation"
+    assert result["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "chosen on validation"
     assert len(result["tried"]) == 2 and len(result["tests"]) == 2
-    assert all(test["recall@5"] > 0.9 for test in result["tests"]), "the ring can be learned; guessing reaches .2"
+    assert all(test["recall@5"] > 0.9 for test in result["tests"]), "guessing reaches 0.2"
     logs = {file: file.stat().st_mtime_ns for file in folder.glob("*/checkpoint/training_log.json")}
-    assert len(logs) == 3, "the other seed is trained with the chosen setting alone"
+    assert len(logs) == 3, "the second seed is trained only with the chosen setting"
     assert sasrec.run(arguments) == result
     assert {file: file.stat().st_mtime_ns for file in logs} == logs, "a finished training is not run again"
     report = {

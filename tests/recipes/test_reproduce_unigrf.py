@@ -1,4 +1,4 @@
-"""UniGRF's table: a row is trained once, scored as `recommend` scores, and put into a table beside what others published."""
+"""UniGRF's ablations: trained once, scored as by `recommend`, and collected in a table."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from recipes.training_rows import held_out_rows
 
 @pytest.fixture
 def movielens(tmp_path):
-    """A folder like MovieLens-1M's, half of whose times are known: 42 users, 70 movies, one of them never rated."""
+    """A folder like MovieLens-1M: 42 users, 70 movies of which one has no rating, and half of the times known."""
     generator = np.random.default_rng(0)
     folder = tmp_path / "ml-1m"
     folder.mkdir()
@@ -26,7 +26,9 @@ def movielens(tmp_path):
     for user in range(1, 41):
         chosen = generator.choice(np.arange(1, 70), size=generator.integers(5, 15), replace=False)
         rows += [(user, movie, generator.integers(1, 6), place + 1) for place, movie in enumerate(chosen)]
-    rows += [(41 + movie // 36, movie, 1 + movie % 5, movie) for movie in range(1, 70)]  # each film by somebody
+    rows += [
+        (41 + movie // 36, movie, 1 + movie % 5, movie) for movie in range(1, 70)
+    ]  # a rating of every other movie
     table = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "position"])
     times = pd.array(10 * table["position"] ** 3, dtype="Int64")
     times[generator.random(len(table)) < 0.5] = pd.NA
@@ -84,7 +86,7 @@ def test_an_ablation_is_trained_once_and_scored_as_recommend(
     with_times = backbone == "hstu-time"
     assert model.config.reads_times == with_times
     for layer in model.model.language_model.layers if with_times else ():
-        torch.nn.init.normal_(layer.bias.times.weight)  # after so few steps it says nothing yet
+        torch.nn.init.normal_(layer.bias.times.weight)  # barely trained after so few steps
     rows = held_out_rows(test, tokenizer, 200, with_times=with_times)
     metrics = reproduce_unigrf.measure(model, tokenizer, test, rows)
     ranks = []
@@ -101,7 +103,7 @@ def test_an_ablation_is_trained_once_and_scored_as_recommend(
         best = model.recommend(torch.tensor(tokens)[None], **beams, **times)
         ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
         ranking = model.rank(torch.tensor(tokens)[None], candidates=torch.tensor([[user["target"]]]), **times)
-        scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviors that are likes
+        scores.append(ranking[0, 0].sigmoid().sum().item())  # the sum over behaviors that are likes
         likes.append(tokenizer.behaviors[user["target_behavior"]] in like_targets)
     ranks = np.array(ranks)
     assert metrics["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
@@ -176,7 +178,7 @@ def test_an_invalid_ablation_is_rejected_before_training(movielens, tmp_path, mo
         for line in unigrf_report.table(json.loads(unigrf_report.FILE.read_text())).splitlines()
         if line.startswith("| llama, atomic, retrieval")
     ]
-    assert row.split(" | ")[-3] == "-", "no AUC"
+    assert row.split(" | ")[-3] == "-", "without AUC"
 
 
 def test_a_table_without_runs_is_rejected(tmp_path):

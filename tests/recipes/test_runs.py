@@ -1,4 +1,4 @@
-"""Runs: which are gone on with, done again, collected, and told by their command."""
+"""Run tracking: runs are resumed, repeated, collected, and stored with their command."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ def test_the_folder_of_another_training_is_rejected(tmp_path):
     arguments = {"model": {"seed": 0}, "path": tmp_path}
     finished = tmp_path / "finished.json"
     assert runs.begin(tmp_path, arguments, finished) == runs.begin(tmp_path, arguments, finished)
-    assert runs.begin(tmp_path, {**arguments, "model": {"seed": 1}}, finished), "nothing was trained yet"
+    assert runs.begin(tmp_path, {**arguments, "model": {"seed": 1}}, finished), "no checkpoint yet"
     named = {"data": {"data_dir": str(tmp_path / ".." / tmp_path.name)}}
     assert runs.begin(tmp_path, named, finished) == {"data": {"data_dir": str(tmp_path.resolve())}}
     runs.begin(tmp_path, {**arguments, "model": {"seed": 1}}, finished)
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match=r"found other values of \['model.seed'\]"):
         runs.begin(tmp_path, arguments, finished)
-    for text in ("[1, 2]", None):  # of an older version, and of somebody else's Trainer
+    for text in ("[1, 2]", None):  # of an older version, and missing
         (tmp_path / "arguments.json").unlink()
         if text is not None:
             (tmp_path / "arguments.json").write_text(text)
@@ -41,7 +41,7 @@ def test_a_stage_runs_again_after_an_earlier_stage_did(tmp_path):
 
     run("a", "b", "c", seed=0)
     run("a", "b", "c", seed=0)
-    assert ran == ["a", "b", "c"], "a second run does nothing"
+    assert ran == ["a", "b", "c"], "a second run repeats no stage"
     with pytest.raises(KeyboardInterrupt):
         run("a", "b", "c", seed=1, breaks="b")
     run("a", "b", "c", seed=1)
@@ -49,7 +49,7 @@ def test_a_stage_runs_again_after_an_earlier_stage_did(tmp_path):
     stages = Stages(tmp_path)
     made = [tmp_path / "made"]
     stages("a", {"seed": 1}, lambda: ran.append("again"), made)
-    assert ran[-1] == "again", "what it made is gone"
+    assert ran[-1] == "again", "its output is missing"
 
 
 def test_a_training_resumes_from_the_newest_whole_checkpoint(tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_collected_runs_are_merged_and_never_mixed(tmp_path):
         runs.write(file, {"protocol": "one", "runs": runs.merged(file, collected, key)})
     stored = json.loads(file.read_text())
     assert stored == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
-    assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "a line each"
+    assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "one line a run"
     rows = runs.by_row(stored["runs"], lambda entry: key(entry)[:1])
     assert [[entry["value"] for entry in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):

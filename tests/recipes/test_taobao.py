@@ -1,4 +1,4 @@
-"""recipes.taobao: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
+"""recipes.taobao: synthetic tables in the schema of TAOBAO-MM become training rows and trained models."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def rows_of(arguments, prepared, split):
 
 
 def change(folder, tmp_path, table, edit):
-    """A copy of the tables, one of them edited as a data frame."""
+    """Copy the tables and edit one of them as a data frame."""
     copy = shutil.copytree(folder, tmp_path / f"tables with other {table}")
     file = copy / f"{table}.parquet"
     schema = pq.read_schema(file)
@@ -150,7 +150,7 @@ def test_the_tokenizer_decodes_the_rows(tables, arguments, prepared):
 
 
 def test_every_row_comes_once_when_shuffled_or_sharded(tables, arguments, prepared, tmp_path):
-    def spelt(rows):
+    def sorted_tokens(rows):
         return sorted(row["input_ids"].tolist() for row in rows)
 
     table = pq.read_table(tables / "train_user_features.parquet")
@@ -161,8 +161,8 @@ def test_every_row_comes_once_when_shuffled_or_sharded(tables, arguments, prepar
     split = rows_of(replace(arguments, tables=str(copy)), prepared, "train")
     assert split.num_shards == 4
     parts = [split.shard(2, index) for index in range(2)]
-    assert spelt(everything) == spelt(split) == spelt([row for part in parts for row in part])
-    assert spelt(everything) == spelt(everything.shuffle(seed=1, buffer_size=7))
+    assert sorted_tokens(everything) == sorted_tokens(split) == sorted_tokens([row for part in parts for row in part])
+    assert sorted_tokens(everything) == sorted_tokens(everything.shuffle(seed=1, buffer_size=7))
 
 
 def test_a_second_run_reads_only_changed_tables(arguments, prepared, tmp_path, capsys):
@@ -173,14 +173,14 @@ def test_a_second_run_reads_only_changed_tables(arguments, prepared, tmp_path, c
     again = replace(arguments, tables=str(copy), output_dir=str(out))
     assert prepare(again) == prepared
     lines = [line for line in capsys.readouterr().out.splitlines() if "private_mb" in line]
-    assert len(lines) == len(prepared), "what each stage holds is printed"
+    assert len(lines) == len(prepared), "the memory of each stage is printed"
     assert times == {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     with pytest.raises(ValueError, match=r"expected .*parquet in .*typo"):
         prepare(replace(again, tables=str(tmp_path / "typo")))
-    assert prepare(again) == prepared, "nothing was forgotten"
+    assert prepare(again) == prepared, "finished stages stay"
     (out / "test_click_items.npy").unlink()
     prepare(again)
-    assert (out / "test_click_items.npy").is_file(), "what is gone is made again"
+    assert (out / "test_click_items.npy").is_file(), "a missing file is made again"
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     (copy / "test_samples.parquet").touch()
     prepare(again)
@@ -261,12 +261,12 @@ def test_invalid_taobao_tables_are_rejected(tables, arguments, prepared, tmp_pat
 
 
 def test_rows_that_cannot_be_joined_are_counted_or_rejected(tables, arguments, prepared, tmp_path, capsys):
-    def stranger(frame):  # one click on an item without an embedding
+    def stranger(frame):  # a click on an item without an embedding
         clicked = [list(label) == [0, 1] for label in frame["label_0"]]
         frame.loc[clicked.index(True), "205"] = 12345
         return frame
 
-    def padded(frame):  # and the others of users without a history
+    def padded(frame):  # clicks of users without a history
         return frame.assign(**{"150_2_180": [np.zeros(3, np.int64)] * len(frame)})
 
     copy = change(tables, tmp_path, "test_samples", stranger)
@@ -328,12 +328,12 @@ def test_a_tokenizer_of_other_codes_is_rejected(arguments, prepared, tmp_path):
     prepare(again)
     codes = np.load(out / "item_codes.npy")
     assert np.array_equal(mapped, np.load(f"{arguments.output_dir}/item_codes.npy")), (
-        "a running training keeps its own"
+        "a running training keeps its map"
     )
     assert not np.array_equal(mapped, codes)
-    assert not (out / "tokenizer").exists(), "codes were made again"
+    assert not (out / "tokenizer").exists(), "a tokenizer of old codes is removed"
     shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer")
-    assert taobao_train.item_map(out, codes) is None, "no stage made it"
+    assert taobao_train.item_map(out, codes) is None, "no stage wrote it"
     prepare(replace(again, tokenizer=True))
     assert taobao_train.item_map(out, codes) == out / "tokenizer"
     shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer", dirs_exist_ok=True)
@@ -356,7 +356,7 @@ def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_pa
             run()
     weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(taobao_train, "fit", None)  # what was trained is evaluated, and not trained on
+        patch.setattr(taobao_train, "fit", None)  # the finished training is only evaluated
         log = run()
     losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
@@ -379,7 +379,7 @@ def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_pa
         written = re.findall(
             r"/content_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
         )
-        assert set(written) <= {"0"}, "resuming leaves the embeddings mapped"
+        assert set(written) <= {"0"}, "the embeddings stay mapped"
         return evaluate(*unused)
 
     monkeypatch.setattr(taobao_train, "evaluate", evaluated)
@@ -399,7 +399,7 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     assert recommender.model.config.inject_target is False and not recommender.model.config.exclude_history
     ids = recommender.tokenizer.item_ids[:3]
     assert {item["item_id"] for item in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
-        "own items, too"
+        "history items are recommended"
     )
     assert all("dense_loss" in entry for entry in log["log_history"] if "loss" in entry)
     losses = [entry["ranking_loss"] for entry in log["log_history"] if "ranking_loss" in entry]
@@ -417,7 +417,7 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
         model.rank(**request, long_items=torch.from_numpy(row["long_items"]).long()[None, -length:])
         for length in (9, 1)
     ]
-    assert not torch.equal(*scores), "what stands beyond the window is read"
+    assert not torch.equal(*scores), "the long history is read"
     before.catalog.item_codes = before.catalog.item_codes.flip(0)
     before.save_pretrained(tmp_path / "others")
     with pytest.raises(ValueError, match=r"expected a checkpoint of the 400 items .*or other codes"):
@@ -440,18 +440,18 @@ def test_a_linear_cost_is_extrapolated_exactly():
     slopes, full = extrapolate(measured(10, 4, 7), measured(30, 5, 9))
     assert all(slope["seconds"] == 3 for slope in slopes.values())
     assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
-    assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
+    assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 points a code and 20 iterations"
 
 
 def test_memory_at_full_size_includes_codes_and_trie():
     results = json.loads(Path(taobao_report.__file__).with_name("results").joinpath("taobao.json").read_text())
-    additional_mb = 34_400_000 * 32 / 2**20  # than the runs of 1M items
-    results["training at full size"]["stage II"]["private_mb"] = 5000  # the slope's
+    additional_mb = 34_400_000 * 32 / 2**20  # beyond the runs of 1M items
+    results["training at full size"]["stage II"]["private_mb"] = 5000  # extrapolated
     assert f" {(603 + additional_mb) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
     assert " 4.9 GB private. " in text and "arithmetic" in text
 
 
-@pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
+@pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # of synthetic items
 def test_two_runs_extrapolate_to_the_full_size(arguments, prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(taobao_scaling, "FULL", {"items": 4000, "users": 1500, "samples": 9000})
     tables = SyntheticArguments(str(tmp_path / "tables"), num_items=200, num_users=80, num_clusters=8, max_history=40)

@@ -1,4 +1,4 @@
-"""Times of events on their way through the recipes: what is trained and measured is a forward built by hand."""
+"""Times of events in the recipes: training and evaluation equal forwards built by hand."""
 
 import json
 
@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import load_from_disk
+from helpers import GRID, train_flags
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import train, training_rows
@@ -22,7 +23,7 @@ TIMED = {**HSTU, "num_time_buckets": 40}
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """24 users and 20 items; a third of the times is not known, the others are known once."""
+    """Prepared data of 24 users and 20 items; a third of the times is unknown."""
     folder = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     rows = []
@@ -50,7 +51,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def world(prepared):
-    """Tokenizer, splits, and a random model that reads times."""
+    """The tokenizer, the splits, and a random model that reads times."""
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     torch.manual_seed(0)
     fields = {"text_config": TIMED, "ranking_targets": ["next", "like"], "negatives_per_item": 0.0}
@@ -63,7 +64,7 @@ def world(prepared):
 
 
 def code_losses(model, tokenizer, user, start, end, target=None):
-    """Cross-entropy of every code of a part of a history, by a forward of that part alone."""
+    """Compute the cross-entropy of every code of a part of a history by a forward of that part."""
     items, behaviors, times = (user[name][start:end] for name in ("items", "behaviors", "timestamps"))
     if target is not None:
         items, behaviors, times = (
@@ -92,6 +93,7 @@ def code_losses(model, tokenizer, user, start, end, target=None):
 
 @torch.no_grad()
 def losses_of(model, batch):
+    """Return the generation loss, which has to depend on the times."""
     timed = model(**batch)
     untimed = model(**{name: value for name, value in batch.items() if name != "timestamps"})
     assert not torch.allclose(timed.generation_loss, untimed.generation_loss), "times matter"
@@ -110,7 +112,7 @@ def test_packed_and_padded_rows_are_learned_as_single_windows(world):
     expected = [loss for user, *part in windows for loss in code_losses(model, tokenizer, histories[user], *part)]
     packed = training_rows.packed_rows(histories, tokenizer, 4, 2, seed=0, with_times=True)
     assert max(row.count(tokenizer.bos_token_id) for row in packed["input_ids"]) > 1
-    assert len({len(row) for row in packed["input_ids"]}) > 1, "some are padded below"
+    assert len({len(row) for row in packed["input_ids"]}) > 1, "the collator has to pad some"
     alone = training_rows.history_rows(histories, tokenizer, 4, 2, with_times=True)
     for rows in (packed, alone.remove_columns(["user", "last", "length"])):
         batch = Collator(tokenizer)(list(rows))
@@ -149,7 +151,7 @@ def test_stage_two_rows_have_the_times_of_their_items(world):
 
 
 def requests(tokenizer, split, max_items):
-    """Each user alone, as the tokenizer and a request of the pipeline would have it."""
+    """Encode each user as a single request."""
     for user in split:
         encoded = tokenizer.encode_history(
             [tokenizer.item_ids[item] for item in user["items"][-max_items:]],
@@ -189,30 +191,25 @@ def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
         differ += not torch.allclose(
             model.recommend(**request, blocked_items=[user["items"]], **beams).scores, best.scores
         )
-    assert differ > len(split) / 4, "the time of the request matters"
+    assert differ > len(split) / 4, "the query time matters"
 
 
 @pytest.mark.parametrize(
-    "how",
+    "extra",
     [
         [],
         ["--enhancer", "--relabel"],
         ["--num_train_beams=4", "--num_retrieved_items=2", "--candidate_refresh_epochs=1"],
     ],
+    ids=["plain", "enhancer", "stage-two"],
 )
-def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", {"neighbors": (20,), "shrink": (0.0,), "window": (3,)})
-    arguments = [
-        f"--data_dir={prepared}",
-        f"--output_dir={tmp_path}",
-        f"--text_config={json.dumps(TIMED)}",
-        "--use_cpu",
-    ]
-    arguments += ["--max_items=5", "--per_device_train_batch_size=8", "--save_strategy=no", "--disable_tqdm=True"]
-    arguments += ["--num_train_epochs=3", "--logging_steps=1", "--eval_strategy=epoch", "--weight_decay=0"]
-    checkpoint = train.train(*train.parse([*arguments, *how]))
+def test_from_tables_with_times_to_metrics(prepared, tmp_path, extra, monkeypatch):
+    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    options = ["--max_items=5", "--per_device_train_batch_size=8", "--num_train_epochs=3", "--logging_steps=1"]
+    options += ["--eval_strategy=epoch", "--weight_decay=0", *extra]
+    checkpoint = train.train(*train.parse(train_flags(prepared, tmp_path, *options, text_config=TIMED)))
     model = UniGRFForCausalLM.from_pretrained(checkpoint)
-    torch.manual_seed(42)  # as in the training: the untrained model
+    torch.manual_seed(42)  # the seed of the training
     untrained = train.build_model(
         train.ModelArguments(text_config=json.dumps(TIMED)),
         SemanticIdTokenizer.from_pretrained(checkpoint),
@@ -221,7 +218,7 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch)
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):
         moved = (layer.bias.times.weight != before.bias.times.weight)[:, 0]
-        assert 5 < moved.sum() < 41, "of the buckets, those of times that there are"
+        assert 5 < moved.sum() < 41, "only buckets of existing times are trained"
     metrics = evaluate_checkpoint(
         EvaluateArguments(
             checkpoint=str(checkpoint),

@@ -1,4 +1,4 @@
-"""What recipes.train takes, what it refuses, and what it goes on with."""
+"""recipes.train: its arguments, its checks, and trainings that continue."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, train_flags
 from safetensors.torch import load_file, save_file
 
 from modeling_unigrf import UniGRFForCausalLM
@@ -16,28 +16,26 @@ from tokenization import SemanticIdTokenizer
 
 
 def test_a_training_that_failed_early_blocks_no_other(prepared, tmp_path):
-    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", "--use_cpu", "--max_steps=1", "--max_items=4"]
-    arguments += ["--save_strategy=no", "--disable_tqdm=True"]
+    flags = train_flags(prepared, tmp_path, "--max_steps=1", "--max_items=4")
     for wrong, message in (
         ('{"model_type": "lama"}', "lama"),
         (json.dumps(TINY | {"max_position_embeddings": 9}), "max_items"),
         (json.dumps(TINY | {"max_position_embeddings": 20}), "the item after them, 21, found a backbone of 20"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.train(*train.parse([*arguments, f"--text_config={wrong}"]))
-    arguments.append(f"--text_config={json.dumps(TINY)}")
+            train.train(*train.parse([*flags, f"--text_config={wrong}"]))
     with pytest.raises(ValueError, match="label_smoothing_factor=0"):
-        train.train(*train.parse([*arguments, "--label_smoothing_factor=0.1"]))
-    assert (train.train(*train.parse(arguments)) / "model.safetensors").exists()
+        train.train(*train.parse([*flags, "--label_smoothing_factor=0.1"]))
+    assert (train.train(*train.parse(flags)) / "model.safetensors").exists()
 
 
 def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
-    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
-    arguments += ["--max_items=10", "--use_cpu", "--per_device_train_batch_size=16", "--save_strategy=no"]
-    arguments += ["--num_train_epochs=4", "--logging_steps=1", "--disable_tqdm=True", "--negatives_per_item=0.5"]
-    arguments += ["--enhancer", "--relabel", "--adaptive_weights", "--adaptive_form=gradient_norm", "--stride=5"]
+    options = ["--max_items=10", "--per_device_train_batch_size=16", "--num_train_epochs=4", "--logging_steps=1"]
+    options += ["--negatives_per_item=0.5", "--enhancer", "--relabel", "--stride=5"]
+    options += ["--adaptive_weights", "--adaptive_form=gradient_norm"]
+    flags = train_flags(prepared, tmp_path, *options)
     fields = ['--config_fields={"contrastive_loss_weight": 0.5}', '--enhancer_options={"num_negatives": 3}']
-    checkpoint = train.train(*train.parse([*arguments, *fields]))
+    checkpoint = train.train(*train.parse([*flags, *fields]))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     losses = [entry for entry in log if "loss" in entry]
     assert "contrastive_loss" not in losses[0] and losses[-1]["contrastive_loss"] > 0
@@ -50,9 +48,9 @@ def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
         (['--enhancer_options={"seed": 1}'], r"enhancer_options among .* found \['seed'\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.train(*train.parse([*arguments, *wrong, f"--output_dir={tmp_path / 'wrong'}"]))
+            train.train(*train.parse([*flags, *wrong, f"--output_dir={tmp_path / 'wrong'}"]))
     with pytest.raises(ValueError, match="the enhancer or stage II"):
-        train.train(*train.parse([*arguments, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
+        train.train(*train.parse([*flags, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
 
 
 @pytest.mark.parametrize(
@@ -109,18 +107,10 @@ def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, 
     if atomic:
         tables = {name: str(parent / f"{name}.parquet") for name in ("interactions", "items")}
         prepared = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "atomic"), atomic=True))
-    arguments = [
-        f"--config_fields={json.dumps({'tie_word_embeddings': atomic})}",
-        f"--text_config={json.dumps(TINY)}",
-        "--max_items=4",
-        "--use_cpu",
-        "--max_steps=1",
-        "--save_strategy=no",
-    ]
-    arguments += ["--disable_tqdm=True"]
-    first = train.train(*train.parse([*arguments, f"--data_dir={prepared}", f"--output_dir={tmp_path / 'one'}"]))
+    options = [f"--config_fields={json.dumps({'tie_word_embeddings': atomic})}", "--max_items=4", "--max_steps=1"]
+    first = train.train(*train.parse(train_flags(prepared, tmp_path / "one", *options)))
     items = pd.read_parquet(parent / "items.parquet")
-    new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # of one group, which outgrows all others
+    new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # a group of equal embeddings
     other = pd.concat([new, items])
     other.assign(embedding=[embedding[::-1] for embedding in other["embedding"]]).to_parquet(
         tmp_path / "other.parquet"
@@ -131,8 +121,8 @@ def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, 
     pd.concat([interactions, later]).to_parquet(tmp_path / "interactions.parquet")
     tables = {name: str(tmp_path / f"{name}.parquet") for name in ("interactions", "items")}
     newer = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "newer"), tokenizer=str(first)))
-    go_on = [*arguments, f"--data_dir={newer}", f"--init_from={first}"]
-    second = train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'two'}"]))
+    options.append(f"--init_from={first}")
+    second = train.train(*train.parse(train_flags(newer, tmp_path / "two", *options)))
     model = UniGRFForCausalLM.from_pretrained(second)
     tokenizer = SemanticIdTokenizer.from_pretrained(second)
     assert tokenizer.item_ids[30:] == ["n0", "n1", "n2"] and model.catalog.num_items == 33
@@ -142,13 +132,13 @@ def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, 
     torch.testing.assert_close(model.catalog.content_embeddings[30:], before.catalog.content_embeddings[[0, 0, 0]])
     assert model.config.codebook_sizes[-1] > before.config.codebook_sizes[-1]
     assert model.config.codebook_sizes == list(tokenizer.codebook_sizes) and model.config.vocab_size == len(tokenizer)
-    check_same_items(tokenizer, prepared)  # where it can still be measured
+    check_same_items(tokenizer, prepared)  # the items that both have
     tables["items"] = str(tmp_path / "other.parquet")
     other = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "other"), tokenizer=str(first)))
-    go_on[-2] = f"--data_dir={other}"
+    flags = train_flags(other, tmp_path / "three", *options)
     with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found a cosine of"):
-        train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
+        train.train(*train.parse(flags))
     stored = load_file(other / "item_embeddings.safetensors")["embeddings"]
     save_file({"embeddings": torch.cat([stored, stored], dim=1)}, other / "item_embeddings.safetensors")
     with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found some of width"):
-        train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
+        train.train(*train.parse(flags))

@@ -1,4 +1,4 @@
-"""What stands in the rows that a training reads, and what of it is supervised."""
+"""Training rows: their items, their labels, and what they leave out."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ def test_a_stage_two_row_does_not_leak_its_last_item(prepared):
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     rows = training_rows.second_stage_rows(histories, tokenizer, 3, 3, 5)
     places = [(user, end) for user, items in enumerate(histories["items"]) for end in range(1, len(items) + 1)]
-    assert len(rows) == len(places), "every item is the last one of a row: as many passes as a window has items"
+    assert len(rows) == len(places), "every item is the last of a row"
     for row, (user, end) in zip(rows, places, strict=True):
         items, behaviors = (histories[user][name] for name in ("items", "behaviors"))
         assert tokenizer.decode_indices(np.array(row["input_ids"])).tolist() == items[max(0, end - 4) : end]
@@ -44,16 +44,16 @@ def test_each_crop_supervises_every_item_once(prepared):
         assert max(alone["length"]) == 1 + 7 * (tokenizer.num_levels + 1)
         rows = training_rows.packed_rows(histories, tokenizer, 6, crops_per_epoch, seed=0)
         decoded = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
-        # Six items and the one after them: all that is read when the next item is asked for has been read in training.
+        # Rows of six items and their next item.
         assert sum(map(len, decoded)) == crops_per_epoch * total and max(map(len, decoded)) == 7
-        assert np.mean([len(items) for items in decoded]) > 6, "packed: little room is left"
+        assert np.mean([len(items) for items in decoded]) > 6, "rows are packed"
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
     assert len(set(training_rows.cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
 
 
 def test_users_with_an_empty_long_history_may_come_first(prepared):
-    """1,000 rows and more are written at a time: of the first ones alone their type could not be told."""
+    """The first 1,000 rows alone do not determine the types of the columns."""
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     lists = {"items": [[3]] * 1200 + [[1, 2, 3]], "behaviors": [[0]] * 1200 + [[1, 0, 1]]}
     kinds = load_from_disk(str(prepared / "dataset"))["train"].features
