@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ BACKBONES = {
         "max_window_layers": 1,
     },
 }
+
+
+def short_id(value):
+    """Name a parameter of a test in at most 20 characters: a dict by its keys, others by their text."""
+    if isinstance(value, dict):
+        value = " ".join(map(str, value))
+    if not isinstance(value, str | bytes | list | tuple):
+        return None  # as pytest names it
+    return re.sub(r"\W+", "-", str(value)).strip("-")[:20]
 
 
 def random_codes(num_items: int, codebook_sizes: list[int], generator: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, short_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
@@ -61,6 +61,7 @@ def test_readme_commands_are_understood(file, monkeypatch):
         ("recochain_beauty", reproduce_recochain),
         ("recochain_beauty_llama", reproduce_recochain),
     ],
+    ids=short_id,
 )
 def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
     for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import BACKBONES, build_model, random_codes
+from helpers import BACKBONES, build_model, random_codes, short_id
 from transformers import AutoConfig
 
 from modeling_unigrf import HSTUConfig, UniGRFConfig, UniGRFForCausalLM
@@ -65,6 +65,7 @@ def test_a_reused_text_config_is_not_changed():
             "max_items of 1 or more",
         ),  # a backbone without positions
     ],
+    ids=short_id,
 )
 def test_invalid_configs_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, random_histories
+from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, random_histories, short_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -368,6 +368,7 @@ def test_padding_takes_no_positions():
         ("bert", r" with \['is_decoder=False'\]"),
         ("gemma3_text", r" with \['use_bidirectional_attention=True'\]"),
     ],
+    ids=short_id,
 )
 def test_unsupported_backbones_are_rejected(model_type, reason):
     text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}

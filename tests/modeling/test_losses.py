@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, forward_with_negatives, labeled_batch, random_histories
+from helpers import build_model, forward_with_negatives, labeled_batch, random_histories, short_id
 
 from modeling_unigrf import training_unigrf
 from recipes.callbacks import AdaptiveWeighter
@@ -63,6 +63,7 @@ def test_the_loss_is_the_log_likelihood_of_codes_and_behaviors(backbone):
         ("model.language_model.dropout", "hstu", {}),
         ("model.language_model.layers.1.dropout", "hstu", {}),
     ],
+    ids=short_id,
 )
 @torch.no_grad()
 def test_dropout_acts_only_in_training(place, reader, fields):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import HISTORY, SHORT_HISTORY, approximately
+from helpers import HISTORY, SHORT_HISTORY, approximately, short_id
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from tokenization import SemanticIdTokenizer
@@ -196,6 +196,7 @@ def test_unknown_items_are_an_error_or_skipped(recommender):
         (SHORT_HISTORY, {"unknown": "drop"}, "'error' or 'skip'"),
         (SHORT_HISTORY, {"ranking_target": "love"}, "found 'love'"),
     ],
+    ids=short_id,
 )
 def test_invalid_requests_are_rejected(recommender, request_, parameters, message):
     with pytest.raises(ValueError, match=message):

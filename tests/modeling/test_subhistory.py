@@ -14,6 +14,7 @@ from helpers import (
     rank_alone,
     retrieve_by_sorting,
     run_elsewhere,
+    short_id,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,7 +221,7 @@ BAD_LONG_HISTORIES = [
 ]
 
 
-@pytest.mark.parametrize(("items", "behaviors", "message"), BAD_LONG_HISTORIES)
+@pytest.mark.parametrize(("items", "behaviors", "message"), BAD_LONG_HISTORIES, ids=short_id)
 def test_long_histories_that_do_not_fit_are_rejected(items, behaviors, message):
     model = build_model(num_retrieved_items=2)
     input_ids, mask, _ = random_histories(model, [3, 2])

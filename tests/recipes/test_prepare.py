@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import load_from_disk
+from helpers import short_id
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -283,6 +284,7 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"items": items_table().assign(embedding="[1.0, 2.0]")}, "an embedding in every row, as a list.*12 of 12"),
         ({"min_interactions": 2}, "expected min_interactions of 3 or more, found 2"),
     ],
+    ids=short_id,
 )
 def test_invalid_tables_are_rejected_with_the_row(arguments, wrong, message):
     args = arguments(**wrong)
@@ -299,6 +301,7 @@ def test_invalid_tables_are_rejected_with_the_row(arguments, wrong, message):
         (b"", "items.csv, which cannot be read"),
         (b"item_id,text\n1,a,\n2,b,\n", "items.csv has, found more: does every row end in a separator"),
     ],
+    ids=short_id,
 )
 def test_unreadable_files_are_rejected_by_name(arguments, content, message):
     args = arguments()

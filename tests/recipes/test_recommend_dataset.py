@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from helpers import ROOT, build_model
+from helpers import ROOT, build_model, short_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
@@ -374,6 +374,7 @@ def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_p
         # recipes.prepare writes indices, which are no ids.
         (Dataset.from_dict({"user_id": ["u"], "items": [[1]], "behaviors": [[0]]}), "behaviors of type list<.*int64"),
     ],
+    ids=short_id,
 )
 def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path, dataset, message):
     with pytest.raises(ValueError, match=message):
@@ -389,6 +390,7 @@ def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path
         ({"unknown": "ignore"}, "unknown among .* found 'ignore'"),
         ({"ranking_target": "love"}, "ranking_target among .* found 'love'"),
     ],
+    ids=short_id,
 )
 def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import short_id
 from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
@@ -252,6 +253,7 @@ def nulled(column):
         ("train_user_features", lambda frame: frame[:3], "clicks, found .* of users without a row"),
         ("test_user_features", lambda frame: pd.concat([frame, frame[:1]]), "one row a user"),
     ],
+    ids=short_id,
 )
 def test_invalid_taobao_tables_are_rejected(tables, arguments, prepared, tmp_path, table, edit, message):
     copy = truncated(tables, tmp_path, table) if edit is None else change(tables, tmp_path, table, edit)
@@ -313,6 +315,7 @@ def run_training(arguments, output_dir, *extra):
             r"found --num_train_epochs 3.0: .* {rows} rows, 8 a step, so pass --max_steps {steps} ",
         ),
     ],
+    ids=short_id,
 )
 def test_invalid_options_are_rejected_before_training(arguments, prepared, tmp_path, option, message):
     rows = prepared["train rows"]["rows"]

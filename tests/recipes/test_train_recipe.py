@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY, train_flags
+from helpers import TINY, short_id, train_flags
 from safetensors.torch import load_file, save_file
 
 from modeling_unigrf import UniGRFForCausalLM
@@ -75,6 +75,7 @@ def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
         (["--config_fields={inject_target: false}"], "config_fields as JSON, found '{inject_target: false}'"),
         (["--text_config=[]"], "text_config as a JSON object"),
     ],
+    ids=short_id,
 )
 def test_arguments_without_effect_are_rejected(prepared, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import run_elsewhere
+from helpers import run_elsewhere, short_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
@@ -229,6 +229,7 @@ def test_malformed_histories_are_rejected():
         ([5.0, 8.0], "integer token ids"),
         ([[5.7, 8.0]], "rows of integer token ids"),
     ],
+    ids=short_id,
 )
 def test_tokens_that_are_no_items_are_rejected_with_position(token_ids, message):
     with pytest.raises(ValueError, match=message):
@@ -265,6 +266,7 @@ def test_tokens_without_codes_decode_to_no_items():
         ({"quantizer": ResidualKMeans((4,))}, "for all levels but the last"),
         ({"provenance": {"encoder": object()}}, "JSON types"),
     ],
+    ids=short_id,
 )
 def test_invalid_catalogs_are_rejected(change, message):
     good = {
