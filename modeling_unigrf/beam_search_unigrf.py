@@ -116,3 +116,32 @@ def beam_search(
         )
         beams = Beams(nodes, torch.cat([codes, code[..., None]], dim=2), scores, keys)
     return beams
+
+
+def propose_items(
+    backbone: PreTrainedModel,
+    scorer: ItemScorer,
+    trie: CatalogTrie,
+    blocked_items: torch.LongTensor | None,
+    history_states: torch.FloatTensor,
+    history_mask: torch.BoolTensor,
+    cache: DynamicCache,
+    num_beams: int,
+    query_time: torch.LongTensor | None = None,
+) -> torch.LongTensor:
+    """
+    Search for candidates of RecoChain's stage II. Inputs that are not named here are as of `beam_search`.
+
+    Args:
+        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items not to propose; -1: none.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_beams)`, or as many as there are; -1 for none.
+    """
+    item_filter = None
+    if blocked_items is not None:
+        blocked = [row[row >= 0] for row in blocked_items]
+        item_filter = ItemFilter(trie, scorer.catalog.item_codes, blocked=blocked)
+    space = SearchSpace(trie, item_filter)
+    beams = beam_search(backbone, scorer, space, history_states, history_mask, cache, num_beams, query_time)
+    return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)

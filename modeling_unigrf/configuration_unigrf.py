@@ -7,7 +7,6 @@ How the model is served (`num_beams`, `ranking_weight`, ...) is part of `generat
 
 from copy import deepcopy
 from itertools import accumulate
-from math import log
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -324,15 +323,6 @@ class UniGRFConfig(PreTrainedConfig):
         if training.negatives_per_item is None:
             return 0.0 if self.ranks_last_items else 1.0
         return training.negatives_per_item
-
-    def sampling_bias(self) -> float:
-        """
-        Log-odds that training's negatives add to the `"next"` logit: how much rarer the next item is among all items
-        than among its negatives. 0 without random negatives. (Prior correction for case-control sampling: King and
-        Zeng 2001, section 4.1.)
-        """
-        count = self.random_negatives_per_item
-        return log(max(1, self.num_items - 1) / count) if count else 0.0
 
     # transformers reads these fields from the outer config; the backbone's config holds them.
     vocab_size = _backbone_field("vocab_size")

@@ -194,33 +194,27 @@ class ItemLayout:
         is_before = torch.arange(sequence_ids.shape[1], device=sequence_ids.device) <= ends[:, None]
         return is_before & (sequence_ids == sequence_ids.gather(1, ends[:, None])) & attention_mask.bool()
 
-    def candidate_positions(self, history_lengths: torch.LongTensor) -> torch.LongTensor:
+    def pack_candidates(
+        self, codes: torch.LongTensor, history_lengths: torch.LongTensor, visible_history: torch.BoolTensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
         """
-        Position ids of candidates packed in one row: each follows its history as if it were alone.
+        Pack candidates into one row behind a history. Each follows the history as if it were alone: it sees the
+        history and itself, never another candidate.
 
         Args:
+            codes (`torch.LongTensor` of shape `(batch_size, N, L)`)
             history_lengths (`torch.LongTensor` of shape `(batch_size, N)`): Tokens that each candidate sees before
                 itself.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch_size, N * L)`.
-        """
-        steps = torch.arange(self.num_levels, device=history_lengths.device)
-        return (history_lengths[:, :, None] + steps).flatten(1)
-
-    def candidate_mask(self, visible_history: torch.BoolTensor) -> torch.BoolTensor:
-        """
-        Mask of candidates packed in one row: each sees its history and itself, never another candidate.
-
-        Args:
             visible_history (`torch.BoolTensor` of shape `(batch_size, N, T)`): The tokens that each candidate sees.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch_size, N * L, T + N * L)`.
+            Token ids and position ids `[batch_size, N * L]`, and their mask `[batch_size, N * L, T + N * L]`.
         """
-        size = visible_history.shape[1] * self.num_levels
+        batch_size, count = codes.shape[:2]
+        steps = torch.arange(self.num_levels, device=codes.device)
+        position_ids = (history_lengths[:, :, None] + steps).flatten(1)
         history = visible_history.repeat_interleave(self.num_levels, dim=1)
-        position = torch.arange(size, device=visible_history.device)
-        is_same_item = position[:, None] // self.num_levels == position // self.num_levels
-        itself = (is_same_item & (position[:, None] >= position)).expand(visible_history.shape[0], -1, -1)
-        return torch.cat([history, itself], dim=2)
+        place = torch.arange(count * self.num_levels, device=codes.device)
+        is_same_item = place[:, None] // self.num_levels == place // self.num_levels
+        itself = (is_same_item & (place[:, None] >= place)).expand(batch_size, -1, -1)
+        return self.item_tokens(codes).flatten(1), position_ids, torch.cat([history, itself], dim=2)

@@ -419,8 +419,6 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
             losses = objective.losses(outputs.last_hidden_state, supervision, num_items_in_batch)
             if supervision.cache is not None:
                 outputs.cache = None  # Do not return the internal training cache.
-            if self.training and "ranking_loss" in losses:
-                self.config.next_logit_bias = self.config.sampling_bias()
         logits = None
         if not (losses and self.training):
             states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)

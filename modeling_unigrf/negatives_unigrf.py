@@ -60,24 +60,23 @@ class PackedNegatives:
     then hard negatives, which stand before the row's last supervised item.
 
     Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, M * L)`)
+        tokens, position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
         items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
         history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each is placed.
         is_random (`torch.BoolTensor` of shape `(batch_size, M)`): The random negatives that count. Left out are draws
             of the true next item or an excluded positive, and the excess in rows with fewer items than the fullest
             one.
         is_hard (`torch.BoolTensor` of shape `(batch_size, M)`): The hard negatives that exist.
-        position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
-        attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
     """
 
     tokens: torch.LongTensor
+    position_ids: torch.LongTensor
+    attention_mask: torch.BoolTensor
     items: torch.LongTensor
     history_ends: torch.LongTensor
     is_random: torch.BoolTensor
     is_hard: torch.BoolTensor
-    position_ids: torch.LongTensor
-    attention_mask: torch.BoolTensor
 
 
 def supervised_items(
@@ -118,15 +117,13 @@ def retrieval_positives(
     config: UniGRFConfig, layout: ItemLayout, targets: torch.LongTensor, supervised: SupervisedItems
 ) -> tuple[torch.LongTensor, SupervisedItems, torch.Tensor | float]:
     """
-    Select what retrieval learns: all next tokens `targets [B, T]` and items, or those of `retrieval_behaviors`.
+    Select the next tokens `targets [B, T]` and the items that retrieval learns: those of `retrieval_behaviors`.
 
     Returns:
         The targets, -100 at the codes of other items; the items; the share of the codes that is left. (A mean over
         what is left times the share is a mean over all, so that gradient accumulation does not change the loss.)
     """
     names = config.training_config.retrieval_behaviors
-    if names is None:
-        return targets, supervised, 1.0
     ids = dict(zip(config.behaviors, layout.behavior_token_ids, strict=True))
     is_positive = torch.isin(supervised.behaviors, targets.new_tensor([ids[name] for name in names]))
     rows, ends = supervised.rows[~is_positive], supervised.history_ends[~is_positive]
@@ -193,15 +190,9 @@ def pack_negatives(
         items = torch.cat([items, hard.clamp(min=0)], dim=1)
         ends = torch.cat([ends, last.history_ends[:, None].expand(-1, hard.shape[1])], dim=1)
     visible_history = visible.gather(1, ends[:, :, None].expand(-1, -1, length))
-    return PackedNegatives(
-        tokens=layout.item_tokens(item_codes[items].long()).flatten(1),
-        items=items,
-        history_ends=ends,
-        is_random=is_random,
-        is_hard=is_hard,
-        position_ids=layout.candidate_positions(position_ids.gather(1, ends) + 1),
-        attention_mask=layout.candidate_mask(visible_history),
-    )
+    history_lengths = position_ids.gather(1, ends) + 1
+    packed = layout.pack_candidates(item_codes[items].long(), history_lengths, visible_history)
+    return PackedNegatives(*packed, items, ends, is_random, is_hard)
 
 
 def inject_targets(

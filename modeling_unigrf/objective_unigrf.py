@@ -6,6 +6,7 @@ all losses from its output. With `num_retrieved_items` or `num_train_beams`, the
 stage II: candidates of the last item of each row, read on the cache of the histories.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .beam_search_unigrf import SearchSpace, beam_search
+from .beam_search_unigrf import propose_items
 from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .inputs_unigrf import ItemSets, LongHistory, check_item_sets, check_long_history, check_positions
-from .item_lists_unigrf import ItemFilter
 from .loss_unigrf import contrastive_loss, generation_loss, ranking_loss, sampled_softmax_loss
 from .negatives_unigrf import (
     PackedNegatives,
@@ -39,6 +39,15 @@ CONTRASTIVE_LOSS_WEIGHT = 10.0  # the last item counts as so many codes
 CANDIDATES_PER_PACK = 64  # in training the attention of a pack grows with its square
 
 
+def sampling_bias(num_items: int, negatives_per_item: float) -> float:
+    """
+    Compute the log-odds that random negatives add to the `"next"` logit: how much rarer the next item is among all
+    items than among its negatives. 0 without negatives. (Prior correction for case-control sampling: King and Zeng
+    2001, section 4.1.)
+    """
+    return math.log(max(1, num_items - 1) / negatives_per_item) if negatives_per_item else 0.0
+
+
 @dataclass
 class Supervision:
     """
@@ -54,6 +63,7 @@ class Supervision:
         long_history (`LongHistory`, *optional*)
         target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
         trie (`CatalogTrie`, *optional*): The items that exist.
+        negatives_per_item (`float`): Random negatives of each supervised item.
     """
 
     targets: torch.LongTensor
@@ -66,6 +76,7 @@ class Supervision:
     long_history: LongHistory | None = None
     target_timestamps: torch.LongTensor | None = None
     trie: CatalogTrie | None = None
+    negatives_per_item: float = 0.0
 
 
 @dataclass
@@ -132,25 +143,26 @@ class Objective:
         items = supervised_items(layout, trie, tokens, targets)
         has_candidates = (item_sets or {}).get("candidates") is not None
         ranks_last = training.ranking_loss_weight > 0 and (has_candidates or self.config.ranks_last_items)
-        if ranks_last or not self.config.num_retrieved_items:  # a model that reads no long history refuses one
+        per_item = 0.0 if ranks_last else self.config.random_negatives_per_item
+        if ranks_last or (long_history and not self.config.num_retrieved_items):  # a model that reads none refuses it
             long_history = check_long_history(
                 self.config, trie.num_items, len(tokens), long_history, "timestamps" in inputs
             )
         attention_mask = inputs["attention_mask"]
         has_own_places = inputs["cache"] is not None or inputs["position_ids"] is not None
         if has_own_places or (attention_mask is not None and attention_mask.dim() != 2):
-            self._refuse_packing(item_sets, ranks_last)
+            self._refuse_packing(item_sets, ranks_last or per_item)
             return inputs, Supervision(targets, items)
 
         learns_next = self.is_training and training.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
-        if learns_next and not (ranks_last or self.config.random_negatives_per_item):
+        if learns_next and not (ranks_last or per_item):
             logger.warning_once(
                 f"The ranking target {NEXT_TARGET!r} sees no item that did not come next. Set negatives_per_item "
                 "to 1, or ranking_loss_weight to 0."
             )
         attention_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         sequence_ids, position_ids = layout.packed_histories(tokens, attention_mask)
-        supervision = Supervision(targets, items, sequence_ids, attention_mask, trie=trie)
+        supervision = Supervision(targets, items, sequence_ids, attention_mask, trie=trie, negatives_per_item=per_item)
         if item_sets:
             supervision.item_sets = check_item_sets(item_sets, sequence_ids, trie.num_items)
         inputs = self._pack(inputs, supervision, position_ids)
@@ -160,10 +172,11 @@ class Objective:
             inputs |= {"cache": supervision.cache, "use_cache": True}
         return inputs, supervision
 
-    def _refuse_packing(self, item_sets: dict | None, ranks_last: bool) -> None:
+    @staticmethod
+    def _refuse_packing(item_sets: dict | None, packs: bool) -> None:
         """Raises `ValueError` if something is to be packed behind histories that have places of the caller's own."""
         names = [name for name in ("hard_negatives", "excluded_positives") if (item_sets or {}).get(name) is not None]
-        if ranks_last or self.config.random_negatives_per_item or names:
+        if packs or names:
             raise ValueError(
                 "`attention_mask` must be 2-D, and `position_ids` and `cache` None, where negatives or candidates "
                 "are packed behind the histories, got places of your own. Leave these out, or set "
@@ -176,8 +189,7 @@ class Objective:
         of one history without negatives need neither.
         """
         layout, sequence_ids = self.scorer.layout, supervision.sequence_ids
-        per_item = self.config.random_negatives_per_item
-        sets = supervision.item_sets
+        sets, per_item = supervision.item_sets, supervision.negatives_per_item
         if sets is None:
             empty = sequence_ids.new_empty(len(sequence_ids), 0)
             sets = ItemSets(empty, empty)
@@ -225,7 +237,8 @@ class Objective:
         num_items_in_batch: int | torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """
-        Compute all losses from the backbone's output `[batch_size, T (+ M * L), hidden_size]`.
+        Compute all losses from the backbone's output `[batch_size, T (+ M * L), hidden_size]`. In training, store the
+        sampling bias of this ranking in `config.next_logit_bias`, for inference to take off.
 
         Returns:
             The losses by their names in `UniGRFCausalLMOutput`, detached, and `loss`, the weighted sum.
@@ -233,7 +246,9 @@ class Objective:
         config, training = self.config, self.config.training_config
         targets, sets = supervision.targets, supervision.item_sets
         of_histories = hidden_states[:, : targets.shape[1]]
-        code_targets, positives, share = retrieval_positives(config, self.scorer.layout, targets, supervision.items)
+        code_targets, positives, share = targets, supervision.items, 1.0
+        if training.retrieval_behaviors is not None:
+            code_targets, positives, share = retrieval_positives(config, self.scorer.layout, targets, positives)
         losses = {}
         if training.generation_loss_weight:
             code_negatives, sets_of_codes = (training.code_negatives, sets) if self.is_training else (0, None)
@@ -265,6 +280,8 @@ class Objective:
         loss = self._weighted_sum(losses)
         if num_items_in_batch is not None:
             loss = loss * (targets != -100).sum() / num_items_in_batch
+        if self.is_training and "ranking_loss" in losses:
+            config.next_logit_bias = sampling_bias(config.num_items, supervision.negatives_per_item)
         norms = {}
         if self.is_training and self.measures_gradients:
             norms["gradient_norms"] = self._gradient_norms(losses, hidden_states)
@@ -380,18 +397,14 @@ class Objective:
                     "num_train_beams, e.g. to 20, for the model's own beams, or pass item_sets={'candidates': ...}."
                 )
             return None
-        item_filter = None
-        if item_sets is not None and item_sets.blocked_items is not None:
-            blocked = [row[row >= 0] for row in item_sets.blocked_items]
-            item_filter = ItemFilter(trie, self.scorer.catalog.item_codes, blocked=blocked)
-        beams = beam_search(
+        return propose_items(
             self.backbone,
             self.scorer,
-            SearchSpace(trie, item_filter),
+            trie,
+            None if item_sets is None else item_sets.blocked_items,
             history_states,
             context.history_mask,
             without_gradient(context.cache),
             num_beams,
             context.query_time,
         )
-        return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)

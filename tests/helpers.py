@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM, UniGRFTrainingConfig
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 from recipes.training.enhancer import RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
@@ -58,26 +59,41 @@ def random_codes(num_items: int, codebook_sizes: list[int], generator: torch.Gen
     return torch.stack(torch.unravel_index(drawn, tuple(codebook_sizes)), dim=1)
 
 
-def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, seed=0, embeddings=True, **config):
-    """Build a random model in eval mode. Its weights are large, so that no two scores are nearly equal."""
+def split_options(options: dict) -> tuple[dict, dict]:
+    """Options by name -> fields of `UniGRFConfig` (those of training nested), and fields of `generation_config`."""
+    training_names = {field.name for field in fields(UniGRFTrainingConfig)}
+    training_names -= {field.name for field in fields(PreTrainedConfig)}
+    serving_names = {field.name for field in fields(ServingOptions)}
+    training = {name: value for name, value in options.items() if name in training_names}
+    serving = {name: value for name, value in options.items() if name in serving_names}
+    model = {name: value for name, value in options.items() if name not in training_names | serving_names}
+    return {**model, "training_config": training}, serving
+
+
+def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, seed=0, embeddings=True, **options):
+    """
+    A random model in eval mode whose weights are far from uniform, so that no score is a near tie. `options`: fields of
+    `UniGRFConfig`, `UniGRFTrainingConfig` and `ServingOptions`; without any it has no dropout, negatives and dense loss.
+    """
     generator = torch.Generator().manual_seed(seed)
-    config = {
+    options = {
         "behaviors": ["dislike", "like"],
         "exclude_history": False,
         "content_embedding_dim": 6 if embeddings else 0,
         "embedding_table_size": num_items if embeddings else 0,
+        "history_item_representations": False,
         "num_items": num_items,
-        # Only what a test asks for: the defaults train more.
-        "negatives_per_item": 0.0,
-        "dense_loss_weight": 0.0,
         "ranking_dropout": 0.0,
         "embedding_dropout": 0.0,
-        "history_item_representations": False,
-        **config,
+        "negatives_per_item": 0.0,
+        "dense_loss_weight": 0.0,
+        **options,
     }
+    config, serving = split_options(options)
     text_config = AutoConfig.for_model(backbone, **BACKBONES[backbone])
     torch.manual_seed(seed)
     model = UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=list(codebook_sizes), **config))
+    model.generation_config.update(**serving, allow_custom_entries=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -130,34 +146,32 @@ def exact_scores(model, input_ids, attention_mask):
             logits = model(input_ids=sequence).logits
         total = torch.zeros(len(codes))
         for level in range(layout.num_levels):
-            log_probs = logits[:, history.shape[1] - 1 + level, layout.level_slice(level)].log_softmax(dim=-1)
+            log_probs = logits[:, history.shape[1] - 1 + level, layout.level_slices[level]].log_softmax(dim=-1)
             total += log_probs.gather(1, codes[:, level : level + 1])[:, 0]
         scores[row] = total
     return scores
 
 
 def long_histories(model, lengths, seed=5):
-    """Draw right-padded long histories with repeated items: `long_items` and `long_behaviors` of shape `[B, H]`."""
+    """Draw right-padded long histories with repeated items, as `recommend` takes them."""
     generator = torch.Generator().manual_seed(seed)
     items = torch.full((len(lengths), max(lengths)), -1)
     for row, length in enumerate(lengths):
         items[row, :length] = torch.randint(model.catalog.num_items // 2, (length,), generator=generator)
     behaviors = torch.randint(len(model.config.behaviors), items.shape, generator=generator)
-    return {"long_items": items, "long_behaviors": behaviors}
+    return {"long_history": {"items": items, "behaviors": behaviors}}
 
 
-def retrieve_by_sorting(embeddings, items, candidate, count, exclude=False):
+def retrieve_by_sorting(embeddings, items, candidate, count):
     """Find the places of a candidate's sub-history by sorting the whole long history."""
     direction = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    known = [place for place, item in enumerate(items) if item >= 0 and not (exclude and item == candidate)]
+    known = [place for place, item in enumerate(items) if item >= 0]
     cosine = {item: round(float(direction[item] @ direction[candidate]), 6) for item in items if item >= 0}
     return sorted(sorted(known, key=lambda place: (-cosine[items[place]], -place))[:count])
 
 
 @torch.no_grad()
-def rank_alone(
-    model, input_ids, mask, candidates, long_items=None, long_behaviors=None, long_timestamps=None, times=None
-):
+def rank_alone(model, input_ids, mask, candidates, long_history=None, times=None):
     """
     Rank every candidate, with its sub-history, by a forward of its own over the unpadded history: no cache, no mask.
 
@@ -165,28 +179,28 @@ def rank_alone(
     """
     config = model.config
     embed = model.get_input_embeddings()
+    long_history = long_history or {}
     scores = torch.empty(*candidates.shape, len(config.ranking_targets))
     for row in range(len(input_ids)):
         history = input_ids[row][mask[row].bool()]
         for column, item in enumerate(candidates[row]):
             codes = model.catalog.item_codes[item].long()
             inputs = [embed(torch.cat([history, model.layout.item_tokens(codes)]))]
-            vector = model.item_representations(item)
+            vector = model.scorer.representations(item)
             if config.num_retrieved_items:
                 segments = model.candidate_block.segments.weight
                 embeddings = model.catalog.content_embeddings
-                exclude = config.exclude_candidate
-                items = long_items[row].tolist()
-                places = retrieve_by_sorting(embeddings, items, int(item), config.num_retrieved_items, exclude)
-                behavior_ids = torch.tensor(config.behavior_token_ids)[long_behaviors[row, places]]
-                retrieved = model.item_representations(long_items[row, places]) + embed(behavior_ids) + segments[1]
+                long_items = long_history["items"][row]
+                places = retrieve_by_sorting(embeddings, long_items.tolist(), int(item), config.num_retrieved_items)
+                behavior_ids = torch.tensor(config.behavior_token_ids)[long_history["behaviors"][row, places]]
+                retrieved = model.scorer.representations(long_items[places]) + embed(behavior_ids) + segments[1]
                 inputs += [vector[None] + segments[0], retrieved, vector[None] + segments[2]]
             timed = {}
             if times is not None:
                 history_times = times[0][row][mask[row].bool()]
                 query_time = times[1][row : row + 1]
                 item_times = query_time.expand(model.layout.num_levels + 1)
-                all_times = torch.cat([history_times, item_times, long_timestamps[row, places], query_time])
+                all_times = torch.cat([history_times, item_times, long_history["timestamps"][row, places], query_time])
                 later = torch.cat([history_times[1:], query_time.expand(len(all_times) - len(history_times) + 1)])
                 timed = {"timestamps": all_times[None], "target_timestamps": later[None]}
             states = model.model(inputs_embeds=torch.cat(inputs)[None], **timed).last_hidden_state[0]

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf.candidates_unigrf import beam_candidates
+from modeling_unigrf.beam_search_unigrf import propose_items
 from recipes.data.encoding import padded
 from recipes.training.stateful_callback import StatefulCallback
 
@@ -26,7 +26,7 @@ class CandidateCollator:
             return self.collate(rows)
         batch = self.collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
         numbers = torch.tensor([row["row"] for row in rows])
-        return batch | ({"row": numbers} if self.items is None else {"candidates": self.items[numbers]})
+        return batch | ({"row": numbers} if self.items is None else {"item_sets": {"candidates": self.items[numbers]}})
 
 
 class CachedCandidates(StatefulCallback):
@@ -103,7 +103,7 @@ class CachedCandidates(StatefulCallback):
         if is_old.any():
             self.items[rows[is_old]] = self._search(rows[is_old].numpy())
             self.searched_at[rows[is_old]] = self.step
-        return args, kwargs | {"candidates": self.items[rows].to(model.device)}
+        return args, kwargs | {"item_sets": {"candidates": self.items[rows].to(model.device)}}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
@@ -128,7 +128,9 @@ class CachedCandidates(StatefulCallback):
         num_beams, was_training = self.items.shape[1], model.training
         model.eval()
         states = model.prefill(input_ids, mask.long(), cache, *times)
-        items = beam_candidates(model, num_beams, states, mask, cache, blocked, times[1]).cpu()
+        items = propose_items(
+            model.model, model.scorer, model.catalog.trie, blocked, states, mask, cache, num_beams, times[1]
+        ).cpu()
         model.train(was_training)
         return torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)
 

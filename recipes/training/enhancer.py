@@ -56,7 +56,7 @@ class PoolCollator:
         positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
         batch = self.collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
         if self.tensors["made_at"] >= 0:
-            batch["hard_negatives"], batch["excluded_positives"] = negatives, favorites
+            batch["item_sets"] = {"hard_negatives": negatives, "excluded_positives": favorites}
         return batch
 
     def _with(self, row: dict, favorite: int) -> dict:
@@ -241,7 +241,7 @@ class RankingDrivenEnhancer(StatefulCallback):
         pool, usable = pool.clamp(min=0).to(device), usable.to(device)
         cache = DynamicCache()
         states = model.prefill(**batch, cache=cache)
-        log_probs = model.code_logits(states, model.layout.level_slice(0)).float().log_softmax(dim=-1)
+        log_probs = model.scorer.code_log_probs(states, 0)
         retrieval = log_probs.gather(1, model.catalog.item_codes[pool, 0].long())
         ranking = model.rank(**batch, candidates=pool, cache=cache, history_states=states)
         index = model.config.ranking_targets.index(self.target)

@@ -153,7 +153,7 @@ def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
         assert restored.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
     model.generation_config = GenerationConfig(max_new_tokens=4)
     assert torch.equal(model.recommend(input_ids, mask).item_indices, best.item_indices)
-    assert model.max_return_sequences() == 10
+    assert model.serving_options().max_return_sequences == 10
 
 
 def test_generation_keeps_no_state_between_calls_or_rows():
@@ -297,7 +297,7 @@ def test_the_processor_finds_its_node_from_the_tokens_alone():
     item = model.layout.item_tokens(model.catalog.item_codes[:1].long())[0]
     ragged = torch.stack([input_ids[0], torch.cat([input_ids[1, 2:], item[:2]])])
     scores = processor(ragged, torch.randn(2, model.config.vocab_size))
-    level_0 = scores[0, model.layout.level_slice(0)].exp().sum()
+    level_0 = scores[0, model.layout.level_slices[0]].exp().sum()
     assert level_0 <= 1.0001 and scores[0].isfinite().sum() == model.catalog.trie.levels[0].num_nodes
     assert scores[1].isfinite().nonzero()[:, 0].tolist() == sorted(
         {

@@ -17,7 +17,7 @@ def embed_by_hand(model, ids):
         if token in model.config.behavior_token_ids:
             item_codes = ids[position - model.config.num_levels : position] - torch.tensor(model.config.code_offsets)
             if item_codes.tolist() in codes:
-                row = row + model.item_representations(torch.tensor(codes.index(item_codes.tolist())))
+                row = row + model.scorer.representations(torch.tensor(codes.index(item_codes.tolist())))
         rows.append(row)
     return torch.stack(rows)
 
@@ -36,8 +36,12 @@ def test_item_representations_are_added_to_the_next_behavior(backbone, embedding
         ids = input_ids[row][mask[row].bool()]
         row_times = {name: times[row][mask[row].bool()][None] for name, times in timed.items()}
         states = model.model(inputs_embeds=embed_by_hand(model, ids)[None], **row_times).last_hidden_state
-        torch.testing.assert_close(output.logits[row, -len(ids) :], model.code_logits(states)[0], atol=2e-5, rtol=1e-4)
-    plain = model.code_logits(model.model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state)
+        torch.testing.assert_close(
+            output.logits[row, -len(ids) :], model.scorer.code_logits(states)[0], atol=2e-5, rtol=1e-4
+        )
+    plain = model.scorer.code_logits(
+        model.model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state
+    )
     assert (plain[0, -1] - output.logits[0, -1]).abs().max() > 0.01, "the representations matter"
 
 
@@ -53,7 +57,7 @@ def test_search_and_rank_on_a_partial_cache_equal_exact_scores(backbone, retriev
     torch.testing.assert_close(whole.generation_scores, log_probs.gather(1, whole.item_indices), atol=5e-5, rtol=1e-4)
     ranks = torch.nn.functional.logsigmoid(model.rank(input_ids, mask, everything, **longer)[..., 0])
     torch.testing.assert_close(whole.ranking_scores, ranks.gather(1, whole.item_indices), atol=5e-5, rtol=1e-4)
-    vectors = model.history_item_representations(input_ids)
+    vectors = model.scorer.history_representations(input_ids)
     # The cache ends inside an item, between codes and behavior, and at the end.
     for cached in (7, input_ids.shape[1] - 1, input_ids.shape[1]):
         cache = DynamicCache()
@@ -98,7 +102,7 @@ def test_an_item_outside_the_catalog_is_read_by_its_codes_alone():
     kept = [item for item in range(30) if item != items[0][1]]
     model.set_catalog(model.catalog.item_codes[kept], model.catalog.content_embeddings[kept])
     model.config.embedding_table_size = 29
-    vectors = model.history_item_representations(input_ids)
+    vectors = model.scorer.history_representations(input_ids)
     known = vectors.abs().sum(dim=2)[0] > 0
     assert known.nonzero()[:, 0].tolist() == [5, 15], "behaviors of the first and of the third item"
     states = model.model(input_ids, mask, item_representations=vectors).last_hidden_state
@@ -115,4 +119,4 @@ def test_missing_item_representations_are_reported():
     model(input_ids[:, :5], cache=cache, use_cache=True)  # <bos> and the codes of the first item
     with pytest.raises(ValueError, match="Begin with a <bos> or a whole item"):
         model(input_ids[:, 5:], cache=cache, use_cache=True)
-    assert build_model().history_item_representations(input_ids) is None
+    assert build_model().scorer.history_representations(input_ids) is None

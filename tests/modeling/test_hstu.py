@@ -219,10 +219,14 @@ def test_search_and_rank_read_times_as_a_plain_forward_does():
             states = states_alone(model, input_ids[row][real], times[row][real], requests[row], item)
             codes = model.catalog.item_codes[item].long()
             log_prob = sum(
-                model.code_logits(states[length - 1 + level], model.layout.level_slice(level)).log_softmax(0)[code]
+                model.scorer.code_logits(states[length - 1 + level], model.layout.level_slices[level]).log_softmax(0)[
+                    code
+                ]
                 for level, code in enumerate(codes)
             )
-            logits = model.ranking_head(states[-1], states[length - 1], model.item_representations(torch.tensor(item)))
+            logits = model.ranking_head(
+                states[-1], states[length - 1], model.scorer.representations(torch.tensor(item))
+            )
             place = int((best.item_indices[row] == item).nonzero())
             torch.testing.assert_close(best.generation_scores[row, place], log_prob, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(ranked[row, item], logits, atol=2e-5, rtol=1e-4)
@@ -243,12 +247,12 @@ def test_packed_negatives_have_the_time_of_the_true_item():
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
     with torch.no_grad():
         out, negatives = forward_with_negatives(model, {**batch, "timestamps": times})
-        model.config.negatives_per_item = 0.0
+        model.config.training_config.negatives_per_item = 0.0
         plain = model(**batch, timestamps=times)
         without_times = model(**batch)
     torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(plain.generation_loss, without_times.generation_loss)
-    model.config.negatives_per_item = 2.0
+    model.config.training_config.negatives_per_item = 2.0
     expected = []
     for row, end, item in negatives.ranked:
         part = mask[row].bool() & (torch.arange(input_ids.shape[1]) <= end)

@@ -15,7 +15,7 @@ def test_hard_negatives_and_excluded_positives_of_atomic_ids(shared):
     negatives = torch.tensor([[7, items[0][1], -1], [-1, -1, -1]])
     excluded_positives = torch.tensor([[3, -1], [5, 6]])
     torch.manual_seed(3)
-    out = model(**batch, hard_negatives=negatives, excluded_positives=excluded_positives)
+    out = model(**batch, item_sets={"hard_negatives": negatives}, excluded_positives=excluded_positives)
     torch.manual_seed(3)
     drawn = torch.randint(40, (12,) if shared else (6, 12))
     logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
@@ -46,7 +46,7 @@ def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
     batch, items = labeled_batch(model, [4, 2, 1])
     negatives = torch.tensor([[7, 8, 9], [items[1][1], 3, -1], [-1, -1, -1]])
     with torch.no_grad():
-        out = model(**batch, hard_negatives=negatives)
+        out = model(**batch, item_sets={"hard_negatives": negatives})
         plain = model(**batch)
     losses = []
     for row in range(3):
@@ -58,7 +58,7 @@ def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
             with torch.no_grad():
                 logits = model(torch.cat([ids, tokens])[None]).logits[0]
             parts = [
-                logits[len(ids) - 1 + level, model.layout.level_slice(level)].log_softmax(dim=0)[
+                logits[len(ids) - 1 + level, model.layout.level_slices[level]].log_softmax(dim=0)[
                     tokens[level] - model.config.code_offsets[level]
                 ]
                 for level in range(4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import build_model, forward_with_negatives, labeled_batch, random_histories, short_id
 
-from modeling_unigrf import training_unigrf
+from modeling_unigrf import loss_unigrf
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 
@@ -30,15 +30,15 @@ def test_the_loss_is_the_log_likelihood_of_codes_and_behaviors(backbone):
         for position, target in enumerate(tokens[1:].tolist()):
             level = position % 5
             if level < 4:
-                scores = logits[position, model.layout.level_slice(level)].log_softmax(dim=-1)
+                scores = logits[position, model.layout.level_slices[level]].log_softmax(dim=-1)
                 code_losses.append(-scores[target - model.config.code_offsets[level]])
             else:
                 item = torch.tensor(items[row][position // 5])
-                scores = model.ranking_head(hidden[position], hidden[position - 4], model.item_representations(item))
+                scores = model.ranking_head(hidden[position], hidden[position - 4], model.scorer.representations(item))
                 for name, score in zip(model.config.ranking_targets, scores, strict=True):
                     label = {"next": True, "like": target == like, "dislike": target != like}[name]
                     rank_losses.append(-torch.nn.functional.logsigmoid(score if label else -score))
-                vectors = model.item_representations(torch.arange(30))
+                vectors = model.scorer.representations(torch.arange(30))
                 item_losses.append(
                     -model.ranking_head.dense_scores(hidden[position - 4], vectors).log_softmax(0)[item]
                 )
@@ -93,9 +93,9 @@ def test_packed_negatives_are_scored_as_by_rank(backbone, attention):
     batch, items = labeled_batch(model, [4, 2, 1])
     with torch.no_grad():
         with_negatives, negatives = forward_with_negatives(model, batch)
-        model.config.negatives_per_item = 0.0
+        model.config.training_config.negatives_per_item = 0.0
         without = model(**batch)
-        model.config.negatives_per_item = 2.5
+        model.config.training_config.negatives_per_item = 2.5
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(with_negatives.logits[real], without.logits[real], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
@@ -241,9 +241,9 @@ def test_the_sampled_softmax_loss_approaches_the_full_one(monkeypatch):
     states = torch.randn(50, 8)
     vectors = torch.randn(400, 8)
     items = torch.randint(400, (50,))
-    full = training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400)
+    full = loss_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400)
     monkeypatch.setattr(training_unigrf, "MAX_SOFTMAX_ITEMS", 300)
-    sampled = [training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400) for _ in range(200)]
+    sampled = [loss_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400) for _ in range(200)]
     torch.testing.assert_close(torch.stack(sampled).mean(), full, atol=0.02, rtol=0.01)
 
 
@@ -283,6 +283,6 @@ def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws(similarity, sha
         alternatives = [true, *(code for code in negatives if code != true)]
         losses.append(-logits[row, column, alternatives].log_softmax(dim=0)[0])
     for row, column in (levels == 1).nonzero().tolist():  # a level of three codes is not sampled
-        codes = model.layout.level_slice(1)
+        codes = model.layout.level_slices[1]
         losses.append(-logits[row, column, codes].log_softmax(dim=0)[targets[row, column] - codes.start])
     torch.testing.assert_close(out.generation_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)

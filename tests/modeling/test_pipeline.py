@@ -73,12 +73,12 @@ def test_a_checkpoint_serves_by_its_own_defaults(recommender):
     everything = {"num_beams": 60, "num_return_sequences": 60}
     before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "rerank_top_k")}
     try:
-        config.exclude_history = False
-        config.ranking_target = "like"
+        generation_config.exclude_history = False
+        generation_config.ranking_target = "like"
         assert recommender(HISTORY, **everything) == recommender(
             HISTORY, exclude_history=False, ranking_target="like", **everything
         )
-        config.rerank_top_k = 4
+        generation_config.rerank_top_k = 4
         assert len(recommender(HISTORY)) == 4, "the default length is at most rerank_top_k"
     finally:
         for name, value in before.items():

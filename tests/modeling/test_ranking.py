@@ -178,7 +178,7 @@ def test_the_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
     code = model.catalog.item_codes[0].tolist()
-    level = model.layout.level_slice(2)
+    level = model.layout.level_slices[2]
 
     def learned_rows():
         return model.get_input_embeddings().weight, model.lm_head.weight, model.item_encoder.table.weight

@@ -6,7 +6,7 @@ from helpers import PAD, build_model, labeled_batch, long_histories, random_hist
 from transformers import Trainer, TrainingArguments
 
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
-from modeling_unigrf.candidates_unigrf import with_targets
+from modeling_unigrf.negatives_unigrf import inject_targets
 from recipes.training.collator import Collator
 
 BEAMS = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
@@ -54,7 +54,7 @@ def test_training_beams_equal_recommend_and_are_scored_by_rank(backbone, retriev
     )
     targets = torch.tensor([row[-1] for row in items])
     assert not (beams == targets[:, None]).any(dim=1).all(), "some target is missed and has to be injected"
-    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    candidates = inject_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, longer)
     torch.testing.assert_close(out.ranking_loss, expected, atol=3e-5, rtol=1e-4)
     stage_one = build_model(backbone)
@@ -77,7 +77,7 @@ def test_blocked_items_are_no_training_beams_but_the_target_is():
     lists = [row[row >= 0] for row in blocked]
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], blocked_items=lists, **BEAMS, **longer).item_indices
     assert not (beams == targets[:, None]).any()
-    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    candidates = inject_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, longer)
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
 
@@ -94,7 +94,7 @@ def test_training_candidates_have_the_time_of_the_true_item():
         actual = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **BEAMS, **timed, **longer).item_indices
     targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
-    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    candidates = inject_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     before = torch.arange(12).expand(3, -1) - 1
@@ -102,7 +102,7 @@ def test_training_candidates_have_the_time_of_the_true_item():
         timed_output = model(
             input_ids, mask, labels=labels, timestamps=times, long_timestamps=before, candidates=beams, **longer
         )
-    candidates = with_targets(beams, targets, torch.Generator().manual_seed(0))
+    candidates = inject_targets(beams, targets, torch.Generator().manual_seed(0))
     histories = {**longer, **timed, "long_timestamps": before}
     expected_timed = expected_ranking_loss(model, input_ids, mask, candidates, histories)
     torch.testing.assert_close(timed_output.ranking_loss, expected_timed, atol=3e-5, rtol=1e-4)
@@ -121,7 +121,7 @@ def test_an_injected_target_is_ranked_by_its_own_codes():
     others = CANDIDATES.masked_fill(targets[:, None] == CANDIDATES, -1)
     with torch.no_grad():
         missed = model(input_ids, mask, labels=labels, candidates=others, **longer).ranking_loss
-        injected = with_targets(others, targets, torch.Generator().manual_seed(0))
+        injected = inject_targets(others, targets, torch.Generator().manual_seed(0))
         actual = model(input_ids, mask, labels=labels, candidates=injected, **longer).ranking_loss
     torch.testing.assert_close(missed, actual)
     expected = expected_ranking_loss(model, input_ids, mask, injected, longer)
@@ -177,7 +177,7 @@ def test_either_part_of_an_item_representation_may_be_missing(embeddings, table,
     expected = model.rank(input_ids, mask, candidates, **longer)
     torch.testing.assert_close(loaded.rank(input_ids, mask, candidates, **longer), expected)
     if table == 7 and not embeddings:
-        vectors = model.item_representations(torch.arange(30))
+        vectors = model.scorer.representations(torch.arange(30))
         assert torch.equal(vectors[8], vectors[1]) and torch.equal(
             vectors, model.item_encoder.table.weight[torch.arange(30) % 7]
         )
@@ -188,7 +188,7 @@ def test_a_missed_target_replaces_one_random_beam():
     targets = torch.tensor([20, 8])
     places = set()
     for seed in range(40):
-        candidates = with_targets(beams, targets, torch.Generator().manual_seed(seed))
+        candidates = inject_targets(beams, targets, torch.Generator().manual_seed(seed))
         assert torch.equal(candidates[1], beams[1]) and (candidates[0] != beams[0]).sum() == 1
         places.add(int((candidates[0] == 20).nonzero()[0]))
     assert places == set(range(6))
@@ -223,7 +223,7 @@ def test_the_search_leaves_no_trace_in_the_gradient(backbone, autocast):
         model.ranking_head.register_forward_hook(lambda head, args, output, kept=vectors: kept.append(args[2]))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(**batch, **long_histories(model, [12, 2]), **candidates).loss
-            known = model.item_representations(torch.arange(30)).float()
+            known = model.scorer.representations(torch.arange(30)).float()
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         # The candidates of the search, with the targets, as the ranking head reads them.

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
-from modeling_unigrf.subhistory_unigrf import retrieve
+from modeling_unigrf.candidates_unigrf import retrieve
 
 
 @settings(max_examples=60, deadline=None)
@@ -298,7 +298,7 @@ def test_dense_candidates_are_ranked_beside_the_beams(backbone, retrieved):
     ends = torch.stack(
         [model.model(ids[m.bool()][None]).last_hidden_state[0, -1] for ids, m in zip(input_ids, mask, strict=True)]
     )
-    dense_scores = model.ranking_head.dense_scores(ends[:, None], model.item_representations(everything)).detach()
+    dense_scores = model.ranking_head.dense_scores(ends[:, None], model.scorer.representations(everything)).detach()
     expected = (log_probs + 0.5 * ranks + 0.25 * dense_scores).sort(dim=1, descending=True)
     for num_beams, num_dense_candidates in ((1, 30), (30, 0), (7, 40)):
         best = model.recommend(
@@ -334,7 +334,7 @@ def test_beams_and_dense_candidates_respect_the_item_lists(at_once, monkeypatch,
         best = scores[row].sort(descending=True).values[: min(5, len(allowed))]
         assert torch.isin(best, united.dense_scores[row]).all()
     assert (united.item_indices[1] == -1).sum() >= 5 and (united.scores[united.item_indices < 0] == -torch.inf).all()
-    model.config.num_dense_candidates = 5
+    model.generation_config.num_dense_candidates = 5
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path).recommend(input_ids, mask, num_return_sequences=8, **narrow)
     assert torch.equal(saved.item_indices, united.item_indices), "saved settings are the defaults"
@@ -360,7 +360,7 @@ def test_rerank_top_k_ranks_the_best_unranked_candidates(retrieved, dense_weight
         for name in ("item_indices", "scores", "generation_scores", "ranking_scores", "dense_scores"):
             torch.testing.assert_close(reranked[name][row, :count], everything[name][row][kept][:count])
         assert (reranked.item_indices[row, count:] == -1).all()
-    model.config.rerank_top_k = 6
+    model.generation_config.rerank_top_k = 6
     model.save_pretrained(tmp_path)
     saved = UniGRFForCausalLM.from_pretrained(tmp_path)
     again = saved.recommend(input_ids, mask, num_return_sequences=6, **options)

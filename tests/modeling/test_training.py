@@ -158,7 +158,7 @@ def test_prompt_tuning_and_per_row_adapters_reach_the_beams():
         logits = prompted(input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences)).logits
     expected = 0.0
     for level, tokens in enumerate(output.sequences[:, -3:].T):
-        codes = model.layout.level_slice(level)
+        codes = model.layout.level_slices[level]
         log_probs = logits[:, level - 4, codes].log_softmax(dim=-1)
         expected = expected + log_probs.gather(1, tokens[:, None] - codes.start)[:, 0]
     torch.testing.assert_close(output.sequences_scores, expected, atol=2e-5, rtol=1e-4)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_unigrf import CatalogTrie, trie_unigrf
-from modeling_unigrf.trie_unigrf import ItemFilter
+from modeling_unigrf.item_lists_unigrf import ItemFilter
 
 catalogs = st.fixed_dictionaries(
     {

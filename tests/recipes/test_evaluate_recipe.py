@@ -63,7 +63,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     # The settings chosen on validation are the defaults of the checkpoint.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert model.config.ranking_weight == metrics["selection"]["ranking_weight"]
+    assert model.generation_config.ranking_weight == metrics["selection"]["ranking_weight"]
     assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     assert tokenizer.titles[3] == "Film 3"
@@ -158,8 +158,8 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
     assert sum("eval_loss" in entry for entry in log) == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert (model.config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
-    assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
+    assert (model.config.training_config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
+    assert model.config.num_retrieved_items == 3 and model.generation_config.ranking_weight == 1
     frozen = train_flags(prepared, tmp_path / "three", *shared, *second, "--freeze_base_model=True")
     before, after = (load_file(folder / "model.safetensors") for folder in (first, train.train(*train.parse(frozen))))
     learned = {
@@ -183,7 +183,10 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     metrics = evaluate_checkpoint(measured)
     assert len(metrics["validation"]) == 4 and metrics["selection"]["dense_weight"] in (0.0, 0.5)
     config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
-    assert (config.dense_weight, config.num_dense_candidates) == (metrics["selection"]["dense_weight"], 4)
+    assert (generation_config.dense_weight, generation_config.num_dense_candidates) == (
+        metrics["selection"]["dense_weight"],
+        4,
+    )
     monkeypatch.setattr(push_to_hub, "check_loading", lambda *_: None)
     hub = tmp_path / "hub"
     to_push = {"checkpoint": str(checkpoint), "metrics": str(tmp_path / "metrics.json"), "repo_id": "someone/films"}
@@ -204,7 +207,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     cut = evaluate_checkpoint(replace(measured, rerank_top_k=3, num_dense_candidates=0, list_length=5))
     assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["rerank_top_k"] == 3
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert model.config.rerank_top_k == 3
+    assert model.generation_config.rerank_top_k == 3
     dataset = load_from_disk(str(prepared / "dataset"))
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     measured = replace(measured, num_dense_candidates=0)
@@ -267,4 +270,4 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
     )
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
     assert len(metrics["validation"]) == 2 and {row["ranking_weight"] for row in metrics["validation"]} == {0.0}
-    assert UniGRFForCausalLM.from_pretrained(checkpoint).config.ranking_weight == 0
+    assert UniGRFForCausalLM.from_pretrained(checkpoint).generation_config.ranking_weight == 0

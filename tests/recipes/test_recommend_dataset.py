@@ -133,9 +133,9 @@ def test_settings_reach_the_model_and_lists_end_with_the_items(model, tokenizer,
 
 def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path):
     dataset = histories()
-    model.config.exclude_history = False
-    model.config.ranking_target = "like"
-    model.config.rerank_top_k = 4
+    model.generation_config.exclude_history = False
+    model.generation_config.ranking_target = "like"
+    model.generation_config.rerank_top_k = 4
     assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(num_beams=20))
     expected = recommend_dataset(
@@ -314,7 +314,7 @@ def test_other_work_is_rejected_in_the_same_folder(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"found other values of \['histories', 'rows'\]"):
         again(dataset.select(range(5)))
     with pytest.raises(ValueError, match=r"found other values of \['ranking_weight'\]"):
-        model.config.ranking_weight = 0.5  # the default of the checkpoint
+        model.generation_config.ranking_weight = 0.5  # the default of the checkpoint
         again()
     again(ranking_weight=1.0)
     with torch.no_grad():

@@ -62,14 +62,14 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
 
     config = UniGRFForCausalLM.from_pretrained(tmp_path / "paper-k0-0" / "checkpoint").config
     assert config.ranking_targets == ["next"] and not config.rank_by_dense_score and not config.num_retrieved_items
-    assert config.ranking_loss_weight == 1 / config.num_levels
+    assert config.training_config.ranking_loss_weight == 1 / config.num_levels
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-codes-alone-0" / "checkpoint")
     assert not model.config.history_item_representations
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
     assert model.config.history_item_representations
-    weights = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
-    name = f"beams-{model.generation_config.num_beams}-union-{model.config.num_dense_candidates}"
-    name += f"-ranked-{model.config.rerank_top_k}.json" if model.config.rerank_top_k else ".json"
+    weights = {"ranking": model.generation_config.ranking_weight, "item score": model.generation_config.dense_weight}
+    name = f"beams-{model.generation_config.num_beams}-union-{model.generation_config.num_dense_candidates}"
+    name += f"-ranked-{model.generation_config.rerank_top_k}.json" if model.generation_config.rerank_top_k else ".json"
     assert (max(choices)[0], name, weights) in choices, "the defaults of the checkpoint are chosen on validation"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)

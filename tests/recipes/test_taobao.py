@@ -402,7 +402,10 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     second += ('--config_fields={"inject_target": false}',)
     log = run_training(arguments, tmp_path / "two", *second)
     recommender = pipeline("recommendation", model=str(tmp_path / "two/checkpoint"), trust_remote_code=True)
-    assert recommender.model.config.inject_target is False and not recommender.model.config.exclude_history
+    assert (
+        recommender.model.config.training_config.inject_target is False
+        and not recommender.model.generation_config.exclude_history
+    )
     ids = recommender.tokenizer.item_ids[:3]
     assert {item["item_id"] for item in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
         "history items are recommended"

@@ -88,7 +88,7 @@ def code_losses(model, tokenizer, user, start, end, target=None):
     for place, token in enumerate(encoded["input_ids"][0].tolist()):
         level = np.searchsorted(tokenizer.code_offsets, token, side="right") - 1
         if level >= 0:
-            logits = model.code_logits(states[place - 1], model.layout.level_slice(int(level)))
+            logits = model.scorer.code_logits(states[place - 1], model.layout.level_slice(int(level)))
             losses.append(-logits.log_softmax(dim=0)[token - tokenizer.code_offsets[level]])
     return losses if target is None else losses[-tokenizer.num_levels :]
 
