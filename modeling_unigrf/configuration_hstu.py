@@ -22,15 +22,15 @@ class HSTUConfig(PreTrainedConfig):
         head_dim (`int`, *optional*):
             Width of each head; `hidden_size // num_attention_heads` by default.
         max_position_embeddings (`int`, defaults to 512):
-            Most positions of a sequence; also the constant that attention is divided by in place of a softmax's norm,
-            so that results do not depend on padding or packing.
+            Most positions of a sequence. Attention is divided by this constant in place of a softmax's norm, so that
+            results do not depend on padding or packing.
         num_time_buckets (`int`, defaults to 0):
-            Buckets (logarithmic, of seconds) of a learned bias a layer for the time between two events, which is
-            added where timestamps are given; 128 in the public code, 0 for none.
+            Logarithmic buckets of the seconds between two events, each with a learned bias a layer. 128 in the public
+            code; 0: the backbone reads no times.
         dropout (`float`, defaults to 0.2):
             Dropout on the embeddings and on the output of attention.
         layer_norm_eps (`float`, defaults to 1e-6):
-            Of the layer norms, which have no parameters.
+            Added to the variance in the layer norms, which have no parameters.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights.
     """
@@ -60,7 +60,7 @@ class HSTUConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-# Here, so that a `text_config` of this type can be read wherever UniGRFConfig can.
+# Register here: a `text_config` of this type must load wherever UniGRFConfig does.
 AutoConfig.register(HSTUConfig.model_type, HSTUConfig, exist_ok=True)
 
 __all__ = ["HSTUConfig"]

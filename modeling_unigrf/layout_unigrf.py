@@ -52,6 +52,9 @@ class ItemLayout:
         self.bos_token_id = config.bos_token_id
         self.behavior_token_ids = config.behavior_token_ids
         self.history_end_ids = [config.bos_token_id, *self.behavior_token_ids]
+        # Ranking target -> token id of its behavior; None for "next".
+        ids = dict(zip(config.behaviors, self.behavior_token_ids, strict=True))
+        self.ranking_targets = {name: ids.get(name) for name in config.ranking_targets}
         # The token ids of each level: the alternatives among which its codes are predicted.
         self.level_slices = [
             slice(offset, offset + size) for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """
-HSTU as a backbone of transformers: pointwise attention by SiLU instead of softmax, gated, without a feed-forward.
+HSTU as a backbone: gated pointwise attention by SiLU in place of softmax, without a feed-forward.
 """
 
 import torch
@@ -21,14 +21,15 @@ UNKNOWN_TIME = -1
 
 class HSTUBias(nn.Module):
     """
-    What is added to the products of queries and keys: a number for their distance, another for the time between them.
+    The bias of attention scores: a number for the distance of key and query, another for the time between them.
     """
 
     def __init__(self, config: HSTUConfig):
         super().__init__()
-        self.longest, self.buckets = config.max_position_embeddings, config.num_time_buckets
-        self.positions = nn.Embedding(2 * self.longest - 1, 1)
-        self.times = nn.Embedding(self.buckets + 1, 1) if self.buckets else None
+        self.num_positions = config.max_position_embeddings
+        self.num_buckets = config.num_time_buckets
+        self.positions = nn.Embedding(2 * self.num_positions - 1, 1)
+        self.times = nn.Embedding(self.num_buckets + 1, 1) if self.num_buckets else None
 
     def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor:
         """
@@ -40,30 +41,32 @@ class HSTUBias(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(batch_size or 1, 1, Q, K)`
         """
-        index = (distance + self.longest - 1).clamp(0, 2 * self.longest - 2)
-        bias = looked_up(self.positions, index)
+        index = (distance + self.num_positions - 1).clamp(0, 2 * self.num_positions - 2)
+        bias = table_values(self.positions, index)
         if self.times is not None and seconds is not None:
-            # Buckets each 1.35 times as wide as the one before, as in the public code.
-            bucket = (seconds.clamp(min=1).float().log() / 0.301).floor().long().clamp(max=self.buckets)
-            bias = bias + looked_up(self.times, bucket) * (seconds >= 0)[:, None]
+            # Each bucket is 1.35 times as wide as the last one, as in the public code.
+            bucket = (seconds.clamp(min=1).float().log() / 0.301).floor().long().clamp(max=self.num_buckets)
+            bias = bias + table_values(self.times, bucket) * (seconds >= 0)[:, None]
         return bias
 
 
-def looked_up(table: nn.Embedding, index: torch.LongTensor) -> torch.Tensor:
+def table_values(table: nn.Embedding, index: torch.LongTensor) -> torch.Tensor:
     """
-    Numbers of a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. By `gather`, whose backward is faster than an
-    embedding's.
+    Look up a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. (The backward of `gather` is faster than an embedding's.)
     """
     return table.weight[:, 0].expand(*index.shape[:-1], -1).gather(-1, index)[:, None]
 
 
 class HSTULayer(nn.Module):
-    """One block (HSTU, section 3.2; order and norms as in its public code)."""
+    """One block (HSTU, section 3.2), with order and norms after its public code."""
 
     def __init__(self, config: HSTUConfig, layer_idx: int):
         super().__init__()
-        self.layer_idx, self.heads, self.head_dim = layer_idx, config.num_attention_heads, config.head_dim
-        self.longest, self.eps = config.max_position_embeddings, config.layer_norm_eps
+        self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.num_positions = config.max_position_embeddings
+        self.eps = config.layer_norm_eps
         inner = self.heads * self.head_dim
         self.uvqk_proj = nn.Linear(config.hidden_size, 4 * inner, bias=False)
         self.bias = HSTUBias(config)
@@ -85,21 +88,21 @@ class HSTULayer(nn.Module):
         """
         normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         u, *vqk = nn.functional.silu(self.uvqk_proj(normed)).chunk(4, dim=-1)
-        value, query, key = (one.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for one in vqk)
+        value, query, key = (part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for part in vqk)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        # Divided by a constant, and masked after the SiLU: what is not seen adds nothing, and there is nothing to
-        # renormalize.
+        # Mask after the SiLU: a hidden key adds nothing, and no norm changes.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
         weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
-        attended = (weights @ (value / self.longest)).transpose(1, 2).flatten(2)
+        attended = (weights @ (value / self.num_positions)).transpose(1, 2).flatten(2)
         gated = u * nn.functional.layer_norm(attended, attended.shape[-1:], eps=self.eps)
-        return hidden_states + self.out_proj(
-            self.dropout(gated)
-        ), weights / self.longest if output_attentions else None
+        hidden_states = hidden_states + self.out_proj(self.dropout(gated))
+        return hidden_states, weights / self.num_positions if output_attentions else None
 
 
 class HSTUPreTrainedModel(PreTrainedModel):
+    """Initial weights, and what transformers must know of the backbone."""
+
     config_class = HSTUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
@@ -117,8 +120,8 @@ class HSTUPreTrainedModel(PreTrainedModel):
 
 class HSTUModel(HSTUPreTrainedModel):
     """
-    Hidden states and cache of a token sequence. Of the cache, the layer behind the last one holds the position and
-    the time of every token, which the biases of later queries ask for.
+    Hidden states and cache of a token sequence. One more layer of the cache, behind the last, holds the position and
+    the time of every token, which later queries need for their biases.
     """
 
     def __init__(self, config: HSTUConfig):
@@ -146,21 +149,22 @@ class HSTUModel(HSTUPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
-        As every decoder of transformers.
+        Run the backbone as every decoder of transformers.
 
         Args:
-            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When each token's
-                event was, in seconds from any origin; negative where not known. Without them the time bias is off.
-            target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): When the
-                event is that each token's output is asked for. By default that of the token after it and, for the
-                last one, its own.
+            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of each
+                token's event in seconds from any origin; negative where not known. None: no time bias.
+            target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of
+                the event that each output predicts. None: that of the next token; for the last token, its own.
 
         Raises:
-            ValueError: if the sequence has more positions than the config, the cache is no `DynamicCache`, or neither
-                or both of `input_ids` and `inputs_embeds` are given.
+            ValueError: for more positions than the config has, a cache that is no `DynamicCache`, and without exactly
+                one of `input_ids` and `inputs_embeds`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
+            raise ValueError(
+                "Exactly one of `input_ids` and `inputs_embeds` must be given, got both or none. Pass one."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
@@ -175,12 +179,12 @@ class HSTUModel(HSTUPreTrainedModel):
             check_cache(cache)
             if len(cache.layers) == self.config.num_hidden_layers:  # made from a config
                 cache.layers.append(DynamicLayer())
-        seen = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
+            start = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(start, start + length, device=inputs_embeds.device)[None]
         if position_ids.max() >= self.config.max_position_embeddings:
             raise ValueError(
-                f"Expected positions below max_position_embeddings={self.config.max_position_embeddings}, found "
+                f"Positions must be below max_position_embeddings={self.config.max_position_embeddings}, got "
                 f"{int(position_ids.max())}. Keep fewer items of the history, or train with more positions."
             )
         if attention_mask is None or attention_mask.dim() == 2:
@@ -192,28 +196,8 @@ class HSTUModel(HSTUPreTrainedModel):
                 position_ids=position_ids,
             )
         visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-
         position_ids = position_ids.expand(batch_size, -1)
-        if timestamps is None:
-            timestamps = torch.full_like(position_ids, UNKNOWN_TIME)
-        if target_timestamps is None:
-            target_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
-        places = torch.stack([position_ids, timestamps], dim=-1)[:, None]
-        if cache is not None:
-            places, _ = cache.update(places, places[..., :0], self.config.num_hidden_layers)
-        key_positions, key_times = places[:, 0].unbind(dim=-1)
-        distance = key_positions[:, None] - position_ids[:, :, None]
-        # Where every query is as far from what it sees as their places in the row are, also in padded or packed rows,
-        # one bias serves all rows.
-        place = torch.arange(distance.shape[2], device=distance.device)
-        between = (place - place[-length:, None])[None]
-        if ((distance == between) | ~visible[:, 0]).all():
-            distance = between
-        seconds = None
-        if self.config.num_time_buckets and (target_timestamps >= 0).any() and (key_times >= 0).any():
-            seconds = (target_timestamps[:, :, None] - key_times[:, None]).abs()
-            unknown = (target_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
-            seconds = seconds.masked_fill(unknown, UNKNOWN_TIME)
+        distance, seconds = self._distances(position_ids, timestamps, target_timestamps, visible, cache)
 
         hidden_states = inputs_embeds * self.config.hidden_size**0.5 + self.embed_positions(position_ids)
         hidden_states = self.dropout(hidden_states)
@@ -228,3 +212,37 @@ class HSTUModel(HSTUPreTrainedModel):
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
+
+    def _distances(
+        self,
+        position_ids: torch.LongTensor,
+        timestamps: torch.LongTensor | None,
+        target_timestamps: torch.LongTensor | None,
+        visible: torch.BoolTensor,
+        cache: Cache | None,
+    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+        """
+        Positions of the keys minus those of the queries `[B or 1, Q, K]`, and the seconds between them `[B, Q, K]`
+        (-1: unknown; None: all of them are). `position_ids [B, Q]`, `visible [B, 1, Q, K]`; positions and times of
+        earlier keys are on the cache.
+        """
+        if timestamps is None:
+            timestamps = torch.full_like(position_ids, UNKNOWN_TIME)
+        if target_timestamps is None:
+            target_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
+        keys = torch.stack([position_ids, timestamps], dim=-1)[:, None]
+        if cache is not None:
+            keys, _ = cache.update(keys, keys[..., :0], self.config.num_hidden_layers)
+        key_positions, key_times = keys[:, 0].unbind(dim=-1)
+        distance = key_positions[:, None] - position_ids[:, :, None]
+        # Where all rows have the distances of their places, one bias serves them all.
+        place = torch.arange(distance.shape[2], device=distance.device)
+        place_distance = (place - place[-position_ids.shape[1] :, None])[None]
+        if ((distance == place_distance) | ~visible[:, 0]).all():
+            distance = place_distance
+        seconds = None
+        if self.config.num_time_buckets and (target_timestamps >= 0).any() and (key_times >= 0).any():
+            seconds = (target_timestamps[:, :, None] - key_times[:, None]).abs()
+            is_unknown = (target_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
+            seconds = seconds.masked_fill(is_unknown, UNKNOWN_TIME)
+        return distance, seconds

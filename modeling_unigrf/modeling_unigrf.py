@@ -28,7 +28,7 @@ from .item_lists_unigrf import check_items
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
-from .old_names_unigrf import convert_old_inputs
+from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs
 from .recommendation_unigrf import (
     ServingOptions,
     UniGRFRecommendation,
@@ -94,6 +94,15 @@ class UniGRFPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.content_embeddings)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load as every model of transformers; also takes 0.1's names of weights (until 0.3)."""
+        kwargs["key_mapping"] = OLD_WEIGHTS | (kwargs.get("key_mapping") or {})
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = []  # else `save_pretrained` would write the old names again
+        return loaded
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """Resize as every model of transformers. Raises `ValueError` if tokens of items would be left out."""
@@ -208,13 +217,8 @@ class UniGRFModel(UniGRFPreTrainedModel):
         )
 
 
-class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
-    """Generate and rank items with one backbone. The catalog is a part of the model and saved with it."""
-
-    # Factors of the losses of retrieval and of ranking, which a callback may change during training.
-    task_weights: tuple[float, float] = (1.0, 1.0)
-    # Whether a forward in training returns `gradient_norms`, at a second backward through the heads.
-    measures_gradients: bool = False
+class UniGRFItemModel(UniGRFPreTrainedModel):
+    """The parts of the model: backbone, heads and the catalog of items, which is saved with the weights."""
 
     def __init__(self, config: UniGRFConfig):
         config.check()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a checked config
@@ -230,12 +234,6 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
         self._ddp_params_and_buffers_to_ignore = ["catalog.item_codes", "catalog.content_embeddings"]
         if config.tie_word_embeddings:
             self._tied_weights_keys = {"lm_head.weight": f"{self._embeddings_name}.weight"}
-        # Explicit, so that nothing comes from a backbone's own file; transformers drops a derived one on save.
-        defaults = generation_defaults(config) | getattr(config, "old_serving_fields", {})
-        self.generation_config = GenerationConfig()
-        self.generation_config.update(**defaults, allow_custom_entries=True)
-        self.generation_config._from_model_config = False
-        self.post_init()
 
     @property
     def scorer(self) -> ItemScorer:
@@ -341,6 +339,24 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFPreTrainedModel):
         with torch.no_grad():
             for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
                 weight[codes.stop : needed] = weight[codes].mean(dim=0)
+
+
+class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
+    """Generate and rank items with one backbone."""
+
+    # Factors of the losses of retrieval and of ranking, which a callback may change during training.
+    task_weights: tuple[float, float] = (1.0, 1.0)
+    # Whether a forward in training returns `gradient_norms`, at a second backward through the heads.
+    measures_gradients: bool = False
+
+    def __init__(self, config: UniGRFConfig):
+        super().__init__(config)
+        # Explicit, so that nothing comes from a backbone's own file; transformers drops a derived one on save.
+        self.generation_config = GenerationConfig()
+        defaults = generation_defaults(config) | getattr(config, "old_serving_fields", {})
+        self.generation_config.update(**defaults, allow_custom_entries=True)
+        self.generation_config._from_model_config = False
+        self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from .configuration_unigrf import UniGRFConfig
-from .inputs_unigrf import ItemSets
+from .inputs_unigrf import ItemSets, LongHistory
 from .layout_unigrf import ItemLayout
 from .trie_unigrf import CatalogTrie
 
@@ -77,6 +78,37 @@ class PackedNegatives:
     history_ends: torch.LongTensor
     is_random: torch.BoolTensor
     is_hard: torch.BoolTensor
+
+
+@dataclass
+class Supervision:
+    """
+    What the losses need beside the backbone's output.
+
+    Args:
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
+        items (`SupervisedItems`)
+        sequence_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Which history of its
+            row a token belongs to, and which tokens exist. None with a mask, positions or cache of the caller's own.
+        item_sets (`ItemSets`, *optional*), negatives (`PackedNegatives`, *optional*)
+        cache (`DynamicCache`, *optional*): Of the histories, where candidates of the last items are ranked.
+        long_history (`LongHistory`, *optional*)
+        target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
+        trie (`CatalogTrie`, *optional*): The items that exist.
+        negatives_per_item (`float`): Random negatives of each supervised item.
+    """
+
+    targets: torch.LongTensor
+    items: SupervisedItems
+    sequence_ids: torch.LongTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    item_sets: ItemSets | None = None
+    negatives: PackedNegatives | None = None
+    cache: DynamicCache | None = None
+    long_history: LongHistory | None = None
+    target_timestamps: torch.LongTensor | None = None
+    trie: CatalogTrie | None = None
+    negatives_per_item: float = 0.0
 
 
 def supervised_items(

@@ -15,28 +15,17 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .beam_search_unigrf import propose_items
-from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
-from .inputs_unigrf import ItemSets, LongHistory, check_item_sets, check_long_history, check_positions
+from .inputs_unigrf import ItemSets, check_item_sets, check_long_history
 from .loss_unigrf import contrastive_loss, generation_loss, ranking_loss, sampled_softmax_loss
-from .negatives_unigrf import (
-    PackedNegatives,
-    SupervisedItems,
-    inject_targets,
-    last_items,
-    pack_negatives,
-    retrieval_positives,
-    supervised_items,
-)
+from .negatives_unigrf import Supervision, last_items, pack_negatives, retrieval_positives, supervised_items
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
-from .shared_prefix_unigrf import attention_mask_4d, cache_rollback, without_gradient
-from .trie_unigrf import CatalogTrie
+from .shared_prefix_unigrf import attention_mask_4d
+from .stage_two_unigrf import last_item_ranking_loss
 
 logger = logging.get_logger(__name__)
 
 CONTRASTIVE_LOSS_WEIGHT = 10.0  # the last item counts as so many codes
-CANDIDATES_PER_PACK = 64  # in training the attention of a pack grows with its square
 
 
 def sampling_bias(num_items: int, negatives_per_item: float) -> float:
@@ -46,37 +35,6 @@ def sampling_bias(num_items: int, negatives_per_item: float) -> float:
     2001, section 4.1.)
     """
     return math.log(max(1, num_items - 1) / negatives_per_item) if negatives_per_item else 0.0
-
-
-@dataclass
-class Supervision:
-    """
-    What the losses need beside the backbone's output.
-
-    Args:
-        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
-        items (`SupervisedItems`)
-        sequence_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Which history of its
-            row a token belongs to, and which tokens exist. None with a mask, positions or cache of the caller's own.
-        item_sets (`ItemSets`, *optional*), negatives (`PackedNegatives`, *optional*)
-        cache (`DynamicCache`, *optional*): Of the histories, where candidates of the last items are ranked.
-        long_history (`LongHistory`, *optional*)
-        target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
-        trie (`CatalogTrie`, *optional*): The items that exist.
-        negatives_per_item (`float`): Random negatives of each supervised item.
-    """
-
-    targets: torch.LongTensor
-    items: SupervisedItems
-    sequence_ids: torch.LongTensor | None = None
-    attention_mask: torch.LongTensor | None = None
-    item_sets: ItemSets | None = None
-    negatives: PackedNegatives | None = None
-    cache: DynamicCache | None = None
-    long_history: LongHistory | None = None
-    target_timestamps: torch.LongTensor | None = None
-    trie: CatalogTrie | None = None
-    negatives_per_item: float = 0.0
 
 
 @dataclass
@@ -100,12 +58,6 @@ class Objective:
     candidate_block: UniGRFCandidateBlock | None
     task_weights: tuple[float, float] = (1.0, 1.0)
     measures_gradients: bool = False
-
-    @property
-    def _targets(self) -> dict[str, int | None]:
-        """Ranking target -> token id of its behavior; None for `"next"`."""
-        ids = dict(zip(self.config.behaviors, self.scorer.layout.behavior_token_ids, strict=True))
-        return {name: ids.get(name) for name in self.config.ranking_targets}
 
     @property
     def is_training(self) -> bool:
@@ -256,7 +208,14 @@ class Objective:
                 self.scorer, of_histories, code_targets, code_negatives, sets_of_codes, self.measures_gradients
             )
         if supervision.cache is not None:
-            losses["ranking_loss"] = self._last_item_ranking_loss(of_histories, supervision)
+            losses["ranking_loss"] = last_item_ranking_loss(
+                self.backbone,
+                self.scorer,
+                self.candidate_block,
+                supervision,
+                of_histories,
+                self.generator(hidden_states.device),
+            )
         elif training.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision)
         if training.dense_loss_weight:
@@ -328,83 +287,4 @@ class Objective:
             states = self.scorer.layout.ranking_states(hidden_states[:, -negatives.tokens.shape[1] :])
             ends = hidden_states[is_random.nonzero()[:, 0], negatives.history_ends[is_random]]
             negative_logits = head(states[is_random], ends, representations(negatives.items[is_random]))
-        return ranking_loss(self._targets, logits, supervised.behaviors, negative_logits)
-
-    def _last_item_ranking_loss(self, hidden_states: torch.FloatTensor, supervision: Supervision) -> torch.Tensor:
-        """
-        The ranking loss of candidates of each row's last supervised item: those of `item_sets` or the model's own
-        beams, with the true item among them unless `inject_target` leaves it to the search. All tokens of the
-        candidates run here. The search has the dropout of training, but for that of attention weights where branches
-        share the history.
-
-        Raises:
-            ValueError: if the positions do not suffice, nothing is on the cache, or there is nothing to learn
-                `"next"` from.
-        """
-        config, training = self.config, self.config.training_config
-        sequence_ids, cache = supervision.sequence_ids, supervision.cache
-        if cache.get_seq_length() < sequence_ids.shape[1]:
-            raise ValueError(
-                f"The cache must hold the {sequence_ids.shape[1]} tokens of the histories, got "
-                f"{cache.get_seq_length()}. Train candidates without activation checkpointing, which keeps no cache."
-            )
-        last = last_items(supervision.items, len(sequence_ids))
-        history_mask = self.scorer.layout.history_up_to(last.history_ends, sequence_ids, supervision.attention_mask)
-        check_positions(
-            config, int(history_mask.sum(dim=1).max()) + self.scorer.layout.num_levels + config.num_block_tokens
-        )
-        query_time = None
-        if supervision.target_timestamps is not None:
-            query_time = supervision.target_timestamps.gather(1, last.history_ends[:, None])[:, 0]
-        context = CandidateContext(history_mask, cache, supervision.long_history, query_time)
-        rows = torch.arange(len(sequence_ids), device=sequence_ids.device)
-        history_states = hidden_states[rows, last.history_ends]
-        candidates = self._candidates(supervision, history_states, context)
-        if candidates is None or candidates.shape[1] == 0:
-            candidates = last.items[:, None]
-        if training.inject_target:
-            candidates = inject_targets(candidates, last.items, self.generator(candidates.device))
-        if training.stop_gradient_history:
-            context.cache, history_states = without_gradient(cache), history_states.detach()
-        items, states = candidates.clamp(min=0), []
-        for pack in items.split(CANDIDATES_PER_PACK, dim=1):
-            with cache_rollback(context.cache):
-                read = read_candidates(self.backbone, self.scorer, self.candidate_block, context, pack)
-            states.append(read[:, :, -1])
-        representations = self.scorer.representations(items)
-        logits = self.scorer.ranking_head(torch.cat(states, dim=1), history_states[:, None], representations)
-        is_target = candidates == last.items[:, None]
-        exists = (candidates >= 0) & (last.items >= 0)[:, None]
-        behaviors = last.behaviors[:, None].expand_as(candidates)[exists & is_target]
-        return ranking_loss(self._targets, logits[exists & is_target], behaviors, logits[exists & ~is_target])
-
-    @torch.no_grad()
-    def _candidates(
-        self, supervision: Supervision, history_states: torch.FloatTensor, context: CandidateContext
-    ) -> torch.LongTensor | None:
-        """
-        Candidates of the last items, `[B, N]` (-1: none): the caller's, or the model's own beams; None: the true
-        items.
-        """
-        item_sets, trie = supervision.item_sets, supervision.trie
-        if item_sets is not None and item_sets.candidates is not None:
-            return item_sets.candidates
-        num_beams = self.config.training_config.num_train_beams
-        if not num_beams:
-            if NEXT_TARGET in self.config.ranking_targets:
-                raise ValueError(
-                    f"The ranking target {NEXT_TARGET!r} must have candidates beside the true items, got none. Set "
-                    "num_train_beams, e.g. to 20, for the model's own beams, or pass item_sets={'candidates': ...}."
-                )
-            return None
-        return propose_items(
-            self.backbone,
-            self.scorer,
-            trie,
-            None if item_sets is None else item_sets.blocked_items,
-            history_states,
-            context.history_mask,
-            without_gradient(context.cache),
-            num_beams,
-            context.query_time,
-        )
+        return ranking_loss(self.scorer.layout.ranking_targets, logits, supervised.behaviors, negative_logits)

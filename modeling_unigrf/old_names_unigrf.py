@@ -62,10 +62,10 @@ ITEM_SETS = {
     "candidates": "candidates",
     "blocked_items": "blocked_items",
 }
-# Buffers of a checkpoint.
-WEIGHTS = {
-    "catalogue.item_codes": "catalog.item_codes",
-    "catalogue.item_embeddings": "catalog.content_embeddings",
+# Patterns of weights' names.
+OLD_WEIGHTS = {
+    r"^catalogue\.item_codes$": "catalog.item_codes",
+    r"^catalogue\.item_embeddings$": "catalog.content_embeddings",
 }
 
 

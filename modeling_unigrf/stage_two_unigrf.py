@@ -1,0 +1,124 @@
+# Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
+"""RecoChain's stage II: the ranking loss of candidates of each row's last item, read on the cache of the histories."""
+
+import torch
+from transformers import PreTrainedModel
+
+from .beam_search_unigrf import propose_items
+from .candidates_unigrf import CandidateContext, read_candidates
+from .configuration_unigrf import NEXT_TARGET
+from .inputs_unigrf import check_positions
+from .loss_unigrf import ranking_loss
+from .negatives_unigrf import Supervision, inject_targets, last_items
+from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
+from .shared_prefix_unigrf import cache_rollback, without_gradient
+
+CANDIDATES_PER_PACK = 64  # in training the attention of a pack grows with its square
+
+
+def last_item_ranking_loss(
+    backbone: PreTrainedModel,
+    scorer: ItemScorer,
+    candidate_block: UniGRFCandidateBlock | None,
+    supervision: Supervision,
+    hidden_states: torch.FloatTensor,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """
+    Compute the ranking loss of candidates of each row's last supervised item.
+
+    The candidates are those of `item_sets` or the model's own beams, with the true item among them unless
+    `inject_target` leaves it to the search. All of their tokens run here. The search has the dropout of training, but
+    for that of attention weights where branches share the history.
+
+    Args:
+        backbone (`UniGRFModel`)
+        supervision (`Supervision`): With the cache of the histories.
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
+
+    Raises:
+        ValueError: if positions do not suffice, nothing is on the cache, or there is nothing to learn `"next"` from.
+    """
+    config, training = scorer.config, scorer.config.training_config
+    sequence_ids, cache = supervision.sequence_ids, supervision.cache
+    if cache.get_seq_length() < sequence_ids.shape[1]:
+        raise ValueError(
+            f"The cache must hold the {sequence_ids.shape[1]} tokens of the histories, got {cache.get_seq_length()}. "
+            "Train candidates without activation checkpointing, which keeps no cache."
+        )
+    last = last_items(supervision.items, len(sequence_ids))
+    history_mask = scorer.layout.history_up_to(last.history_ends, sequence_ids, supervision.attention_mask)
+    longest = int(history_mask.sum(dim=1).max())
+    check_positions(config, longest + scorer.layout.num_levels + config.num_block_tokens)
+    query_time = None
+    if supervision.target_timestamps is not None:
+        query_time = supervision.target_timestamps.gather(1, last.history_ends[:, None])[:, 0]
+    context = CandidateContext(history_mask, cache, supervision.long_history, query_time)
+    rows = torch.arange(len(sequence_ids), device=sequence_ids.device)
+    history_states = hidden_states[rows, last.history_ends]
+
+    # Candidates, the true item among them.
+    candidates = find_candidates(backbone, scorer, supervision, history_states, context)
+    if candidates is None or candidates.shape[1] == 0:
+        candidates = last.items[:, None]
+    if training.inject_target:
+        candidates = inject_targets(candidates, last.items, generator)
+
+    # Their states, pack by pack.
+    if training.stop_gradient_history:
+        context.cache = without_gradient(cache)
+        history_states = history_states.detach()
+    items = candidates.clamp(min=0)
+    states = []
+    for pack in items.split(CANDIDATES_PER_PACK, dim=1):
+        with cache_rollback(context.cache):
+            states.append(read_candidates(backbone, scorer, candidate_block, context, pack)[:, :, -1])
+    logits = scorer.ranking_head(torch.cat(states, dim=1), history_states[:, None], scorer.representations(items))
+
+    is_target = candidates == last.items[:, None]
+    exists = (candidates >= 0) & (last.items >= 0)[:, None]
+    behaviors = last.behaviors[:, None].expand_as(candidates)[exists & is_target]
+    return ranking_loss(
+        scorer.layout.ranking_targets, logits[exists & is_target], behaviors, logits[exists & ~is_target]
+    )
+
+
+@torch.no_grad()
+def find_candidates(
+    backbone: PreTrainedModel,
+    scorer: ItemScorer,
+    supervision: Supervision,
+    history_states: torch.FloatTensor,
+    context: CandidateContext,
+) -> torch.LongTensor | None:
+    """
+    Find candidates of the last items, `[B, N]` (-1: none): the caller's, or the model's own beams; None: the true
+    items.
+
+    Raises:
+        ValueError: if the target `"next"` would see no item that did not come next.
+    """
+    item_sets, trie = supervision.item_sets, supervision.trie
+    if item_sets is not None and item_sets.candidates is not None:
+        return item_sets.candidates
+    num_beams = scorer.config.training_config.num_train_beams
+    if not num_beams:
+        if NEXT_TARGET in scorer.config.ranking_targets:
+            raise ValueError(
+                f"The ranking target {NEXT_TARGET!r} must have candidates beside the true items, got none. Set "
+                "num_train_beams, e.g. to 20, for the model's own beams, or pass item_sets={'candidates': ...}."
+            )
+        return None
+    blocked_items = None if item_sets is None else item_sets.blocked_items
+    cache = without_gradient(context.cache)
+    return propose_items(
+        backbone,
+        scorer,
+        trie,
+        blocked_items,
+        history_states,
+        context.history_mask,
+        cache,
+        num_beams,
+        context.query_time,
+    )
