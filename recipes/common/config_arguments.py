@@ -1,0 +1,86 @@
+"""Make a recipe's arguments from the fields of a config, with its types, defaults and help texts."""
+
+import inspect
+import re
+import types
+from dataclasses import MISSING, field, fields, make_dataclass
+from functools import partial
+from typing import Any, Union, get_args, get_origin
+
+ENTRY = re.compile(r"^(\w+(?:, \w+)*) \(.*\):")
+
+
+def help_texts(config_class: type) -> dict[str, str]:
+    """Read the help text of each field from the `Args:` of a config's docstring."""
+    lines = inspect.cleandoc(config_class.__doc__ or "").split("\n")
+    start = lines.index("Args:") + 1
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines[start:]:
+        if line and not line.startswith(" "):  # the next section, such as "Raises:"
+            break
+        if line.startswith("    ") and (entry := ENTRY.match(line[4:])):
+            names = entry[1].split(", ")
+            line = line[4 + entry.end() :]
+        for name in names:
+            texts[name] = f"{texts.get(name, '')} {line.strip()}".strip()
+    return {name: text.replace("`", "") for name, text in texts.items()}
+
+
+def argument_type(annotation: Any) -> Any:
+    """
+    Turn a field's annotation into one that a command line can hold.
+
+    Numbers become floats, a list or tuple a list, a dict a JSON text. None stays possible.
+    """
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    options = list(get_args(annotation)) if is_union else [annotation]
+    is_optional = type(None) in options
+    lists = [option for option in options if get_origin(option) is list]
+    if dict in options:
+        kind: Any = str
+    elif lists:
+        kind = lists[0]
+    else:
+        kind = next(option for option in (float, bool, int, str) if option in options)
+    return kind | None if is_optional else kind
+
+
+def _with_help(default: Any, text: str) -> Any:
+    metadata = {"help": text.replace("%", "%%")}  # argparse formats help texts
+    if isinstance(default, list | tuple):
+        return field(default_factory=partial(list, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def arguments_from_config(name: str, doc: str, config_class: type, names: list[str], are_optional: bool) -> type:
+    """
+    Make a dataclass of arguments, one for each of the config's fields `names`.
+
+    Args:
+        name, doc: Name and docstring of the dataclass. The docstring's first line is its title in `--help`.
+        are_optional: Whether the arguments are None by default, for a checkpoint's own values or the config's
+            defaults; else they have the config's defaults.
+
+    Raises:
+        ValueError: for a name that the config does not have, or that its docstring does not explain.
+    """
+    known = {entry.name: entry for entry in fields(config_class)}
+    texts = help_texts(config_class)
+    columns = []
+    for argument in names:
+        if argument not in known or argument not in texts:
+            raise ValueError(
+                f"`names` must be fields that the docstring of {config_class.__name__} explains, got {argument!r}. "
+                "Add it there."
+            )
+        default: Any = known[argument].default
+        default = None if default is MISSING else default
+        kind, text = argument_type(known[argument].type), texts[argument]
+        if are_optional:
+            text += f" Without it: the checkpoint's value, or {'that' if default is None else default}."
+            kind, default = kind | None, None
+        columns.append((argument, kind, _with_help(default, text)))
+    made = make_dataclass(name, columns)
+    made.__doc__ = doc
+    return made
