@@ -71,7 +71,10 @@ NO_REPRESENTATIONS = {"embedding_table_size": 0, "history_item_representations":
         ),
         ({"embedding_table_size": 0}, "`history_item_representations=True` must come with item representations"),
         ({"rank_by_dense_score": False, "dense_loss_weight": 0}, "must come with dense_loss_weight"),
-        ({"stop_gradient_dense_score": True, "dense_loss_weight": 0}, "with rank_by_dense_score and dense_loss_weight"),
+        (
+            {"stop_gradient_dense_score": True, "dense_loss_weight": 0},
+            "with rank_by_dense_score and",
+        ),
         ({"negatives_per_item": -1.0}, "`negatives_per_item` must be .* 0 or more, got -1.0"),
         ({"generation_loss_weight": float("nan")}, "`generation_loss_weight` must be .* 0 or more, got nan"),
         ({"code_similarity": "l2"}, "`code_similarity` must be 'dot' or 'cosine'"),

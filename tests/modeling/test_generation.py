@@ -140,7 +140,7 @@ def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
 
 
 def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
-    model = build_model(num_items=60)
+    model = build_model(num_items=60, exclude_history=True)
     input_ids, mask, _ = random_histories(model, [4, 2])
     expected = model.generate(input_ids, attention_mask=mask)
     best = model.recommend(input_ids, mask)
@@ -177,10 +177,10 @@ def test_a_partial_item_is_completed_and_a_dead_prefix_raises():
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
     prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
     for num_beams in (1, 4):
-        with pytest.raises(ValueError, match="no item of the catalog begins"):
+        with pytest.raises(ValueError, match="must end in the first codes of an item of the catalog"):
             model.generate(prefix, num_beams=num_beams)
     wrong_level = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[1]]])], dim=1)
-    with pytest.raises(ValueError, match="no beginning of an item"):
+    with pytest.raises(ValueError, match="codes of levels 0, 1, .* in order"):
         model.generate(wrong_level, num_beams=4)
 
 
@@ -191,7 +191,7 @@ def test_histories_that_no_item_can_follow_are_rejected():
         model.generate(input_ids[:, :-1], attention_mask=mask[:, :-1], num_beams=3)  # ends in a whole item
     with pytest.raises(ValueError, match="after which no item begins"):
         model.recommend(torch.zeros(1, 4, dtype=torch.long))  # only padding
-    with pytest.raises(ValueError, match="not in the catalog"):
+    with pytest.raises(ValueError, match="must hold items of the catalog, got 1 others"):
         unknown = input_ids.clone()
         known = {tuple(code) for code in model.catalog.item_codes.tolist()}
         missing = next(
@@ -199,20 +199,20 @@ def test_histories_that_no_item_can_follow_are_rejected():
         )
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 11\) as input_ids, found \(2, 10\)"):
+    with pytest.raises(ValueError, match=r"must have the shape \(2, 11\) of input_ids, got \(2, 10\)"):
         model.recommend(input_ids, mask[:, 1:])
     cache = model(input_ids, mask, use_cache=True).cache
-    with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, found one of 11"):
+    with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, got 11"):
         model.recommend(input_ids[:, :6], mask[:, :6], cache=cache)
     codes = model.layout.item_tokens(model.catalog.item_codes[0].long())
     ragged = torch.stack([torch.cat([input_ids[0], codes[:1]]), torch.cat([input_ids[1, 1:], codes[:2]])])
-    with pytest.raises(ValueError, match=r"unfinished items of \[1, 2\] codes"):
+    with pytest.raises(ValueError, match=r"equally many codes of an unfinished item, got \[1, 2\]"):
         model.generate(ragged, num_beams=3)
     gpt2 = build_model("gpt2")
     for items in (51, 60):  # too long with the next item, or already without it
         long_ids, long_mask, _ = random_histories(gpt2, [items])
         for call in (gpt2.recommend, gpt2.generate, lambda *args: gpt2.rank(*args, torch.tensor([[1]]))):
-            with pytest.raises(ValueError, match=f"take {5 * items + 5} positions, the backbone has 256"):
+            with pytest.raises(ValueError, match=f"the 256 positions of the backbone, got {5 * items + 5} tokens"):
                 call(long_ids, long_mask) if call != gpt2.generate else call(long_ids, attention_mask=long_mask)
 
 
@@ -249,20 +249,20 @@ def test_lists_of_items_hold_inside_the_search(backbone):
 def test_item_lists_that_leave_no_item_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [2, 1])
-    with pytest.raises(ValueError, match="Request 1 leaves no item"):
+    with pytest.raises(ValueError, match="got none for request 1"):
         model.recommend(input_ids, mask, allowed_items=[[3], []])
-    with pytest.raises(ValueError, match="Request 0 leaves no item"):
+    with pytest.raises(ValueError, match="got none for request 0"):
         model.recommend(input_ids, mask, allowed_items=[[3], [4]], blocked_items=[[3], []])
-    with pytest.raises(ValueError, match="Request 1 leaves no item to recommend: everything is blocked"):
+    with pytest.raises(ValueError, match="got all of them for request 1"):
         model.recommend(input_ids, mask, blocked_items=[[], range(30)])
-    with pytest.raises(ValueError, match="outside a catalog of 30 items"):
+    with pytest.raises(ValueError, match="a catalog of 30 items, got 30 to 30 for request 0"):
         model.recommend(input_ids, mask, blocked_items=[[30], []])
     for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would turn both into indices
-        with pytest.raises(ValueError, match="item indices as integers"):
+        with pytest.raises(ValueError, match="Item indices must be integers"):
             model.recommend(input_ids, mask, allowed_items=[[3], wrong])
-        with pytest.raises(ValueError, match="item indices as integers"):
+        with pytest.raises(ValueError, match="Item indices must be integers"):
             model.catalog.subset(wrong)
-    with pytest.raises(ValueError, match="one list for each of 2 requests"):
+    with pytest.raises(ValueError, match="one list for each of 2 requests, got 1"):
         model.recommend(input_ids, mask, allowed_items=[[3]])
 
 
@@ -328,7 +328,7 @@ def test_stock_beam_search_generates_existing_items():
     assert stopped.shape[1] == input_ids.shape[1] + 1
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
-    with pytest.raises(ValueError, match="Expected a `DynamicCache"):
+    with pytest.raises(ValueError, match="`cache` must be a `DynamicCache"):
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
 
 
@@ -375,7 +375,7 @@ def test_unsupported_backbones_are_rejected(model_type, reason):
     text_config |= {"falcon": {"alibi": True}, "gemma3_text": {"use_bidirectional_attention": True}}.get(
         model_type, {}
     )
-    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{reason}"):
+    with pytest.raises(ValueError, match=f"places tokens by `position_ids`.*'{model_type}'{reason}"):
         UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
@@ -413,15 +413,15 @@ def test_another_catalog_is_swapped_in_at_call_time(backbone):
     assert {item for item in fresh.item_indices[0].tolist() if item >= 0} == left and items[0][0] in market
     again = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
     assert torch.equal(again.item_indices, everything.item_indices), "the subset holds for one call"
-    for name in ("blocked_items", "candidates"):
-        with pytest.raises(ValueError, match=f"no {name} in `generate`"):
-            model.generate(input_ids, attention_mask=mask, num_beams=3, **{name: market[None]})
+    for name, value in (("item_sets", {"blocked_items": market[None]}), ("labels", input_ids)):
+        with pytest.raises(ValueError, match=f"`generate` must be called without .'{name}'"):
+            model.generate(input_ids, attention_mask=mask, num_beams=3, **{name: value})
     catalog.leaf_items = catalog.leaf_items.to("meta")  # as after the model was moved
     for call in (model.generate, model.recommend):
-        with pytest.raises(ValueError, match="found one on meta"):
+        with pytest.raises(ValueError, match="got meta"):
             call(input_ids, attention_mask=mask, num_beams=3, catalog=catalog)
     catalog = model.catalog.subset(market)
-    with pytest.raises(ValueError, match="below 30"):
+    with pytest.raises(ValueError, match="a catalog of 30 items, got 30 to 30"):
         model.catalog.subset([30])
-    with pytest.raises(ValueError, match="Request 1 leaves no item"):
+    with pytest.raises(ValueError, match="got none for request 1"):
         model.recommend(input_ids, mask, catalog=catalog, allowed_items=[[1, 2], [2, 3]])
