@@ -180,7 +180,7 @@ def test_a_partial_item_is_completed_and_a_dead_prefix_raises():
         with pytest.raises(ValueError, match="must end in the first codes of an item of the catalog"):
             model.generate(prefix, num_beams=num_beams)
     wrong_level = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[1]]])], dim=1)
-    with pytest.raises(ValueError, match="codes of levels 0, 1, .* in order"):
+    with pytest.raises(ValueError, match=r"codes of levels 0, 1, \.\.\. in order"):
         model.generate(wrong_level, num_beams=4)
 
 

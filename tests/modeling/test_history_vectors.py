@@ -113,10 +113,10 @@ def test_an_item_outside_the_catalog_is_read_by_its_codes_alone():
 def test_missing_item_representations_are_reported():
     model = build()
     input_ids, mask, _ = random_histories(model, [3])
-    with pytest.raises(ValueError, match="pass item_representations="):
+    with pytest.raises(ValueError, match="`item_representations` must be given for histories with behaviors"):
         model.model(input_ids, mask)
     cache = DynamicCache()
     model(input_ids[:, :5], cache=cache, use_cache=True)  # <bos> and the codes of the first item
-    with pytest.raises(ValueError, match="Begin with a <bos> or a whole item"):
+    with pytest.raises(ValueError, match="must begin with a <bos> or a whole item"):
         model(input_ids[:, 5:], cache=cache, use_cache=True)
     assert build_model().scorer.history_representations(input_ids) is None

@@ -136,7 +136,7 @@ def test_only_a_dynamic_cache_is_accepted():
     assert torch.equal(
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="dynamic"), sequences
     )
-    with pytest.raises(ValueError, match="Expected a `DynamicCache"):
+    with pytest.raises(ValueError, match="`cache` must be a `DynamicCache"):
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="static")
 
 
@@ -162,7 +162,7 @@ def test_the_old_name_of_the_cache_still_reaches_it():
 def test_inputs_longer_than_the_positions_are_rejected():
     with pytest.raises(ValueError, match="max_position_embeddings=20"):
         build()(torch.zeros(1, 21, dtype=torch.long))
-    with pytest.raises(ValueError, match="exactly one of"):
+    with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds`"):
         build()()
 
 
@@ -294,22 +294,22 @@ def test_the_pipeline_takes_item_times_and_a_query_time():
         assert [item["score"] for item in single] == pytest.approx([item["score"] for item in several], abs=1e-5)
     batch = tokenizer.encode_history([["i3"], ["i4", "i5"]], [["like"], ["like", "like"]], timestamps=[[1], [2, 3]])
     assert batch["timestamps"] == [[-1] * 5 + [1] * 6, [2] * 6 + [3] * 5]
-    with pytest.raises(ValueError, match="as many timestamps as items"):
+    with pytest.raises(ValueError, match="`timestamps` must have as many values as items"):
         tokenizer.encode_history(["i3"], ["like"], timestamps=[1, 2])
-    with pytest.raises(ValueError, match="found NaN"):
+    with pytest.raises(ValueError, match="`timestamps` must be seconds or None, got NaN"):
         tokenizer.encode_history(["i3"], ["like"], timestamps=[float("nan")])
 
 
 def test_timestamps_that_do_not_fit_are_rejected():
     model = build_model("llama")
     input_ids, mask, _, times, _ = timed(model, [3, 1])
-    with pytest.raises(ValueError, match="does not read"):
+    with pytest.raises(ValueError, match="`timestamps` must be None for the backbone 'llama'"):
         model.recommend(input_ids, mask, timestamps=times)
     model = build_model("hstu")
     input_ids, mask, _, times, requests = timed(model, [3, 1])
-    with pytest.raises(ValueError, match="as input_ids"):
+    with pytest.raises(ValueError, match="`timestamps` must have the shape .* of input_ids, got"):
         model.recommend(input_ids, mask, timestamps=times[:, 1:])
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match="`timestamps` must have the shape .* of input_ids, got none"):
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), query_time=requests)
-    with pytest.raises(ValueError, match="one a row"):
+    with pytest.raises(ValueError, match=r"`query_time` must have shape \(2,\), one time a row"):
         model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, query_time=requests[:1])
