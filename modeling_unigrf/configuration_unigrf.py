@@ -59,8 +59,8 @@ class UniGRFTrainingConfig(PreTrainedConfig):
             Beams of the model's own search that are ranked for the last item of each row (RecoChain, stage II). 0:
             none.
         inject_target (`bool`, defaults to `True`):
-            Put the true item among these beams where the search missed it. False ranks what the search found, nothing
-            else.
+            Put the true item among the beams that training ranks, where the search missed it. False ranks what the search
+            found, nothing else.
         stop_gradient_history (`bool`, defaults to `False`):
             Stop the ranking-loss gradient at the history's keys, values and states.
         stop_gradient_dense_score (`bool`, defaults to `False`):

@@ -219,7 +219,7 @@ class Objective:
         elif training.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision)
         if training.dense_loss_weight:
-            states = of_histories[positives.rows, positives.history_ends]
+            states = hidden_states[positives.rows, positives.history_ends]
             queries = self.scorer.ranking_head.history_query(states)
             num_items, generator = len(self.scorer.catalog.item_codes), self.generator(states.device)
             losses["dense_loss"] = share * sampled_softmax_loss(
