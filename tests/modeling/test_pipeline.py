@@ -32,7 +32,7 @@ def test_with_one_behavior_a_history_is_a_plain_list(recommender):
     assert all(row["title"] is None and int(row["item_id"]) in range(60) for row in recommended)
     assert plain([np.array([7, 3]), torch.tensor([5])]) == plain([[7, 3], [5]]) == [recommended, plain([5])]
     assert plain(torch.tensor([7, 3])) == plain(list(torch.tensor([7, 3]))) == recommended
-    with pytest.raises(ValueError, match="one history a request, found 2"):
+    with pytest.raises(ValueError, match="A request must hold one history, got 2"):
         plain({"items": [[7, 3], [5]]}, unknown="skip")
 
 
@@ -67,22 +67,19 @@ def test_arrays_are_accepted_like_lists(recommender):
             assert recommended == recommender({**SHORT_HISTORY, name: items})
 
 
-def test_a_checkpoint_serves_by_its_own_defaults(recommender):
+def test_a_checkpoint_serves_by_its_own_defaults(recommender, monkeypatch):
     """`recipes.evaluate` writes the settings that it chose into the checkpoint."""
-    config = recommender.model.config
+    generation_config = recommender.model.generation_config
     everything = {"num_beams": 60, "num_return_sequences": 60}
-    before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "rerank_top_k")}
-    try:
-        generation_config.exclude_history = False
-        generation_config.ranking_target = "like"
-        assert recommender(HISTORY, **everything) == recommender(
-            HISTORY, exclude_history=False, ranking_target="like", **everything
-        )
-        generation_config.rerank_top_k = 4
-        assert len(recommender(HISTORY)) == 4, "the default length is at most rerank_top_k"
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+    chosen = {"exclude_history": False, "ranking_target": "like", "ranking_weight": 0.5}
+    expected = recommender(HISTORY, **chosen, **everything)
+    assert expected != recommender(HISTORY, **everything)
+    for name, value in (chosen | everything).items():
+        monkeypatch.setattr(generation_config, name, value, raising=False)
+    assert recommender(HISTORY) == expected
+    monkeypatch.setattr(generation_config, "num_return_sequences", None)
+    monkeypatch.setattr(generation_config, "rerank_top_k", 4)
+    assert len(recommender(HISTORY)) == 4, "the default length is at most rerank_top_k"
 
 
 def test_history_items_are_recommended_only_on_request(recommender):
@@ -116,12 +113,18 @@ def test_a_too_long_history_keeps_its_most_recent_items(recommender, monkeypatch
     assert recommender.model.config.max_history_items == 15
     long = {"items": HISTORY["items"] * 10, "behaviors": HISTORY["behaviors"] * 10}
     assert recommender(long) == recommender(long, max_items=15)
-    monkeypatch.setattr(recommender.model.config, "max_items", 4)
+    generation_config = recommender.model.generation_config
+    monkeypatch.setattr(generation_config, "max_items", 4, raising=False)
     assert recommender(long) == recommender(long, max_items=4) != recommender(long, max_items=15)
-    with pytest.raises(ValueError, match="max_items from 1 to the 15 items"):
-        UniGRFConfig(**{**recommender.model.config.to_dict(), "max_items": 16})
-    with pytest.raises(ValueError, match="take 68 positions, the backbone has 64"):
+    with pytest.raises(ValueError, match=r"`max_items` must be at most the 15 items .* got 16"):
         recommender(long, max_items=16)
+    monkeypatch.setattr(generation_config, "max_items", 16)
+    with pytest.raises(ValueError, match=r"`max_items` must be at most the 15 items .* got 16"):
+        recommender(long)
+    monkeypatch.setattr(generation_config, "max_items", None)
+    encoded = recommender.tokenizer.encode_history(**long, max_items=16, return_tensors="pt")
+    with pytest.raises(ValueError, match="must fit into the 64 positions of the backbone, got 68 tokens"):
+        recommender.model.recommend(**encoded)
 
 
 def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
@@ -149,10 +152,13 @@ def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
         ids = [request["items"][place] for place in known]
         best = model.recommend(
             **tokenizer.encode_history(ids, names, max_items=4, return_tensors="pt"),
-            long_items=torch.tensor(tokenizer.item_indices(ids))[None],
-            long_behaviors=torch.tensor([tokenizer.behaviors.index(name) for name in names])[None],
+            long_history={
+                "items": torch.tensor(tokenizer.item_indices(ids))[None],
+                "behaviors": torch.tensor([tokenizer.behaviors.index(name) for name in names])[None],
+            },
             num_beams=6,
             num_return_sequences=6,
+            exclude_history=False,
         )
         assert [tokenizer.item_ids[item] for item in best.item_indices[0]] == [row["item_id"] for row in recommended]
         torch.testing.assert_close(
@@ -174,27 +180,27 @@ def test_unknown_items_are_an_error_or_skipped(recommender):
 @pytest.mark.parametrize(
     ("request_", "parameters", "message"),
     [
-        ({**SHORT_HISTORY, "allowed_items": []}, {}, "Expected a known item in `allowed_items`"),
+        ({**SHORT_HISTORY, "allowed_items": []}, {}, "`allowed_items` must hold an item that the item map has"),
         (
             {**SHORT_HISTORY, "allowed_items": ["film 98"]},
             {"unknown": "skip"},
-            "Expected a known item in `allowed_items`",
+            "`allowed_items` must hold an item that the item map has",
         ),
-        ({**SHORT_HISTORY, "allowed_items": ["film 5"]}, {}, "no item|leaves none|leave no"),
+        ({**SHORT_HISTORY, "allowed_items": ["film 5"]}, {}, "must leave each request an item of the catalog"),
         ({"items": [], "behaviors": []}, {}, "at least one item"),
-        ([], {}, "found an empty list"),
+        ([], {}, "`inputs` must be a history or a list of histories, got an empty list"),
         ([[]], {}, "at least one item"),
-        ({"items": ["film 98"], "behaviors": ["like"]}, {"unknown": "skip"}, "all of its item ids are unknown"),
-        ({"items": ["film 5"]}, {}, "behaviors? .*found None"),
+        ({"items": ["film 98"], "behaviors": ["like"]}, {"unknown": "skip"}, "all of its item IDs are unknown"),
+        ({"items": ["film 5"]}, {}, "`behaviors` must have a behavior for each item.* got None"),
         ({"items": ["film 5"], "behaviors": ["bought"]}, {}, "bought"),
-        ({**SHORT_HISTORY, "blocked": ["film 1"]}, {}, "keys among .*'blocked'"),
-        ({"behaviors": ["like"]}, {}, "with `items`"),
-        ({"items": "film 5", "behaviors": ["like"]}, {}, "the one string 'film 5'"),
-        ({**SHORT_HISTORY, "allowed_items": "film 7"}, {}, "the one string 'film 7'"),
-        ("film 5", {}, "the one string 'film 5'"),
-        (SHORT_HISTORY, {"num_beam": 20}, "found \\['num_beam'\\]"),
+        ({**SHORT_HISTORY, "blocked": ["film 1"]}, {}, "keys among .*, got .*'blocked'"),
+        ({"behaviors": ["like"]}, {}, "A history must have `items`"),
+        ({"items": "film 5", "behaviors": ["like"]}, {}, "got the string 'film 5'"),
+        ({**SHORT_HISTORY, "allowed_items": "film 7"}, {}, "got the string 'film 7'"),
+        ("film 5", {}, "got the string 'film 5'"),
+        (SHORT_HISTORY, {"num_beam": 20}, r"must be among .* got \['num_beam'\]"),
         (SHORT_HISTORY, {"unknown": "drop"}, "'error' or 'skip'"),
-        (SHORT_HISTORY, {"ranking_target": "love"}, "found 'love'"),
+        (SHORT_HISTORY, {"ranking_target": "love"}, "`ranking_target` must be among .* got 'love'"),
     ],
     ids=short_id,
 )
@@ -204,7 +210,7 @@ def test_invalid_requests_are_rejected(recommender, request_, parameters, messag
 
 
 def test_constructor_parameters_are_checked_defaults(recommender):
-    with pytest.raises(ValueError, match=r"found \['exclude'\]"):
+    with pytest.raises(ValueError, match=r"Parameters must be among .* got \['exclude'\]"):
         RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, exclude=True)
     three = RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, num_return_sequences=3)
     assert three(HISTORY) == recommender(HISTORY)[:3] and len(three(HISTORY, num_return_sequences=4)) == 4

@@ -133,22 +133,24 @@ def test_candidates_and_caches_that_do_not_fit_are_rejected():
         model.rank(input_ids, mask, torch.tensor([[1]]))
     with pytest.raises(ValueError, match="one row a history"):
         model.rank(input_ids, mask)
-    with pytest.raises(ValueError, match="Expected integer candidates"):
+    with pytest.raises(ValueError, match="`candidates` must be integers of shape"):
         model.rank(input_ids, mask, torch.tensor([[1.0], [2.0]]))
-    with pytest.raises(ValueError, match="Expected integer candidates"):
+    with pytest.raises(ValueError, match="`candidates` must be integers of shape"):
         model.rank(input_ids, mask, torch.tensor([[True], [True]]))
     for outside in (30, -1):
-        with pytest.raises(ValueError, match="outside a catalog of 30 items"):
+        with pytest.raises(ValueError, match=f"a catalog of 30 items, got {min(1, outside)} to {max(1, outside)}"):
             model.rank(input_ids, mask, torch.tensor([[1], [outside]]))
-    with pytest.raises(ValueError, match="cache of the 16 tokens"):
+    with pytest.raises(ValueError, match="`cache` must hold the 16 tokens of input_ids, got 11"):
         model.rank(
             input_ids, mask, torch.tensor([[1], [3]]), cache=prefilled_cache(model, input_ids[:, :-5], mask[:, :-5])
         )
-    with pytest.raises(ValueError, match="ranking_target among"):
+    with pytest.raises(ValueError, match=r"`ranking_target` must be among .* got 'share'"):
         model.recommend(input_ids, mask, ranking_target="share")
-    with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):
+    with pytest.raises(
+        ValueError, match=r"`num_return_sequences` must be from 1 to num_beams .* num_return_sequences=4, num_beams=3"
+    ):
         model.recommend(input_ids, mask, num_beams=3, num_return_sequences=4)
-    with pytest.raises(ValueError, match="num_beams >= 1"):
+    with pytest.raises(ValueError, match=r"`num_return_sequences` must be from 1 to num_beams .* num_beams=0"):
         model.recommend(input_ids, mask, num_beams=0, num_dense_candidates=5, num_return_sequences=4)
     with pytest.raises(ValueError, match="neither of them 0"):
         model.recommend(input_ids[:0], mask[:0])
@@ -161,7 +163,7 @@ def test_added_items_are_generated_and_old_scores_stay():
     old = exact_scores(model, input_ids, mask)
     known = {tuple(code) for code in model.catalog.item_codes.tolist()}
     free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in known][:3]
-    with pytest.raises(ValueError, match="same spelling"):
+    with pytest.raises(ValueError, match="`item_codes` must be unique"):
         model.add_items(torch.tensor([free[0], free[0]]), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="NaN"):
         model.add_items(torch.tensor(free), torch.full((3, 6), torch.nan))
@@ -201,13 +203,13 @@ def test_duplicate_and_impossible_codes_are_rejected():
     codes = model.catalog.item_codes.clone()
     before = codes.clone()
     codes[3] = codes[7]
-    with pytest.raises(ValueError, match="Items 3 and 7 have the same spelling"):
+    with pytest.raises(ValueError, match=r"`item_codes` must be unique, got .* for both items 3 and 7"):
         model.set_catalog(codes, torch.zeros(30, 6))
-    with pytest.raises(ValueError, match="outside codebooks"):
+    with pytest.raises(ValueError, match="`item_codes` must lie in codebooks"):
         model.set_catalog(before + 3, torch.zeros(30, 6))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="`item_codes` must be integers of shape"):
         model.set_catalog(before[:, :3], torch.zeros(30, 6))
-    with pytest.raises(ValueError, match="6-wide"):
+    with pytest.raises(ValueError, match=r"content_embedding_dim=6 columns .* got none"):
         model.set_catalog(before)
     assert torch.equal(model.catalog.item_codes, before)
 
