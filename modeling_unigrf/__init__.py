@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""
-UniGRF: unified generative retrieval and ranking. To import the package registers it with transformers' Auto classes.
+"""UniGRF: unified generative retrieval and ranking.
+
+The import of this package registers its classes with transformers' Auto classes and pipelines.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""
-Beam search over the items that exist: each step runs one token a beam behind the shared history and descends the trie.
+"""Beam search over the items that exist.
+
+Each step runs one token a beam behind the shared history and descends the trie by one level.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,14 @@ from .trie_unigrf import CatalogTrie
 @dataclass
 class Beams:
     """
-    K unfinished or finished items a request, best first. A score of -inf marks a place that no item fills.
+    The beams of each request, best first: K unfinished or finished items.
 
     Args:
-        nodes (`torch.LongTensor` of shape `(batch_size, K)`): Trie nodes.
+        nodes (`torch.LongTensor` of shape `(batch_size, K)`): Trie nodes of the beams.
         codes (`torch.LongTensor` of shape `(batch_size, K, steps)`): The codes generated so far.
-        scores (`torch.FloatTensor` of shape `(batch_size, K)`): Sums of log-probabilities.
-        keys (`torch.LongTensor` of shape `(batch_size, K, steps - 1)`): Where on the cache the codes that were run
-            are.
+        scores (`torch.FloatTensor` of shape `(batch_size, K)`): Sums of the codes' log-probabilities; -inf: no item.
+        keys (`torch.LongTensor` of shape `(batch_size, K, steps - 1)`): Cache positions of the codes that the
+            backbone has read.
     """
 
     nodes: torch.LongTensor
@@ -38,17 +39,17 @@ class Beams:
 @dataclass
 class SearchSpace:
     """
-    Where a search may go.
+    The items that a search may return.
 
     Args:
         trie (`CatalogTrie`): The items that exist.
-        item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks.
+        item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks. None: allow all items.
         prefix (`torch.LongTensor` of shape `(batch_size, >= num_prefix_codes)`, *optional*): First codes of the next
-            item.
-        num_prefix_codes (`int`): How many codes the next item of every row has already.
-        max_steps (`int`, *optional*): Codes to generate at most; None: until the items are whole.
-        process (`Callable`, *optional*): `(beams, level, log_probs [B, K, num_codes]) -> log_probs`: a user's logits
-            processors.
+            item. None: search from the first code.
+        num_prefix_codes (`int`, defaults to 0): Codes of the next item that every row has already.
+        max_steps (`int`, *optional*): Most codes to generate. None: all codes that complete an item.
+        process (`Callable`, *optional*): A user's logits processors, called as `process(beams, level, log_probs)`
+            with and for log-probabilities `[B, K, num_codes]`. None: no processors.
     """
 
     trie: CatalogTrie
@@ -70,21 +71,24 @@ def beam_search(
     query_time: torch.LongTensor | None = None,
 ) -> Beams:
     """
-    Find the best items of each request. Nothing of the cache is copied or reordered: the codes that were run stay on
-    it, where `Beams.keys` says.
+    Find the best items of each request.
+
+    The search neither copies nor reorders the cache. Codes that the backbone has read stay there, at `Beams.keys`.
 
     Args:
-        backbone (`UniGRFModel`)
+        backbone (`UniGRFModel`): The model's backbone.
+        scorer (`ItemScorer`): The model's heads and catalog.
+        space (`SearchSpace`): The items that the search may return.
         history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Output at the histories' last
             tokens.
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): The tokens of the histories on the cache.
-        cache (`DynamicCache`): Of the histories.
-        num_beams (`int`): Beams a request.
-        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for, in
-            seconds.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): True at the tokens that exist, among the
+            cache's first T.
+        cache (`DynamicCache`): Keys and values of the histories.
+        num_beams (`int`): Beams of each request.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Query time in seconds. None: no times.
 
     Returns:
-        `Beams` of `num_beams` items, or as many as the request with most items has.
+        `Beams` of `num_beams` items. They are fewer if no request has as many items.
 
     Raises:
         ValueError: if no item begins with a prefix.
@@ -130,13 +134,18 @@ def propose_items(
     query_time: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
-    Search for candidates of RecoChain's stage II. Inputs that are not named here are as of `beam_search`.
+    Search for candidates of RecoChain's stage II.
+
+    Arguments without an entry here are those of `beam_search`.
 
     Args:
-        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items not to propose; -1: none.
+        trie (`CatalogTrie`): The items that exist.
+        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that the search must skip; -1
+            stands for no item. None: skip no item.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size, num_beams)`, or as many as there are; -1 for none.
+        `torch.LongTensor` of shape `(batch_size, num_beams)`: item indices, -1 for none. There are fewer columns if
+        no request has as many items.
     """
     item_filter = None
     if blocked_items is not None:

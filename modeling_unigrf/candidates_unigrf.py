@@ -1,13 +1,13 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Candidates: retrieving each one's sub-history, and reading it on its user's cache (RecoChain, section 1).
+"""Candidates: their sub-histories, and reading them on their user's cache (RecoChain, section 1).
 
-Behind a candidate's codes stands its block:
+A candidate's block stands behind its codes:
 
     s_1 .. s_L  ITEM(c)  R_1 .. R_k  CAND(c)
 
-ITEM and CAND are the candidate's item representation, the R_i those of the retrieved items with the behaviors on
-them, oldest first. A learned segment tells the three apart. Ranking reads the output at CAND; without a sub-history,
-at s_L.
+ITEM and CAND are the candidate's item representation. The R_i are those of the retrieved items with the behaviors on
+them, oldest first. A learned segment tells the three kinds apart. Ranking reads the output at CAND, or at s_L for a
+model without sub-histories.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,25 @@ from .inputs_unigrf import LongHistory
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import embed, read_branches
 
-MAX_SIMILARITIES = 2**24  # cosines in memory at a time: 64 MiB, and twice as much again as integers
-COSINE_STEPS = 2**16  # cosines equal to this part of 1 are ties: devices add in other orders
+# Most cosines in memory: 64 MiB, and 128 MiB as integers.
+MAX_SIMILARITIES = 2**24
+# Cosines within 1 / 2^16 are ties: devices add in other orders.
+COSINE_STEPS = 2**16
 NO_KEY = torch.iinfo(torch.int64).min
 
 
 @dataclass
 class CandidateContext:
     """
-    What candidates of B requests are read behind.
+    The histories behind which candidates of B requests are read.
 
     Args:
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): Which of the cache's first T tokens they see.
-        cache (`DynamicCache`): Of the histories.
-        long_history (`LongHistory`, *optional*): Where sub-histories are retrieved from.
-        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for, in
-            seconds.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): True at the tokens that candidates see, among
+            the cache's first T.
+        cache (`DynamicCache`): Keys and values of the histories.
+        long_history (`LongHistory`, *optional*): The items among which sub-histories are retrieved. None: no
+            sub-histories.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Query time in seconds. None: no times.
     """
 
     history_mask: torch.BoolTensor
@@ -54,18 +57,24 @@ def read_candidates(
     earlier_keys: torch.LongTensor | None = None,
 ) -> torch.FloatTensor:
     """
-    Run the tokens of candidates that the cache lacks: their last codes and, with a candidate block, the block. Their
-    keys and values stay on the cache. The last state ranks a candidate.
+    Run the tokens of candidates that the cache lacks.
+
+    These tokens are a candidate's last codes and, with a long history, its block. Their keys and values stay on the
+    cache. The last state ranks a candidate.
 
     Args:
-        backbone (`UniGRFModel`)
-        items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
-        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`, *optional*): Where on the cache their first m
-            codes are.
+        backbone (`UniGRFModel`): The model's backbone.
+        scorer (`ItemScorer`): The model's heads and catalog.
+        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes the blocks' embeddings; read with a long history
+            only.
+        context (`CandidateContext`): The histories behind which the candidates are read.
+        items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices of the candidates.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`, *optional*): Cache positions of each
+            candidate's first m codes. None: the cache has none of its codes, m = 0.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`, or `(batch_size, N, L - m + k + 2,
-        hidden_size)`.
+        The states at these tokens, `torch.FloatTensor` of shape `(batch_size, N, L - m, hidden_size)`. With blocks,
+        the shape is `(batch_size, N, L - m + k + 2, hidden_size)`.
     """
     if earlier_keys is None:
         earlier_keys = items.new_empty(*items.shape, 0)
@@ -98,7 +107,7 @@ def read_candidates(
 
 
 def first_places(items: torch.LongTensor) -> torch.LongTensor:
-    """Items `[B, H]` -> the first place of each item in its row, `[B, H]`."""
+    """Return the first place of each of the items `[B, H]` in its row, `[B, H]`."""
     ordered, order = items.sort(dim=1, stable=True)
     place = torch.arange(items.shape[1], device=items.device)
     is_new = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
@@ -114,14 +123,17 @@ def retrieve(
     num_retrieved: int,
 ) -> torch.LongTensor:
     """
-    Retrieve the sub-history of every candidate: the places of the long history whose items have the greatest cosine
-    to it, in order of time. Of equal cosines (exact repeats above all) the later place wins. Embeddings of zeros have
-    cosines of 0.
+    Retrieve the sub-history of every candidate.
+
+    A sub-history holds the items of the long history with the greatest cosine to the candidate, in order of time.
+    Among equal cosines (above all exact repeats) the later item wins. Embeddings of zeros have cosines of 0.
 
     Args:
-        content_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`)
-        long_items (`torch.LongTensor` of shape `(batch_size, H)`): -1 where there is no item.
-        candidates (`torch.LongTensor` of shape `(batch_size, N)`)
+        content_embeddings (`torch.FloatTensor` or `torch.CharTensor` of shape `(num_items, D)`): Content embeddings
+            of all items, floats or int8.
+        long_items (`torch.LongTensor` of shape `(batch_size, H)`): Item indices, oldest first; -1: no item.
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices of the candidates.
+        num_retrieved (`int`): Most items of a sub-history.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, N, min(num_retrieved, H))`: places in the long history, ascending.
@@ -150,9 +162,9 @@ def retrieve(
             # float32 also under autocast: training and inference must choose the same items.
             with torch.autocast(items.device.type, enabled=False):
                 cosines = directions(chunk) @ history
-            # Give a repeated item one cosine: its column in a product may change the last bit.
+            # Repeated items share one cosine: products may differ in the last bit.
             cosines = cosines.gather(2, first[:, None].expand(-1, chunk.shape[1], -1))
-            # Distinct integers: the cosine, then the time.
+            # Make the keys distinct: the cosine decides, then the time.
             keys = cosines.mul_(COSINE_STEPS).round_().long().mul_(length).add_(time)
             keys = keys.masked_fill_((items < 0)[:, None], NO_KEY)
             best, retrieved = keys.topk(places.shape[2], dim=2)

@@ -7,11 +7,16 @@ from torch import nn
 from .item_lists_unigrf import item_list
 from .trie_unigrf import CatalogTrie
 
-INT8_ONE = 127  # the int8 value that stands for 1.0
+# This int8 value stands for 1.0.
+INT8_ONE = 127
 
 
 def first_codes(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
-    """The first `num_items` code sequences in lexicographic order, `[num_items, L]`: an untrained model's catalog."""
+    """
+    Return the first `num_items` code sequences in lexicographic order, `[num_items, L]`.
+
+    They are the catalog of an untrained model.
+    """
     rest = torch.arange(num_items)
     columns = []
     for size in reversed(codebook_sizes):
@@ -21,16 +26,17 @@ def first_codes(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Count the in-place changes of a tensor. (A tensor made in `torch.inference_mode()` keeps no count.)"""
+    """Count the in-place changes of a tensor. A tensor of `torch.inference_mode()` has no count: 0."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class UniGRFCatalog(nn.Module):
     """
-    The items that exist. Buffers: `item_codes` (`torch.int32` `[num_items, L]`) and, with
-    `config.content_embedding_dim`,
-    `content_embeddings` (`[num_items, content_embedding_dim]`, the model's dtype, or int8 with
-    `config.int8_content_embeddings`). A row is an item index, as in the tokenizer's item map.
+    The items that exist. Row i of both buffers belongs to item i, as in the tokenizer's item map.
+
+    The buffer `item_codes` holds `torch.int32` of shape `(num_items, L)`. With `config.content_embedding_dim`, the
+    buffer `content_embeddings` has shape `(num_items, content_embedding_dim)`. Its dtype is the model's, or int8 with
+    `config.int8_content_embeddings`.
     """
 
     def __init__(self, config):
@@ -52,7 +58,7 @@ class UniGRFCatalog(nn.Module):
 
     @property
     def trie(self) -> CatalogTrie:
-        """The trie of `item_codes`, built at first use and again after they were changed or moved."""
+        """The trie of `item_codes`, built at first use and again after the codes change or move."""
         source, version = self._trie_source
         if source is not self.item_codes or version != _version(self.item_codes):
             self._store(CatalogTrie(self.item_codes, self.codebook_sizes))
@@ -64,14 +70,16 @@ class UniGRFCatalog(nn.Module):
 
     def subset(self, items: torch.LongTensor) -> CatalogTrie:
         """
-        Make a part of the catalog (a market, a surface) for the `catalog` argument of `generate` and `recommend`.
-        Items keep their indices. Make it once and keep it; it does not follow later changes of the catalog.
+        Make a part of the catalog, for the argument `catalog` of `generate` and `recommend`.
+
+        A part is, for example, a market or a surface. Items keep their indices. Make a part once and reuse it: it
+        does not follow later changes of the catalog.
 
         Args:
             items (`torch.LongTensor` of shape `(n,)`, or a list): Item indices, e.g. `tokenizer.item_indices(ids)`.
 
         Raises:
-            ValueError: if there is no item, one is outside the catalog, or they are no integers.
+            ValueError: if there is no item, an item is outside the catalog, or the indices are no integers.
         """
         items = item_list(items, self.item_codes.device)
         if items.numel() and (items.min() < 0 or items.max() >= self.num_items):
@@ -82,7 +90,16 @@ class UniGRFCatalog(nn.Module):
         return CatalogTrie(self.item_codes, self.codebook_sizes, items)
 
     def check(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
-        """Raises `ValueError` for codes and content embeddings that this catalog cannot hold."""
+        """
+        Check that this catalog can hold codes and content embeddings.
+
+        Args:
+            item_codes (`torch.Tensor`): Codes of all items.
+            content_embeddings (`torch.Tensor`, *optional*): Content embeddings of all items. None: no embeddings.
+
+        Raises:
+            ValueError: for other shapes or dtypes, codes below 0 or beyond int32, and numbers that are not finite.
+        """
         num_levels = len(self.codebook_sizes)
         shape = tuple(item_codes.shape)
         if len(shape) != 2 or shape[0] == 0 or shape[1] != num_levels or item_codes.is_floating_point():
@@ -91,7 +108,8 @@ class UniGRFCatalog(nn.Module):
                 f"{item_codes.dtype} of shape {shape}. Pass `tokenizer.item_codes`."
             )
         least, most = int(item_codes.min()), int(item_codes.max())
-        if least < 0 or most >= 2**31:  # int32 could not hold them
+        # The buffer is int32.
+        if least < 0 or most >= 2**31:
             raise ValueError(
                 f"`item_codes` must lie from 0 to 2^31 - 1, got {least} to {most}. Pass `tokenizer.item_codes`."
             )
@@ -127,13 +145,18 @@ class UniGRFCatalog(nn.Module):
             )
 
     def replace(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
-        """Set all items at once. Raises `ValueError` as `check` and `CatalogTrie` do, and changes nothing then."""
+        """
+        Set all items at once.
+
+        Raises:
+            ValueError: for the reasons of `check` and `CatalogTrie`. The catalog stays unchanged then.
+        """
         self.check(item_codes, content_embeddings)
         item_codes = item_codes.to(self.item_codes.device, torch.int32)
         self.put(item_codes, content_embeddings, CatalogTrie(item_codes, self.codebook_sizes))
 
     def put(self, item_codes: torch.IntTensor, content_embeddings: torch.Tensor | None, trie: CatalogTrie) -> None:
-        """Set all items, checked before, and their trie."""
+        """Set all items, which `check` accepted, and their trie."""
         self.codebook_sizes = trie.codebook_sizes
         self.item_codes = item_codes
         self._store(trie)

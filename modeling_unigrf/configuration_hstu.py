@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The HSTU backbone's sizes."""
+"""The configuration of the HSTU backbone: its sizes."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -22,15 +22,15 @@ class HSTUConfig(PreTrainedConfig):
         head_dim (`int`, *optional*):
             Width of each head; `hidden_size // num_attention_heads` by default.
         max_position_embeddings (`int`, defaults to 512):
-            Most positions of a sequence. Attention is divided by this constant in place of a softmax's norm, so that
-            results do not depend on padding or packing.
+            Most positions of a sequence. This constant divides the attention in place of a softmax's norm, so results
+            do not depend on padding or packing.
         num_time_buckets (`int`, defaults to 0):
-            Logarithmic buckets of the seconds between two events, each with a learned bias a layer. 128 in the public
-            code; 0: the backbone reads no times.
+            Logarithmic buckets of the seconds between two events, each with a learned bias a layer. The public code
+            has 128. 0: the backbone reads no times.
         dropout (`float`, defaults to 0.2):
             Dropout on the embeddings and on the output of attention.
         layer_norm_eps (`float`, defaults to 1e-6):
-            Added to the variance in the layer norms, which have no parameters.
+            Constant that is added to the variance in the layer norms, which have no parameters.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights.
     """

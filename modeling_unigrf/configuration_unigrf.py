@@ -1,8 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """The configuration: what the model is (`UniGRFConfig`) and what it is trained for (`UniGRFTrainingConfig`).
 
-How the model is served (`num_beams`, `ranking_weight`, ...) is part of `generation_config`, see
-    `generation_unigrf.py`.
+The options of serving (`num_beams`, `ranking_weight`, ...) belong to `generation_config`: see `ServingOptions`.
 """
 
 from copy import deepcopy
@@ -16,8 +15,9 @@ from .configuration_hstu import HSTUConfig  # noqa: F401  # so that AutoConfig k
 from .old_names_unigrf import convert_old_fields, convert_old_overrides
 
 NEXT_TARGET = "next"
-NUM_SPECIAL_TOKENS = 4  # pad, bos, eos, unk
-# Every class, whichever is saved: transformers would name only the class that it saves.
+# pad, bos, eos, unk
+NUM_SPECIAL_TOKENS = 4
+# Name every class: transformers would name only the class that it saves.
 AUTO_MAP = {
     "AutoConfig": "configuration_unigrf.UniGRFConfig",
     "AutoModel": "modeling_unigrf.UniGRFModel",
@@ -38,29 +38,28 @@ def _backbone_field(name: str) -> property:
 @strict
 class UniGRFTrainingConfig(PreTrainedConfig):
     r"""
-    What a UniGRF model is trained for: the losses and what each item is compared with. Inference reads none of it.
+    Configuration of a UniGRF model's training: its losses and negatives. Inference reads none of these fields.
 
     Args:
         generation_loss_weight (`float`, defaults to 1.0):
-            Weight of the cross-entropy of the next item's codes. 0 trains a ranker alone.
+            Weight of the cross-entropy of the next item's codes. 0: train a ranker alone.
         ranking_loss_weight (`float`, defaults to 1.0):
-            Weight of the binary cross-entropy of the ranking targets. 0 trains a retriever alone.
+            Weight of the binary cross-entropy of the ranking targets. 0: train a retriever alone.
         dense_loss_weight (`float`, defaults to 1.0):
-            Weight of the sampled-softmax loss over items, which trains the dense-retrieval score. 0 leaves the loss
+            Weight of the sampled-softmax loss over items, which trains the dense-retrieval score. 0: leave this loss
             out.
         code_negatives (`int`, defaults to 0):
-            Uniform codes of a level that each code is compared with, in place of the whole level. 0 takes the whole
-            level.
+            Number of uniform random codes of a level that each code is compared with. 0: compare with all codes of
+            the level.
         negatives_per_item (`float`, *optional*):
-            Random items ranked beside each item of a history, for the target `"next"`. None: 1, or 0 where candidates
-            of the
-            last item are ranked (`num_train_beams` or `num_retrieved_items`).
+            Random items that training ranks beside each item of a history, for the target `"next"`. None: 1, or 0 if
+            training ranks candidates of the last item (`num_train_beams` or `num_retrieved_items`).
         num_train_beams (`int`, defaults to 0):
-            Beams of the model's own search that are ranked for the last item of each row (RecoChain, stage II). 0:
-            none.
+            Beams of the model's search that training ranks for the last item of each row (RecoChain, stage II). 0:
+            no beams.
         inject_target (`bool`, defaults to `True`):
-            Put the true item among the beams that training ranks, where the search missed it. False ranks what the search
-            found, nothing else.
+            Put the true item among the beams that training ranks, where the search missed it. False: rank the search's
+            beams alone.
         stop_gradient_history (`bool`, defaults to `False`):
             Stop the ranking-loss gradient at the history's keys, values and states.
         stop_gradient_dense_score (`bool`, defaults to `False`):
@@ -88,7 +87,12 @@ class UniGRFTrainingConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def check(self, behaviors: list[str]) -> None:
-        """Raises `ValueError` for numbers out of range and for retrieval behaviors that `behaviors` lacks."""
+        """
+        Check the fields of training, for a model with these `behaviors`.
+
+        Raises:
+            ValueError: for numbers out of range and for retrieval behaviors that `behaviors` lacks.
+        """
         amounts = (
             "generation_loss_weight",
             "ranking_loss_weight",
@@ -111,11 +115,11 @@ class UniGRFTrainingConfig(PreTrainedConfig):
 @strict
 class UniGRFConfig(PreTrainedConfig):
     r"""
-    What a UniGRF model is: one decoder-only backbone that generates and ranks items, each encoded as a semantic ID.
+    Configuration of a UniGRF model: one decoder that generates and ranks items, each encoded as a semantic ID.
 
-    A history is the token sequence `<bos> s_1 .. s_L b  s_1 .. s_L b ...`: the L codes of an item, then the user's
-    behavior on it. Token ids follow from the fields: pad, bos, eos and unk, the behaviors, then the codes level by
-    level.
+    A history is the token sequence `<bos> s_1 .. s_L b  s_1 .. s_L b ...`. The L codes of an item come first, then
+    the user's behavior on it. Token ids follow from the fields: pad, bos, eos and unk, then the behaviors, then the
+    codes level by level.
 
     Args:
         text_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -123,24 +127,23 @@ class UniGRFConfig(PreTrainedConfig):
             mistral, with and without sliding windows. None: a Llama of two layers of width 128.
         codebook_sizes (`list[int]`, defaults to `[256, 256, 256, 1]`):
             Number of codes of each level. The last level is the collision token, which makes every semantic ID
-            unique. One
-            level: atomic ids.
+            unique. A single level stands for atomic ids.
         behaviors (`list[str]`, defaults to `["interact"]`):
             Names of the behaviors that may follow an item.
         code_similarity (`str`, defaults to `"dot"`):
-            Similarity of a state and a code's row of `lm_head`: `"dot"` or `"cosine"`. UniGRF with atomic ids: cosine,
-            `code_temperature=0.05` and `tie_word_embeddings=True`.
+            Similarity of a state and a code's row of `lm_head`: `"dot"` or `"cosine"`. UniGRF with atomic ids has
+            `"cosine"`, `code_temperature=0.05` and `tie_word_embeddings=True`.
         code_temperature (`float`, defaults to 1.0):
             Divisor of the code logits.
         ranking_targets (`list[str]`, *optional*):
-            Targets of the ranking head: `"next"` (is this the next item?) and any of `behaviors` (does this behavior
-            follow if the item is shown?). None: `"next"` and, with two or more behaviors, each of them.
+            Targets of the ranking head. `"next"`: the item comes next. Any of `behaviors`: this behavior follows if
+            the item is shown. None: `"next"` and, with two or more behaviors, each of them.
         num_items (`int`, defaults to 1):
             Number of items of the catalog, which is saved with the model.
         content_embedding_dim (`int`, defaults to 0):
-            Width of the content embeddings, one an item. 0: the items have none.
+            Width of the content embeddings, one vector an item. 0: the items have no content embeddings.
         int8_content_embeddings (`bool`, defaults to `False`):
-            Keep content embeddings as int8, 127 for 1.0: a quarter of the memory, for catalogs of many millions.
+            Store content embeddings as int8, 127 for 1.0: a quarter of the memory, for catalogs of many millions.
         project_content_embeddings (`bool`, defaults to `True`):
             Make a part of each item representation from its content embedding. False: the embeddings only choose
             sub-histories.
@@ -150,12 +153,12 @@ class UniGRFConfig(PreTrainedConfig):
         history_item_representations (`bool`, defaults to `True`):
             Add the representation of each item of a history to the behavior behind its codes (RecoChain, section 1).
         num_retrieved_items (`int`, defaults to 0):
-            Items of the user's long history that each candidate is ranked with: those of the greatest cosine of
-            content embeddings (RecoChain, section 1). 0: candidates have no sub-history.
+            Items of the user's long history that each candidate is ranked with (RecoChain, section 1). Their content
+            embeddings have the greatest cosine to the candidate's. 0: candidates have no sub-history.
         rank_by_dense_score (`bool`, defaults to `True`):
             Add the dense-retrieval score to the `"next"` logit. False: the score stands beside the ranking score only.
         next_logit_bias (`float`, defaults to 0.0):
-            The sampling-bias (logQ) correction: `rank` subtracts it from the `"next"` logit. Training sets it.
+            Sampling-bias (logQ) correction that `rank` subtracts from the `"next"` logit. Training sets it.
         ranking_dropout (`float`, defaults to 0.1):
             Dropout probability in the ranking head.
         embedding_dropout (`float`, defaults to 0.2):
@@ -163,11 +166,11 @@ class UniGRFConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the heads' initial weights.
         training_config (`dict` or `UniGRFTrainingConfig`, *optional*):
-            What the model is trained for.
+            Losses and negatives of the training. None: the defaults of `UniGRFTrainingConfig`.
 
     Raises:
-        ValueError: for names and numbers that make no sense, parts that need other parts, and losses that exclude
-            each other.
+        ValueError: for unknown names, numbers out of range, parts that need other parts, and losses that exclude each
+            other.
     """
 
     model_type = "unigrf"
@@ -222,7 +225,8 @@ class UniGRFConfig(PreTrainedConfig):
         convert_old_fields(self, kwargs)
         vocab_size = kwargs.pop("vocab_size", None)
         for name, value in vars(self).items():
-            if isinstance(value, tuple):  # a saved config has lists
+            # A saved config has lists.
+            if isinstance(value, tuple):
                 setattr(self, name, list(value))
         if self.ranking_targets is None:
             self.ranking_targets = [NEXT_TARGET, *(self.behaviors if len(self.behaviors) > 1 else [])]
@@ -233,11 +237,10 @@ class UniGRFConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict) and "model_type" not in self.text_config:
             self.text_config = {"model_type": "llama", **self.text_config}
         elif isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = deepcopy(
-                self.text_config
-            )  # another model may share it, and the vocabulary is set below
+            # Copy: another model may share it, and its vocabulary is set below.
+            self.text_config = deepcopy(self.text_config)
         super().__post_init__(**kwargs)
-        # The items' tokens are the vocabulary: a backbone's default of 32,000 words means nothing here.
+        # The vocabulary is the items' tokens, not a backbone's default of 32,000.
         self.text_config.vocab_size = self.num_item_tokens if vocab_size is None else vocab_size
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self.text_config, name, getattr(self, name))
@@ -246,11 +249,11 @@ class UniGRFConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As every config of transformers; also takes the field names of 0.1 (until 0.3)."""
+        """Make a config as every config of transformers; also accept the field names of 0.1 (until 0.3)."""
         return super().from_dict(config_dict, **convert_old_overrides(kwargs))
 
     def to_dict(self):
-        """As every config of transformers. The serving fields of a 0.1 config belong to `generation_config` now."""
+        """Return the fields as every config of transformers, without the serving fields of a 0.1 config."""
         fields = super().to_dict()
         fields.pop("old_serving_fields", None)
         return fields
@@ -301,7 +304,7 @@ class UniGRFConfig(PreTrainedConfig):
 
     @property
     def has_item_representations(self) -> bool:
-        """Whether the model knows anything of an item beyond its codes."""
+        """Whether items have a representation beside their codes."""
         return (self.content_embedding_dim > 0 and self.project_content_embeddings) or self.embedding_table_size > 0
 
     @property
@@ -324,7 +327,7 @@ class UniGRFConfig(PreTrainedConfig):
             return 0.0 if self.ranks_last_items else 1.0
         return training.negatives_per_item
 
-    # transformers reads these fields from the outer config; the backbone's config holds them.
+    # transformers reads these fields here; the backbone's config holds them.
     vocab_size = _backbone_field("vocab_size")
     hidden_size = _backbone_field("hidden_size")
     num_hidden_layers = _backbone_field("num_hidden_layers")
@@ -333,7 +336,12 @@ class UniGRFConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """
-        Raises `ValueError` for a model that cannot be built or trained. (`@strict` validators would lose the message.)
+        Check that the model can be built and trained.
+
+        Validators of `@strict` would lose the messages.
+
+        Raises:
+            ValueError: for the reasons that the class lists.
         """
         self._check_tokens()
         self._check_parts()
@@ -364,7 +372,7 @@ class UniGRFConfig(PreTrainedConfig):
                 f"{self.vocab_size}. Leave it out."
             )
         if self.num_items < 1:
-            raise ValueError(f"`num_items` must be 1 or more, got {self.num_items}. A catalog has at least one item.")
+            raise ValueError(f"`num_items` must be 1 or more, got {self.num_items}. Take the size of the catalog.")
 
     def _check_parts(self) -> None:
         if self.code_similarity not in ("dot", "cosine") or self.code_temperature <= 0:
