@@ -245,6 +245,8 @@ def test_packed_negatives_have_the_time_of_the_true_item():
     model = build_model("hstu", negatives_per_item=2.0)
     input_ids, mask, _, times, _ = timed(model, [4, 2])
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    model.train()(**batch, timestamps=times)  # stores the sampling bias
+    model.eval()
     with torch.no_grad():
         out, negatives = forward_with_negatives(model, {**batch, "timestamps": times})
         model.config.training_config.negatives_per_item = 0.0
@@ -259,6 +261,7 @@ def test_packed_negatives_have_the_time_of_the_true_item():
         request = {"timestamps": times[row][part][None], "query_time": times[row, end + 1][None]}
         expected.append(model.rank(input_ids[row][part][None], candidates=torch.tensor([[item]]), **request)[0, 0])
     prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
+    assert model.config.next_logit_bias == pytest.approx(math.log(29 / 2))
     torch.testing.assert_close(negatives.logits - prior, torch.stack(expected), atol=2e-5, rtol=1e-4)
 
 

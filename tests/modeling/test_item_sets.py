@@ -5,44 +5,39 @@ import torch
 from helpers import ATOMIC, build_model, forward_with_negatives, labeled_batch
 
 
-@pytest.mark.parametrize("shared", [True, False, None])
-def test_hard_negatives_and_excluded_positives_of_atomic_ids(shared):
-    sampling = (
-        {"code_negatives": 0, "given_negative_weight": 5.0} if shared is None else {"share_code_negatives": shared}
-    )
-    model = build_model(**{**ATOMIC, **sampling}).train()
+@pytest.mark.parametrize("sampled", [True, False])
+def test_hard_negatives_and_excluded_positives_of_atomic_ids(sampled):
+    model = build_model(**{**ATOMIC, "code_negatives": 12 if sampled else 0}).train()
     batch, items = labeled_batch(model, [4, 2])
     negatives = torch.tensor([[7, items[0][1], -1], [-1, -1, -1]])
     excluded_positives = torch.tensor([[3, -1], [5, 6]])
     torch.manual_seed(3)
-    out = model(**batch, item_sets={"hard_negatives": negatives}, excluded_positives=excluded_positives)
+    out = model(**batch, item_sets={"hard_negatives": negatives, "excluded_positives": excluded_positives})
     torch.manual_seed(3)
-    drawn = torch.randint(40, (12,) if shared else (6, 12))
+    drawn = torch.randint(40, (12,)).tolist()
     logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
     codes = model.catalog.item_codes[:, 0].long()
     offset = model.config.code_offsets[0]
     losses = []
-    place = 0
     for row, row_items in enumerate(items):
         first = batch["attention_mask"].shape[1] - int(batch["attention_mask"][row].sum())
         hard = [item for item in negatives[row].tolist() if item >= 0]
         excluded = codes[[item for item in excluded_positives[row].tolist() if item >= 0]].tolist()
         for position, item in enumerate(row_items):
             chosen = [*codes[[other for other in hard if other != item]].tolist()]
-            if shared is None:
-                random = [code for code in range(40) if code not in chosen]
-                chosen *= 5
+            if sampled:
+                random = drawn[len(hard) :]  # hard negatives replace the first ones
             else:
-                random = (drawn if shared else drawn[place]).tolist()[len(hard) :]  # they replace the first ones
+                random = [code for code in range(40) if code not in chosen]
+                chosen *= 30
             chosen += [code for code in random if code != codes[item] and code not in excluded]
             scores = logits[row, first + 2 * position, torch.tensor([int(codes[item]), *chosen]) + offset]
             losses.append(-scores.log_softmax(dim=0)[0])
-            place += 1
     torch.testing.assert_close(out.generation_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
 
 
 def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
-    model = build_model(backbone, negatives_per_item=1.5, contrastive_loss_weight=0.3)
+    model = build_model(backbone, negatives_per_item=1.5)
     batch, items = labeled_batch(model, [4, 2, 1])
     negatives = torch.tensor([[7, 8, 9], [items[1][1], 3, -1], [-1, -1, -1]])
     with torch.no_grad():
@@ -69,7 +64,7 @@ def test_the_contrastive_loss_is_a_softmax_over_sequences(backbone):
     torch.testing.assert_close(out.contrastive_loss, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out.ranking_loss, plain.ranking_loss, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(out.loss, plain.loss + 0.3 * out.contrastive_loss, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.loss, plain.loss + 10 * out.contrastive_loss, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +77,7 @@ def test_random_negatives_do_not_change_with_hard_negatives(ids):
     if "code_negatives" in ids:  # atomic ids have no packed tokens
         item_sets["hard_negatives"] = torch.tensor([[1, 2], [3, -1]])
     with torch.no_grad():
-        out = model(**batch, **item_sets)
+        out = model(**batch, item_sets=item_sets)
         plain = model(**batch)
     assert out.contrastive_loss is None
     torch.testing.assert_close(out.loss, plain.loss)
@@ -91,7 +86,7 @@ def test_random_negatives_do_not_change_with_hard_negatives(ids):
 def test_an_excluded_positive_is_no_random_negative():
     model = build_model(negatives_per_item=20.0)
     batch, items = labeled_batch(model, [4, 2])
-    batch["excluded_positives"] = torch.tensor([[7, 8], [9, -1]])
+    batch["item_sets"] = {"excluded_positives": torch.tensor([[7, 8], [9, -1]])}
     _, negatives = forward_with_negatives(model, batch)
     for row, (excluded, row_items) in enumerate(zip(([7, 8], [9]), items, strict=True)):
         ranked = [item for ranked_row, _, item in negatives.ranked if ranked_row == row]
@@ -102,29 +97,29 @@ def test_an_excluded_positive_is_no_random_negative():
 def test_item_sets_that_do_not_fit_are_rejected():
     model = build_model()
     batch, _ = labeled_batch(model, [3, 2])
-    with pytest.raises(ValueError, match="one row a history"):
-        model(**batch, hard_negatives=torch.tensor([[1]]))
-    with pytest.raises(ValueError, match="Expected integer hard_negatives"):
-        model(**batch, hard_negatives=torch.tensor([[1.0], [2.0]]))
-    with pytest.raises(ValueError, match="excluded_positives range from 1 to 30, outside"):
-        model(**batch, excluded_positives=torch.tensor([[1], [30]]))
+    for item_sets, message in (
+        ({"hard_negatives": torch.tensor([[1]])}, r"`item_sets\['hard_negatives'\]` must be .* one row a history"),
+        ({"hard_negatives": torch.tensor([[1.0], [2.0]])}, r"`item_sets\['hard_negatives'\]` must be integers"),
+        ({"excluded_positives": torch.tensor([[1], [30]])}, r"`item_sets\['excluded_positives'\]`.* got 1 to 30"),
+        ({"hard_negative": torch.tensor([[1], [2]])}, r"`item_sets` must have keys among .* got \['hard_negative'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**batch, item_sets=item_sets)
     packed = {name: torch.cat([column[:, -11:], column[:, -11:]], dim=1)[1:] for name, column in batch.items()}
-    with pytest.raises(ValueError, match="2 histories"):
-        model(**packed, hard_negatives=torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="a row of 2 histories"):
+        model(**packed, item_sets={"hard_negatives": torch.tensor([[1]])})
     square = torch.ones(1, 1, 16, 16).tril().bool().expand(2, -1, -1, -1)
-    with pytest.raises(ValueError, match="candidates out"):
-        model(**{**batch, "attention_mask": square}, hard_negatives=torch.tensor([[1], [2]]))
+    with pytest.raises(ValueError, match="pass no item_sets"):
+        model(**{**batch, "attention_mask": square}, item_sets={"hard_negatives": torch.tensor([[1], [2]])})
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-@pytest.mark.parametrize(
-    "sampling", [{"code_negatives": 0}, {}, {"share_code_negatives": False}], ids=["whole", "shared", "unshared"]
-)
+@pytest.mark.parametrize("sampling", [{"code_negatives": 0}, {}], ids=["whole", "sampled"])
 def test_code_logits_are_float32_under_bfloat16_autocast(similarity, sampling):
     model = build_model(**{**ATOMIC, "code_similarity": similarity, **sampling}).train()
     batch, _ = labeled_batch(model, [2, 2])
     hard_negatives = torch.tensor([[7, 8, 9], [1, 2, 3]])
-    batch |= {"hard_negatives": hard_negatives, "excluded_positives": hard_negatives + 10}
+    batch["item_sets"] = {"hard_negatives": hard_negatives, "excluded_positives": hard_negatives + 10}
     states = torch.randn(*batch["input_ids"].shape, model.config.hidden_size)
 
     def replace_states(module, args, output):
