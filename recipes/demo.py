@@ -18,13 +18,15 @@ import numpy as np
 from datasets import load_from_disk
 from transformers import HfArgumentParser
 
-from recipes import movielens, train
-from recipes.baselines import baseline_results
+from recipes import train
+from recipes.common.files import write_json
+from recipes.common.profiling import bf16_speed_up
+from recipes.common.run_tracking import Stages, made_by
+from recipes.data import movielens
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
-from recipes.hardware import bf16_speed_up
+from recipes.evaluation.baselines import baseline_results
+from recipes.evaluation.report import COLUMNS, write_report
 from recipes.prepare import PrepareArguments, prepare
-from recipes.report import COLUMNS, write_report
-from recipes.runs import Stages, made_by, write_json
 from tokenization import SemanticIdTokenizer
 
 # For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.

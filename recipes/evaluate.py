@@ -21,13 +21,21 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
-from recipes.baselines import baseline_results
-from recipes.measure import Measurement, candidates, fused_lists, invalid_items, keep_choice, like_auc, ranks_as_json
-from recipes.metrics.next_item.next_item import mean_values, target_ranks
-from recipes.prepare import check_same_items, prepared
-from recipes.recommend import weights_hash
-from recipes.runs import write_json
-from recipes.training_rows import unseen_targets
+from recipes.common.files import write_json
+from recipes.common.hashing import weights_hash
+from recipes.data.leave_one_out import unseen_targets
+from recipes.data.prepared import check_same_items, prepared
+from recipes.evaluation.baselines import baseline_results
+from recipes.evaluation.inference import (
+    Measurement,
+    candidates,
+    fused_lists,
+    invalid_items,
+    keep_choice,
+    like_auc,
+    ranks_as_json,
+)
+from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
 SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "num_dense_candidates", "rerank_top_k")

@@ -1,6 +1,6 @@
 """From two plain tables to the prepared folder that training, evaluation and the baselines read.
 
-    python -m recipes.movielens --output_dir runs/demo/tables
+    python -m recipes.data.movielens --output_dir runs/demo/tables
     python -m recipes.prepare --interactions runs/demo/tables/interactions.csv --items runs/demo/tables/items.csv \
         --output_dir runs/demo/data
 
@@ -34,19 +34,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
-from recipes.embeddings import MINILM, content_embeddings, weights_of
-from recipes.runs import write_json
-from recipes.tables import check_rows, read_interactions, read_table, sha256
-from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
+from recipes.common.files import write_json
+from recipes.common.hashing import sha256, weights_of
+from recipes.data.leave_one_out import leave_one_out
+from recipes.data.tables import check_rows, read_interactions, read_table
+from recipes.data.text_encoders import MINILM, content_embeddings
+from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
 from tokenization.vocabulary_layout import check_behaviors
 
-# Columns of a history, and of what comes after it in a held-out split.
-TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
 QUANTIZING = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
 TABLES = ("interactions", "items", "embeddings")
 PATHS = (*TABLES, "tokenizer", "output_dir")  # of which the content matters, or nothing, but not the name
@@ -84,42 +82,6 @@ class PrepareArguments:
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the codebooks."})
-
-
-def prepared(folder: str | Path) -> dict[str, Any]:
-    """The record of a prepared folder; `ValueError` if it is none, or not complete."""
-    file = Path(folder) / "prepare.json"
-    if not file.is_file():
-        raise ValueError(
-            f"expected a folder that recipes.prepare wrote, found no {file}: check the path, or prepare it"
-        )
-    return json.loads(file.read_text())
-
-
-def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None:
-    """`ValueError` unless a model's tokenizer spells the items and behaviors of a prepared folder by the same rows."""
-    ours = SemanticIdTokenizer.from_pretrained(Path(folder) / "tokenizer")
-    check_same_spelling(tokenizer, ours, folder)
-    same = tokenizer.item_ids[: ours.num_items] == ours.item_ids  # what was added to the model comes behind them
-    if not same or not np.array_equal(tokenizer.item_codes[: ours.num_items], ours.item_codes):
-        raise ValueError(
-            f"expected a model of the {ours.num_items} items of {folder}, found one of {tokenizer.num_items} items with other "
-            "ids or codes: its rows are not the rows of that folder, take the folder that it was trained on"
-        )
-
-
-def check_same_spelling(tokenizer: SemanticIdTokenizer, other: SemanticIdTokenizer, folder: str | Path) -> None:
-    """
-    `ValueError` unless both have the same behaviors, levels and token ids; `other` is that of the folder. The last level, at
-    the vocabulary's end, may differ in width: it grows where items are added to a group that fills it.
-    """
-    fields, others = ({**one.config_fields(), "codebook_sizes": one.codebook_sizes[:-1]} for one in (tokenizer, other))
-    grows = ("num_items", "vocab_size")
-    if changed := [name for name in fields if name not in grows and fields[name] != others[name]]:
-        raise ValueError(
-            f"expected a model that spells histories as {folder} does, found { ({name: fields[name] for name in changed}) } in the "
-            f"model and { ({name: others[name] for name in changed}) } there: take the folder that it was trained on"
-        )
 
 
 def with_known_first(items: pd.DataFrame, known: SemanticIdTokenizer, path: str) -> pd.DataFrame:
@@ -208,7 +170,16 @@ def prepare(args: PrepareArguments) -> Path:
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     record_file.unlink(missing_ok=True)  # written last: a folder that has it is complete
-    embeddings, source = content_embeddings(args, items, output_dir / "item_embeddings.safetensors")
+    embeddings, source = content_embeddings(
+        items,
+        args.items,
+        output_dir / "item_embeddings.safetensors",
+        embeddings_file=args.embeddings,
+        text_template=args.text_template,
+        encoder=args.encoder,
+        encoder_dtype=args.encoder_dtype,
+        max_text_tokens=args.max_text_tokens,
+    )
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
     ids, provenance = items["item_id"].tolist(), {**source, "inputs": record["inputs"]}  # more is added there
     titles = items["title"].fillna("").astype(str).tolist() if "title" in items else None
@@ -244,52 +215,15 @@ def prepare(args: PrepareArguments) -> Path:
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
     # What an earlier tokenizer says of its health is of its first items.
-    health = None if earlier is not None else tokenizer.provenance.get("health")
+    health = None if earlier is not None else tokenizer.provenance.get("codebook_statistics")
     ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
     record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health, "ordered_by": ordered_by}
     write_json(record_file, record)
     print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
     print(f"dropped {dropped_users:,} users with fewer than {args.min_interactions} interactions")
     if health is not None:
-        print(CodebookHealth(**health))
+        print(CodebookStatistics(**health))
     return output_dir
-
-
-def leave_one_out(
-    users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, timestamps: np.ndarray, positions: np.ndarray
-) -> DatasetDict:
-    """Splits of the module's docstring; users in the order of their first row, ties of position in the rows' order.
-
-    Args:
-        users: str `[N]`, each user at least 3 times.
-        items: int `[N]`, catalog indices.
-        behaviors: int `[N]`, indices below 128.
-        timestamps: int or float `[N]`, -1 where not known; stored as int64.
-        positions: int or float `[N]`, by which each user's interactions are sorted.
-    """
-    user_codes, user_ids = pd.factorize(users)
-    order = np.lexsort((positions, user_codes))  # stable
-    columns: dict[str, np.ndarray] = {
-        "items": items[order].astype(np.int32),
-        "behaviors": behaviors[order].astype(np.int8),
-        "timestamps": timestamps[order].astype(np.int64),
-    }
-    counts = np.bincount(user_codes)
-    ends = np.cumsum(counts)
-    # How many interactions from a row to its user's last one: 0 for the last.
-    left = ends[user_codes[order]] - 1 - np.arange(len(order))
-
-    def split(held_out: int, with_target: bool) -> Dataset:
-        offsets = pa.array(np.r_[0, np.cumsum(counts - held_out)], pa.int32())
-        table: dict[str, Any] = {"user_id": pa.array(user_ids, pa.string())}
-        for name, values in columns.items():
-            table[name] = pa.ListArray.from_arrays(offsets, pa.array(values[left >= held_out]))
-        if with_target:
-            for name, target in TARGETS.items():
-                table[target] = pa.array(columns[name][ends - held_out])
-        return Dataset.from_dict(table)
-
-    return DatasetDict(train=split(2, False), validation=split(2, True), test=split(1, True))
 
 
 def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:

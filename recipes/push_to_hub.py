@@ -26,8 +26,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes.recommend import weights_hash
-from recipes.report import COLUMNS
+from recipes.common.hashing import weights_hash
+from recipes.evaluation.report import COLUMNS
 from tokenization import SemanticIdTokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"

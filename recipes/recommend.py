@@ -3,7 +3,7 @@
     python -m recipes.recommend --checkpoint runs/demo/checkpoint --histories histories.parquet --output_dir runs/lists
     torchrun --nproc_per_node 8 -m recipes.recommend ...     # several processes, each on a GPU of its own or on the CPU
 
-`recipes/histories.py` says what histories are and how to make them. All rows are checked before the model runs.
+`recipes/data/histories.py` says what histories are and how to make them. All rows are checked before the model runs.
 `--unknown error` refuses unknown items and empty histories; `--unknown skip` drops unknown items, and a row without a
 known item gets empty lists. So does, with `--exclude_history`, a history of all items that there are. Rows of empty lists
 are counted and reported. The output folder, which `datasets.load_dataset("parquet", data_dir=...)` and pandas read, has a
@@ -34,8 +34,10 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes.histories import Histories, check_columns, check_rows, encode, load_histories, padded, read_histories
-from recipes.runs import whole_file
+from recipes.common.files import whole_file
+from recipes.common.hashing import weights_hash
+from recipes.data.encoding import encode, padded
+from recipes.data.histories import Histories, check_columns, check_rows, load_histories, read_histories
 from tokenization import SemanticIdTokenizer
 
 # The last one, if the model has such a score.
@@ -98,15 +100,6 @@ def resolved(settings: RecommendSettings, model) -> RecommendSettings:
         if getattr(new, name) not in choices:
             raise ValueError(f"Expected {name} among {choices}, found {getattr(new, name)!r}. Choose one of them.")
     return new
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights and buffers, wherever they were loaded from."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings) -> dict:

@@ -32,28 +32,23 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.callbacks import AdaptiveWeighter, CachedCandidates, LossParts, StatefulCallback
-from recipes.embeddings import weights_of
-from recipes.enhancer import RankingDrivenEnhancer
-from recipes.prepare import prepared
-from recipes.runs import begin, last_checkpoint, one_device, write_json
-from recipes.starting_model import ModelArguments, build_model, named
-from recipes.training_rows import Collator, columns_read, held_out_rows, history_rows, packed_rows, second_stage_rows
+from recipes.common.files import write_json
+from recipes.common.hashing import weights_of
+from recipes.common.run_tracking import begin, last_checkpoint, one_device
+from recipes.data.leave_one_out import columns_read
+from recipes.data.prepared import prepared
+from recipes.data.training_datasets import held_out_rows, history_rows, packed_rows, second_stage_rows
+from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.collator import Collator
+from recipes.training.enhancer import ENHANCER_OPTIONS, RankingDrivenEnhancer
+from recipes.training.loss_parts import LossParts
+from recipes.training.model_init import ModelArguments, build_model, named
+from recipes.training.stateful_callback import StatefulCallback
 from tokenization import SemanticIdTokenizer
 
 ADAPTIVE = ("adaptive_temperature", "adaptive_form", "adaptive_window")
 ENHANCING = ("enhancer_target", "relabel", "enhancer_options")
-# Of RankingDrivenEnhancer, beside those that have an argument of their own.
-ENHANCER_OPTIONS = {
-    "pool",
-    "pool_size",
-    "num_negatives",
-    "penalty",
-    "threshold",
-    "max_favorites",
-    "warm_up_epochs",
-    "every_epochs",
-}
 
 
 @dataclass

@@ -16,8 +16,8 @@ from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.callbacks import AdaptiveWeighter
-from recipes.enhancer import RankingDrivenEnhancer
+from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.enhancer import RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import torch
 from helpers import build_model, forward_with_negatives, labeled_batch, random_histories, short_id
 
 from modeling_unigrf import training_unigrf
-from recipes.callbacks import AdaptiveWeighter
+from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 
 def test_the_loss_is_the_log_likelihood_of_codes_and_behaviors(backbone):

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
-from recipes.train import Collator
+from recipes.training.collator import Collator
 
 BEAMS = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
 CANDIDATES = torch.tensor([[3, 29, -1, 7], [0, 1, 2, -1], [11, 12, 13, 14]])

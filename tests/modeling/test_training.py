@@ -20,7 +20,8 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 
-from recipes.callbacks import CachedCandidates, LossParts
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.loss_parts import LossParts
 
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
@@ -54,7 +55,8 @@ sys.path[:0] = [root, root + "/tests"]
 import torch
 from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer
 from helpers import second_stage_rows
-from recipes.callbacks import AdaptiveWeighter, CachedCandidates
+from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.cached_candidates import CachedCandidates
 from safetensors.torch import save_file
 from transformers import TrainerState, TrainingArguments
 rank = os.environ["RANK"]

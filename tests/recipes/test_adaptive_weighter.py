@@ -8,7 +8,7 @@ from helpers import assert_same_weights, build_model, histories_dataset, labeled
 from transformers import TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFCausalLMOutput
-from recipes.callbacks import AdaptiveWeighter
+from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 
 class FixedLosses(torch.nn.Module):

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from recipes import benchmark_decoding, decoding_report, ranking_cost
-from recipes.peers import DictTrie, StaticTrie, random_catalog
+from recipes.benchmarks import decoding as benchmark_decoding
+from recipes.benchmarks import ranking_cost
+from recipes.benchmarks import report as decoding_report
+from recipes.benchmarks.baselines import DictTrie, StaticTrie, random_catalog
 
 
 def test_a_small_benchmark_is_run_and_stored(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import torch
 from helpers import PAD, build_model, run_trainer, second_stage_rows
 from transformers import TrainerState, TrainingArguments
 
-from recipes.callbacks import CachedCandidates
-from recipes.train import Collator
+from recipes.training.cached_candidates import CachedCandidates
+from recipes.training.collator import Collator
 
 BEAMS = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
 

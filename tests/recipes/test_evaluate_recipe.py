@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
-from recipes import measure, push_to_hub, results, show, train
-from recipes.embeddings import weights_of
+from recipes import push_to_hub, show, train
+from recipes.common.hashing import weights_of
+from recipes.common.run_tracking import made_by
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
-from recipes.measure import Measurement
-from recipes.runs import made_by
+from recipes.evaluation import inference as measure
+from recipes.evaluation.inference import Measurement
+from recipes.results import tables as results
 from tokenization import SemanticIdTokenizer
 
 

@@ -6,9 +6,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers import ROOT
 
-from recipes import baselines
-from recipes.baselines import ItemKNN, Popularity
-from recipes.report import write_report
+from recipes.evaluation import baselines
+from recipes.evaluation.baselines import ItemKNN, Popularity
+from recipes.evaluation.report import write_report
 
 METRICS = ROOT / "recipes" / "metrics"
 

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from recipes import embeddings as embeddings_module
-from recipes.embeddings import encode_texts
-from recipes.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
+from recipes.data import text_encoders as embeddings_module
+from recipes.data.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
+from recipes.data.text_encoders import encode_texts
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
@@ -274,7 +274,10 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
         ({"interactions": changed(interactions_table(), 1, "item_id", "77")}, r"unknown item_id in 1 of 9.*\('77'\)"),
         ({"interactions": interactions_table()[4:]}, "expected users with 3 or more interactions, found at most 2"),
-        ({"interactions": changed(interactions_table(), 1, "behavior", "add to cart")}, "rename it, e.g. add_to_cart"),
+        (
+            {"interactions": changed(interactions_table(), 1, "behavior", "add to cart")},
+            "Rename the behavior, for instance to add_to_cart",
+        ),
         ({"interactions": changed(interactions_table(), 1, "behavior", "next")}, "behaviors other than 'next'"),
         ({"items": changed(items_table(), 3, "item_id", "001")}, r"duplicate item_id in 1 of 12.*row 3 \('001'\)"),
         ({"items": changed(items_table(), 6, "text", " ")}, r"an empty text in 1 of 12 rows.*row 6 \('006'\)"),

@@ -17,9 +17,9 @@ from helpers import ROOT, build_model, short_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.histories import load_histories
+from recipes.common.files import whole_file
+from recipes.data.histories import load_histories
 from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved
-from recipes.runs import whole_file
 from tokenization import SemanticIdTokenizer
 
 OPTIONS = {"num_beams": 8, "num_return_sequences": 5}

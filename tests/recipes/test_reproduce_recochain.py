@@ -10,7 +10,10 @@ from datasets import Dataset
 from helpers import GRID, TINY, preferring
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import recochain_report, reproduce_recochain, runs, sasrec
+from recipes.common import result_files
+from recipes.papers.recochain import report as recochain_report
+from recipes.papers.recochain import reproduce as reproduce_recochain
+from recipes.papers.recochain import sasrec
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
@@ -104,7 +107,7 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     ):
         assert sum(row.startswith(beginning) for row in rows) == 1
     entry = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
-    assert runs.kept(entry) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
+    assert result_files.kept(entry) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = [
         {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
     ]

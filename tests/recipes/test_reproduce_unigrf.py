@@ -10,8 +10,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import reproduce_unigrf, unigrf_report
-from recipes.training_rows import held_out_rows
+from recipes.data.training_datasets import held_out_rows
+from recipes.papers.unigrf import report as unigrf_report
+from recipes.papers.unigrf import reproduce as reproduce_unigrf
 
 
 @pytest.fixture

@@ -18,14 +18,17 @@ from helpers import short_id
 from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import taobao_items, taobao_report, taobao_scaling, taobao_train
-from recipes.hardware import PeakMemory
-from recipes.taobao import TaobaoArguments, prepare
-from recipes.taobao_clicks import check_rows, check_users, last_distinct, write_clicks
-from recipes.taobao_items import fit, make_unique, write_items
-from recipes.taobao_scaling import FULL, MEASURES, UNITS, extrapolate
-from recipes.taobao_synthetic import SyntheticArguments, main
-from recipes.taobao_tables import new_array, read_batches, stream_rows, table_shards
+from recipes.common.profiling import PeakMemory
+from recipes.papers.taobao import items as taobao_items
+from recipes.papers.taobao import report as taobao_report
+from recipes.papers.taobao import scaling as taobao_scaling
+from recipes.papers.taobao import train as taobao_train
+from recipes.papers.taobao.clicks import check_rows, check_users, last_distinct, write_clicks
+from recipes.papers.taobao.items import fit, make_unique, write_items
+from recipes.papers.taobao.prepare import TaobaoArguments, prepare
+from recipes.papers.taobao.scaling import FULL, MEASURES, UNITS, extrapolate
+from recipes.papers.taobao.synthetic import SyntheticArguments, main
+from recipes.papers.taobao.tables import new_array, read_batches, stream_rows, table_shards
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"

@@ -10,11 +10,13 @@ from datasets import load_from_disk
 from helpers import GRID, train_flags
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes import train, training_rows
+from recipes import train
+from recipes.data import training_datasets as training_rows
+from recipes.data.windows import cut_windows
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
-from recipes.measure import Measurement, batches, candidates, invalid_items, like_auc
+from recipes.evaluation.inference import Measurement, batches, candidates, invalid_items, like_auc
 from recipes.prepare import PrepareArguments, prepare
-from recipes.training_rows import Collator
+from recipes.training.collator import Collator
 from tokenization import SemanticIdTokenizer
 
 HSTU = {"model_type": "hstu", "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
@@ -107,7 +109,7 @@ def test_packed_and_padded_rows_are_learned_as_single_windows(world):
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
-        for start, end in training_rows.cut_windows(len(items), 4 + 1, 2)
+        for start, end in cut_windows(len(items), 4 + 1, 2)
     ]
     expected = [loss for user, *part in windows for loss in code_losses(model, tokenizer, histories[user], *part)]
     packed = training_rows.packed_rows(histories, tokenizer, 4, 2, seed=0, with_times=True)

@@ -10,8 +10,11 @@ from helpers import TINY, short_id, train_flags
 from safetensors.torch import load_file, save_file
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes import reproduce_recochain, runs, train
-from recipes.prepare import PrepareArguments, check_same_items, prepare
+from recipes import train
+from recipes.common import run_tracking as runs
+from recipes.data.prepared import check_same_items
+from recipes.papers.recochain import reproduce as reproduce_recochain
+from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
 

@@ -110,23 +110,23 @@ def test_nan_is_rejected_with_the_first_row(quantizer):
     points[[17, 40], 2] = np.nan
     points[99, 0] = np.inf
     for method in (quantizer.encode, ResidualKMeans((4,)).fit):
-        with pytest.raises(ValueError, match="NaN or infinity in 3 of 100 rows, the first of them row 17"):
+        with pytest.raises(ValueError, match="NaN or infinity in 3 of 100 rows, the first in row 17"):
             method(points)
 
 
 def test_invalid_quantizer_input_is_rejected(quantizer):
     with pytest.raises(ValueError, match=r"width 8.*found width 5"):
         quantizer.encode(np.zeros((2, 5), np.float32))
-    with pytest.raises(ValueError, match=r"shape \[N, D\], found float32 \(8,\)"):
+    with pytest.raises(ValueError, match=r"shape \[N, D\], got float32 \(8,\)"):
         quantizer.encode(np.zeros(8, np.float32))
-    with pytest.raises(ValueError, match=r"expected float embeddings.*int64"):
+    with pytest.raises(ValueError, match=r"`embeddings` must be floats.*int64"):
         quantizer.encode(np.zeros((2, 8), np.int64))
-    with pytest.raises(ValueError, match=r"as many embeddings as codes \(16.*found 10"):
+    with pytest.raises(ValueError, match=r"as many rows as codes \(16.*got 10"):
         ResidualKMeans((4, 16)).fit(clustered(10))
-    with pytest.raises(ValueError, match=r"codes in \[0, K\)"):
+    with pytest.raises(ValueError, match=r"`codes` must be in \[0, K\)"):
         quantizer.decode(np.array([[0, 16]]))
     for call in (ResidualKMeans().encode, ResidualKMeans().decode):
-        with pytest.raises(ValueError, match="call `fit` first"):
+        with pytest.raises(ValueError, match="Call `fit` first"):
             call(np.zeros((2, 8), np.float32))
     with pytest.raises(ValueError, match="codebook size"):
         ResidualKMeans(())

@@ -89,15 +89,14 @@ def test_the_vocabulary_is_specials_behaviors_and_codes(tokenizer):
     assert tokenizer.config_fields() == {
         "vocab_size": 22 + last,
         "codebook_sizes": [8, 8, last],
-        "code_offsets": [6, 14, 22],
         "behaviors": ["view", "like"],
-        "behavior_token_ids": [4, 5],
         "num_items": 300,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     json.dumps(tokenizer.config_fields())
+    assert (tokenizer.code_offsets, tokenizer.behavior_token_ids) == ((6, 14, 22), (4, 5))
     assert tokenizer.padding_side == "left" and tokenizer.unk_token_id == 3
 
 
@@ -176,58 +175,58 @@ def test_missing_titles_are_empty_and_a_failed_save_is_harmless(tmp_path):
 
 def test_unknown_items_are_named_or_skipped_with_their_behaviors():
     tokenizer = small_tokenizer(("view", "like"))
-    with pytest.raises(ValueError, match=r"found 6 unknown, for instance \['0', '1', '2', '3', '4'\]"):
+    with pytest.raises(ValueError, match=r"got 6 unknown, for instance \['0', '1', '2', '3', '4'\]"):
         tokenizer.item_indices([0, "x", 1, 2, 3, 4, 5])
     assert tokenizer.item_indices(["q", "z"], unknown="skip").tolist() == [2]
     skipped = tokenizer.encode_history(["q", "x", 7, "z"], ["like", "view", "like", "like"], unknown="skip")
     assert skipped == tokenizer.encode_history(["x", "z"], ["view", "like"])
-    with pytest.raises(ValueError, match="found none in row 1: all of its item ids are unknown"):
+    with pytest.raises(ValueError, match="got none in row 1: all of its item IDs are unknown"):
         tokenizer.encode_history([["x"], ["q"]], [["like"], ["like"]], unknown="skip")
 
 
 def test_malformed_histories_are_rejected():
     tokenizer = small_tokenizer(("view", "like"))
-    with pytest.raises(ValueError, match="found None"):
+    with pytest.raises(ValueError, match="got None"):
         tokenizer.encode_history(["x"])
-    with pytest.raises(ValueError, match=r"found \['buy'\]"):
+    with pytest.raises(ValueError, match=r"got \['buy'\]"):
         tokenizer.encode_history(["x"], ["buy"])
-    with pytest.raises(ValueError, match="as many behaviors as items"):
+    with pytest.raises(ValueError, match="`behaviors` must have as many values as items"):
         tokenizer.encode_history([["x"], ["y", "z"]], [["like"], ["like"]])
     for empty in ([], [["x"], []]):
         with pytest.raises(ValueError, match="at least one item in a history"):
             tokenizer.encode_history(empty, empty)
     with pytest.raises(ValueError, match="the one string 'xy'"):  # a string is no list of items
         tokenizer.encode_history("xy", ["like", "like"])
-    with pytest.raises(ValueError, match="the one string 'xy'"):
+    with pytest.raises(ValueError, match="the string 'xy'"):
         tokenizer.item_indices("xy")
     column = pd.Series(["x", "z"], index=[7, 9])  # the index of a filtered table
     assert tokenizer.encode_history(column, pd.Series(["like", "view"])) == tokenizer.encode_history(
         ["x", "z"], ["like", "view"]
     )
-    with pytest.raises(ValueError, match="max_items >= 1"):
+    with pytest.raises(ValueError, match="`max_items` must be at least 1"):
         tokenizer.encode_history(["x"], ["like"], max_items=0)
-    with pytest.raises(ValueError, match="'error' or 'skip', found 'drop'"):
+    with pytest.raises(ValueError, match="'error' or 'skip', got 'drop'"):
         tokenizer.item_indices(["x"], unknown="drop")
-    with pytest.raises(ValueError, match=r"rows in \[0, 3\), found -1 to -1"):
+    with pytest.raises(ValueError, match=r"rows must be in \[0, 3\), got -1 to -1"):
         tokenizer.encode_indices(np.array([-1]), np.array([0]))
-    with pytest.raises(ValueError, match=r"behavior indices in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"`behavior_index` must be in \[0, 2\), got 2 to 2"):
         tokenizer.encode_indices(np.array([0]), np.array([2]))
-    with pytest.raises(ValueError, match="one integer behavior index an item"):
+    with pytest.raises(ValueError, match="one integer per item"):
         tokenizer.encode_indices(np.array([0]), np.array([0, 1]))
 
 
 @pytest.mark.parametrize(
     ("token_ids", "message"),
     [
-        ([1, 7, 9, 4], "'<a_2> <b_1>' at position 1, which spells none"),
-        ([[1, 5, 8, 4], [0, 1, 7, 9]], "'<a_2> <b_1>' at position 2 of row 1, which spells none"),
-        ([1, 8, 5], "whole items of 2 codes in level order, found '<b_0> <a_0>' at position 1"),
-        ([5, 8, 5], "whole items.*found '<a_0>' at position 2"),
-        ([[5, 8], [5, 4], [8, 4]], "whole items.*found '<a_0> <like>' at position 0 of row 1"),
-        ([5, 4, 8], "whole items.*found '<a_0> <like>' at position 0"),
-        ([5, -100], r"in \[0, 10\), found -100 at position 1"),
-        ([5.0, 8.0], "integer token ids"),
-        ([[5.7, 8.0]], "rows of integer token ids"),
+        ([1, 7, 9, 4], "'<a_2> <b_1>' at position 1, which encodes no item"),
+        ([[1, 5, 8, 4], [0, 1, 7, 9]], "'<a_2> <b_1>' at position 2 of row 1, which encodes no item"),
+        ([1, 8, 5], "whole items of 2 codes in level order, got '<b_0> <a_0>' at position 1"),
+        ([5, 8, 5], "whole items.*got '<a_0>' at position 2"),
+        ([[5, 8], [5, 4], [8, 4]], "whole items.*got '<a_0> <like>' at position 0 of row 1"),
+        ([5, 4, 8], "whole items.*got '<a_0> <like>' at position 0"),
+        ([5, -100], r"in \[0, 10\), got -100 at position 1"),
+        ([5.0, 8.0], r"integers \[T\] or \[B, T\]"),
+        ([[5.7, 8.0]], "rows of integers"),
     ],
     ids=short_id,
 )
@@ -245,25 +244,25 @@ def test_tokens_without_codes_decode_to_no_items():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"item_ids": ["x", "x", "z"]}, r"distinct item ids, found \['x'\]"),
-        ({"item_ids": [1, "1", 2]}, r"distinct item ids, found \['1'\]"),
-        ({"item_ids": ["x", "y"]}, "found 2 item ids and 3 rows"),
-        ({"codes": [[0, 0], [0, 1], [0, 0]]}, "no two items share, found 1 repeated rows.*'x' and 'z'|'z' and 'x'"),
-        ({"codes": [[0, 0], [0, 2], [1, 0]]}, "found 2 in row 1, level 1"),
-        ({"codes": [[0, 0], [0, -1], [1, 0]]}, "found -1 in row 1, level 1"),
-        ({"codes": [[0.0, 0], [0, 1], [1, 0]]}, "integer codes"),
-        ({"codebook_sizes": (3,)}, "one codebook size a level"),
-        ({"codebook_sizes": (2**40, 2**40)}, "product is below 2"),
-        ({"titles": ["one"]}, "one title an item"),
-        ({"item_ids": ["x", None, "z"]}, "found None in place 1 of 3"),
+        ({"item_ids": ["x", "x", "z"]}, r"distinct as strings, got \['x'\]"),
+        ({"item_ids": [1, "1", 2]}, r"distinct as strings, got \['1'\]"),
+        ({"item_ids": ["x", "y"]}, "got 2 item IDs and 3 rows"),
+        ({"codes": [[0, 0], [0, 1], [0, 0]]}, "`codes` must be unique, got 1 repeated rows.*'x' and 'z'|'z' and 'x'"),
+        ({"codes": [[0, 0], [0, 2], [1, 0]]}, "got 2 in row 1, level 1"),
+        ({"codes": [[0, 0], [0, -1], [1, 0]]}, "got -1 in row 1, level 1"),
+        ({"codes": [[0.0, 0], [0, 1], [1, 0]]}, "`codes` must be integers"),
+        ({"codebook_sizes": (3,)}, "one codebook size per level"),
+        ({"codebook_sizes": (2**40, 2**40)}, "product below 2"),
+        ({"titles": ["one"]}, "one title per item"),
+        ({"item_ids": ["x", None, "z"]}, "got None at index 1 of 3"),
         ({"codes": [[2**32, 0], [0, 1], [2, 0]], "codebook_sizes": (2**33, 2)}, "from 1 to 2"),
-        ({"behaviors": []}, "at least one behavior"),
-        ({"behaviors": "like"}, "list of at least one behavior"),
-        ({"behaviors": ["a_1"]}, "no special token or code"),
-        ({"behaviors": ["bos"]}, "no special token or code"),
+        ({"behaviors": []}, "list of at least one name"),
+        ({"behaviors": "like"}, "list of at least one name"),
+        ({"behaviors": ["a_1"]}, "no special token and no code"),
+        ({"behaviors": ["bos"]}, "no special token and no code"),
         ({"behaviors": ["add to cart"]}, "without spaces"),
-        ({"behaviors": ["like", "like"]}, "distinct behaviors"),
-        ({"quantizer": ResidualKMeans((4,))}, "for all levels but the last"),
+        ({"behaviors": ["like", "like"]}, "`behaviors` must be distinct"),
+        ({"quantizer": ResidualKMeans((4,))}, "have all levels but the last"),
         ({"provenance": {"encoder": object()}}, "JSON types"),
     ],
     ids=short_id,
@@ -444,5 +443,20 @@ def test_an_edited_item_map_is_rejected_by_its_hash(tokenizer, tmp_path):
     content = json.loads((tmp_path / "items.json").read_text())
     content["item_ids"][:2] = content["item_ids"][1::-1]
     (tmp_path / "items.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected item ids and codes of hash"):
+    with pytest.raises(ValueError, match="must hold item IDs and codes of hash"):
         SemanticIdTokenizer.from_pretrained(tmp_path)
+
+
+def test_statistics_of_a_0_1_folder_still_load(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "items.json").read_text())
+    content["provenance"]["health"] = content["provenance"].pop("codebook_statistics")
+    (tmp_path / "items.json").write_text(json.dumps(content))
+    assert SemanticIdTokenizer.from_pretrained(tmp_path).provenance == tokenizer.provenance
+
+
+def test_the_example_of_the_package_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "tokenization" / "README.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out
