@@ -19,7 +19,7 @@ from tokenization import SemanticIdTokenizer
 
 
 def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {
         "crops_per_epoch": 1,
