@@ -5,11 +5,12 @@ import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, short_id
+from helpers import ROOT, TINY
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
@@ -62,10 +63,11 @@ def test_readme_commands_are_understood(file, monkeypatch):
         ("recochain_beauty", reproduce_recochain),
         ("recochain_beauty_llama", reproduce_recochain),
     ],
-    ids=short_id,
+    ids=["unigrf", "recochain", "beauty", "beauty-llama"],
 )
 def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
-    for run in json.loads((recochain_report.RESULTS / f"{name}.json").read_text())["runs"]:
+    file = Path(recipe.__file__).parent / "results" / f"{name}.json"
+    for run in json.loads(file.read_text())["runs"]:
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
         parsed = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])

@@ -27,7 +27,7 @@ from tokenization import SemanticIdTokenizer
 
 
 def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     options = ["--negatives_per_item=0.5", "--max_items=10", "--crops_per_epoch=4", "--num_train_epochs=8"]
     options += ["--learning_rate=5e-3", "--per_device_train_batch_size=16", "--eval_strategy=epoch"]
     options += ["--logging_steps=5", f"--checkpoint_dir={tmp_path / 'checkpoint'}"]
@@ -145,7 +145,7 @@ def invalid_sequences(input_ids, tokenizer):
 
 
 def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     shared = ["--max_items=4", "--crops_per_epoch=2", "--per_device_train_batch_size=16", "--learning_rate=5e-3"]
     alone = ["--ranking_loss_weight=0", "--negatives_per_item=0", "--max_steps=10"]
     first = train.train(*train.parse(train_flags(prepared, tmp_path / "one", *shared, *alone)))
@@ -262,7 +262,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
 
 
 def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     flags = train_flags(prepared, tmp_path, "--max_items=4", "--max_steps=2")
     checkpoint = train.train(*train.parse([*flags, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
     metrics = evaluate_checkpoint(

@@ -10,7 +10,7 @@ from recipes.evaluation import baselines
 from recipes.evaluation.baselines import ItemKNN, Popularity
 from recipes.evaluation.report import write_report
 
-METRICS = ROOT / "recipes" / "metrics"
+METRICS = ROOT / "recipes" / "evaluation" / "metrics"
 
 
 @pytest.fixture(scope="module")

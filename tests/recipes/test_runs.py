@@ -78,14 +78,14 @@ def test_collected_runs_are_merged_and_never_mixed(tmp_path):
 
     file = tmp_path / "kept.json"
     for collected in ([run("b", 0, 0.1), run("a", 1, 0.2)], [run("b", 0, 0.3), run("a", 0, 0.4)]):
-        runs.write(file, {"protocol": "one", "runs": runs.merged(file, collected, key)})
+        result_files.write(file, {"protocol": "one", "runs": result_files.merged(file, collected, key)})
     stored = json.loads(file.read_text())
     assert stored == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
     assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "one line a run"
-    rows = runs.by_row(stored["runs"], lambda entry: key(entry)[:1])
+    rows = result_files.by_row(stored["runs"], lambda entry: key(entry)[:1])
     assert [[entry["value"] for entry in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
-        runs.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda entry: key(entry)[:1])
+        result_files.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda entry: key(entry)[:1])
     fields = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
     fields += [("seed", int, 0), ("output_dir", str, "runs")]
     args = dataclasses.make_dataclass("Arguments", fields)("mine", row="a b", beams=[2, 3], output_dir="mine")

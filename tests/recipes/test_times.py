@@ -206,7 +206,7 @@ def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     ids=["plain", "enhancer", "stage-two"],
 )
 def test_from_tables_with_times_to_metrics(prepared, tmp_path, extra, monkeypatch):
-    monkeypatch.setattr("recipes.baselines.GRID", GRID)
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     options = ["--max_items=5", "--per_device_train_batch_size=8", "--num_train_epochs=3", "--logging_steps=1"]
     options += ["--eval_strategy=epoch", "--weight_decay=0", *extra]
     checkpoint = train.train(*train.parse(train_flags(prepared, tmp_path, *options, text_config=TIMED)))
