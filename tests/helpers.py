@@ -60,7 +60,7 @@ def random_codes(num_items: int, codebook_sizes: list[int], generator: torch.Gen
 
 
 def split_options(options: dict) -> tuple[dict, dict]:
-    """Options by name -> fields of `UniGRFConfig` (those of training nested), and fields of `generation_config`."""
+    """Sort options by name into fields of `UniGRFConfig`, those of training nested, and of `generation_config`."""
     training_names = {field.name for field in fields(UniGRFTrainingConfig)}
     training_names -= {field.name for field in fields(PreTrainedConfig)}
     serving_names = {field.name for field in fields(ServingOptions)}
@@ -72,8 +72,10 @@ def split_options(options: dict) -> tuple[dict, dict]:
 
 def build_model(backbone="llama", codebook_sizes=(4, 3, 3, 2), num_items=30, seed=0, embeddings=True, **options):
     """
-    A random model in eval mode whose weights are far from uniform, so that no score is a near tie. `options`: fields of
-    `UniGRFConfig`, `UniGRFTrainingConfig` and `ServingOptions`; without any it has no dropout, negatives and dense loss.
+    Build a random model in eval mode. Its weights are large, so that no two scores are nearly equal.
+
+    `options` holds fields of `UniGRFConfig`, `UniGRFTrainingConfig` and `ServingOptions`. Without any, the model has
+    neither dropout nor negatives nor a dense loss.
     """
     generator = torch.Generator().manual_seed(seed)
     options = {
@@ -160,6 +162,13 @@ def long_histories(model, lengths, seed=5):
         items[row, :length] = torch.randint(model.catalog.num_items // 2, (length,), generator=generator)
     behaviors = torch.randint(len(model.config.behaviors), items.shape, generator=generator)
     return {"long_history": {"items": items, "behaviors": behaviors}}
+
+
+def select_rows(inputs, rows):
+    """Select rows of a batch, also inside its nested inputs."""
+    return {
+        name: select_rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in inputs.items()
+    }
 
 
 def retrieve_by_sorting(embeddings, items, candidate, count):
@@ -263,11 +272,15 @@ def forward_with_negatives(model, batch):
 
 
 def collate(rows):
-    """Pad rows of token ids, masks and labels on the right."""
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, fill)
-        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
-    }
+    """Pad rows of token ids, masks and labels on the right; nest their long histories, if they have some."""
+
+    def padded(name, fill):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, fill)
+
+    batch = {name: padded(name, fill) for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))}
+    if "long_items" in rows[0]:
+        batch["long_history"] = {"items": padded("long_items", -1), "behaviors": padded("long_behaviors", -1)}
+    return batch
 
 
 def histories_dataset(model, count, seed=0, lengths=(1, 2, 5, 3)):
@@ -284,7 +297,8 @@ def second_stage_rows(model, count=16) -> Dataset:
     rows = []
     for row in range(count):
         input_ids, _, _ = random_histories(model, [row % 5 + 1], seed=row)
-        longer = {name: value[0].tolist() for name, value in long_histories(model, [row + 1], seed=row).items()}
+        long_history = long_histories(model, [row + 1], seed=row)["long_history"]
+        longer = {f"long_{name}": value[0].tolist() for name, value in long_history.items()}
         ids = input_ids[0].tolist()
         rows.append({"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
     return Dataset.from_list(rows)

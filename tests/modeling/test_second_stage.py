@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from helpers import PAD, build_model, labeled_batch, long_histories, random_histories, run_trainer, second_stage_rows
+from helpers import (
+    build_model,
+    labeled_batch,
+    long_histories,
+    random_histories,
+    run_trainer,
+    second_stage_rows,
+    select_rows,
+)
 from transformers import Trainer, TrainingArguments
 
-from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
+from modeling_unigrf import UniGRFForCausalLM, stage_two_unigrf
 from modeling_unigrf.negatives_unigrf import inject_targets
-from recipes.training.collator import Collator
 
 BEAMS = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
 CANDIDATES = torch.tensor([[3, 29, -1, 7], [0, 1, 2, -1], [11, 12, 13, 14]])
@@ -18,8 +25,8 @@ def expected_ranking_loss(model, input_ids, mask, candidates, longer):
     losses = {target: [] for target in model.config.ranking_targets}
     for row, (ids, row_mask) in enumerate(zip(input_ids, mask, strict=True)):
         ids = ids[row_mask.bool()]
-        row_inputs = {name: value[row : row + 1] for name, value in longer.items()}
-        target = model.catalog.trie.lookup(model.layout.history_codes(ids[None])[1][-1:])
+        row_inputs = select_rows(longer, slice(row, row + 1))
+        target = model.catalog.trie.lookup(model.layout.read_histories(ids[None])[2][-1:])
         items = candidates[row][candidates[row] >= 0]
         logits = model.rank(ids[None, :-5], candidates=items[None], **row_inputs)[0]
         assert (items == target).sum() == 1
@@ -47,7 +54,7 @@ def test_training_beams_equal_recommend_and_are_scored_by_rank(backbone, retriev
             model.recommend(
                 ids[row_mask.bool()][None, :-5],
                 **BEAMS,
-                **{name: value[row : row + 1] for name, value in longer.items()},
+                **select_rows(longer, slice(row, row + 1)),
             ).item_indices
             for row, (ids, row_mask) in enumerate(zip(input_ids, mask, strict=True))
         ]
@@ -73,7 +80,7 @@ def test_blocked_items_are_no_training_beams_but_the_target_is():
     first = model.recommend(input_ids[:, :-5], mask[:, :-5], **BEAMS, **longer).item_indices[:, :3]
     blocked = torch.cat([first, torch.tensor([[-1, -1], [-1, -1], [-1, -1]]), targets[:, None]], dim=1)
     with torch.no_grad():
-        actual = model(input_ids, mask, labels=labels, blocked_items=blocked, **longer).ranking_loss
+        actual = model(input_ids, mask, labels=labels, item_sets={"blocked_items": blocked}, **longer).ranking_loss
     lists = [row[row >= 0] for row in blocked]
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], blocked_items=lists, **BEAMS, **longer).item_indices
     assert not (beams == targets[:, None]).any()
@@ -93,17 +100,17 @@ def test_training_candidates_have_the_time_of_the_true_item():
     with torch.no_grad():
         actual = model(input_ids, mask, labels=labels, timestamps=times, **longer).ranking_loss
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **BEAMS, **timed, **longer).item_indices
-    targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    targets = model.catalog.trie.lookup(model.layout.read_histories(input_ids)[2].view(3, 4, -1)[:, -1])
     candidates = inject_targets(beams, targets, torch.Generator().manual_seed(0))
     expected = expected_ranking_loss(model, input_ids, mask, candidates, {**longer, **timed})
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     before = torch.arange(12).expand(3, -1) - 1
+    timed_history = {"long_history": {**longer["long_history"], "timestamps": before}}
+    item_sets = {"candidates": beams}
     with torch.no_grad():
-        timed_output = model(
-            input_ids, mask, labels=labels, timestamps=times, long_timestamps=before, candidates=beams, **longer
-        )
+        timed_output = model(input_ids, mask, labels=labels, timestamps=times, item_sets=item_sets, **timed_history)
     candidates = inject_targets(beams, targets, torch.Generator().manual_seed(0))
-    histories = {**longer, **timed, "long_timestamps": before}
+    histories = {**timed, **timed_history}
     expected_timed = expected_ranking_loss(model, input_ids, mask, candidates, histories)
     torch.testing.assert_close(timed_output.ranking_loss, expected_timed, atol=3e-5, rtol=1e-4)
     assert not torch.allclose(expected_timed, expected)
@@ -120,9 +127,9 @@ def test_an_injected_target_is_ranked_by_its_own_codes():
     targets = torch.tensor([row[-1] for row in items])
     others = CANDIDATES.masked_fill(targets[:, None] == CANDIDATES, -1)
     with torch.no_grad():
-        missed = model(input_ids, mask, labels=labels, candidates=others, **longer).ranking_loss
+        missed = model(input_ids, mask, labels=labels, item_sets={"candidates": others}, **longer).ranking_loss
         injected = inject_targets(others, targets, torch.Generator().manual_seed(0))
-        actual = model(input_ids, mask, labels=labels, candidates=injected, **longer).ranking_loss
+        actual = model(input_ids, mask, labels=labels, item_sets={"candidates": injected}, **longer).ranking_loss
     torch.testing.assert_close(missed, actual)
     expected = expected_ranking_loss(model, input_ids, mask, injected, longer)
     torch.testing.assert_close(missed, expected, atol=3e-5, rtol=1e-4)
@@ -133,11 +140,11 @@ def test_a_missed_target_is_no_candidate_without_injection():
     input_ids, mask, _ = random_histories(model, [4, 4, 4])
     labels = input_ids.masked_fill(mask == 0, -100)
     beams = model.recommend(input_ids[:, :-5], mask[:, :-5], **BEAMS).item_indices
-    targets = model.catalog.trie.lookup(model.layout.history_codes(input_ids)[1].view(3, 4, -1)[:, -1])
+    targets = model.catalog.trie.lookup(model.layout.read_histories(input_ids)[2].view(3, 4, -1)[:, -1])
     candidates = torch.where(beams == targets[:, None], -1, beams)
     candidates[0, 0] = targets[0]
     with torch.no_grad():
-        actual = model(input_ids, mask, labels=labels, candidates=candidates).ranking_loss
+        actual = model(input_ids, mask, labels=labels, item_sets={"candidates": candidates}).ranking_loss
         logits = model.rank(input_ids[:, :-5], mask[:, :-5], candidates.clamp(min=0))
     happened = (candidates == targets[:, None])[candidates >= 0].float()
     of_next = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 0][candidates >= 0], happened)
@@ -148,8 +155,8 @@ def test_a_missed_target_is_no_candidate_without_injection():
 
 def test_packs_of_candidates_have_the_same_gradient(backbone, monkeypatch):
     gradients = []
-    for at_once in (64, 3):
-        monkeypatch.setattr(candidates_unigrf, "CANDIDATES_AT_ONCE", at_once)
+    for pack in (64, 3):
+        monkeypatch.setattr(stage_two_unigrf, "CANDIDATES_PER_PACK", pack)
         model = build_model(backbone, num_retrieved_items=3, num_train_beams=7)
         input_ids, mask, _ = random_histories(model, [4, 2])
         longer = long_histories(model, [12, 2])
@@ -215,19 +222,20 @@ def test_stop_gradient_history_stops_the_ranking_gradient(backbone, detach):
 def test_the_search_leaves_no_trace_in_the_gradient(backbone, autocast):
     """Autocast caches its casts of weights: a cast made without gradient would stay for the whole step."""
     gradients = []
-    candidates = {}
+    item_sets = None
     for beams in (5, 0):
         model = build_model(backbone, num_retrieved_items=3, num_train_beams=beams)
         batch, _ = labeled_batch(model, [4, 2])
         vectors = []
         model.ranking_head.register_forward_hook(lambda head, args, output, kept=vectors: kept.append(args[2]))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**batch, **long_histories(model, [12, 2]), **candidates).loss
+            loss = model(**batch, **long_histories(model, [12, 2]), item_sets=item_sets).loss
             known = model.scorer.representations(torch.arange(30)).float()
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         # The candidates of the search, with the targets, as the ranking head reads them.
-        candidates["candidates"] = torch.cdist(vectors[0].detach().float(), known.expand(2, -1, -1)).argmin(dim=2)
+        candidates = torch.cdist(vectors[0].detach().float(), known.expand(2, -1, -1)).argmin(dim=2)
+        item_sets = {"candidates": candidates}
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], msg=lambda m, n=name: f"{n}: {m}")
@@ -241,29 +249,24 @@ def test_candidates_of_a_packed_row_see_only_the_last_history(backbone):
     labels = packed.masked_fill(packed == 0, -100)
     packed_mask = (packed != 0).long()
     longer = long_histories(model, [12])
-    candidates = CANDIDATES[:1]
+    item_sets = {"candidates": CANDIDATES[:1]}
     with torch.no_grad():
-        together = model(packed, packed_mask, labels=labels, candidates=candidates, **longer)
-        alone = model(rows[1][None], labels=rows[1][None], candidates=candidates, **longer)
+        together = model(packed, packed_mask, labels=labels, item_sets=item_sets, **longer)
+        alone = model(rows[1][None], labels=rows[1][None], item_sets=item_sets, **longer)
     torch.testing.assert_close(together.ranking_loss, alone.ranking_loss, atol=3e-5, rtol=1e-4)
 
 
 def test_a_row_without_a_supervised_item_has_no_candidates():
     model = build_model(num_retrieved_items=3, num_train_beams=4)
-    input_ids, mask, items = random_histories(model, [4, 2, 3])
-    labels = input_ids.masked_fill(mask == 0, -100)
-    longer = long_histories(model, [12, 2, 5])
-    labels[1] = -100
-    kept = torch.tensor([0, 2])
-    candidates = torch.tensor([[row[-1], 28, 29] for row in items])  # with the targets
+    batch, items = labeled_batch(model, [4, 2, 3])
+    batch |= long_histories(model, [12, 2, 5])
+    batch["labels"][1] = -100
+    item_sets = {"candidates": torch.tensor([[row[-1], 28, 29] for row in items])}  # with the targets
     with torch.no_grad():
-        actual = model(input_ids, mask, labels=labels, candidates=candidates, **longer)
-        kept_histories = {name: value[kept] for name, value in longer.items()}
-        expected = model(
-            input_ids[kept], mask[kept], labels=labels[kept], candidates=candidates[kept], **kept_histories
-        )
-        assert model(input_ids, mask, labels=labels, **longer).loss.isfinite()
-        unsupervised = model(input_ids, mask, labels=torch.full_like(labels, -100), **longer)
+        actual = model(**batch, item_sets=item_sets)
+        expected = model(**select_rows({**batch, "item_sets": item_sets}, torch.tensor([0, 2])))
+        assert model(**batch).loss.isfinite()
+        unsupervised = model(**{**batch, "labels": torch.full_like(batch["labels"], -100)})
     torch.testing.assert_close(actual.loss, expected.loss, atol=2e-5, rtol=1e-4)
     assert unsupervised.ranking_loss == 0
 
@@ -275,7 +278,7 @@ def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
     input_ids, mask, items = random_histories(model, lengths)
     labels = input_ids.masked_fill((mask == 0) | (input_ids == model.config.bos_token_id), -100)
     others = torch.tensor([[(row[-1] + step) % 30 for step in (0, 3, 7)] for row in items])
-    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "candidates": others}
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "item_sets": {"candidates": others}}
     batch |= long_histories(model, [12, 2, 4, 6])
     tokens = int((labels[:, 1:] != -100).sum())
     with torch.no_grad():
@@ -283,7 +286,7 @@ def test_candidates_are_accumulated_by_the_share_of_tokens(lengths):
         parts = []
         shares = []
         for part in (slice(0, 2), slice(2, 4)):
-            parts.append(model(**{name: value[part] for name, value in batch.items()}, num_items_in_batch=tokens))
+            parts.append(model(**select_rows(batch, part), num_items_in_batch=tokens))
             shares.append(int((labels[part, 1:] != -100).sum()) / tokens)
     ranking = sum(share * part.ranking_loss for share, part in zip(shares, parts, strict=True))
     torch.testing.assert_close(sum(part.loss for part in parts), whole.generation_loss + ranking)
@@ -296,32 +299,33 @@ def test_training_candidates_that_do_not_fit_are_rejected():
     input_ids, mask, _ = random_histories(model, [3, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
     for items, message in (
-        (torch.tensor([[1, 2]]), "integer {} of shape .* one row a history"),
-        (torch.tensor([[1.0], [2.0]]), "integer {} of shape"),
-        (torch.tensor([[1], [30]]), "{} range .* outside a catalog of 30"),
-        (torch.tensor([[1], [-2]]), "{} range .* outside a catalog of 30"),
+        (torch.tensor([[1, 2]]), r"`item_sets\['{}'\]` must be integers of shape .* one row a history"),
+        (torch.tensor([[1.0], [2.0]]), r"`item_sets\['{}'\]` must be integers of shape"),
+        (torch.tensor([[1], [30]]), r"`item_sets\['{}'\]` must be indices into a catalog of 30 items, got 1 to 30"),
+        (torch.tensor([[1], [-2]]), r"`item_sets\['{}'\]` must be indices into a catalog of 30 items, got -2 to 1"),
     ):
         for name in ("candidates", "blocked_items"):
             with pytest.raises(ValueError, match=message.format(name)):
-                model(input_ids, mask, labels=labels, **{name: items})
-    candidates = torch.tensor([[1], [2]])
-    with pytest.raises(ValueError, match="Leave them out"):
+                model(input_ids, mask, labels=labels, item_sets={name: items})
+    item_sets = {"candidates": torch.tensor([[1], [2]])}
+    with pytest.raises(ValueError, match="Leave these out"):
         square = torch.ones(1, 1, input_ids.shape[1], input_ids.shape[1]).tril().bool()
-        model(input_ids, square, labels=labels, candidates=candidates)
+        model(input_ids, square, labels=labels, item_sets=item_sets)
     model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="without activation checkpointing"):
-        model.train()(input_ids, mask, labels=labels, candidates=candidates)
-    empty = torch.empty(2, 0, dtype=torch.long)
-    assert build_model()(input_ids, mask, labels=labels, candidates=empty).ranking_loss.isfinite()
+        model.train()(input_ids, mask, labels=labels, item_sets=item_sets)
+    empty = {"candidates": torch.empty(2, 0, dtype=torch.long)}
+    assert build_model()(input_ids, mask, labels=labels, item_sets=empty).ranking_loss.isfinite()
 
 
 def test_stage_two_starts_from_stage_one_under_the_stock_trainer(tmp_path):
     first = build_model(negatives_per_item=1.0)
     first.save_pretrained(tmp_path / "one")
-    fields = {"num_retrieved_items": 3, "num_train_beams": 6}
-    with pytest.raises(ValueError, match="Set negatives_per_item=0"):
+    fields = {"num_retrieved_items": 3, "training_config": {"num_train_beams": 6}}
+    with pytest.raises(ValueError, match="`negatives_per_item` must be 0 or None"):
         UniGRFForCausalLM.from_pretrained(tmp_path / "one", **fields)
-    model = UniGRFForCausalLM.from_pretrained(tmp_path / "one", negatives_per_item=0.0, **fields)
+    fields["training_config"]["negatives_per_item"] = None
+    model = UniGRFForCausalLM.from_pretrained(tmp_path / "one", **fields)
     for name, tensor in first.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert 0 < model.candidate_block.segments.weight.abs().max() < 0.2
@@ -332,12 +336,13 @@ def test_stage_two_starts_from_stage_one_under_the_stock_trainer(tmp_path):
     trainer = Trainer(
         model,
         TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, **arguments),
-        train_dataset=[{name: value[row] for name, value in columns.items()} for row in range(4)],
+        data_collator=torch.utils.data.default_collate,
+        train_dataset=[select_rows(columns, row) for row in range(4)],
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    assert trainer.evaluate([{name: value[0] for name, value in columns.items()}])["eval_loss"] > 0
+    assert trainer.evaluate([select_rows(columns, 0)])["eval_loss"] > 0
 
 
 def test_a_frozen_base_model_only_learns_to_rank(tmp_path):
@@ -347,7 +352,7 @@ def test_a_frozen_base_model_only_learns_to_rank(tmp_path):
     options |= long_histories(model, [7, 0, 2])
     before = model.recommend(input_ids, mask, **options)
     model.freeze_base_model()
-    losses = run_trainer(tmp_path, model, second_stage_rows(model), collator=Collator(PAD), max_steps=8)
+    losses = run_trainer(tmp_path, model, second_stage_rows(model), max_steps=8, remove_unused_columns=False)
     assert losses[-1] != losses[0]
     after = model.eval().recommend(input_ids, mask, **options)
     for name in ("item_indices", "generation_scores", "dense_scores"):
