@@ -19,26 +19,21 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, scoring_unigrf
 from modeling_unigrf.candidates_unigrf import retrieve
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    items=st.lists(st.integers(-1, 8), max_size=30),
-    count=st.integers(1, 40),
-    exclude=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_the_sub_history_equals_a_full_sort(items, count, exclude, seed):
+@given(items=st.lists(st.integers(-1, 8), max_size=30), count=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_the_sub_history_equals_a_full_sort(items, count, seed):
     embeddings = torch.randn(9, 4, generator=torch.Generator().manual_seed(seed))
     candidates = torch.tensor([[0, 3, 8], [5, 5, 1]])
     both = torch.tensor([items, items[::-1]], dtype=torch.long)
-    actual = retrieve(embeddings, both, candidates, count, exclude)
+    actual = retrieve(embeddings, both, candidates, count)
     assert actual.shape == (2, 3, min(count, len(items)))
     for row in range(2):
         for column, candidate in enumerate(candidates[row].tolist()):
-            expected = retrieve_by_sorting(embeddings, both[row].tolist(), candidate, count, exclude)
+            expected = retrieve_by_sorting(embeddings, both[row].tolist(), candidate, count)
             places = actual[row, column].tolist()
             assert places == [-1] * (len(places) - len(expected)) + expected
 
@@ -50,7 +45,7 @@ def test_the_sub_history_is_the_same_in_chunks(at_once, monkeypatch):
     items = torch.randint(-1, 50, (4, 700), generator=generator)
     candidates = torch.randint(50, (4, 9), generator=generator)
     expected = retrieve(embeddings, items, candidates, 12)
-    monkeypatch.setattr(subhistory_unigrf, "MAX_SIMILARITIES", at_once)
+    monkeypatch.setattr(candidates_unigrf, "MAX_SIMILARITIES", at_once)
     assert torch.equal(retrieve(embeddings, items, candidates, 12), expected)
 
 
@@ -59,7 +54,6 @@ def test_ties_in_cosine_are_won_by_the_latest_items():
     assert retrieve(torch.zeros(4, 5), items, torch.tensor([[2]]), 3).tolist() == [[[3, 5, 6]]]
     distinct = torch.eye(4)
     assert retrieve(distinct, items, torch.tensor([[3]]), 2).tolist() == [[[3, 6]]]
-    assert retrieve(distinct, items, torch.tensor([[3]]), 3, exclude_candidate=True).tolist() == [[[1, 2, 5]]]
 
 
 @pytest.mark.parametrize("length", [1001, 1197, 1200])
@@ -109,9 +103,8 @@ def test_int8_content_embeddings_rank_as_the_floats_they_encode(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("exclude", [False, True])
-def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention, exclude):
-    model = build_model(backbone, num_retrieved_items=3, exclude_candidate=exclude)
+def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention):
+    model = build_model(backbone, num_retrieved_items=3)
     if backbone == "hstu" and attention == "sdpa":
         pytest.skip("HSTU has an attention of its own")
     model.set_attn_implementation(attention)
@@ -135,30 +128,31 @@ def test_retrieved_items_have_their_own_times():
     input_ids, mask, _ = random_histories(model, [4, 2, 0])
     longer = long_histories(model, [12, 2, 0])
     generator = torch.Generator().manual_seed(7)
-    before = torch.randint(1, 10**6, longer["long_items"].shape, generator=generator).sort(dim=1).values
+    before = torch.randint(1, 10**6, longer["long_history"]["items"].shape, generator=generator).sort(dim=1).values
     before[0, 3] = -1
     times = 10**6 + torch.randint(1, 10**5, input_ids.shape, generator=generator).sort(dim=1).values
     query_time = times[:, -1] + torch.tensor([5, 5000, 50_000])
     candidates = torch.stack([torch.randperm(30, generator=generator)[:5] for _ in range(3)])
-    history = {**longer, "long_timestamps": before}
-    expected = rank_alone(model, input_ids, mask, candidates, **history, times=(times, query_time))
-    inputs = {"timestamps": times, "query_time": query_time, **longer}
+
+    def at(long_times):
+        return {"long_history": {**longer["long_history"], "timestamps": long_times}}
+
+    expected = rank_alone(model, input_ids, mask, candidates, **at(before), times=(times, query_time))
+    inputs = {"timestamps": times, "query_time": query_time}
     for pack in (2, 32):
-        actual = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, long_timestamps=before, **inputs)
+        actual = model.rank(input_ids, mask, candidates, candidates_per_pack=pack, **at(before), **inputs)
         torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
-    unknown = model.rank(input_ids, mask, candidates, **inputs)
+    unknown = model.rank(input_ids, mask, candidates, **longer, **inputs)
     assert not torch.allclose(unknown[0], expected[0]), "times of long histories are read"
-    all_unknown = model.rank(input_ids, mask, candidates, long_timestamps=torch.full_like(before, -1), **inputs)
+    all_unknown = model.rank(input_ids, mask, candidates, **at(torch.full_like(before, -1)), **inputs)
     assert torch.equal(all_unknown, unknown)
-    best = model.recommend(
-        input_ids, mask, num_beams=30, num_return_sequences=30, long_timestamps=before, ranking_weight=0.0, **inputs
-    )
-    ranked = model.rank(input_ids, mask, best.item_indices, long_timestamps=before, **inputs)[..., 0]
+    options = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0}
+    best = model.recommend(input_ids, mask, **at(before), **inputs, **options)
+    ranked = model.rank(input_ids, mask, best.item_indices, **at(before), **inputs)[..., 0]
     torch.testing.assert_close(best.ranking_scores, torch.nn.functional.logsigmoid(ranked), atol=3e-5, rtol=1e-4)
-    untimed = {name: value for name, value in inputs.items() if "timestamps" not in name}
-    for wrong, rest in ((before[:, 1:], inputs), (before.float(), inputs), (before, untimed)):
-        with pytest.raises(ValueError, match="Expected integer long_timestamps of shape"):
-            model.rank(input_ids, mask, candidates, long_timestamps=wrong, **rest)
+    for wrong, rest in ((before[:, 1:], inputs), (before.float(), inputs), (before, {})):
+        with pytest.raises(ValueError, match=r"`long_history\['timestamps'\]` must be integers of shape"):
+            model.rank(input_ids, mask, candidates, **at(wrong), **rest)
 
 
 def test_recommend_ranks_its_beams_as_rank_does(backbone):
@@ -170,8 +164,8 @@ def test_recommend_ranks_its_beams_as_rank_does(backbone):
     torch.testing.assert_close(best.ranking_scores, ranks, atol=3e-5, rtol=1e-4)
     torch.testing.assert_close(best.scores, best.generation_scores + 0.7 * ranks, atol=3e-5, rtol=1e-4)
     plain = model.generate(input_ids, attention_mask=mask, num_beams=9, num_return_sequences=9)
-    codes = [model.layout.history_codes(rows)[1] for rows in plain.view(2, 9, -1)[:, :, -4:]]
-    beams = [set(model.catalog.trie.lookup(row_codes).tolist()) for row_codes in codes]
+    items = model.catalog.trie.lookup(model.layout.read_histories(plain[:, -4:])[2])
+    beams = [set(row) for row in items.view(2, 9).tolist()]
     assert [set(row) for row in best.item_indices.tolist()] == beams, "sub-histories do not change the generation"
 
 
@@ -181,17 +175,19 @@ def test_padding_and_unknown_items_do_not_change_the_ranking():
     candidates = torch.tensor([[4, 7, 21]])
     items = torch.tensor([[2, 4, 2, 9]])
     behaviors = torch.tensor([[0, 1, 1, 0]])
-    expected = model.rank(input_ids, mask, candidates, long_items=items, long_behaviors=behaviors)
+
+    def rank(items, behaviors):
+        return model.rank(input_ids, mask, candidates, long_history={"items": items, "behaviors": behaviors})
+
+    expected = rank(items, behaviors)
     for spread in ([-1, -1, 2, 4, 2, 9], [2, -1, 4, 2, -1, 9, -1], [2, 4, 2, 9, *[-1] * 40]):
         with_gaps = torch.tensor([spread])
         matching = torch.full_like(with_gaps, -1)  # the behavior of a missing item is ignored
         matching[with_gaps >= 0] = behaviors[0]
-        actual = model.rank(input_ids, mask, candidates, long_items=with_gaps, long_behaviors=matching)
-        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
-    empty = {"long_items": torch.empty(1, 0, dtype=torch.long), "long_behaviors": torch.empty(1, 0, dtype=torch.long)}
-    only_unknown = {"long_items": torch.tensor([[-1]]), "long_behaviors": torch.tensor([[0]])}
-    without = model.rank(input_ids, mask, candidates, **empty)
-    torch.testing.assert_close(without, model.rank(input_ids, mask, candidates, **only_unknown), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(rank(with_gaps, matching), expected, atol=2e-5, rtol=1e-4)
+    without = rank(items[:, :0], behaviors[:, :0])
+    only_unknown = rank(torch.tensor([[-1]]), torch.tensor([[0]]))
+    torch.testing.assert_close(without, only_unknown, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(without, expected)
 
 
@@ -207,17 +203,17 @@ def test_histories_of_ten_thousand_items_train_and_serve():
 
 
 BAD_LONG_HISTORIES = [
-    (None, None, "integer long_items of shape"),
-    ([[1, 2]], [[0, 0]], "integer long_items of shape"),
-    ([[1.0], [2.0]], [[0], [0]], "integer long_items of shape"),
-    ([[True], [False]], [[0], [0]], "integer long_items of shape"),
-    ([1, 2], [0, 0], "integer long_items of shape"),
-    ([[30], [2]], [[0], [0]], "outside a catalog of 30 items"),
-    ([[-2], [2]], [[0], [0]], "outside a catalog of 30 items"),
-    ([[1], [2]], None, "integer long_behaviors of shape"),
-    ([[1], [2]], [[0, 1], [0, 1]], "integer long_behaviors of shape"),
-    ([[1], [2]], [[0], [2]], "indices into .* found 2 in row 1"),
-    ([[1], [2]], [[-1], [0]], "indices into .* found -1 in row 0"),
+    (None, None, r"`long_history\['items'\]` must be integers of shape"),
+    ([[1, 2]], [[0, 0]], r"`long_history\['items'\]` must be integers of shape"),
+    ([[1.0], [2.0]], [[0], [0]], r"`long_history\['items'\]` must be integers of shape"),
+    ([[True], [False]], [[0], [0]], r"`long_history\['items'\]` must be integers of shape"),
+    ([1, 2], [0, 0], r"`long_history\['items'\]` must be integers of shape"),
+    ([[30], [2]], [[0], [0]], "indices into a catalog of 30 items"),
+    ([[-2], [2]], [[0], [0]], "indices into a catalog of 30 items"),
+    ([[1], [2]], None, r"`long_history\['behaviors'\]` must be integers of shape"),
+    ([[1], [2]], [[0, 1], [0, 1]], r"`long_history\['behaviors'\]` must be integers of shape"),
+    ([[1], [2]], [[0], [2]], "indices into .* got 2 in row 1"),
+    ([[1], [2]], [[-1], [0]], "indices into .* got -1 in row 0"),
 ]
 
 
@@ -225,36 +221,45 @@ BAD_LONG_HISTORIES = [
 def test_long_histories_that_do_not_fit_are_rejected(items, behaviors, message):
     model = build_model(num_retrieved_items=2)
     input_ids, mask, _ = random_histories(model, [3, 2])
-    longer = {
+    long_history = {
         name: None if value is None else torch.tensor(value)
-        for name, value in (("long_items", items), ("long_behaviors", behaviors))
+        for name, value in (("items", items), ("behaviors", behaviors))
     }
     for call in (
-        lambda: model.rank(input_ids, mask, torch.tensor([[1], [2]]), **longer),
-        lambda: model.recommend(input_ids, mask, **longer),
-        lambda: model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), **longer),
+        lambda: model.rank(input_ids, mask, torch.tensor([[1], [2]]), long_history=long_history),
+        lambda: model.recommend(input_ids, mask, long_history=long_history),
+        lambda: model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100), long_history=long_history),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_misspelled_part_of_a_long_history_is_rejected():
+    model = build_model(num_retrieved_items=2)
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    longer = long_histories(model, [3, 2])
+    longer["long_history"]["behavior"] = longer["long_history"].pop("behaviors")
+    with pytest.raises(ValueError, match=r"`long_history` must have keys among .* got \['behavior'\]"):
+        model.recommend(input_ids, mask, **longer)
 
 
 def test_a_model_without_sub_histories_rejects_long_histories():
     model = build_model()
     assert not any("candidate_block" in name for name in model.state_dict())
     input_ids, mask, _ = random_histories(model, [3, 2])
-    with pytest.raises(ValueError, match="num_retrieved_items=0 does not read"):
+    with pytest.raises(ValueError, match="must be None for a model with num_retrieved_items=0"):
         model.recommend(input_ids, mask, **long_histories(model, [3, 2]))
-    with pytest.raises(ValueError, match="num_retrieved_items=0 does not read"):
-        model(input_ids, mask, labels=input_ids, long_behaviors=torch.tensor([[0], [1]]))
+    with pytest.raises(ValueError, match="must be None for a model with num_retrieved_items=0"):
+        model(input_ids, mask, labels=input_ids, long_history={"behaviors": torch.tensor([[0], [1]])})
 
 
 def test_one_behavior_needs_no_long_behaviors():
     model = build_model(behaviors=["click"], num_retrieved_items=3)
     input_ids, mask, _ = random_histories(model, [3, 2])
-    items = long_histories(model, [5, 2])["long_items"]
-    actual = model.rank(input_ids, mask, torch.tensor([[1], [2]]), long_items=items)
-    zeros = torch.zeros_like(items)
-    expected = model.rank(input_ids, mask, torch.tensor([[1], [2]]), long_items=items, long_behaviors=zeros)
+    longer = long_histories(model, [5, 2])
+    expected = model.rank(input_ids, mask, torch.tensor([[1], [2]]), **longer)
+    assert (longer["long_history"].pop("behaviors") == 0).all()
+    actual = model.rank(input_ids, mask, torch.tensor([[1], [2]]), **longer)
     assert torch.equal(actual, expected)
 
 
@@ -277,12 +282,12 @@ def test_a_history_leaves_room_for_the_candidate_and_its_block():
     assert model(input_ids, mask, labels=input_ids, **longer).loss.isfinite(), (
         "the candidate takes the place of the last item"
     )
-    with pytest.raises(ValueError, match="the backbone has 256"):
+    with pytest.raises(ValueError, match="must fit into the 256 positions of the backbone"):
         model.rank(input_ids, mask, candidates, **longer)
-    with pytest.raises(ValueError, match="the backbone has 256"):
+    with pytest.raises(ValueError, match="must fit into the 256 positions of the backbone"):
         model.recommend(input_ids, mask, **longer)
     input_ids, mask, _ = random_histories(model, [fits + 2])
-    with pytest.raises(ValueError, match=f"max_history_items is {fits}"):
+    with pytest.raises(ValueError, match=f"at most {fits} items of a history"):
         model(input_ids, mask, labels=input_ids, **longer)
 
 
@@ -319,7 +324,7 @@ def test_dense_candidates_are_ranked_beside_the_beams(backbone, retrieved):
 
 @pytest.mark.parametrize("at_once", [4, 2**16])
 def test_beams_and_dense_candidates_respect_the_item_lists(at_once, monkeypatch, tmp_path):
-    monkeypatch.setattr(candidates_unigrf, "LEAVES_AT_ONCE", at_once)
+    monkeypatch.setattr(scoring_unigrf, "MAX_LEAVES", at_once)
     model = build_model()
     input_ids, mask, items = random_histories(model, [4, 2])
     narrow = {"num_beams": 3, "exclude_history": True, "allowed_items": [list(range(20)), [7, 8, 9]]}
@@ -380,7 +385,7 @@ def test_a_dense_score_that_does_not_exist_is_rejected():
     input_ids, mask, _ = random_histories(model, [4, 2])
     assert model.recommend(input_ids, mask).dense_scores is None
     for arguments in ({"dense_weight": 0.5}, {"num_dense_candidates": 3}):
-        with pytest.raises(ValueError, match="need an item-level score"):
+        with pytest.raises(ValueError, match="must be 0 for a model"):
             model.recommend(input_ids, mask, **arguments)
     with pytest.raises(ValueError, match=r"\+ num_dense_candidates"):
         build_model().recommend(input_ids, mask, num_dense_candidates=-1)
@@ -391,18 +396,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=True)
-inputs = {name: torch.tensor(value) for name, value in json.loads(sys.argv[1]).items()}
+inputs = json.loads(sys.argv[1])
+long_history = {name: torch.tensor(value) for name, value in inputs.pop("long_history").items()}
+inputs = {name: torch.tensor(value) for name, value in inputs.items()}
 module = type(model.model.language_model).__module__.split(".")[0]
-print(json.dumps([module, model.recommend(**inputs).scores.tolist()]))
+print(json.dumps([module, model.recommend(**inputs, long_history=long_history).scores.tolist()]))
 """
 
 
 def test_a_saved_folder_loads_elsewhere_by_its_own_code(tmp_path):
-    model = build_model("hstu", num_retrieved_items=3, num_train_beams=4, exclude_candidate=True)
+    model = build_model("hstu", num_retrieved_items=3, num_train_beams=4)
     model.save_pretrained(tmp_path / "folder")
     input_ids, mask, _ = random_histories(model, [4, 2])
     inputs = {"input_ids": input_ids, "attention_mask": mask, **long_histories(model, [12, 2])}
-    arguments = json.dumps({name: value.tolist() for name, value in inputs.items()})
+    arguments = json.dumps(inputs, default=torch.Tensor.tolist)
     module, scores = json.loads(run_elsewhere(LOAD_AND_RECOMMEND, arguments, folder=tmp_path)[-1])
     assert module == "transformers_modules"
     torch.testing.assert_close(torch.tensor(scores), model.recommend(**inputs).scores)
