@@ -145,8 +145,7 @@ class UniGRFConfig(PreTrainedConfig):
         int8_content_embeddings (`bool`, defaults to `False`):
             Store content embeddings as int8, 127 for 1.0: a quarter of the memory, for catalogs of many millions.
         project_content_embeddings (`bool`, defaults to `True`):
-            Make a part of each item representation from its content embedding. False: the embeddings only choose
-            sub-histories.
+            Project content embeddings into item representations. False: they only choose sub-histories.
         embedding_table_size (`int`, *optional*):
             Rows of the learned embedding table, the second part of item representations. Item i reads row
             `i % embedding_table_size`. None: one row an item, and `add_items` appends rows. 0: no table.
@@ -169,8 +168,7 @@ class UniGRFConfig(PreTrainedConfig):
             Losses and negatives of the training. None: the defaults of `UniGRFTrainingConfig`.
 
     Raises:
-        ValueError: for unknown names, numbers out of range, parts that need other parts, and losses that exclude each
-            other.
+        ValueError: for unknown names, numbers out of range, missing parts, and losses that exclude each other.
     """
 
     model_type = "unigrf"
@@ -335,14 +333,7 @@ class UniGRFConfig(PreTrainedConfig):
     use_cache = _backbone_field("use_cache")
 
     def check(self) -> None:
-        """
-        Check that the model can be built and trained.
-
-        Validators of `@strict` would lose the messages.
-
-        Raises:
-            ValueError: for the reasons that the class lists.
-        """
+        """Raise `ValueError` for a model that cannot be built or trained; `@strict` would lose the message."""
         self._check_tokens()
         self._check_parts()
         self.training_config.check(self.behaviors)
@@ -363,8 +354,7 @@ class UniGRFConfig(PreTrainedConfig):
         if len(set(special)) < len(special) or not set(range(NUM_SPECIAL_TOKENS)).issuperset(special):
             raise ValueError(
                 "`pad_token_id`, `bos_token_id` and `eos_token_id` must be three different ids below "
-                f"{NUM_SPECIAL_TOKENS}, got {special}: behaviors and codes follow. Leave them out, or take them from "
-                "the tokenizer."
+                f"{NUM_SPECIAL_TOKENS}, got {special}. Take them from the tokenizer, or leave them out."
             )
         if self.vocab_size < self.num_item_tokens:
             raise ValueError(
@@ -421,8 +411,7 @@ class UniGRFConfig(PreTrainedConfig):
         if training.negatives_per_item and self.ranks_last_items:
             raise ValueError(
                 f"`negatives_per_item` must be 0 or None with num_retrieved_items or num_train_beams, got "
-                f"{training.negatives_per_item}: candidates of the last item alone are ranked then. Leave the field "
-                "out."
+                f"{training.negatives_per_item}. Leave it out: training then ranks candidates of the last item alone."
             )
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Generation: transformers' hooks, by which `generate` searches among the items that exist.
 
-`generate(num_beams=K)` runs `beam_search` (`beam_search_unigrf.py`) in place of stock beam search. Options that it
-does not have fall back on stock beam search, with a warning. In every mode `TrieLogitsProcessor` leaves only codes
-that continue an item.
+`generate(num_beams=K)` runs `beam_search` (`beam_search_unigrf.py`) in place of stock beam search. With options that
+this search lacks, `generate` falls back on stock beam search and logs a warning. In every mode `TrieLogitsProcessor`
+leaves only codes that continue an item.
 """
 
 from copy import copy
@@ -35,15 +35,21 @@ from .trie_unigrf import CatalogTrie
 
 logger = logging.get_logger(__name__)
 
-# What the search does not have: `generate` falls back on stock beam search then.
+# The search lacks these options: `generate` falls back on stock beam search.
 STOCK_OPTIONS = ("do_sample", "output_attentions", "output_hidden_states", "output_logits")
 TRAINING_INPUTS = ("item_sets", "labels", "candidates", "hard_negatives", "excluded_positives", "blocked_items")
 
 
 class TrieLogitsProcessor(LogitsProcessor):
     """
-    Leave the codes that continue an item, as log-probabilities within their level. The processor knows nothing of
-    beams: it finds the trie node again from the unfinished item at the end of each row.
+    Leave the codes that continue an item, as log-probabilities within their level.
+
+    The processor has no access to beams, so it looks up the trie node of the unfinished item at the end of each row.
+
+    Args:
+        layout (`ItemLayout`): The order of the tokens.
+        trie (`CatalogTrie`): The items that exist.
+        pad_token_id (`int`): The only token that the processor leaves to a finished row.
     """
 
     def __init__(self, layout: ItemLayout, trie: CatalogTrie, pad_token_id: int):
@@ -52,12 +58,12 @@ class TrieLogitsProcessor(LogitsProcessor):
         self.pad_token_id = pad_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`input_ids [n, T]`, `scores [n, vocab_size]` (logits or log-probabilities) -> `[n, vocab_size]`."""
+        """Process `scores [n, vocab_size]`, logits or log-probabilities, of the rows `input_ids [n, T]`."""
         unfinished = self.layout.unfinished_items(input_ids)
         lengths = unfinished.lengths
         path = self.trie.nodes_of(nn.functional.pad(unfinished.codes, (0, 1), value=-1))
         nodes = nn.functional.pad(path, (1, 0)).gather(1, lengths.clamp(min=0)[:, None])[:, 0]
-        # A finished row, or a stock beam without an item: `generate` pads both.
+        # `generate` pads a finished row and a stock beam without an item.
         is_done = unfinished.is_broken | (lengths < 0) | (nodes < 0)
         processed = torch.full_like(scores, -torch.inf)
         processed[is_done, self.pad_token_id] = 0.0
@@ -77,21 +83,24 @@ class ItemComplete(StoppingCriteria):
         self.layout = layout
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        """`input_ids [n, T]` -> which rows are done, `[n]`."""
+        """Return whether each row of `input_ids [n, T]` is done, `[n]`."""
         return self.layout.token_levels(input_ids[:, -1]) == self.layout.num_levels - 1
 
 
 class BeamLogitsProcessors:
     """
-    A user's logits processors, called as stock beam search calls them: on rows of tokens and log-probabilities over
-    the whole
-    vocabulary, `num_beams` rows a request (`prefix_allowed_tokens_fn` counts on it).
+    Call a user's logits processors as stock beam search calls them.
+
+    The processors get rows of tokens and log-probabilities over the whole vocabulary. Each request has `num_beams`
+    rows, which `prefix_allowed_tokens_fn` counts on.
 
     Args:
-        processors (`LogitsProcessorList`), vocab_size (`int`)
-        layout (`ItemLayout`), trie (`CatalogTrie`)
+        processors (`LogitsProcessorList`): The user's processors.
+        vocab_size (`int`): Size of the vocabulary.
+        layout (`ItemLayout`): The order of the tokens.
+        trie (`CatalogTrie`): The items that exist.
         input_ids (`torch.LongTensor` of shape `(batch_size, T)`): The histories.
-        num_beams (`int`)
+        num_beams (`int`): Beams of each request.
     """
 
     def __init__(
@@ -111,9 +120,9 @@ class BeamLogitsProcessors:
         self.num_beams = num_beams
 
     def __call__(self, beams: Beams, level: int, log_probs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of a level's codes `[B, K, num_codes]` -> the processed ones."""
+        """Process the log-probabilities of a level's codes, `[B, K, num_codes]`."""
         count = beams.nodes.shape[1]
-        # Where the search has fewer beams, its last one fills the rows up.
+        # Repeat the last beam: the search may have fewer than `num_beams`.
         filled = torch.arange(self.num_beams, device=log_probs.device).clamp(max=count - 1)
         offsets = self.layout.code_offsets[level - beams.codes.shape[2] : level]
         tokens = (beams.codes + beams.codes.new_tensor(offsets))[:, filled].flatten(0, 1)
@@ -126,23 +135,24 @@ class BeamLogitsProcessors:
 
 
 def generation_defaults(config: UniGRFConfig) -> dict:
-    """The fields of `generation_config` that a model needs, and their values where nobody set them."""
+    """Return the fields of `generation_config` that a model needs, with their defaults."""
     return {
         "max_new_tokens": config.num_levels,
         "do_sample": False,
         "length_penalty": 0.0,
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,  # never generated, but the Trainer would "align" a missing one
+        # Never generated, but the Trainer would "align" a missing id.
+        "eos_token_id": config.eos_token_id,
         **serving_defaults(),
     }
 
 
 class UniGRFGenerationMixin(GenerationMixin):
-    """transformers' hooks of generation. Reads the attributes `config`, `layout`, `catalog`, `model` and `scorer`."""
+    """The hooks of transformers' generation, for a model with `config`, `layout`, `catalog`, `model` and `scorer`."""
 
     def adjust_generation_fn(self, *args, **kwargs):
-        """Fill `generation_config` up. A folder may have no generation_config.json, or one that says little."""
+        """Complete `generation_config`: a folder's generation_config.json may be absent or lack fields."""
         super().adjust_generation_fn(*args, **kwargs)
         defaults = generation_defaults(self.config) | getattr(self.config, "old_serving_fields", {})
         missing = {
@@ -152,7 +162,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         self.generation_config._from_model_config = False
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        """Put the trie first: that of a part of the catalog, if `generate` was given one."""
+        """Put the trie's processor first: that of the argument `catalog`, if there is a `catalog`."""
         processors = super()._get_logits_processor(*args, **kwargs)
         tries = [processor for processor in processors if isinstance(processor, TrieLogitsProcessor)]
         others = [processor for processor in processors if not isinstance(processor, TrieLogitsProcessor)]
@@ -160,7 +170,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         return LogitsProcessorList([*tries, *others])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Take a cache that forgets nothing, where none was asked for: masks take care of sliding windows."""
+        """Take a cache without a window, unless the caller chose a cache: masks take care of sliding windows."""
         is_free = generation_config.cache_implementation is None and generation_config.use_cache is not False
         if is_free and model_kwargs.get("cache") is None:
             model_kwargs["cache"] = DynamicCache()
@@ -172,7 +182,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         return criteria
 
     def prepare_inputs_for_generation(self, input_ids, timestamps=None, query_time=None, **kwargs):
-        """As every decoder of transformers. All codes of the next item have the query time."""
+        """Prepare a step as every decoder of transformers does; all codes of the next item have the query time."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if timestamps is not None:
             query_time = timestamps[:, -1:] if query_time is None else query_time[:, None]
@@ -191,20 +201,25 @@ class UniGRFGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         """
-        Generate the next item of each history, among the items that exist: `GenerationMixin.generate`. Every row must
-        end in a bos, a behavior or the first codes of an item; the rest of the item is generated.
+        Generate the next item of each history, among the items that exist.
 
-        With `num_beams=K, num_return_sequences=R` the best items come first, at most R a row. `output_scores=True,`
-        `return_dict_in_generate=True` adds `sequences_scores`, the items' log-probabilities, but neither `scores` of
-        each step nor `beam_indices`.
+        Arguments without an entry here are those of `GenerationMixin.generate`. Every row must end in a bos, a
+        behavior or the first codes of an item. The method generates the rest of the item.
+
+        With `num_beams=K, num_return_sequences=R` the best items come first, at most R a row. The option
+        `output_scores=True` adds `sequences_scores`, the items' log-probabilities, to the output of
+        `return_dict_in_generate=True`. The output has neither `scores` of each step nor `beam_indices`.
 
         Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded; also as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): Options of the search. None: the model's
+                `generation_config`.
             catalog (`CatalogTrie`, *optional*): Generate only items of this part of the catalog, made by
-                `model.catalog.subset(items)`. Histories may hold any item.
+                `model.catalog.subset(items)`. Histories may hold any item. None: the whole catalog.
 
         Raises:
-            ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist; for training
-                inputs; for a `catalog` on another device.
+            ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist. Also for
+                training inputs, and for a `catalog` on another device.
         """
         kwargs = convert_old_inputs(kwargs)
         catalog = kwargs.pop("catalog", catalog)
@@ -226,18 +241,17 @@ class UniGRFGenerationMixin(GenerationMixin):
             check_history(self.config, self.layout, self.catalog.trie, input_ids, mask, may_be_unfinished=True)
             unfinished = self.layout.unfinished_items(input_ids)
             for length in unfinished.lengths.unique().tolist():
-                trie.descend(unfinished.codes[unfinished.lengths == length], length)  # raises where no item begins so
+                # Raise here if no item begins with a row's codes.
+                trie.descend(unfinished.codes[unfinished.lengths == length], length)
         return super().generate(inputs, generation_config, **kwargs)
 
     def _beam_search(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **model_kwargs
     ):
-        """
-        Search from one prefill a request, without copies of its cache; fall back on stock beam search where it must.
-        """
+        """Search from one prefill a request, without copies of its cache; else fall back on stock beam search."""
         reasons = [name for name in STOCK_OPTIONS if getattr(generation_config, name)]
         if getattr(self.prepare_inputs_for_generation, "__self__", None) is not self:
-            # PEFT's prompt learning puts virtual tokens before a history there, and with a cache before every step.
+            # Prompt learning adds virtual tokens there; with a cache, at every step.
             reasons.append("prompt learning")
             model_kwargs = {**model_kwargs, "use_cache": False}
             model_kwargs.pop("cache", None)
@@ -268,14 +282,16 @@ class UniGRFGenerationMixin(GenerationMixin):
 
 
 def _unsupported(model: nn.Module, stopping_criteria, cache, synced_gpus: bool) -> list[str]:
-    """What the search does not have beyond options of the generation config: names for a warning."""
+    """List what else of a call the search lacks, beside `STOCK_OPTIONS`: names for a warning."""
     reasons = []
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    # PEFT expects an adapter's name for each beam.
     if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
-        reasons.append("adapter_names")  # PEFT's, one a beam
+        reasons.append("adapter_names")
     if synced_gpus:
         reasons.append("synced_gpus")
-    supported = (ItemComplete, MaxLengthCriteria, EosTokenCriteria)  # an item has no eos
+    # An item has no eos.
+    supported = (ItemComplete, MaxLengthCriteria, EosTokenCriteria)
     reasons += [type(criterion).__name__ for criterion in stopping_criteria if not isinstance(criterion, supported)]
     try:
         check_cache(DynamicCache() if cache is None else cache)
@@ -288,7 +304,12 @@ def search_with_processors(
     backbone: nn.Module, scorer, history: History, cache, logits_processor, generation_config
 ) -> Beams:
     """
-    Run `beam_search` with a user's logits processors; returns `Beams` and leaves the cache as the histories' own.
+    Run `beam_search` with a user's logits processors and return its `Beams`.
+
+    The cache holds the histories alone afterwards.
+
+    Raises:
+        ValueError: if the rows end in unfinished items of different lengths.
     """
     layout, input_ids = scorer.layout, history.input_ids
     num_beams = generation_config.num_beams
@@ -323,7 +344,7 @@ def as_stock_output(
     generation_config: GenerationConfig,
     cache: DynamicCache,
 ) -> torch.LongTensor | GenerateBeamDecoderOnlyOutput:
-    """The best beams as stock beam search returns them. A row without an item is padded, of score -inf."""
+    """Return the best beams as stock beam search does; a row without an item is padding of score -inf."""
     count = min(generation_config.num_return_sequences, beams.nodes.shape[1])
     steps = beams.codes.shape[2]
     first = int(layout.unfinished_items(input_ids[:1]).lengths[0])
@@ -344,8 +365,15 @@ def mark_missing_items(
     output: GenerateBeamDecoderOnlyOutput, length: int, pad_token_id: int, generation_config: GenerationConfig
 ) -> torch.LongTensor | GenerateBeamDecoderOnlyOutput:
     """
-    Pad the rows of stock beam search without an item, and set their scores to -inf. Of fewer items than beams it
-    repeats some or makes none, with scores about -1e9. `length`: tokens of a history.
+    Pad the rows of stock beam search that have no item, and set their scores to -inf.
+
+    If there are fewer items than beams, stock beam search repeats items or makes none, with scores about -1e9.
+
+    Args:
+        output (`GenerateBeamDecoderOnlyOutput`): Output of stock beam search, changed in place.
+        length (`int`): Tokens of a history.
+        pad_token_id (`int`): The padding token.
+        generation_config (`GenerationConfig`): The caller's options.
     """
     is_missing = output.sequences_scores < -1e8
     output.sequences[is_missing, length:] = pad_token_id

@@ -1,8 +1,8 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Inputs: histories, long histories and item sets, checked once a call.
 
-A *history* is what the backbone reads: token ids, left-padded. A *long history* goes beyond it: thousands of items,
-from which each candidate's sub-history is retrieved. *Item sets* are what training knows of a row beyond its history.
+The backbone reads a *history*: token ids, left-padded. A *long history* goes beyond it, with thousands of items. Each
+candidate's sub-history is retrieved from the long history. *Item sets* are further items of a training row.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,17 @@ from .trie_unigrf import CatalogTrie
 @dataclass
 class History:
     """
-    Histories of B requests.
+    The histories of B requests.
 
     Args:
-        input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): Left-padded.
-        timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Seconds; -1 where not known.
-        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for, in
-            seconds.
-        rows, items (`torch.LongTensor` of shape `(n,)`, *optional*): Rows and indices of all items of the histories,
-            in order, as `check_history` returns them.
+        input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Token ids, left-padded.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): 1 at the tokens that exist, else 0.
+        timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): The time of each token's event in
+            seconds; -1: unknown. None: no times.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Query time in seconds. None: no times.
+        rows, items (`torch.LongTensor` of shape `(n,)`, *optional*): Rows and indices of all whole items of the
+            histories, in order. `check_history` sets them.
+        long_history (`LongHistory`, *optional*): The long histories. None: the model reads none.
     """
 
     input_ids: torch.LongTensor
@@ -41,12 +43,12 @@ class History:
 @dataclass
 class LongHistory:
     """
-    Checked long histories of B requests.
+    The checked long histories of B requests.
 
     Args:
-        items (`torch.LongTensor` of shape `(batch_size, H)`): Item indices, oldest first; -1 where there is no item.
+        items (`torch.LongTensor` of shape `(batch_size, H)`): Item indices, oldest first; -1: no item.
         behaviors (`torch.LongTensor` of shape `(batch_size, H)`): Indices into `config.behaviors`.
-        timestamps (`torch.LongTensor` of shape `(batch_size, H)`): Seconds; -1 where not known.
+        timestamps (`torch.LongTensor` of shape `(batch_size, H)`): Times of the events in seconds; -1: unknown.
     """
 
     items: torch.LongTensor
@@ -57,17 +59,17 @@ class LongHistory:
 @dataclass
 class ItemSets:
     """
-    What training knows of each row beyond its history. -1 stands for no item.
+    Further items of each training row, as item indices. -1 stands for no item.
 
     Args:
-        hard_negatives (`torch.LongTensor` of shape `(batch_size, m)`): Items to tell from the next one (UniGRF's
-            hard-to-detect disliked items).
-        excluded_positives (`torch.LongTensor` of shape `(batch_size, f)`): Items that are no negatives (UniGRF's
-            potential favorites).
-        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Candidates of the last item, in place
-            of the model's own beams.
-        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that the model's own beams
-            skip.
+        hard_negatives (`torch.LongTensor` of shape `(batch_size, m)`): Items that a loss must use as negatives
+            (UniGRF's hard-to-detect disliked items).
+        excluded_positives (`torch.LongTensor` of shape `(batch_size, f)`): Items that a loss must not use as
+            negatives (UniGRF's potential favorites).
+        candidates (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Candidates of each row's last item.
+            None: the model's beams.
+        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that the model's beams skip.
+            None: the beams skip no item.
     """
 
     hard_negatives: torch.LongTensor
@@ -88,18 +90,23 @@ def check_history(
     may_be_unfinished: bool = False,
 ) -> History:
     """
-    Check the histories of a request for items.
+    Check the histories of a call that generates or ranks items.
 
     Args:
-        trie: Of the whole catalog.
-        attention_mask: None: all but the padding tokens.
-        query_time: None: the time of the last token.
-        may_be_unfinished: Whether a row may end in the first codes of an item, for `generate`, which reads no long
-            history.
+        config (`UniGRFConfig`), layout (`ItemLayout`): The model's configuration and the order of its tokens.
+        trie (`CatalogTrie`): Trie of the whole catalog.
+        input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Token ids, left-padded.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): 1 at the tokens that exist. None:
+            all tokens but padding exist.
+        timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): The time of each token's event in
+            seconds; -1: unknown. None: no times.
+        query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): In seconds. None: the last token's time.
+        long_history (`dict`, *optional*): `items`, `behaviors` and `timestamps`, as `recommend` takes them.
+        may_be_unfinished (`bool`, defaults to `False`): Whether a row may end in the first codes of an item. True is
+            for `generate`, which reads no long history.
 
     Raises:
-        ValueError: if no item can follow a row, an item is not in the catalog, positions do not suffice, or shapes
-            differ.
+        ValueError: for rows that no item can follow, unknown items, too few positions, and other shapes.
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(
@@ -137,8 +144,13 @@ def check_tokens(
     layout: ItemLayout, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, may_be_unfinished: bool
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
     """
-    Read the lengths of the unfinished items `[B]`, and the places `[n, 2]` and codes `[n, L]` of all items. Raises
-    `ValueError` if no item can follow a row.
+    Read the items of histories, and check that an item can follow each row.
+
+    Returns:
+        The lengths of the unfinished items `[B]`; of all whole items the places `[n, 2]` and the codes `[n, L]`.
+
+    Raises:
+        ValueError: if no item can follow a row.
     """
     unfinished, places, codes = layout.read_histories(input_ids)
     if unfinished.is_broken.any():
@@ -163,7 +175,12 @@ def check_tokens(
 
 
 def check_positions(config: UniGRFConfig, num_tokens: int) -> None:
-    """Raises `ValueError` if a history and a candidate take more positions than the backbone has."""
+    """
+    Check that `num_tokens` of a history and a candidate fit into the backbone.
+
+    Raises:
+        ValueError: if the backbone has fewer positions.
+    """
     num_positions = getattr(config.text_config, "max_position_embeddings", None)
     if num_positions is not None and num_tokens > num_positions:
         raise ValueError(
@@ -177,7 +194,10 @@ def check_times(
     input_ids: torch.LongTensor, timestamps: torch.LongTensor | None, query_time: torch.LongTensor | None
 ) -> torch.LongTensor | None:
     """
-    The query time `[B]`, by default that of the last token; None without timestamps. Raises `ValueError` for shapes.
+    Return the query time `[B]`: by default the time of the last token, None without timestamps.
+
+    Raises:
+        ValueError: for other shapes, and for a query time without timestamps.
     """
     if timestamps is None and query_time is None:
         return None
@@ -198,9 +218,14 @@ def check_times(
 
 
 def check_names(name: str, tensors: dict, known: tuple[str, ...]) -> dict:
-    """The tensors that are not None. Raises `ValueError` for names that a nested input does not have."""
+    """
+    Return the tensors of the nested input `name` that are not None.
+
+    Raises:
+        ValueError: for a key that is not among the `known`.
+    """
     if strange := sorted(set(tensors) - set(known)):
-        raise ValueError(f"`{name}` must have keys among {list(known)}, got {strange}. Is one of them misspelled?")
+        raise ValueError(f"`{name}` must have keys among {list(known)}, got {strange}. Correct or remove them.")
     return {key: value for key, value in tensors.items() if value is not None}
 
 
@@ -208,11 +233,16 @@ def check_long_history(
     config: UniGRFConfig, num_items: int, batch_size: int, long_history: dict | None, has_times: bool
 ) -> LongHistory | None:
     """
-    Check the long histories of a batch; None for a model that reads none. `has_times`: whether the histories have
-    timestamps.
+    Check the long histories of a batch. Return None for a model that reads none.
+
+    Args:
+        config (`UniGRFConfig`): Configuration of the model.
+        num_items, batch_size (`int`): Number of items of the catalog and of rows of the batch.
+        long_history (`dict`, *optional*): `items`, `behaviors` and `timestamps`, each of shape `(batch_size, H)`.
+        has_times (`bool`): Whether the histories have timestamps.
 
     Raises:
-        ValueError: if they are missing or superfluous, of another shape, or hold items or behaviors that do not exist.
+        ValueError: for missing or superfluous long histories, other shapes, and unknown items or behaviors.
     """
     tensors = check_names("long_history", long_history or {}, ("items", "behaviors", "timestamps"))
     if not config.num_retrieved_items:
@@ -225,10 +255,11 @@ def check_long_history(
     if "items" not in tensors:
         raise ValueError(
             f"`long_history['items']` must be integers of shape ({batch_size}, H), the whole history of each row, "
-            "got none. Pass item indices, oldest first and padded with -1; without any history, a tensor of no "
-            "columns."
+            "got none. Pass item indices, oldest first and padded with -1, or a tensor without columns for no history."
         )
     items = check_items("long_history['items']", tensors["items"], batch_size, num_items)
+
+    # Behaviors: not needed if there is a single behavior.
     behaviors = tensors.get("behaviors")
     if behaviors is None and len(config.behaviors) == 1:
         behaviors = torch.zeros_like(items)
@@ -245,6 +276,8 @@ def check_long_history(
             f"`long_history['behaviors']` must be indices into {config.behaviors}, got "
             f"{int(behaviors[is_strange][0])} in row {int(is_strange.nonzero()[0, 0])}. Count behaviors from 0."
         )
+
+    # Times: unknown by default.
     timestamps = tensors.get("timestamps")
     if timestamps is None:
         timestamps = torch.full_like(items, -1)
@@ -263,7 +296,7 @@ def check_item_sets(item_sets: dict | None, sequence_ids: torch.LongTensor, num_
     Check the item sets of a batch whose rows hold the histories `sequence_ids [B, T]`.
 
     Raises:
-        ValueError: for other shapes, items outside the catalog, or negatives for rows of several histories.
+        ValueError: for other shapes, items outside the catalog, and negatives for rows of several histories.
     """
     names = ("hard_negatives", "excluded_positives", "candidates", "blocked_items")
     tensors = check_names("item_sets", item_sets or {}, names)

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Lists of item indices: their checks, and the items that each request allows or blocks, held inside the trie."""
+"""Lists of item indices: their checks, and the filter that holds allowed and blocked items inside the trie."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from .trie_unigrf import CatalogTrie
 
 
 def is_integer(items: torch.Tensor) -> bool:
-    """Whether a tensor can hold indices. (A cast would take a mask or fractions for some.)"""
+    """Return whether a tensor can hold indices; a cast would also accept masks and fractions."""
     return not (items.is_floating_point() or items.is_complex() or items.dtype == torch.bool)
 
 
@@ -19,9 +19,15 @@ def check_items(
     """
     Return item indices `[batch_size, N]` as int64.
 
+    Args:
+        name (`str`): Name of the argument, for messages.
+        items (`torch.LongTensor` of shape `(batch_size, N)`, *optional*): Item indices. None is rejected.
+        batch_size (`int`): Number of histories.
+        num_items (`int`): Items of the catalog.
+        lowest (`int`, defaults to -1): Lowest index: -1 allows "no item", 0 does not.
+
     Raises:
-        ValueError: unless they are integers from `lowest` (-1: no item) to the last item of the catalog, one row a
-            history.
+        ValueError: unless the indices are integers from `lowest` to `num_items - 1`, one row a history.
     """
     padding = ", -1 where there is none" if lowest < 0 else ""
     shape = None if items is None else tuple(items.shape)
@@ -40,7 +46,12 @@ def check_items(
 
 
 def item_list(items: torch.Tensor | Sequence[int], device: torch.device) -> torch.LongTensor:
-    """Return item indices as a tensor. Raises `ValueError` for a mask or fractions."""
+    """
+    Return item indices as a tensor.
+
+    Raises:
+        ValueError: for a mask or fractions.
+    """
     items = torch.as_tensor(items, device=device)
     if items.numel() and not is_integer(items):
         raise ValueError(f"Item indices must be integers, got {items.dtype}. Turn a mask into `mask.nonzero()[:, 0]`.")
@@ -49,17 +60,18 @@ def item_list(items: torch.Tensor | Sequence[int], device: torch.device) -> torc
 
 class ItemFilter:
     """
-    Items allowed or blocked for each request, held inside the trie: no beam goes where no item may be shown.
+    Items allowed or blocked for each request, held inside the trie: no beam enters a node without an allowed item.
 
-    For each level, the filter stores the nodes that still lead to an allowed item, or the nodes that lead to blocked
-    items only. A check is one binary search among them, and nothing has the catalog's size.
+    For each level, the filter stores the nodes that lead to an allowed item, or those that lead to blocked items
+    only. A check is a binary search among these nodes. No tensor has the catalog's size.
 
     Args:
-        trie (`CatalogTrie`)
+        trie (`CatalogTrie`): The items that exist. A request cannot show items that the trie lacks.
         item_codes (`torch.IntTensor` of shape `(num_items, L)`): Codes of all items.
         allowed (`list` of B item-index tensors or lists, *optional*): The only items that each request may show.
-            Items that the trie lacks cannot be shown.
-        blocked (the same, *optional*): Items that a request may not show. Blocking wins over allowing.
+            None: all items.
+        blocked (`list` of B item-index tensors or lists, *optional*): Items that each request may not show. None: no
+            item. Blocking wins over allowing.
 
     Raises:
         ValueError: if an index is outside the catalog, or a request has no item left.
@@ -92,7 +104,7 @@ class ItemFilter:
 
     @staticmethod
     def _paths(trie: CatalogTrie, item_codes: torch.Tensor, lists) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Lists of items -> requests `[n]` and nodes `[n, L]` of the n different items that the trie has."""
+        """Return requests `[n]` and nodes `[n, L]` of the n distinct listed items that the trie has."""
         device = item_codes.device
         lists = [item_list(items, device).flatten() for items in lists]
         items = torch.cat(lists)
@@ -113,11 +125,11 @@ class ItemFilter:
         return request[exists], path[exists]
 
     def concerns(self, level: int) -> bool:
-        """Whether any node of a level is closed to any request."""
+        """Return whether the filter closes any node of a level to any request."""
         return self.is_allow_list or len(self.keys[level]) > 0
 
     def alive(self, level: int, nodes: torch.LongTensor) -> torch.BoolTensor:
-        """Nodes `[B, m]` of a level that concerns the filter -> whether each request may still go there."""
+        """Return whether each request may enter nodes `[B, m]` of a level that the filter concerns, `[B, m]`."""
         keys = self.keys[level]
         wanted = nodes + self.num_nodes[level] * torch.arange(len(nodes), device=nodes.device)[:, None]
         is_stored = keys[torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)] == wanted

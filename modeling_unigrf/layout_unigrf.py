@@ -1,18 +1,18 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The layout: where an item's tokens stand in a sequence, and what the output at each of them predicts.
+"""The layout: the order of an item's tokens in a sequence, and the prediction at each of them.
 
 `<bos> s_1 .. s_L b  s_1 .. s_L b ...` (UniGRF's two positions an item, with RecoChain's semantic IDs):
 
-| input token              | what the output there predicts                               |
+| input token              | prediction of the output at this token                       |
 |--------------------------|--------------------------------------------------------------|
 | `<bos>` or a behavior b  | code s_1 of the next item                                    |
 | code s_l, l < L          | code s_{l+1}                                                 |
 | code s_L                 | the ranking of the item: it sees the item, not its behavior  |
 
-A training row may hold several histories. Each begins with its `<bos>`, and none sees another.
+A training row may hold several histories. Each history begins with its `<bos>` and sees no other history.
 
-To change the order of the tokens, change this file, the pipeline's long histories, the tokenizer that encodes them,
-and `recipes/data/`, which cuts rows.
+A new order of the tokens changes this file, the pipeline's long histories, the tokenizer that encodes histories, and
+`recipes/data/`, which cuts rows.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-PAD = -2  # level of a token that belongs to no history
-HISTORY_END = -1  # level of <bos> and of behaviors
+# Level of a token that belongs to no history.
+PAD = -2
+# Level of <bos> and of behaviors.
+HISTORY_END = -1
 
 
 @dataclass
@@ -30,11 +32,11 @@ class UnfinishedItems:
     The unfinished item at the end of each row.
 
     Args:
-        lengths (`torch.LongTensor` of shape `(batch_size,)`): How many codes of the next item the row has. L: the row
-            ends in a whole item. -1: it ends in padding or in a token that is no part of a history.
-        codes (`torch.LongTensor` of shape `(batch_size, L - 1)`): These codes, then -1.
-        is_broken (`torch.BoolTensor` of shape `(batch_size,)`): Whether the codes do not follow a <bos> or behavior
-            as levels 0, 1, ... in order.
+        lengths (`torch.LongTensor` of shape `(batch_size,)`): Codes of the next item that the row has. L: the row
+            ends in a whole item. -1: the row ends in padding or in a token that belongs to no history.
+        codes (`torch.LongTensor` of shape `(batch_size, L - 1)`): The codes of the next item, then -1.
+        is_broken (`torch.BoolTensor` of shape `(batch_size,)`): True where the codes do not follow a <bos> or
+            behavior as levels 0, 1, ... in order.
     """
 
     lengths: torch.LongTensor
@@ -43,7 +45,7 @@ class UnfinishedItems:
 
 
 class ItemLayout:
-    """Reads and writes the token sequence of a `UniGRFConfig`. It holds the config's numbers and no state."""
+    """The reader and writer of the token sequences of a `UniGRFConfig`: the config's numbers, without a state."""
 
     def __init__(self, config):
         self.codebook_sizes = list(config.codebook_sizes)
@@ -55,13 +57,13 @@ class ItemLayout:
         # Ranking target -> token id of its behavior; None for "next".
         ids = dict(zip(config.behaviors, self.behavior_token_ids, strict=True))
         self.ranking_targets = {name: ids.get(name) for name in config.ranking_targets}
-        # The token ids of each level: the alternatives among which its codes are predicted.
+        # The token ids of each level: the alternatives of its softmax.
         self.level_slices = [
             slice(offset, offset + size) for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=True)
         ]
 
     def token_levels(self, token_ids: torch.LongTensor) -> torch.LongTensor:
-        """Level of each token, of any shape: 0 .. L-1 for a code, -1 for <bos> and behaviors, -2 for all others."""
+        """Return the level of each token: 0 .. L-1 for a code, -1 for <bos> and behaviors, -2 for others."""
         levels = torch.full_like(token_ids, PAD)
         for token_id in self.history_end_ids:
             levels = levels.masked_fill(token_ids == token_id, HISTORY_END)
@@ -70,19 +72,19 @@ class ItemLayout:
         return levels
 
     def item_tokens(self, codes: torch.LongTensor) -> torch.LongTensor:
-        """Codes `[..., L]` -> token ids `[..., L]`."""
+        """Convert codes `[..., L]` to token ids `[..., L]`."""
         return codes + codes.new_tensor(self.code_offsets)
 
     def codes_before(self, input_ids: torch.LongTensor, places: torch.LongTensor) -> torch.LongTensor:
         """
-        Read the codes of the items whose last code stands at the given places.
+        Read the codes of the items whose last code stands at the places.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`)
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Token ids.
             places (`torch.LongTensor` of shape `(n, 2)`): Row and position of each last code.
 
         Returns:
-            `torch.LongTensor` of shape `(n, L)`; -1 where the L tokens are not of levels 0 .. L-1 in order.
+            `torch.LongTensor` of shape `(n, L)`: codes; -1 if the L tokens do not have levels 0 .. L-1 in order.
         """
         positions = places[:, 1:] + torch.arange(1 - self.num_levels, 1, device=input_ids.device)
         tokens = input_ids[places[:, :1], positions.clamp(min=0)]
@@ -94,8 +96,11 @@ class ItemLayout:
         self, input_ids: torch.LongTensor
     ) -> tuple[UnfinishedItems, torch.LongTensor, torch.LongTensor]:
         """
-        Read all items of the histories `[B, T]`: the unfinished ones; in order, the places of the others' last codes
-        `[n, 2]` and their codes `[n, L]` (-1: out of order).
+        Read all items of the histories `[B, T]`.
+
+        Returns:
+            The unfinished items; the places `[n, 2]` of the last codes and the codes `[n, L]` of all whole items, in
+            order. Codes of -1 stand for tokens out of order.
         """
         places = (self.token_levels(input_ids) == self.num_levels - 1).nonzero()
         return self.unfinished_items(input_ids), places, self.codes_before(input_ids, places)
@@ -126,7 +131,7 @@ class ItemLayout:
         levels = self.token_levels(window)
         lengths = levels[:, -1] + 1
         width = window.shape[1]
-        # Token i from the end must have the level that counts down to the bos or behavior before the item.
+        # Levels must count down, from the end to the bos or behavior.
         expected = lengths[:, None] - torch.arange(width, 0, -1, device=window.device)
         inside = expected >= HISTORY_END
         is_broken = (inside & (levels != expected)).any(dim=1) | (lengths > width - 1)
@@ -140,27 +145,28 @@ class ItemLayout:
         return UnfinishedItems(lengths, codes, is_broken)
 
     def code_positions(self, history_ends: torch.LongTensor) -> torch.LongTensor:
-        """Positions of <bos> or behaviors `[n]` -> where the codes of the items behind them are predicted `[n, L]`."""
+        """Return the positions `[n, L]` that predict the items behind <bos> or behaviors at positions `[n]`."""
         return history_ends[:, None] + torch.arange(self.num_levels, device=history_ends.device)
 
     def ranking_states(self, states: torch.Tensor) -> torch.Tensor:
-        """
-        Select the states that rank candidates packed in one row: `[B, N * L, hidden_size]` -> `[B, N, hidden_size]`.
-        """
+        """Select from states `[B, N * L, hidden_size]` of packed candidates those that rank, `[B, N, hidden_size]`."""
         return states[:, self.num_levels - 1 :: self.num_levels]
 
     def packed_histories(
         self, tokens: torch.LongTensor, attention_mask: torch.LongTensor
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
-        Tell apart the histories packed in each row. A history begins at every <bos> and after padding.
+        Assign each token to a history packed in its row, and to a position in that history.
+
+        A history begins at every <bos> and after padding.
 
         Args:
-            tokens, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`)
+            tokens (`torch.LongTensor` of shape `(batch_size, T)`): Token ids.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): 1 at the tokens that exist.
 
         Returns:
-            `(sequence_ids [B, T], position_ids [B, T])`: which history of its row a token belongs to, counted from 1,
-            and its position in that history.
+            `(sequence_ids [B, T], position_ids [B, T])`: the number of each token's history in its row, from 1, and
+            the token's position in that history.
         """
         is_real = attention_mask.bool()
         place = torch.arange(tokens.shape[1], device=tokens.device)
@@ -169,8 +175,10 @@ class ItemLayout:
 
     def target_timestamps(self, timestamps: torch.LongTensor, sequence_ids: torch.LongTensor) -> torch.LongTensor:
         """
-        When the event is that each output predicts: the time of the next token of its history, or the last token's
-        own. `timestamps [B, T]`, `sequence_ids [B, T]` -> `[B, T]`.
+        Return the time of the event that each output predicts, `[B, T]`.
+
+        That is the time of the next token of its history; for the last token of a history, the token's time.
+        `timestamps` and `sequence_ids` have the shape `[B, T]`.
         """
         after = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
         is_last = torch.ones_like(sequence_ids[:, :1], dtype=torch.bool)
@@ -179,9 +187,10 @@ class ItemLayout:
 
     def history_mask(self, sequence_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.BoolTensor:
         """
-        Mask of packed histories `[B, T, T]`: a token sees the tokens before it in its own history, and itself. A
-        padding token sees itself, too, since attention to nothing is NaN. `sequence_ids [B, T]`, `attention_mask [B,
-        T]`.
+        Make the mask of packed histories, `[B, T, T]`.
+
+        A token sees itself and the tokens before it in the same history. A padding token also sees itself, since
+        attention to no token is NaN. `sequence_ids` and `attention_mask` have the shape `[B, T]`.
         """
         place = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)
         is_same = sequence_ids[:, :, None] == sequence_ids[:, None]
@@ -191,9 +200,7 @@ class ItemLayout:
     def history_up_to(
         self, ends: torch.LongTensor, sequence_ids: torch.LongTensor, attention_mask: torch.LongTensor
     ) -> torch.BoolTensor:
-        """
-        Mask `[B, T]` of the tokens that position `ends [B]` of each row of packed histories sees, itself included.
-        """
+        """Make the mask `[B, T]` of the tokens that positions `ends [B]` of packed histories see, with themselves."""
         is_before = torch.arange(sequence_ids.shape[1], device=sequence_ids.device) <= ends[:, None]
         return is_before & (sequence_ids == sequence_ids.gather(1, ends[:, None])) & attention_mask.bool()
 
@@ -201,11 +208,13 @@ class ItemLayout:
         self, codes: torch.LongTensor, history_lengths: torch.LongTensor, visible_history: torch.BoolTensor
     ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
         """
-        Pack candidates into one row behind a history. Each follows the history as if it were alone: it sees the
-        history and itself, never another candidate.
+        Pack candidates into one row behind a history.
+
+        Each candidate follows the history as if it were alone: it sees the history and itself, never another
+        candidate.
 
         Args:
-            codes (`torch.LongTensor` of shape `(batch_size, N, L)`)
+            codes (`torch.LongTensor` of shape `(batch_size, N, L)`): Codes of the candidates.
             history_lengths (`torch.LongTensor` of shape `(batch_size, N)`): Tokens that each candidate sees before
                 itself.
             visible_history (`torch.BoolTensor` of shape `(batch_size, N, T)`): The tokens that each candidate sees.

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The losses: of states and targets, each a function that a test can compute by hand."""
+"""The losses: functions of states and targets, which a test can compute by hand."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from .inputs_unigrf import ItemSets
 from .negatives_unigrf import LastItems, PackedNegatives
 from .scoring_unigrf import ItemScorer
 
-MAX_SOFTMAX_ITEMS = 8192  # items of a full softmax; a larger catalog is sampled
-# A hard negative counts this often in a softmax of all atomic ids. UniGRF has 8 of them among 120 of 3,706 items.
+# Items of a full softmax; a larger catalog is sampled.
+MAX_SOFTMAX_ITEMS = 8192
+# A hard negative counts this often in a softmax of all codes.
 HARD_NEGATIVE_WEIGHT = 30.0
 
 
@@ -25,19 +26,22 @@ def generation_loss(
     retain_graph: bool = False,
 ) -> torch.Tensor:
     """
-    Mean cross-entropy of the codes, each among the codes of its level. (RecoChain sums over an item's levels: its
-    loss is L times this one, so its ranking of weight 1 has weight 1 / L here.)
+    Compute the mean cross-entropy of the codes, each among the codes of its level.
+
+    RecoChain sums over an item's levels: its loss is L times this loss. Its ranking loss of weight 1 has the weight
+    1 / L here.
 
     Args:
+        scorer (`ItemScorer`): The model's heads and catalog.
         states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): Output of the backbone.
-        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; all but codes are left out.
-        code_negatives (`int`): Compare a code with this many uniform codes of its level, shared by all positions,
-            without a correction (as HSTU's public code samples items). Draws of the code itself do not count. 0, or a
-            level of no more
-            codes: the whole level.
-        item_sets (`ItemSets`, *optional*): Of atomic ids: a row's hard negatives take the places of as many random
-            ones, or count 30 times among all; its excluded positives are no negatives.
-        retain_graph (`bool`): Whether more than one backward goes through the loss.
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens. The loss skips all but codes.
+        code_negatives (`int`, defaults to 0): Compare each code with this many uniform codes of its level, shared by
+            all positions, without a correction (as HSTU's public code samples items). Draws of the code itself do not
+            count. 0, or at least the size of the level: compare with the whole level.
+        item_sets (`ItemSets`, *optional*): Read for atomic ids only. A row's hard negatives replace as many random
+            codes, or count 30 times in the whole level (UniGRF has 8 of them among 120 of 3,706 items). Its excluded
+            positives are no negatives. None: no sets.
+        retain_graph (`bool`, defaults to `False`): Whether several backward passes go through the loss.
     """
     layout = scorer.layout
     levels = layout.token_levels(targets)
@@ -66,7 +70,7 @@ def code_cross_entropy(
     reduction: str,
     retain_graph: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of places `true [n]` in a slice of the tokens, from states `[n, hidden_size]`."""
+    """Compute the cross-entropy of places `true [n]` in a slice of the tokens, from states `[n, hidden_size]`."""
     if scorer.layout.num_levels > 1 or type(scorer.code_head) is not nn.Linear:
         return nn.functional.cross_entropy(scorer.code_logits(states, codes).float(), true, reduction=reduction)
     states, vectors = scorer.comparable(states.float(), scorer.code_vectors[codes].float(), dim=-1)
@@ -87,9 +91,7 @@ def _row_logits(
     codes: slice,
     code_set: torch.LongTensor,
 ) -> torch.Tensor:
-    """
-    Codes of each row `[B, m]` (-1: none) -> their logits `[n, m]` at the n positions `here`, -inf at the true code.
-    """
+    """Compute logits `[n, m]` of each row's codes `[B, m]` (-1: none) at positions `here`, -inf at the true code."""
     vectors = scorer.code_vectors[codes][code_set.clamp(min=0)]
     logits = _similarity(scorer, states, vectors.transpose(1, 2))[here]
     row_codes = code_set[here.nonzero()[:, 0]]
@@ -105,12 +107,12 @@ def _full_softmax(
     code_sets: list[torch.LongTensor] | None,
     retain_graph: bool,
 ) -> torch.Tensor:
-    """Summed cross-entropy of `true [n]` at the positions `here`, among all codes of a level."""
+    """Sum the cross-entropy of `true [n]` at the positions `here`, among all codes of a level."""
     queries = states[here]
     if code_sets is None:
         return code_cross_entropy(scorer, queries, true, codes, "sum", retain_graph)
     losses = code_cross_entropy(scorer, queries, true, codes, "none", retain_graph)
-    # Count hard negatives `weight` times in the softmax's denominator, excluded positives 0 times.
+    # The denominator counts hard negatives 30 times, excluded positives 0 times.
     true_logits = _similarity(scorer, queries[:, None], scorer.code_vectors[codes][true][:, :, None])[:, 0, 0]
     changes = 0.0
     for code_set, weight in zip(code_sets, (HARD_NEGATIVE_WEIGHT, 0.0), strict=True):
@@ -129,9 +131,7 @@ def _sampled_softmax(
     code_sets: list[torch.LongTensor] | None,
     count: int,
 ) -> torch.Tensor:
-    """
-    Summed cross-entropy of `true [n]` at the positions `here`, each among itself and `count` random codes of a level.
-    """
+    """Sum the cross-entropy of `true [n]` at the positions `here`, each among `count` random codes and itself."""
     queries, vectors = states[here], scorer.code_vectors[codes]
     logits = [_similarity(scorer, queries[:, None], vectors[true][:, :, None])[:, 0]]
     drawn = torch.randint(len(vectors), (count,), device=states.device)
@@ -141,7 +141,7 @@ def _sampled_softmax(
         hard, excluded = code_sets
         logits.append(_row_logits(scorer, states, here, true, codes, hard))
         row = here.nonzero()[:, 0]
-        # A row's hard negatives replace as many random ones: the first.
+        # A row's hard negatives replace its first random codes.
         is_replaced = torch.arange(count, device=states.device) < (hard >= 0).sum(dim=1)[row][:, None]
         is_positive = (drawn.expand(len(true), -1)[:, :, None] == excluded[row][:, None]).any(dim=2)
         is_excluded = is_excluded | is_replaced | is_positive
@@ -158,16 +158,21 @@ def contrastive_loss(
     num_hard: int,
 ) -> torch.Tensor:
     """
-    Contrastive sequence loss: cross-entropy of each row's last supervised item among itself and the row's hard
-    negatives, by their log-probabilities as sequences. The codes' own cross-entropy compares no item as a whole. The
-    sum over rows is divided by the number of codes, as the codes' cross-entropy is. (A mean over rows would outweigh
-    all codes of an item about a hundred times, and undo what they learn.)
+    Compute the contrastive sequence loss of each row's last supervised item.
+
+    It is the cross-entropy of the item among itself and the row's hard negatives, by their log-probabilities as
+    sequences. The cross-entropy of single codes compares no item as a whole. The sum over rows is divided by the
+    number of codes, like the cross-entropy of the codes. (A mean over rows would outweigh all codes of an item about
+    a hundred times, and undo their training.)
 
     Args:
-        hidden_states (`torch.FloatTensor` of shape `(batch_size, T + M * L, hidden_size)`): Of histories and packed
-            negatives.
+        scorer (`ItemScorer`): The model's heads and catalog.
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, T + M * L, hidden_size)`): States of histories and
+            packed negatives.
         targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens of the histories.
-        num_hard (`int`): How many of the packed negatives, the last ones, are hard negatives.
+        last (`LastItems`): The last supervised item of each row.
+        negatives (`PackedNegatives`): The packed negatives.
+        num_hard (`int`): Number of hard negatives, the last of the packed negatives.
     """
     layout = scorer.layout
     ends = last.history_ends
@@ -191,12 +196,16 @@ def softmax_over_items(
     retain_graph: bool = False,
 ) -> torch.Tensor:
     """
-    Cross-entropy of `items [n]` by the dot products of `states [n, d]` and all `vectors [num_items, d]`, in float32.
-    Logits are computed in chunks of positions and never stored all together, which also takes a third of the time.
+    Compute the cross-entropy of items by dot products with all vectors, in float32.
+
+    The function computes logits in chunks of positions and never stores all of them, in a third of the time.
 
     Args:
-        reduction (`str`): `"sum"`, or `"none"` for `[n]`, which takes a third longer.
-        retain_graph (`bool`): Whether more than one backward goes through the loss.
+        states (`torch.FloatTensor` of shape `(n, d)`): States at n positions.
+        vectors (`torch.FloatTensor` of shape `(num_items, d)`): Vectors of all items.
+        items (`torch.LongTensor` of shape `(n,)`): The true items.
+        reduction (`str`, defaults to `"sum"`): `"sum"`, or `"none"` for losses `[n]`, which takes a third longer.
+        retain_graph (`bool`, defaults to `False`): Whether several backward passes go through the loss.
     """
     options = nn.LinearCrossEntropyOptions(allow_retain_graph=retain_graph)
     return nn.functional.linear_cross_entropy(
@@ -212,13 +221,18 @@ def sampled_softmax_loss(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """
-    Sampled-softmax loss: mean cross-entropy of the true items by dot product, among all items or a uniform sample
-    that all positions share. A sample's logits are raised by the log of the number of items that each stands for
-    (Jean et al. 2015, section 3); the position's own item does not count.
+    Compute the sampled-softmax loss: the mean cross-entropy of the true items by dot product.
+
+    The alternatives are all items or, in a catalog of more than 8,192 items, a uniform sample that all positions
+    share. Each item of a sample stands for several items, whose log number is added to its logit (Jean et al. 2015,
+    section 3). The true item does not count as a draw.
 
     Args:
-        states (`torch.FloatTensor` of shape `(n, d)`), items (`torch.LongTensor` of shape `(n,)`)
-        representations: Item indices `[m]` -> item representations `[m, d]`.
+        states (`torch.FloatTensor` of shape `(n, d)`): Queries at n positions.
+        items (`torch.LongTensor` of shape `(n,)`): The true items.
+        representations (`Callable`): Function of item indices `[m]`: their item representations `[m, d]`.
+        num_items (`int`): Items of the catalog.
+        generator (`torch.Generator`, *optional*): Draws the sample. None: the global generator.
     """
     if num_items <= MAX_SOFTMAX_ITEMS:
         total = softmax_over_items(states, representations(torch.arange(num_items, device=states.device)), items)
@@ -238,17 +252,18 @@ def ranking_loss(
     negative_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    Mean over the ranking targets of the binary cross-entropy (UniGRF, section 3; RecoChain's stage II for `"next"`,
-    its only
-    target: beside others it counts as one of them).
+    Compute the mean binary cross-entropy over the ranking targets (UniGRF, section 3).
+
+    For `"next"` this is the loss of RecoChain's stage II, which has no other target. Beside other targets, `"next"`
+    has the weight of a single target.
 
     Args:
-        targets (`dict[str, int | None]`): Ranking targets in order, and the token ids of their behaviors; None:
-            `"next"`.
-        logits (`torch.FloatTensor` of shape `(n, num_targets)`): Of the items that came next.
-        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors on them.
-        negative_logits (`torch.FloatTensor` of shape `(m, num_targets)`, *optional*): Of items that did not come
-            next. They count for `"next"` only: the behavior on them is not known.
+        targets (`dict[str, int | None]`): Ranking targets in order, and the token ids of their behaviors; None stands
+            for `"next"`.
+        logits (`torch.FloatTensor` of shape `(n, num_targets)`): Logits of the items that came next.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors on these items.
+        negative_logits (`torch.FloatTensor` of shape `(m, num_targets)`, *optional*): Logits of items that did not
+            come next. They count for `"next"` only, since no behavior on them is known. None: no such items.
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for index, behavior_id in enumerate(targets.values()):

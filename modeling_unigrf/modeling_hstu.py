@@ -1,7 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""
-HSTU as a backbone: gated pointwise attention by SiLU in place of softmax, without a feed-forward.
-"""
+"""HSTU as a backbone: gated pointwise attention by SiLU in place of softmax, without a feed-forward."""
 
 import torch
 from torch import nn
@@ -20,9 +18,7 @@ UNKNOWN_TIME = -1
 
 
 class HSTUBias(nn.Module):
-    """
-    The bias of attention scores: a number for the distance of key and query, another for the time between them.
-    """
+    """The bias of attention scores: a number for the distance of key and query, another for their time difference."""
 
     def __init__(self, config: HSTUConfig):
         super().__init__()
@@ -33,18 +29,21 @@ class HSTUBias(nn.Module):
 
     def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor:
         """
+        Compute the bias of every query and key.
+
         Args:
             distance (`torch.LongTensor` of shape `(batch_size or 1, Q, K)`): Position of the key minus that of the
                 query.
-            seconds (`torch.LongTensor` of shape `(batch_size, Q, K)`, *optional*): Between them; -1 where not known.
+            seconds (`torch.LongTensor` of shape `(batch_size, Q, K)`, *optional*): Seconds between the two; -1:
+                unknown. None: all are unknown.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size or 1, 1, Q, K)`
+            `torch.FloatTensor` of shape `(batch_size or 1, 1, Q, K)`.
         """
         index = (distance + self.num_positions - 1).clamp(0, 2 * self.num_positions - 2)
         bias = table_values(self.positions, index)
         if self.times is not None and seconds is not None:
-            # Each bucket is 1.35 times as wide as the last one, as in the public code.
+            # Each bucket is 1.35 times wider, as in the public code.
             bucket = (seconds.clamp(min=1).float().log() / 0.301).floor().long().clamp(max=self.num_buckets)
             bias = bias + table_values(self.times, bucket) * (seconds >= 0)[:, None]
         return bias
@@ -52,13 +51,15 @@ class HSTUBias(nn.Module):
 
 def table_values(table: nn.Embedding, index: torch.LongTensor) -> torch.Tensor:
     """
-    Look up a table `[n, 1]` at `[B, Q, K]`: `[B, 1, Q, K]`. (The backward of `gather` is faster than an embedding's.)
+    Look up the values `[B, 1, Q, K]` of a table `[n, 1]` at the indices `[B, Q, K]`.
+
+    The backward of `gather` is faster than that of an embedding.
     """
     return table.weight[:, 0].expand(*index.shape[:-1], -1).gather(-1, index)[:, None]
 
 
 class HSTULayer(nn.Module):
-    """One block (HSTU, section 3.2), with order and norms after its public code."""
+    """A block of HSTU (section 3.2), with the order and the norms of the public code."""
 
     def __init__(self, config: HSTUConfig, layer_idx: int):
         super().__init__()
@@ -83,15 +84,17 @@ class HSTULayer(nn.Module):
         output_attentions: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        `hidden_states [B, Q, hidden_size]`, `attention_mask [B, 1, Q, K]` -> the same shape, and `[B, H, Q, K]`
-        weights.
+        Run the block on `hidden_states [B, Q, hidden_size]`, under `attention_mask [B, 1, Q, K]`.
+
+        Returns:
+            The new states `[B, Q, hidden_size]`; the attention weights `[B, num_heads, Q, K]`, or None.
         """
         normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         u, *vqk = nn.functional.silu(self.uvqk_proj(normed)).chunk(4, dim=-1)
         value, query, key = (part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for part in vqk)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        # Mask after the SiLU: a hidden key adds nothing, and no norm changes.
+        # Mask after the SiLU: hidden keys add zero and change no norm.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
         weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
         attended = (weights @ (value / self.num_positions)).transpose(1, 2).flatten(2)
@@ -101,12 +104,13 @@ class HSTULayer(nn.Module):
 
 
 class HSTUPreTrainedModel(PreTrainedModel):
-    """Initial weights, and what transformers must know of the backbone."""
+    """The initial weights of the backbone, and its properties for transformers."""
 
     config_class = HSTUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
-    _supports_sdpa = False  # there is no softmax
+    # HSTU has no softmax.
+    _supports_sdpa = False
     _supports_flash_attn = False
     _supports_flex_attn = False
     _no_split_modules = ["HSTULayer"]
@@ -120,8 +124,10 @@ class HSTUPreTrainedModel(PreTrainedModel):
 
 class HSTUModel(HSTUPreTrainedModel):
     """
-    Hidden states and cache of a token sequence. One more layer of the cache, behind the last, holds the position and
-    the time of every token, which later queries need for their biases.
+    The HSTU backbone: token sequence -> hidden states and cache.
+
+    A further layer of the cache, behind the last, holds the position and the time of every token. Later queries need
+    them for their biases.
     """
 
     def __init__(self, config: HSTUConfig):
@@ -153,9 +159,9 @@ class HSTUModel(HSTUPreTrainedModel):
 
         Args:
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of each
-                token's event in seconds from any origin; negative where not known. None: no time bias.
+                token's event in seconds from any origin; negative: unknown. None: no time bias.
             target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of
-                the event that each output predicts. None: that of the next token; for the last token, its own.
+                the event that each output predicts, in seconds. None: the time of the next token, or of the last.
 
         Raises:
             ValueError: for more positions than the config has, a cache that is no `DynamicCache`, and without exactly
@@ -168,6 +174,8 @@ class HSTUModel(HSTUPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
+
+        # Defaults of the options, and the cache.
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -177,8 +185,11 @@ class HSTUModel(HSTUPreTrainedModel):
             cache = DynamicCache()
         if cache is not None:
             check_cache(cache)
-            if len(cache.layers) == self.config.num_hidden_layers:  # made from a config
+            # A cache made from a config lacks the layer of positions.
+            if len(cache.layers) == self.config.num_hidden_layers:
                 cache.layers.append(DynamicLayer())
+
+        # Positions, mask and times.
         if position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + length, device=inputs_embeds.device)[None]
@@ -199,6 +210,7 @@ class HSTUModel(HSTUPreTrainedModel):
         position_ids = position_ids.expand(batch_size, -1)
         distance, seconds = self._distances(position_ids, timestamps, target_timestamps, visible, cache)
 
+        # The layers.
         hidden_states = inputs_embeds * self.config.hidden_size**0.5 + self.embed_positions(position_ids)
         hidden_states = self.dropout(hidden_states)
         all_states, all_weights = [hidden_states], []
@@ -222,9 +234,14 @@ class HSTUModel(HSTUPreTrainedModel):
         cache: Cache | None,
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
         """
-        Positions of the keys minus those of the queries `[B or 1, Q, K]`, and the seconds between them `[B, Q, K]`
-        (-1: unknown; None: all of them are). `position_ids [B, Q]`, `visible [B, 1, Q, K]`; positions and times of
-        earlier keys are on the cache.
+        Compute the distances of keys and queries in positions and in seconds.
+
+        `position_ids` has the shape `[B, Q]`, `visible` `[B, 1, Q, K]`. The cache has the positions and times of
+        earlier keys.
+
+        Returns:
+            Positions of the keys minus those of the queries, `[B or 1, Q, K]`; the seconds between them, `[B, Q, K]`
+            (-1: unknown), or None if all are unknown.
         """
         if timestamps is None:
             timestamps = torch.full_like(position_ids, UNKNOWN_TIME)
@@ -235,7 +252,7 @@ class HSTUModel(HSTUPreTrainedModel):
             keys, _ = cache.update(keys, keys[..., :0], self.config.num_hidden_layers)
         key_positions, key_times = keys[:, 0].unbind(dim=-1)
         distance = key_positions[:, None] - position_ids[:, :, None]
-        # Where all rows have the distances of their places, one bias serves them all.
+        # Rows without gaps share their distances, and so a bias.
         place = torch.arange(distance.shape[2], device=distance.device)
         place_distance = (place - place[-position_ids.shape[1] :, None])[None]
         if ((distance == place_distance) | ~visible[:, 0]).all():
