@@ -40,7 +40,7 @@ from recipes.data.prepared import prepared
 from recipes.data.training_datasets import held_out_rows, history_rows, packed_rows, second_stage_rows
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 from recipes.training.cached_candidates import CachedCandidates
-from recipes.training.collator import Collator
+from recipes.training.collator import TrainingCollator
 from recipes.training.enhancer import ENHANCER_OPTIONS, RankingDrivenEnhancer
 from recipes.training.loss_parts import LossParts
 from recipes.training.model_init import ModelArguments, build_model, named
@@ -171,7 +171,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks.append(
             AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
         )
-    collate = Collator(tokenizer)
+    collate = TrainingCollator()
     if model_args.enhancer:
         training_args = replace(training_args, remove_unused_columns=False)
         callbacks.append(

@@ -230,14 +230,13 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     how = Measurement(max_items=4, max_long_items=12)
     found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
     lists = measure.fused_lists(found, 1.0, 3, 0.5, num_ranked=3)
-    for rows, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
+    for rows, users, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
             num_return_sequences=3,
             ranking_weight=1.0,
             dense_weight=0.5,
-            blocked_items=[dataset["test"][int(row)]["items"] for row in rows],
-            **measure.long_histories(model, dataset["test"], rows, how),
+            blocked_items=[user["items"] for user in users],
         )
         assert best.item_indices.tolist() == [lists[row] for row in rows]
     dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)

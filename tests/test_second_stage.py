@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
 from recipes.training.cached_candidates import CachedCandidates
-from recipes.training.collator import Collator
+from recipes.training.collator import TrainingCollator
 from tokenization import SemanticIdTokenizer
 
 PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # for its padding alone
@@ -355,7 +355,7 @@ def test_a_resumed_run_of_stage_two_equals_an_uninterrupted_one(kept_for, tmp_pa
         trainer = Trainer(
             model,
             TrainingArguments(str(folder), **arguments),
-            data_collator=kept.collator(Collator(PAD)) if kept else Collator(PAD),
+            data_collator=kept.collator(TrainingCollator()) if kept else TrainingCollator(),
             train_dataset=rows if kept else rows.remove_columns("row"),
             callbacks=[kept] if kept else None,
         )
@@ -396,7 +396,7 @@ def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_the
     Trainer(
         model,
         TrainingArguments(str(tmp_path), **arguments),
-        data_collator=kept.collator(Collator(PAD)),
+        data_collator=kept.collator(TrainingCollator()),
         train_dataset=rows,
         callbacks=[kept],
     ).train()
@@ -453,7 +453,7 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
     model.train()
     kept.on_epoch_begin(args, state, None)
     assert model.training
-    batch = kept.collator(Collator(PAD))([rows[5], rows[2]])
+    batch = kept.collator(TrainingCollator())([rows[5], rows[2]])
     assert "row" not in batch and batch["candidates"].shape == (2, 40)
     assert (batch["candidates"][:, 30:] == -1).all(), "there are thirty items"
     for row, found in zip((5, 2), batch["candidates"], strict=True):
@@ -467,7 +467,7 @@ def test_kept_candidates_are_the_beams_of_the_last_search_for_as_many_epochs_as_
             long_behaviors=history[:, :0],
         )
         assert torch.equal(found[:30], best.item_indices[0])
-    assert "candidates" not in kept.collator(Collator(PAD))([rows.remove_columns("row")[0]])
+    assert "candidates" not in kept.collator(TrainingCollator())([rows.remove_columns("row")[0]])
     own = [list(range(row % 7)) for row in range(len(rows))]
     others = CachedCandidates(model, rows.add_column("blocked_items", own), num_beams=30, batch_size=3)
     others.on_epoch_begin(args, state, None)
@@ -492,7 +492,7 @@ def test_a_frozen_base_model_learns_to_rank_and_nothing_else(tmp_path):
     asked |= long_histories(model, [7, 0, 2])
     before = model.recommend(input_ids, mask, **asked)
     model.freeze_base_model()
-    losses = run_trainer(tmp_path, model, second_stage_rows(model), collator=Collator(PAD), max_steps=8)
+    losses = run_trainer(tmp_path, model, second_stage_rows(model), collator=TrainingCollator(), max_steps=8)
     assert losses[-1] != losses[0]
     after = model.eval().recommend(input_ids, mask, **asked)
     for name in ("item_indices", "generation_scores", "dense_scores"):

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.cache_utils import DynamicCache
 
-from recipes.data.encoding import encode, padded
+from recipes.data.encoding import HistoryEncoder, padded, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 from tokenization import SemanticIdTokenizer
 
@@ -56,7 +56,8 @@ class PoolCollator:
         positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
         batch = self.collate([self._with(*pair) for pair in zip(rows, positives.tolist(), strict=True)])
         if self.tensors["made_at"] >= 0:
-            batch["hard_negatives"], batch["excluded_positives"] = negatives, favorites
+            batch = with_item_set(batch, "hard_negatives", negatives)
+            batch = with_item_set(batch, "excluded_positives", favorites)
         return batch
 
     def _with(self, row: dict, favorite: int) -> dict:
@@ -210,11 +211,10 @@ class RankingDrivenEnhancer(StatefulCallback):
     def _score(self, users: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Pool `[b, K]` (item indices), its log P and ranking probability, and which of it may be used, all `[b, K]`."""
         model, device = self.model, self.model.device
-        before = slice(-1 - self.max_items, -1)
         columns = [column for column in (self.items, self.behaviors, self.timestamps) if column is not None]
-        histories = [[np.asarray(column[user][before], dtype=np.int64) for user in users] for column in columns]
+        histories = [[column[user][:-1] for user in users] for column in columns]
         requests = None if self.timestamps is None else [self.timestamps[user][-1] for user in users]
-        batch = encode(self.tokenizer, *histories, query_time=requests).to(device)
+        batch = HistoryEncoder(self.tokenizer, self.max_items)(*histories, query_time=requests, device=device)
         own = [torch.as_tensor(np.asarray(self.items[user], dtype=np.int64)) for user in users]
         if self.pool == "beam":
             best = model.recommend(

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import set_seed
 
@@ -32,10 +32,11 @@ from recipes.data.leave_one_out import TARGETS, columns_read, leave_one_out, uns
 from recipes.data.movielens import LIKED_FROM, movielens_1m
 from recipes.data.text_encoders import encode_texts, minilm_folder
 from recipes.data.training_datasets import held_out_rows, history_rows
-from recipes.evaluation.inference import load_metric
+from recipes.evaluation.inference import Measurement, batches, load_metric
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.unigrf.report import collect
 from recipes.training.adaptive_weighter import AdaptiveWeighter
+from recipes.training.collator import TrainingCollator
 from recipes.training.enhancer import ENHANCER_OPTIONS, RankingDrivenEnhancer
 from recipes.training.loss_parts import LossParts
 from recipes.training.model_init import CONFIG_FIELDS, named
@@ -163,35 +164,26 @@ def check_targets(
 
 
 @torch.no_grad()
-def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
+def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split, whose `rows` end in the target (and its time). With one code
+    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split. With one code
     an item the output before the target scores every item, which is all of `generate`, and one that scores as others do stands
     in their middle; else the beams of `recommend` do, and what is none of them counts nothing. One cache serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
     liked, is_ranked = model.config.ranking_targets, model.config.ranking_loss_weight > 0
-    order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    block = layout.num_levels + 1
-    size = 128 if layout.num_levels == 1 else 32
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        read = [name for name in ("input_ids", "timestamps") if name in rows.column_names]
-        histories = {name: [rows[int(row)][name][:-block] for row in batch] for name in read}
-        padded = tokenizer.pad(histories, return_tensors="pt")
-        if "timestamps" in read:
-            padded["query_time"] = torch.tensor([rows[int(row)]["timestamps"][-1] for row in batch])
-        padded = padded.to(model.device)
-        targets = torch.tensor(split[batch]["target"], device=model.device)
-        cache, own = DynamicCache(), split[batch]["items"]
-        states = model.prefill(**padded, cache=cache)
+    how = Measurement(max_items=MAX_ITEMS, batch_size=128 if layout.num_levels == 1 else 32)
+    for rows, users, inputs in batches(model, tokenizer, split, how, "measuring"):
+        targets = torch.tensor([user["target"] for user in users], device=model.device)
+        cache, own = DynamicCache(), [user["items"] for user in users]
+        states = model.prefill(**inputs, cache=cache)
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])
             for row, items in enumerate(own):
                 logits[row, items] = -torch.inf
             others = (logits == score).sum(dim=1).clamp(min=1) - 1
-            ranks[batch] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
+            ranks[rows] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
         else:
             beams = {
                 "num_beams": BEAMS,
@@ -199,12 +191,12 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "ranking_weight": 0.0,
                 "ranking_target": liked[0],
             }
-            best = model.recommend(**padded, **beams, blocked_items=own, cache=cache)
-            ranks[batch] = target_ranks(best.item_indices.tolist(), targets.tolist())
+            best = model.recommend(**inputs, **beams, blocked_items=own, cache=cache)
+            ranks[rows] = target_ranks(best.item_indices.tolist(), targets.tolist())
         if is_ranked:
-            ranking = model.rank(**padded, candidates=targets[:, None], cache=cache, history_states=states)
+            ranking = model.rank(**inputs, candidates=targets[:, None], cache=cache, history_states=states)
             # Of any of the behaviors that are likes.
-            scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
+            scores[rows] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
     found = {}
     for k in (10, 50):  # where one item is to be found, HR is recall
         of_users = recall_and_ndcg(ranks, [k])
@@ -302,7 +294,7 @@ def run(args: ReproduceArguments) -> None:
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = UniGRFForCausalLM(config)
     model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
-    collate = DataCollatorForSeq2Seq(tokenizer)
+    collate = TrainingCollator()
     callbacks = [LossParts(model), Stopwatch()]
     if weighter:
         more = named(args.weighter_options or "{}", WEIGHTER_OPTIONS, "weighter_options")
@@ -359,7 +351,7 @@ def run(args: ReproduceArguments) -> None:
     chosen = [("generation_loss_weight", "ndcg@10"), ("ranking_loss_weight", "auc")]
     trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
     one_device(trainer.args)
-    trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
+    trainer.measure = lambda: measure(model, tokenizer, splits["validation"])
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
@@ -369,7 +361,7 @@ def run(args: ReproduceArguments) -> None:
         "epoch": tested / steps,
         # None for a refit, which has seen these targets.
         "validation": next((e for e in history if e.get("step") == tested and "eval_score" in e), None),
-        "test": measure(model.eval(), tokenizer, splits["test"], held_out["test"]),
+        "test": measure(model.eval(), tokenizer, splits["test"]),
         "seconds": history[-1]["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "targets never in training": unseen,
