@@ -42,7 +42,7 @@ from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
 from recipes.data.tables import check_rows, read_interactions, read_table
 from recipes.data.text_encoders import MINILM, content_embeddings
-from tokenization import CodebookHealth, ResidualKMeans, SemanticIdTokenizer
+from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
 from tokenization.vocabulary_layout import check_behaviors
 
 QUANTIZING = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
@@ -215,14 +215,14 @@ def prepare(args: PrepareArguments) -> Path:
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
     # What an earlier tokenizer says of its health is of its first items.
-    health = None if earlier is not None else tokenizer.provenance.get("health")
+    health = None if earlier is not None else tokenizer.provenance.get("codebook_statistics")
     ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
     record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health, "ordered_by": ordered_by}
     write_json(record_file, record)
     print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
     print(f"dropped {dropped_users:,} users with fewer than {args.min_interactions} interactions")
     if health is not None:
-        print(CodebookHealth(**health))
+        print(CodebookStatistics(**health))
     return output_dir
 
 

@@ -1,15 +1,15 @@
-"""Semantic ids: the quantizer, the ids that it gives, and the tokenizer over them."""
+"""Semantic IDs: the quantizer, the unique IDs made of its codes, and the tokenizer over them."""
 
 from .item_catalog import ItemCatalog
 from .residual_kmeans import ResidualKMeans
-from .semantic_ids import CodebookHealth, assign_suffixes, codebook_health
+from .semantic_ids import CodebookStatistics, assign_collision_tokens, codebook_statistics
 from .tokenization_unigrf import SemanticIdTokenizer
 
 __all__ = [
-    "CodebookHealth",
+    "CodebookStatistics",
     "ItemCatalog",
     "ResidualKMeans",
     "SemanticIdTokenizer",
-    "assign_suffixes",
-    "codebook_health",
+    "assign_collision_tokens",
+    "codebook_statistics",
 ]

@@ -1,6 +1,6 @@
-"""Histories of items to token arrays and back, vectorised: the work behind `SemanticIdTokenizer`'s methods."""
+"""Item histories to token IDs, vectorized: the encoding methods of `SemanticIdTokenizer`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -11,24 +11,73 @@ from .vocabulary_layout import PAD, UNKNOWN_TIME, VocabularyLayout
 
 
 def known_rows(catalog: ItemCatalog, item_ids: Sequence, unknown: str) -> tuple[np.ndarray, np.ndarray]:
-    """Catalog rows int64 [n], -1 where unknown, and which are known bool [n].
+    """Look up the catalog rows of item IDs.
 
-    `ValueError` if one is not and `unknown` is not "skip".
+    Args:
+        catalog: Catalog with N items.
+        item_ids: n IDs.
+        unknown: "error" rejects unknown IDs, "skip" marks them.
+
+    Returns:
+        The rows, int64 [n], -1 for an unknown ID, and a mask of the known IDs, bool [n].
+
+    Raises:
+        ValueError: An unknown ID with `unknown="error"`, or another value of `unknown`.
     """
     if unknown not in ("error", "skip"):
-        raise ValueError(f"expected unknown='error' or 'skip', found {unknown!r}")
+        raise ValueError(f"`unknown` must be 'error' or 'skip', got {unknown!r}. Pass 'skip' to drop unknown items.")
     rows = catalog.rows(item_ids)
     missing = np.flatnonzero(rows < 0)
     if len(missing) and unknown == "error":
         names = list(dict.fromkeys(str(item_ids[i]) for i in missing.tolist()))
         raise ValueError(
-            f"expected item ids of the catalog ({len(catalog.item_ids)} items), found {len(names)} unknown, for "
-            f"instance {names[:5]}: add them with `add_items`, or pass unknown='skip' to drop them"
+            f"Item IDs must be in the catalog ({len(catalog.item_ids)} items), got {len(names)} unknown, for instance "
+            f"{names[:5]}. Add them with `add_items`, or pass `unknown='skip'` to drop them."
         )
     return rows, rows >= 0
 
 
-def history_batch(
+def check_rows(catalog: ItemCatalog, rows: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
+    """Return catalog rows as an integer array [n].
+
+    Raises:
+        ValueError: A wrong shape or dtype, or a row out of range.
+    """
+    rows = _as_array(rows)
+    num_items = len(catalog.codes)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(
+            f"Catalog rows must be integers of shape [n], got {rows.dtype} {rows.shape}. Pass the result of "
+            "`item_indices`."
+        )
+    if _any_outside(rows, num_items):
+        raise ValueError(
+            f"Catalog rows must be in [0, {num_items}), got {rows.min()} to {rows.max()}. Pass rows of this catalog."
+        )
+    return rows
+
+
+def encode_indices(
+    layout: VocabularyLayout, catalog: ItemCatalog, item_index: np.ndarray, behavior_index: np.ndarray
+) -> np.ndarray:
+    """Encode one history; see `SemanticIdTokenizer.encode_indices`."""
+    rows = check_rows(catalog, item_index)
+    behavior_index = _as_array(behavior_index)
+    if behavior_index.shape != rows.shape or behavior_index.dtype.kind not in "iu":
+        raise ValueError(
+            f"`behavior_index` must be one integer per item, {rows.shape}, got {behavior_index.dtype} "
+            f"{behavior_index.shape}. Pass an index into `behaviors` for each item."
+        )
+    num_behaviors = len(layout.behaviors)
+    if _any_outside(behavior_index, num_behaviors):
+        raise ValueError(
+            f"`behavior_index` must be in [0, {num_behaviors}), got {behavior_index.min()} to {behavior_index.max()}. "
+            "Pass indices into `behaviors`."
+        )
+    return layout.encode(catalog.codes[rows], behavior_index)
+
+
+def encode_batch(
     layout: VocabularyLayout,
     catalog: ItemCatalog,
     items: Sequence,
@@ -37,169 +86,160 @@ def history_batch(
     unknown: str,
     timestamps: Sequence | None = None,
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """`encode_history` up to its output format: int64 columns [B, T], and whether it was a batch."""
+    """Encode a history or a batch of histories; see `SemanticIdTokenizer.encode_history`.
+
+    Returns:
+        int64 columns [B, T], padded on the left, and whether `items` was a batch.
+    """
+    # Flatten the histories and look up items, behaviors and times.
     if max_items is not None and max_items < 1:
-        raise ValueError(f"expected max_items >= 1 or None, found {max_items}")
-    items = _as_list(items)
-    if len(items) == 0:
-        raise ValueError(
-            "expected at least one item in a history, found an empty one: for a new user ask `model.recommend` with <bos> alone "
-            "(`encode_indices` of no items)"
-        )
-    batched = (
-        isinstance(items[0], list | tuple) or getattr(items[0], "ndim", 0) > 0
-    )  # an array or tensor, but no number
-    histories = [_as_list(one) for one in items] if batched else [items]
-    lengths = np.array([len(one) for one in histories])
-    if not lengths.all():
-        raise ValueError(f"expected at least one item in a history, found none in row {np.argmin(lengths)}")
-    ids = list(chain.from_iterable(histories))
-    rows, known = known_rows(catalog, ids, unknown)
-    actions = _behavior_indices(layout, behaviors, lengths, batched)
-    times = None if timestamps is None else _times(timestamps, lengths, batched)[known]
-    owner = np.repeat(np.arange(len(lengths)), lengths)[known]
-    lengths = np.bincount(owner, minlength=len(lengths))  # from here on without the skipped items
+        raise ValueError(f"`max_items` must be at least 1 or None, got {max_items}. Pass None to keep all items.")
+    histories, batched = _as_histories(items)
+    lengths = np.array([len(history) for history in histories])
+    rows, is_known = known_rows(catalog, list(chain.from_iterable(histories)), unknown)
+    behavior_index = _behavior_index(layout, behaviors, lengths, batched)
+    times = None if timestamps is None else _times(timestamps, lengths, batched)
+
+    # Drop the unknown items.
+    history_index = np.repeat(np.arange(len(lengths)), lengths)[is_known]
+    lengths = np.bincount(history_index, minlength=len(lengths))
     if not lengths.all():
         raise ValueError(
-            f"expected at least one known item in a history, found none in row {np.argmin(lengths)}: all of its item "
-            "ids are unknown to the catalog"
+            f"Each history must have at least one known item, got none in row {np.argmin(lengths)}: all of its item "
+            "IDs are unknown. Add the items with `add_items`, or drop the history."
         )
-    rows, actions = rows[known], actions[known]
-    ends = np.cumsum(lengths)
-    kept = lengths if max_items is None else np.minimum(lengths, max_items)
-    width = 1 + int(kept.max()) * (len(layout.codebook_sizes) + 1)
-    input_ids = np.full((len(kept), width), PAD, dtype=np.int64)
-    columns = {"input_ids": input_ids, "attention_mask": np.zeros_like(input_ids)}
+    codes = catalog.codes[rows[is_known]]
+    behavior_index = behavior_index[is_known]
+
+    # Encode the most recent items and pad on the left.
+    num_kept = lengths if max_items is None else np.minimum(lengths, max_items)
+    parts = [slice(end - count, end) for end, count in zip(np.cumsum(lengths), num_kept, strict=True)]
+    tokens = [layout.encode(codes[part], behavior_index[part]) for part in parts]
+    columns = {
+        "input_ids": _pad_left(tokens, PAD),
+        "attention_mask": _pad_left([np.ones_like(row) for row in tokens], 0),
+    }
     if times is not None:
-        columns["timestamps"] = np.full_like(input_ids, UNKNOWN_TIME)
-    for i, (end, count) in enumerate(zip(ends, kept, strict=True)):
-        part = slice(end - count, end)
-        one = layout.encode(catalog.codes[rows[part]], actions[part])
-        columns["input_ids"][i, width - len(one) :] = one
-        columns["attention_mask"][i, width - len(one) :] = 1
-        if times is not None:
-            columns["timestamps"][i, width - len(one) :] = layout.encode_times(times[part])
+        times = times[is_known]
+        columns["timestamps"] = _pad_left([layout.encode_times(times[part]) for part in parts], UNKNOWN_TIME)
     return columns, batched
 
 
-def decode_rows(
-    layout: VocabularyLayout, catalog: ItemCatalog, token_ids: np.ndarray | torch.Tensor | Sequence
-) -> np.ndarray | list[np.ndarray]:
-    """`decode_indices`: [T] -> int64 [n], [B, T] or B lists -> B arrays."""
-    flat, lengths, batched = _flatten(token_ids)
-    offsets = np.array(layout.code_offsets)
-    num_levels = len(offsets)
-    end = layout.size
-    if len(flat) and (flat.min() < 0 or flat.max() >= end):
-        wrong = int(np.flatnonzero((flat < 0) | (flat >= end))[0])
-        raise ValueError(f"expected token ids in [0, {end}), found {flat[wrong]} at {_place(wrong, lengths, batched)}")
-    position = np.flatnonzero(flat >= offsets[0])
-    codes = flat[position]
-    level = np.searchsorted(offsets, codes, side="right") - 1
-    owner = np.repeat(np.arange(len(lengths)), lengths)[position]
-    counter = np.arange(len(codes)) % num_levels
-    broken = level != counter
-    # The codes of an item are neighbors, and in one row.
-    inner = counter > 0
-    broken[1:] |= inner[1:] & ((np.diff(position) != 1) | (np.diff(owner) != 0))
-    whole = len(codes) // num_levels
-    if broken.any() or len(codes) % num_levels:
-        item = int(np.flatnonzero(broken)[0]) // num_levels if broken.any() else whole
-        first = item * num_levels
-        raise ValueError(
-            f"expected whole items of {num_levels} codes in level order, found "
-            f"{_spelling(layout, flat, position[first], lengths)} at {_place(position[first], lengths, batched)}"
-        )
-    spelled = (codes - offsets[level]).reshape(whole, num_levels)
-    rows = catalog.lookup(spelled)
-    if (rows < 0).any():
-        first = int(np.flatnonzero(rows < 0)[0]) * num_levels
-        raise ValueError(
-            f"expected spellings of items in the catalog, found "
-            f"{_spelling(layout, flat, position[first], lengths)} at {_place(position[first], lengths, batched)}, "
-            f"which spells none ({(rows < 0).sum()} such): "
-            "constrain generation to the catalog"
-        )
-    if not batched:
-        return rows
-    counts = np.bincount(owner, minlength=len(lengths)) // num_levels
-    return np.split(rows, np.cumsum(counts)[:-1]) if len(counts) else []
+def pad_timestamps(columns: MutableMapping, padding_side: str) -> MutableMapping:
+    """Pad the column `timestamps` of one history, if it exists, to the length of `input_ids` with -1.
+
+    Args:
+        columns: Lists by name; `input_ids` is padded already. Changed in place.
+        padding_side: "left" or "right".
+
+    Returns:
+        `columns`.
+    """
+    if "timestamps" in columns:
+        times = list(columns["timestamps"])
+        padding = [UNKNOWN_TIME] * (len(columns["input_ids"]) - len(times))
+        columns["timestamps"] = [*padding, *times] if padding_side == "left" else [*times, *padding]
+    return columns
 
 
-def _as_list(values: Iterable) -> list:
-    """Also of arrays, tensors and columns of a table; `ValueError` for a string, a list of letters to Python."""
+def _as_array(values: np.ndarray | torch.Tensor | Sequence) -> np.ndarray:
+    """Convert values to an array; an empty array becomes int64, because numpy reads an empty list as floats."""
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    return array if array.size else array.astype(np.int64)
+
+
+def _any_outside(values: np.ndarray, end: int) -> bool:
+    """Return whether any integer is outside [0, end), in one pass: an unsigned negative number exceeds any end."""
+    return len(values) > 0 and int(values.astype(np.int64, copy=False).view(np.uint64).max()) >= end
+
+
+def _as_list(name: str, values: Iterable) -> list:
+    """Convert a sequence, array, tensor or table column to a list.
+
+    Raises:
+        ValueError: A string, which Python would split into letters.
+    """
     if isinstance(values, str):
-        raise ValueError(f"expected a list with one value an item, found the one string {values!r}")
+        raise ValueError(
+            f"`{name}` must be a list with one value per item, got the string {values!r}. Put the string into a list."
+        )
     return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
 
 
-def _one_an_item(name: str, values: Sequence, lengths: np.ndarray, batched: bool) -> list:
-    """Values of all histories, one after another. `ValueError` unless each history has as many as items."""
-    rows = [_as_list(one) for one in values] if batched else [_as_list(values)]
-    found = [len(one) for one in rows]
-    if found != lengths.tolist():
+def _as_histories(items: Sequence) -> tuple[list[list], bool]:
+    """Return the histories as lists of item IDs, and whether `items` was a batch.
+
+    Raises:
+        ValueError: An empty batch or history, or a string in place of a list.
+    """
+    items = _as_list("items", items)
+    if len(items) == 0:
         raise ValueError(
-            f"expected as many {name} as items, {lengths.tolist()[:5]} in the first histories, found {found[:5]} "
-            f"(histories: {len(lengths)} of items, {len(found)} of {name})"
+            "`items` must have at least one item in a history, got an empty history. For a new user, call "
+            "`model.recommend` with <bos> alone (`encode_indices` of no items)."
+        )
+    # Arrays and tensors are histories; a 0-d array is an ID.
+    batched = isinstance(items[0], list | tuple) or getattr(items[0], "ndim", 0) > 0
+    histories = [_as_list("items", history) for history in items] if batched else [items]
+    if not all(histories):
+        empty = [len(history) for history in histories].index(0)
+        raise ValueError(
+            f"`items` must have at least one item in a history, got none in row {empty}. Drop the empty history."
+        )
+    return histories, batched
+
+
+def _flatten_per_item(name: str, values: Sequence, lengths: np.ndarray, batched: bool) -> list:
+    """Concatenate the values of all histories.
+
+    Raises:
+        ValueError: A history with different numbers of values and items.
+    """
+    rows = [_as_list(name, row) for row in values] if batched else [_as_list(name, values)]
+    num_values = [len(row) for row in rows]
+    if num_values != lengths.tolist():
+        raise ValueError(
+            f"`{name}` must have as many values as items, {lengths.tolist()[:5]} in the first histories, got "
+            f"{num_values[:5]} ({len(lengths)} histories of items, {len(num_values)} of {name}). Pass one value per "
+            "item."
         )
     return list(chain.from_iterable(rows))
 
 
-def _behavior_indices(
+def _behavior_index(
     layout: VocabularyLayout, behaviors: Sequence | None, lengths: np.ndarray, batched: bool
 ) -> np.ndarray:
-    """Behavior index of every item of every history, one after another: int64 [sum of lengths]."""
+    """Look up the behaviors of all histories, concatenated: int64 [sum of lengths]."""
     if behaviors is None:
         if len(layout.behaviors) > 1:
-            raise ValueError(f"expected a behavior for each item, one of {layout.behaviors}, found None")
+            raise ValueError(
+                f"`behaviors` must have a behavior for each item, one of {layout.behaviors}, got None. Pass one name "
+                "per item."
+            )
         return np.zeros(lengths.sum(), dtype=np.int64)
     index_of = {name: i for i, name in enumerate(layout.behaviors)}
-    names = _one_an_item("behaviors", behaviors, lengths, batched)
+    names = _flatten_per_item("behaviors", behaviors, lengths, batched)
     unknown = list(dict.fromkeys(str(name) for name in names if name not in index_of))
     if unknown:
-        raise ValueError(f"expected behaviors out of {layout.behaviors}, found {unknown[:5]}")
+        raise ValueError(
+            f"`behaviors` must be among {layout.behaviors}, got {unknown[:5]}. Rename or drop these behaviors."
+        )
     return np.array([index_of[name] for name in names], dtype=np.int64)
 
 
 def _times(timestamps: Sequence, lengths: np.ndarray, batched: bool) -> np.ndarray:
-    """Seconds of every item of every history, one after another, -1 where they are None: int64 [sum of lengths]."""
-    values = _one_an_item("timestamps", timestamps, lengths, batched)
-    flat = [UNKNOWN_TIME if value is None else value for value in values]
-    times = np.asarray(flat, dtype=np.float64)
+    """Convert the seconds of all histories, concatenated, None to -1: int64 [sum of lengths]."""
+    values = _flatten_per_item("timestamps", timestamps, lengths, batched)
+    times = np.asarray([UNKNOWN_TIME if value is None else value for value in values], dtype=np.float64)
     if not np.isfinite(times).all():
-        raise ValueError("expected timestamps in seconds, or None where they are not known, found NaN or infinity")
+        raise ValueError("`timestamps` must be seconds or None, got NaN or infinity. Pass None for an unknown time.")
     return times.astype(np.int64)
 
 
-def _flatten(token_ids: np.ndarray | torch.Tensor | Sequence) -> tuple[np.ndarray, np.ndarray, bool]:
-    """int64 [sum of lengths], the length of each row, and whether there were rows."""
-    if isinstance(token_ids, torch.Tensor):
-        token_ids = token_ids.detach().cpu().numpy()
-    is_list = isinstance(token_ids, list | tuple)
-    if is_list and token_ids and isinstance(token_ids[0], list | tuple | np.ndarray | torch.Tensor):
-        rows = [np.asarray(row) for row in token_ids]
-        strange = [row for row in rows if row.ndim != 1 or (row.size and row.dtype.kind not in "iu")]
-        if strange:
-            raise ValueError(f"expected rows of integer token ids [T], found {strange[0].dtype} {strange[0].shape}")
-        return np.concatenate(rows).astype(np.int64), np.array([len(row) for row in rows]), True
-    array = np.asarray(token_ids)
-    if array.ndim not in (1, 2) or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"expected integer token ids [T] or [B, T], found {array.dtype} {array.shape}")
-    flat = array.reshape(-1).astype(np.int64)
-    if array.ndim == 1:
-        return flat, np.array([len(flat)]), False
-    return flat, np.full(len(array), array.shape[1]), True
-
-
-def _spelling(layout: VocabularyLayout, flat: np.ndarray, start: int, lengths: np.ndarray) -> str:
-    tokens = list(layout.vocabulary())
-    ends = np.cumsum(lengths)
-    row_end = ends[np.searchsorted(ends, start, side="right")]
-    return repr(" ".join(tokens[i] for i in flat[start : min(row_end, start + len(layout.codebook_sizes))]))
-
-
-def _place(position: int, lengths: np.ndarray, batched: bool) -> str:
-    if not batched:
-        return f"position {position}"
-    row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-    return f"position {position - int(lengths[:row].sum())} of row {row}"
+def _pad_left(rows: list[np.ndarray], value: int) -> np.ndarray:
+    """Stack rows of different lengths, padded on the left with `value`: B arrays -> int64 [B, T]."""
+    width = max(len(row) for row in rows)
+    padded = np.full((len(rows), width), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        padded[i, width - len(row) :] = row
+    return padded

@@ -1,4 +1,4 @@
-"""The catalog behind a tokenizer: which item is spelled by which codes, both ways, and its two files."""
+"""The catalog of a tokenizer: lookups from items to codes and back, and its two files."""
 
 import hashlib
 import json
@@ -14,20 +14,23 @@ from safetensors.numpy import save_file
 
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, read_tensors
+from .semantic_ids import unique_codes
 
 
 @dataclass(frozen=True, eq=False)
 class ItemCatalog:
-    """Items, their unique codes and where these come from. Immutable: adding items gives a new catalog.
+    """Store items, their unique codes and the origin of the codes. Immutable: `extended` returns a new catalog.
 
-    item_ids: N distinct strings; a row of the catalog is an index into them.
-    codes: int32 [N, L], no two rows equal, `codes[:, l] < codebook_sizes[l]`.
-    codebook_sizes: L numbers whose product is below 2^63.
-    titles: N strings, or None.
-    quantizer: fitted, for the first L - 1 levels; None where the codes come from elsewhere.
-    provenance: JSON dict; `num_items` and `sha256` (of item ids and codes) are set here.
+    Attributes:
+        item_ids: N distinct strings. A catalog row is an index into this list.
+        codes: int32 [N, L]; no two rows are equal, and `codes[:, l] < codebook_sizes[l]`.
+        codebook_sizes: L sizes with a product below 2^63.
+        titles: N strings. None: no titles.
+        quantizer: Fitted quantizer of the first L - 1 levels. None: the codes come from elsewhere.
+        provenance: JSON dict. The catalog sets `num_items` and `sha256` (of item IDs and codes).
 
-    Raises `ValueError` where one of these does not hold.
+    Raises:
+        ValueError: A field that is not as described.
     """
 
     item_ids: list[str]
@@ -36,121 +39,186 @@ class ItemCatalog:
     titles: list[str] | None = None
     quantizer: ResidualKMeans | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    # Lookup tables, made here: id -> row, and the packed codes in order with their rows.
+    # Lookup tables: item ID -> row; sorted packed codes and their rows.
     _row_of_id: dict[str, int] = field(init=False, repr=False)
     _sorted_keys: np.ndarray = field(init=False, repr=False)
     _sorted_rows: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # A frozen dataclass is written to through its base class, and only here.
+        # Only this method writes to the frozen dataclass, through its base class.
         set_field = super().__setattr__
         set_field("codes", _check_codes(self.codes, self.codebook_sizes))
+
+        # Check the columns beside the codes.
         num_items = len(self.codes)
         if num_items == 0 or num_items != len(self.item_ids):
             raise ValueError(
-                f"expected at least one item and one row of codes an item, found {len(self.item_ids)} item ids and "
-                f"{num_items} rows of codes"
+                "`item_ids` and `codes` must have at least one item and equal lengths, got "
+                f"{len(self.item_ids)} item IDs and {num_items} rows of codes. Pass one row of codes per item ID."
             )
         set_field("_row_of_id", dict(zip(self.item_ids, range(num_items), strict=True)))
         if len(self._row_of_id) < num_items:
-            raise ValueError(f"expected distinct item ids, found {_repeated(self.item_ids)} more than once")
+            raise ValueError(_repeated_message(self.item_ids))
         if self.titles is not None and len(self.titles) != num_items:
-            raise ValueError(f"expected one title an item ({num_items}), found {len(self.titles)}")
+            raise ValueError(_titles_message(num_items, len(self.titles)))
         if self.quantizer is not None and self.quantizer.codebook_sizes != self.codebook_sizes[:-1]:
             raise ValueError(
-                f"expected a quantizer for all levels but the last, {self.codebook_sizes[:-1]}, found one for "
-                f"{self.quantizer.codebook_sizes}: append a suffix level to its codes (`assign_suffixes`)"
+                f"`quantizer` must have all levels but the last, {self.codebook_sizes[:-1]}, got "
+                f"{self.quantizer.codebook_sizes}. Append collision tokens to its codes (`assign_collision_tokens`)."
             )
+
+        # Build the lookup table from codes to rows.
         keys = self._pack(self.codes)
         order = np.argsort(keys)
         set_field("_sorted_keys", keys[order])
         set_field("_sorted_rows", order)
         repeated = np.flatnonzero(self._sorted_keys[1:] == self._sorted_keys[:-1])
         if len(repeated):
-            first, second = (self.item_ids[order[repeated[0] + i]] for i in (0, 1))
+            pair = [self.item_ids[row] for row in order[repeated[0] :][:2]]
             raise ValueError(
-                f"expected codes that no two items share, found {len(repeated)} repeated rows, for instance items "
-                f"{first!r} and {second!r}: append a suffix level (`assign_suffixes`)"
+                f"`codes` must be unique, got {len(repeated)} repeated rows, for instance of items {pair[0]!r} and "
+                f"{pair[1]!r}. Append collision tokens (`assign_collision_tokens`)."
             )
+
         try:
             provenance = json.loads(json.dumps(self.provenance))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"expected a provenance of JSON types, found one that is not ({error})") from error
+            raise ValueError(
+                f"`provenance` must hold JSON types, got a value that JSON cannot store ({error}). Convert the value "
+                "to a string, number, list or dict."
+            ) from error
         set_field("provenance", {**provenance, "num_items": num_items, "sha256": _fingerprint(self)})
 
+    @classmethod
+    def from_codes(
+        cls,
+        item_ids: Iterable,
+        codes: np.ndarray | torch.Tensor,
+        codebook_sizes: Sequence[int],
+        titles: Sequence[str] | None = None,
+        quantizer: ResidualKMeans | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> "ItemCatalog":
+        """Build a catalog from columns of any type; see `SemanticIdTokenizer.from_codes`."""
+        return cls(
+            as_new_ids(item_ids),
+            np.asarray(codes),
+            tuple(int(size) for size in codebook_sizes),
+            None if titles is None else as_titles(titles),
+            quantizer,
+            provenance or {},
+        )
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        item_ids: Iterable,
+        embeddings: np.ndarray | torch.Tensor,
+        quantizer: ResidualKMeans,
+        titles: Sequence[str] | None = None,
+        popularity: np.ndarray | Sequence[float] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> "ItemCatalog":
+        """Build a catalog of the quantizer's codes; see `SemanticIdTokenizer.from_embeddings`."""
+        codes, statistics = unique_codes(embeddings, quantizer, popularity)
+        provenance = {
+            **(provenance or {}),
+            "embedding_dim": quantizer.embedding_dim,
+            "seed": quantizer.seed,
+            "codebook_statistics": statistics.to_dict(),
+        }
+        sizes = (*quantizer.codebook_sizes, statistics.largest_group)
+        return cls.from_codes(item_ids, codes, sizes, titles, quantizer, provenance)
+
     def rows(self, item_ids: Iterable) -> np.ndarray:
-        """Row of each item id: n ids -> int64 [n], -1 where unknown."""
+        """Look up the row of each item ID: n IDs -> int64 [n], -1 for an unknown ID."""
         get = self._row_of_id.get
         return np.array([get(item_id, -1) for item_id in as_strings(item_ids)], dtype=np.int64)
 
     def lookup(self, codes: np.ndarray) -> np.ndarray:
-        """Row of each spelling: in-range integers [n, L] -> int64 [n], -1 where no item is spelled so."""
+        """Look up the row of each semantic ID: in-range integers [n, L] -> int64 [n], -1 for an unused ID."""
         keys = self._pack(codes)
-        found = np.minimum(np.searchsorted(self._sorted_keys, keys), len(self._sorted_keys) - 1)
-        return np.where(self._sorted_keys[found] == keys, self._sorted_rows[found], -1)
+        positions = np.minimum(np.searchsorted(self._sorted_keys, keys), len(self._sorted_keys) - 1)
+        return np.where(self._sorted_keys[positions] == keys, self._sorted_rows[positions], -1)
 
     def extended(
         self, item_ids: Iterable, embeddings: np.ndarray | torch.Tensor, titles: Sequence[str] | None
     ) -> "ItemCatalog":
-        """This catalog followed by new items, with frozen codebooks; the last level grows where it has to. Atomic ids
-        (one level) need no codebooks: new items take the next ones.
+        """Return this catalog with new items at its end; the codebooks stay frozen.
+
+        Each new item gets the next free collision token of its group, and the last level grows as needed. Atomic IDs
+        (one level) need no quantizer: new items take the next codes.
+
+        Args:
+            item_ids: n new IDs.
+            embeddings: Float [n, D]. Atomic IDs ignore the values.
+            titles: n strings. None: new items have empty titles if others have titles.
 
         Raises:
-            ValueError: several levels and no quantizer, known or repeated ids, embeddings that the quantizer refuses, or
-                another number of them or of titles than of ids.
+            ValueError: Several levels without a quantizer, known or repeated IDs, embeddings that the quantizer
+                rejects, or a wrong number of embeddings or titles.
         """
         if self.quantizer is None and len(self.codebook_sizes) > 1:
             raise ValueError(
-                "expected a catalog with a quantizer, found one built from given codes: pass `quantizer` to "
-                "`from_codes`, or use `from_embeddings`"
+                "`quantizer` must be set to add items of several levels, got a catalog built from codes alone. Pass "
+                "`quantizer` to `from_codes`, or use `from_embeddings`."
             )
         item_ids = as_new_ids(item_ids)
-        known = [item_id for item_id in item_ids if item_id in self._row_of_id]
-        if known:
-            raise ValueError(f"expected new item ids, found {len(known)} that exist already: {known[:5]}")
-        if len(set(item_ids)) < len(item_ids):
-            raise ValueError(f"expected distinct item ids, found {_repeated(item_ids)} more than once")
-        if titles is not None and len(titles) != len(item_ids):
-            raise ValueError(f"expected one title an item ({len(item_ids)}), found {len(titles)}")
-        prefixes = (
-            np.empty((len(embeddings), 0), np.int32) if self.quantizer is None else self.quantizer.encode(embeddings)
-        )
+        self._check_new_items(item_ids, titles)
+        if self.quantizer is None:
+            prefixes = np.empty((len(embeddings), 0), np.int32)
+        else:
+            prefixes = self.quantizer.encode(embeddings)
         if len(prefixes) != len(item_ids):
-            raise ValueError(f"expected one embedding an item ({len(item_ids)}), found {len(prefixes)}")
-        suffixes = self._next_suffixes(prefixes)
-        new = np.column_stack([prefixes, suffixes])
+            raise ValueError(
+                f"`embeddings` must have one row per item ({len(item_ids)}), got {len(prefixes)}. Pass the embeddings "
+                "in the order of `item_ids`."
+            )
+        collision_tokens = self._next_collision_tokens(prefixes)
+        new_codes = np.column_stack([prefixes, collision_tokens])
         all_titles = None
         if titles is not None or self.titles is not None:
-            # An item without a title has an empty one.
+            # An item without a title has an empty title.
             old_titles = self.titles or [""] * len(self.item_ids)
             all_titles = old_titles + (as_titles(titles) if titles is not None else [""] * len(item_ids))
-        width = max(self.codebook_sizes[-1], int(suffixes.max(initial=-1)) + 1)
+        last_size = max(self.codebook_sizes[-1], int(collision_tokens.max(initial=-1)) + 1)
         return replace(
             self,
             item_ids=self.item_ids + item_ids,
-            codes=np.concatenate([self.codes, new.astype(np.int32)]),
-            codebook_sizes=(*self.codebook_sizes[:-1], width),
+            codes=np.concatenate([self.codes, new_codes.astype(np.int32)]),
+            codebook_sizes=(*self.codebook_sizes[:-1], last_size),
             titles=all_titles,
         )
 
-    def _next_suffixes(self, prefixes: np.ndarray) -> np.ndarray:
-        """The next free suffixes of each group, in row order: int32 [n, L - 1] -> int64 [n]."""
+    def _check_new_items(self, item_ids: list[str], titles: Sequence[str] | None) -> None:
+        known = [item_id for item_id in item_ids if item_id in self._row_of_id]
+        if known:
+            raise ValueError(
+                f"`item_ids` must be new, got {len(known)} that exist already: {known[:5]}. Pass only new items."
+            )
+        if len(set(item_ids)) < len(item_ids):
+            raise ValueError(_repeated_message(item_ids))
+        if titles is not None and len(titles) != len(item_ids):
+            raise ValueError(_titles_message(len(item_ids), len(titles)))
+
+    def _next_collision_tokens(self, prefixes: np.ndarray) -> np.ndarray:
+        """Return the next free collision tokens of each group, in row order: int32 [n, L - 1] -> int64 [n]."""
         next_free: dict[bytes, int] = {}
-        # Packed keys sort by prefix first, so the last item of a group is just below the group's end.
+        # Keys sort by prefix first: a group's last item precedes its end.
         ends = np.column_stack([prefixes, np.full(len(prefixes), self.codebook_sizes[-1] - 1)])
         last = np.searchsorted(self._sorted_keys, self._pack(ends), side="right") - 1
-        suffixes = np.empty(len(prefixes), dtype=np.int64)
+        collision_tokens = np.empty(len(prefixes), dtype=np.int64)
         for i, prefix in enumerate(prefixes):
             key = prefix.tobytes()
             if key not in next_free:
                 codes = self.codes[self._sorted_rows[last[i]]]
                 next_free[key] = int(codes[-1]) + 1 if last[i] >= 0 and (codes[:-1] == prefix).all() else 0
-            suffixes[i] = next_free[key]
+            collision_tokens[i] = next_free[key]
             next_free[key] += 1
-        return suffixes
+        return collision_tokens
 
     def save(self, folder: str | Path, prefix: str = "") -> tuple[str, str]:
-        """Writes `items.json` and `semantic_ids.safetensors`, their names after `prefix`, and returns their paths."""
+        """Write `items.json` and `semantic_ids.safetensors`, their names after `prefix`, and return their paths."""
         items_path = Path(folder) / f"{prefix}{ITEMS_FILE}"
         ids_path = Path(folder) / f"{prefix}{SEMANTIC_IDS_FILE}"
         content = {
@@ -159,10 +227,11 @@ class ItemCatalog:
             "titles": self.titles,
             "item_ids": self.item_ids,
         }
-        items_path.write_bytes(
-            (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode()
-        )  # or nothing, if it cannot
-        tensors, metadata = {"item_codes": self.codes}, {}
+        # Encode before writing: an encoding error leaves the old file intact.
+        encoded = (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode()
+        items_path.write_bytes(encoded)
+        tensors = {"item_codes": self.codes}
+        metadata = {}
         if self.quantizer is not None:
             tensors |= self.quantizer.tensors()
             metadata = self.quantizer.metadata()
@@ -171,19 +240,24 @@ class ItemCatalog:
 
     @classmethod
     def load(cls, items_file: str | Path | None, semantic_ids_file: str | Path | None) -> "ItemCatalog":
-        """Reads what `save` wrote. `ValueError` if a file is missing, damaged, or belongs to another catalog."""
+        """Read the files that `save` wrote.
+
+        Raises:
+            ValueError: A file is missing or damaged, or belongs to another catalog.
+        """
         content = read_json_object(items_file, ITEMS_FILE)
         tensors, metadata = read_tensors(semantic_ids_file)
         missing = {"provenance", "codebook_sizes", "titles", "item_ids"} - content.keys()
         if missing or "item_codes" not in tensors:
             raise ValueError(
-                f"expected a saved catalog, found {ITEMS_FILE} without {sorted(missing)} and {SEMANTIC_IDS_FILE} "
-                f"with {sorted(tensors)} (it needs item_codes): save the folder again"
+                f"{items_file} and {semantic_ids_file} must hold a saved catalog, got {ITEMS_FILE} without "
+                f"{sorted(missing)} and {SEMANTIC_IDS_FILE} with {sorted(tensors)} (item_codes is required). Save "
+                "the folder again."
             )
         if len(content["item_ids"]) != len(tensors["item_codes"]):
             raise ValueError(
-                f"expected {ITEMS_FILE} and {SEMANTIC_IDS_FILE} of one catalog, found {len(content['item_ids'])} "
-                f"item ids and {len(tensors['item_codes'])} rows of codes: copy both files from the same folder"
+                f"{items_file} and {semantic_ids_file} must belong to one catalog, got {len(content['item_ids'])} "
+                f"item IDs and {len(tensors['item_codes'])} rows of codes. Copy both files from the same folder."
             )
         catalog = cls(
             item_ids=content["item_ids"],
@@ -191,17 +265,19 @@ class ItemCatalog:
             codebook_sizes=tuple(content["codebook_sizes"]),
             titles=content["titles"],
             quantizer=ResidualKMeans.from_tensors(tensors, metadata) if "codebook_0" in tensors else None,
-            provenance=content["provenance"],
+            provenance=_with_current_keys(content["provenance"]),
         )
-        if catalog.provenance["sha256"] != content["provenance"].get("sha256"):
+        saved_hash = content["provenance"].get("sha256")
+        if catalog.provenance["sha256"] != saved_hash:
             raise ValueError(
-                f"expected item ids and codes of hash {content['provenance'].get('sha256')}, found "
-                f"{catalog.provenance['sha256']}: {ITEMS_FILE} and {SEMANTIC_IDS_FILE} are not of one catalog, or "
-                "were edited; copy both files from the same folder"
+                f"{items_file} and {semantic_ids_file} must hold item IDs and codes of hash {saved_hash}, got "
+                f"{catalog.provenance['sha256']}. The files belong to different catalogs or were edited: copy both "
+                "files from the same folder."
             )
         return catalog
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
+        """Pack the codes of each row into one integer: [n, L] -> int64 [n]."""
         keys = np.zeros(len(codes), dtype=np.int64)
         for level, size in enumerate(self.codebook_sizes):
             keys *= size
@@ -210,55 +286,80 @@ class ItemCatalog:
 
 
 def as_strings(values: Iterable) -> list[str]:
-    """Ids of any type as the strings they are looked up by; arrays and tensors by their Python values."""
+    """Convert IDs of any type to the strings that the catalog stores; arrays and tensors by their Python values.
+
+    Raises:
+        ValueError: A string in place of a list.
+    """
     if isinstance(values, str):
-        raise ValueError(f"expected a list of ids or titles, found the one string {values!r}: put it into a list")
+        raise ValueError(f"`item_ids` must be a list of IDs, got the string {values!r}. Put the string into a list.")
     if isinstance(values, np.ndarray | torch.Tensor):
         values = values.tolist()
     return [str(value.item() if isinstance(value, torch.Tensor) else value) for value in values]
 
 
 def as_new_ids(values: Iterable) -> list[str]:
-    """Ids that items shall have; `ValueError` if one is None."""
+    """Convert the IDs of new items to strings.
+
+    Raises:
+        ValueError: An ID is None, or `values` is a string.
+    """
     if not isinstance(values, str):
         values = values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
         if None in values:
             raise ValueError(
-                f"expected an id for each item, found None in place {values.index(None)} of {len(values)}: give it one"
+                f"`item_ids` must have an ID for each item, got None at index {values.index(None)} of {len(values)}. "
+                "Give the item an ID."
             )
     return as_strings(values)
 
 
 def as_titles(values: Iterable) -> list[str]:
-    """Titles as strings; one that is missing (None, or a table's NaN) is empty."""
+    """Convert titles to strings; a missing title (None or the NaN of a table) becomes empty."""
     return as_strings("" if value is None or value != value else value for value in values)
+
+
+def _with_current_keys(provenance: dict[str, Any]) -> dict[str, Any]:
+    # Version 0.1 saved the statistics as "health"; read it until 0.3.
+    if "health" in provenance and "codebook_statistics" not in provenance:
+        return {"codebook_statistics" if key == "health" else key: value for key, value in provenance.items()}
+    return provenance
 
 
 def _check_codes(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     if codes.ndim != 2 or codes.shape[1] != len(sizes) or not sizes or codes.dtype.kind not in "iu":
         raise ValueError(
-            f"expected integer codes [N, L] with one codebook size a level, found {codes.dtype} {codes.shape} and "
-            f"the sizes {sizes}"
+            f"`codes` must be integers [N, L] with one codebook size per level, got {codes.dtype} {codes.shape} and "
+            f"the sizes {sizes}. Pass one size for each column of `codes`."
         )
     product = 1
     for size in sizes:
         product *= size
     if min(sizes) < 1 or max(sizes) > 2**31 or product >= 2**63:
-        raise ValueError(f"expected codebook sizes from 1 to 2^31 whose product is below 2^63, found {sizes}")
+        raise ValueError(
+            f"`codebook_sizes` must be from 1 to 2^31 with a product below 2^63, got {sizes}. Use smaller codebooks "
+            "or fewer levels."
+        )
     wrong = np.argwhere((codes < 0) | (codes >= np.array(sizes)))
     if len(wrong):
         row, level = wrong[0]
         raise ValueError(
-            f"expected codes in [0, K) for the codebook sizes {sizes}, found {codes[row, level]} in row {row}, level "
-            f"{level} ({len(wrong)} codes are out of range)"
+            f"`codes` must be in [0, K) for the codebook sizes {sizes}, got {codes[row, level]} in row {row}, level "
+            f"{level} ({len(wrong)} codes are out of range). Correct these codes or raise `codebook_sizes`."
         )
     codes = np.array(codes, dtype=np.int32, order="C")
-    codes.flags.writeable = False  # the lookup tables are derived from it
+    # Read-only, because the lookup tables are derived from the codes.
+    codes.flags.writeable = False
     return codes
 
 
-def _repeated(item_ids: list[str]) -> list[str]:
-    return [item_id for item_id, count in Counter(item_ids).items() if count > 1][:5]
+def _repeated_message(item_ids: list[str]) -> str:
+    repeated = [item_id for item_id, count in Counter(item_ids).items() if count > 1][:5]
+    return f"`item_ids` must be distinct as strings, got {repeated} more than once. Remove the duplicates."
+
+
+def _titles_message(num_items: int, num_titles: int) -> str:
+    return f'`titles` must have one title per item ({num_items}), got {num_titles}. Pass "" for an item without title.'
 
 
 def _fingerprint(catalog: ItemCatalog) -> str:

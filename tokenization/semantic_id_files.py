@@ -1,8 +1,8 @@
-"""The two files that a semantic-id folder adds to a tokenizer's own: their names, and reading them with clear errors.
+"""The two files that a folder of semantic IDs adds to a tokenizer's own files: names and readers with clear errors.
 
-`semantic_ids.safetensors` holds the codebooks (`codebook_0` ... float32 [K, D]) with the quantizer's settings in its
-metadata, and in a tokenizer's folder also the item codes (`item_codes` int32 [N, L]). `items.json` holds item ids,
-titles and provenance.
+`semantic_ids.safetensors` holds the codebooks (`codebook_0`, ..., float32 [K, D]) and the quantizer's settings as
+metadata. In a tokenizer's folder it also holds the item codes (`item_codes`, int32 [N, L]).
+`items.json` holds item IDs, titles and provenance.
 """
 
 import json
@@ -17,7 +17,11 @@ SEMANTIC_IDS_FILE = "semantic_ids.safetensors"
 
 
 def read_tensors(path: str | Path | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a safetensors file into numpy arrays and its metadata. `ValueError` if it is missing or damaged."""
+    """Read the arrays and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
     path = _require_file(path, SEMANTIC_IDS_FILE)
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -25,30 +29,40 @@ def read_tensors(path: str | Path | None) -> tuple[dict[str, np.ndarray], dict[s
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"expected a complete safetensors file at {path}, found one that cannot be read ({error}): it is "
-            "truncated or damaged, save or download it again"
+            f"{path} must be a complete safetensors file, got a truncated or damaged file ({error}). Save or download "
+            "the file again."
         ) from error
 
 
 def read_json_object(path: str | Path | None, name: str) -> dict[str, Any]:
-    """Reads a JSON file that holds one object. `ValueError` if it is missing, damaged or something else."""
+    """Read a JSON file that holds one object.
+
+    Args:
+        path: Path of the file. None: the file is missing.
+        name: File name for the error message.
+
+    Raises:
+        ValueError: The file is missing or damaged, or holds another JSON type.
+    """
     path = _require_file(path, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    # JSONDecodeError and UnicodeDecodeError are both ValueErrors.
+    except ValueError as error:
         raise ValueError(
-            f"expected a complete JSON file at {path}, found one that cannot be read ({error}): it is truncated or "
-            "damaged, save or download it again"
+            f"{path} must be a complete JSON file, got a truncated or damaged file ({error}). Save or download the "
+            "file again."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {path}, found a {type(content).__name__}: save the folder again")
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}. Save the folder again.")
     return content
 
 
 def _require_file(path: str | Path | None, name: str) -> Path:
     if path is None or not Path(path).is_file():
+        place = "" if path is None else f" at {path}"
         raise ValueError(
-            f"expected the file {name} beside the other tokenizer files, found none: a folder that was saved with "
-            "`save_pretrained` has it, copy or download the whole folder"
+            f"{name} must stand beside the other tokenizer files, got no file{place}. Copy or download the whole "
+            "folder that `save_pretrained` wrote."
         )
     return Path(path)

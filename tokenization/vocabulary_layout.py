@@ -1,4 +1,4 @@
-"""Which token has which id: the special tokens, the behaviors, then the codes level by level."""
+"""The vocabulary layout: special tokens, then behaviors, then the codes level by level."""
 
 import string
 from collections.abc import Sequence
@@ -8,19 +8,22 @@ from functools import cached_property
 import numpy as np
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-PAD, BOS = 0, 1
+PAD = 0
+BOS = 1
 UNKNOWN_TIME = -1
 
 
 @dataclass(frozen=True)
 class VocabularyLayout:
-    """Token ids by arithmetic.
+    """Compute token IDs by arithmetic.
 
-    behaviors: what `check_behaviors` returns.
-    codebook_sizes: L numbers, L <= 26 (levels are named by letters). The last level ends the vocabulary, where it
-        can grow.
+    Attributes:
+        behaviors: Behavior names, as `check_behaviors` returns them.
+        codebook_sizes: L sizes, at most 26 because a letter names each level. The last level ends the vocabulary, so
+            it can grow.
 
-    Raises `ValueError` for more levels than letters.
+    Raises:
+        ValueError: More levels than letters.
     """
 
     behaviors: tuple[str, ...]
@@ -28,15 +31,18 @@ class VocabularyLayout:
 
     def __post_init__(self) -> None:
         if len(self.codebook_sizes) > len(string.ascii_lowercase):
-            raise ValueError(f"expected at most 26 levels, found {len(self.codebook_sizes)}: use fewer levels")
+            raise ValueError(
+                f"`codebook_sizes` must have at most 26 levels, got {len(self.codebook_sizes)}. Use fewer levels."
+            )
 
     @cached_property
     def behavior_token_ids(self) -> tuple[int, ...]:
+        """Token ID of each behavior."""
         return tuple(range(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + len(self.behaviors)))
 
     @cached_property
     def code_offsets(self) -> tuple[int, ...]:
-        """Token id of the first code of each level."""
+        """Token ID of the first code of each level."""
         first = len(SPECIAL_TOKENS) + len(self.behaviors)
         return tuple(first + sum(self.codebook_sizes[:level]) for level in range(len(self.codebook_sizes)))
 
@@ -50,14 +56,22 @@ class VocabularyLayout:
         return len(SPECIAL_TOKENS) + len(self.behaviors) + sum(self.codebook_sizes)
 
     def vocabulary(self) -> dict[str, int]:
-        """Token -> id, in the order of the ids."""
+        """Return a dict from token to token ID, in the order of the token IDs."""
         tokens = [*SPECIAL_TOKENS.values(), *(f"<{name}>" for name in self.behaviors)]
         for letter, size in zip(string.ascii_lowercase, self.codebook_sizes, strict=False):
             tokens += [f"<{letter}_{code}>" for code in range(size)]
         return {token: i for i, token in enumerate(tokens)}
 
     def encode(self, codes: np.ndarray, behavior_index: np.ndarray) -> np.ndarray:
-        """One history, unchecked: int32 codes [n, L], behavior indices [n] -> int64 [1 + n * (L + 1)]."""
+        """Encode one history without checking the inputs.
+
+        Args:
+            codes: int32 [n, L], the oldest item first.
+            behavior_index: Integers [n], indices into `behaviors`.
+
+        Returns:
+            int64 [1 + n * (L + 1)]: `<bos>`, then the codes and the behavior of each item.
+        """
         num_levels = len(self.codebook_sizes)
         tokens = np.empty(1 + len(codes) * (num_levels + 1), dtype=np.int64)
         tokens[0] = BOS
@@ -67,24 +81,37 @@ class VocabularyLayout:
         return tokens
 
     def encode_times(self, times: np.ndarray) -> np.ndarray:
-        """The time of each item for each of its tokens, the first item's for <bos>: int64 [n] -> [1 + n * (L + 1)]."""
+        """Repeat the time of each item for its tokens; `<bos>` takes the time of the first item.
+
+        Args:
+            times: int64 [n], in seconds, -1 for an unknown time.
+
+        Returns:
+            int64 [1 + n * (L + 1)].
+        """
         first = times[:1] if len(times) else [UNKNOWN_TIME]
         return np.concatenate([first, np.repeat(times, len(self.codebook_sizes) + 1)])
 
 
 def check_behaviors(behaviors: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple. `ValueError` unless they are distinct, at least one, and can be tokens of their own."""
+    """Return the behavior names as a tuple.
+
+    Raises:
+        ValueError: No name, repeated names, or names that cannot be tokens of their own.
+    """
     if isinstance(behaviors, str) or not behaviors or not all(isinstance(name, str) for name in behaviors):
-        raise ValueError(f"expected a list of at least one behavior name, found {behaviors!r}")
+        raise ValueError(
+            f'`behaviors` must be a list of at least one name, got {behaviors!r}. Pass names such as ["view", "like"].'
+        )
     reserved = {token.strip("<>") for token in SPECIAL_TOKENS.values()}
     for name in behaviors:
         level, _, code = name.partition("_")
         is_code = len(level) == 1 and level in string.ascii_lowercase and code.isdecimal()
         if not name or name in reserved or is_code or any(c.isspace() or c in "<>" for c in name):
             raise ValueError(
-                f"expected behavior names without spaces, '<' or '>' that are no special token or code, found "
-                f"{name!r}: rename it, e.g. add_to_cart"
+                "`behaviors` must be names without spaces, '<' or '>' that are no special token and no code, got "
+                f"{name!r}. Rename the behavior, for instance to add_to_cart."
             )
     if len(set(behaviors)) < len(behaviors):
-        raise ValueError(f"expected distinct behaviors, found {list(behaviors)}")
+        raise ValueError(f"`behaviors` must be distinct, got {list(behaviors)}. Remove the repeated names.")
     return tuple(behaviors)

@@ -24,7 +24,7 @@ from recipes.papers.taobao.tables import (
     scalars,
     table_shards,
 )
-from tokenization import ResidualKMeans, SemanticIdTokenizer, assign_suffixes, codebook_health
+from tokenization import ResidualKMeans, SemanticIdTokenizer, assign_collision_tokens, codebook_statistics
 
 DIM = 128
 CHUNK = 65_536  # items that are floats at a time: 34 MB
@@ -108,7 +108,7 @@ def encode(out: Path) -> dict:
 def make_unique(out: Path, last_level_size: int) -> dict:
     """The last column of `item_codes.npy`, and the health of the others."""
     codes, quantizer = np.load(out / "item_codes.npy", mmap_mode="r+"), ResidualKMeans.load(out)
-    suffixes = assign_suffixes(codes[:, :-1])
+    suffixes = assign_collision_tokens(codes[:, :-1])
     width = int(suffixes.max()) + 1
     if width > last_level_size:
         raise ValueError(
@@ -122,7 +122,7 @@ def make_unique(out: Path, last_level_size: int) -> dict:
     sample = np.linspace(0, len(codes) - 1, min(len(codes), CHUNK)).astype(np.int64)
     embeddings = np.load(out / "content_embeddings.npy", mmap_mode="r")
     approximation = quantizer.decode(codes[sample, :-1])
-    health = codebook_health(codes[:, :-1], quantizer.codebook_sizes, _floats(embeddings[sample]), approximation)
+    health = codebook_statistics(codes[:, :-1], quantizer.codebook_sizes, _floats(embeddings[sample]), approximation)
     print(health)
     return {"codebook_sizes": [*quantizer.codebook_sizes, width], "health": health.to_dict()}
 

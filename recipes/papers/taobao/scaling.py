@@ -37,7 +37,7 @@ from recipes.papers.taobao.prepare import TaobaoArguments
 from recipes.papers.taobao.report import table
 from recipes.papers.taobao.tables import BATCH_USERS, find_items
 from recipes.papers.taobao.train import TaobaoTrainArguments, build_model
-from tokenization import assign_suffixes, codebook_health
+from tokenization import assign_collision_tokens, codebook_statistics
 
 FULL = {"items": 35_400_000, "users": 8_790_000, "samples": 99_000_000}
 UNITS = {
@@ -126,8 +126,8 @@ def full_arrays(codes: np.ndarray) -> dict[str, float]:
     added = {"items": (sorting.added_resident + ids.nbytes) / 2**20}
     del ids
     with PeakMemory() as suffixes:
-        assign_suffixes(codes[:, :-1])
-        codebook_health(codes[:, :-1], SIZES[:-1])
+        assign_collision_tokens(codes[:, :-1])
+        codebook_statistics(codes[:, :-1], SIZES[:-1])
     return added | {"suffixes": suffixes.added_resident / 2**20}
 
 

@@ -5,16 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, collate, random_histories, run_trainer, watch_negatives
-from datasets import Dataset
+from helpers import (
+    ATOMIC,
+    build_enhancer,
+    build_model,
+    collate,
+    enhancer_rows,
+    random_histories,
+    run_trainer,
+    watch_negatives,
+)
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from modeling_unigrf import training_unigrf
-from recipes.training.enhancer import RankingDrivenEnhancer
-from tokenization import SemanticIdTokenizer
-
-ATOMIC = {"codebook_sizes": (40,), "num_items": 40, "embeddings": False, "code_negatives": 12}
 
 
 def labeled(model, lengths, seed=0):
@@ -130,26 +134,6 @@ def test_given_items_that_fit_nothing_are_refused():
         model(**{**batch, "attention_mask": square}, hard_negatives=torch.tensor([[1], [2]]))
 
 
-def users_of(model, count=6, length=9):
-    generator = np.random.default_rng(0)
-    lengths = [1] + [length] * (count - 1)  # of one item nothing is before the last
-    items = [generator.choice(model.catalog.num_items, size=size, replace=False).tolist() for size in lengths]
-    return items, [generator.integers(0, 2, size=size).tolist() for size in lengths]
-
-
-def build_enhancer(model, with_times=False, **options):
-    codes = model.catalog.item_codes.numpy()
-    ids = [f"i{number}" for number in range(len(codes))]
-    titles = [f"Film {number}" for number in range(len(codes))]
-    tokenizer = SemanticIdTokenizer.from_codes(
-        ids, codes, model.config.codebook_sizes, model.config.behaviors, titles=titles
-    )
-    options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
-    items, behaviors = users_of(model)
-    times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(one)).cumsum()) for one in items]
-    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times if with_times else None, **options)
-
-
 class Arguments:
     world_size, process_index, disable_tqdm = 1, 0, True
 
@@ -226,7 +210,7 @@ def test_logits_are_float32_in_a_training_in_bfloat16(similarity, sampling):
 
 def test_workers_that_persist_see_later_pools(tmp_path):
     enhancer = build_enhancer(build_model(**ATOMIC))
-    rows = rows_of(enhancer).to_list()
+    rows = enhancer_rows(enhancer).to_list()
     collate = enhancer.collator(DataCollatorForSeq2Seq(enhancer.tokenizer))
     # Spawned, as on macOS and Windows: a worker is handed the collator, and does not find it in memory.
     loader = DataLoader(
@@ -236,15 +220,6 @@ def test_workers_that_persist_see_later_pools(tmp_path):
     enhancer._refresh(Arguments(tmp_path), 1)
     found = torch.cat([batch["hard_negatives"] for batch in loader])
     assert torch.equal(found, enhancer.negatives)
-
-
-def rows_of(enhancer):
-    rows = []
-    for user, (items, behaviors) in enumerate(zip(enhancer.items, enhancer.behaviors, strict=True)):
-        tokens = enhancer.tokenizer.encode_indices(np.array(items), np.array(behaviors)).tolist()
-        rows.append({"user": user, "last": True, "input_ids": tokens, "attention_mask": [1] * len(tokens)})
-        rows[-1]["labels"] = tokens
-    return Dataset.from_list(rows)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +232,7 @@ def test_a_resumed_run_with_the_enhancer_equals_an_uninterrupted_one(tmp_path, i
         losses = run_trainer(
             tmp_path / folder,
             model,
-            rows_of(enhancer),
+            enhancer_rows(enhancer),
             resume,
             [enhancer],
             enhancer.collator(collate),
@@ -285,7 +260,7 @@ def test_relabelling_adds_a_favorite_as_the_next_item_of_the_last_row_only():
     model = build_model()
     enhancer = build_enhancer(model, pool="beam", relabel=True)
     enhancer.favorites[1] = torch.tensor([4, -1])
-    rows = [{**rows_of(enhancer)[1], "last": last} for last in (True, False)] + [rows_of(enhancer)[2]]
+    rows = [{**enhancer_rows(enhancer)[1], "last": last} for last in (True, False)] + [enhancer_rows(enhancer)[2]]
     batch = enhancer.collator(collate)(rows)
     tokens = model.layout.item_tokens(model.catalog.item_codes[4].long())
     length = len(rows[0]["input_ids"])

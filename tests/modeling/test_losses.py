@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, random_histories, watch_negatives
+from helpers import build_model, random_histories, watch_negatives
 
 from modeling_unigrf import supervision_unigrf, training_unigrf
 from recipes.training.adaptive_weighter import AdaptiveWeighter

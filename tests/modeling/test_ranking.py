@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, exact_scores, random_histories
+from helpers import build_model, exact_scores, random_histories
 from transformers.cache_utils import DynamicCache
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import GRID, TINY, preferring
 from datasets import load_from_disk
+from helpers import GRID, TINY, preferring
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

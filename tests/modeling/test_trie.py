@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import random_codes
+from helpers import random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

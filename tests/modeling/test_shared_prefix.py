@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
-from conftest import BACKBONES, build_model, random_histories
+from helpers import BACKBONES, build_model, random_histories
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, shared_prefix_unigrf

@@ -271,7 +271,10 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
         ({"interactions": changed(interactions_table(), 1, "item_id", "77")}, r"unknown item_id in 1 of 9.*\('77'\)"),
         ({"interactions": interactions_table()[4:]}, "expected users with 3 or more interactions, found at most 2"),
-        ({"interactions": changed(interactions_table(), 1, "behavior", "add to cart")}, "rename it, e.g. add_to_cart"),
+        (
+            {"interactions": changed(interactions_table(), 1, "behavior", "add to cart")},
+            "Rename the behavior, for instance to add_to_cart",
+        ),
         ({"interactions": changed(interactions_table(), 1, "behavior", "next")}, "behaviors other than 'next'"),
         ({"items": changed(items_table(), 3, "item_id", "001")}, r"duplicate item_id in 1 of 12.*row 3 \('001'\)"),
         ({"items": changed(items_table(), 6, "text", " ")}, r"an empty text in 1 of 12 rows.*row 6 \('006'\)"),

@@ -7,24 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, exact_scores, random_histories
+from helpers import NO_PROJECT, build_model, exact_scores, long_histories, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hub import NO_PROJECT
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, subhistory_unigrf
 from modeling_unigrf.subhistory_unigrf import retrieve
-
-
-def long_histories(model, lengths, seed=5):
-    """Right-padded long histories with repeats: `long_items` and `long_behaviors` of shape [B, H]."""
-    generator = torch.Generator().manual_seed(seed)
-    items = torch.full((len(lengths), max(lengths)), -1)
-    for row, length in enumerate(lengths):
-        items[row, :length] = torch.randint(model.catalog.num_items // 2, (length,), generator=generator)
-    behaviors = torch.randint(len(model.config.behaviors), items.shape, generator=generator)
-    return {"long_items": items, "long_behaviors": behaviors}
 
 
 def retrieve_one(embeddings, items, candidate, count, exclude):

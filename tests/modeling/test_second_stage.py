@@ -2,18 +2,13 @@
 
 import pytest
 import torch
-from conftest import build_model, random_histories, run_trainer
-from datasets import Dataset
-from test_subhistory import long_histories
+from helpers import build_model, long_histories, random_histories, run_trainer, second_stage_rows
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFForCausalLM, candidates_unigrf
 from modeling_unigrf.candidates_unigrf import with_targets
 from recipes.training.cached_candidates import CachedCandidates
 from recipes.training.collator import TrainingCollator
-from tokenization import SemanticIdTokenizer
-
-PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # for its padding alone
 
 CANDIDATES = torch.tensor([[3, 29, -1, 7], [0, 1, 2, -1], [11, 12, 13, 14]])
 
@@ -413,16 +408,6 @@ def test_beams_kept_for_steps_are_those_of_the_model_when_their_row_came_and_the
     )
     with pytest.raises(ValueError, match="every_steps of at least 1"):
         CachedCandidates(model, rows, 6, every_steps=0)
-
-
-def second_stage_rows(model, count=16) -> Dataset:
-    rows = []
-    for row in range(count):
-        input_ids, _, _ = random_histories(model, [row % 5 + 1], seed=row)
-        longer = {name: value[0].tolist() for name, value in long_histories(model, [row + 1], seed=row).items()}
-        ids = input_ids[0].tolist()
-        rows.append({"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, **longer})
-    return Dataset.from_list(rows)
 
 
 def test_kept_candidates_are_searched_for_at_the_time_of_the_true_item():

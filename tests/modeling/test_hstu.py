@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import build_model, random_histories, watch_negatives
+from helpers import build_model, random_histories, watch_negatives
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 

@@ -11,7 +11,7 @@ from recipes.evaluation import baselines
 from recipes.evaluation.baselines import ItemKNN, Popularity
 from recipes.evaluation.report import write_report
 
-METRICS = Path(__file__).parents[1] / "recipes" / "evaluation" / "metrics"
+METRICS = Path(__file__).parents[2] / "recipes" / "evaluation" / "metrics"
 
 
 @pytest.fixture(scope="module")

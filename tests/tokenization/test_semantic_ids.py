@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenization import assign_suffixes, codebook_health
+from tokenization import assign_collision_tokens, codebook_statistics
 
 
 @settings(max_examples=30, deadline=None)
@@ -15,7 +15,7 @@ def test_suffixes_make_codes_unique_and_count_from_zero_in_the_given_order(seed,
     codes = rng.integers(0, size, (num_items, levels))
     popularity = rng.integers(0, 4, num_items)
     for order in (None, popularity):
-        suffixes = assign_suffixes(codes, order)
+        suffixes = assign_collision_tokens(codes, order)
         groups: dict = {}
         for row in range(num_items):
             groups.setdefault(tuple(codes[row]), []).append(row)
@@ -26,32 +26,32 @@ def test_suffixes_make_codes_unique_and_count_from_zero_in_the_given_order(seed,
 
 def test_codes_too_wide_to_pack_into_64_bits_still_get_unique_suffixes():
     codes = np.random.default_rng(0).integers(0, 2, (50, 12)) * (2**20)
-    suffixed = np.column_stack([codes, assign_suffixes(codes)])
+    suffixed = np.column_stack([codes, assign_collision_tokens(codes)])
     assert len(np.unique(suffixed, axis=0)) == 50
 
 
 def test_suffixes_of_wrong_input_are_refused():
     with pytest.raises(ValueError, match=r"shape \[N, L\]"):
-        assign_suffixes(np.zeros(3, int))
-    with pytest.raises(ValueError, match=">= 0, found -1"):
-        assign_suffixes(np.array([[-1]]))
+        assign_collision_tokens(np.zeros(3, int))
+    with pytest.raises(ValueError, match="0 or larger, got -1"):
+        assign_collision_tokens(np.array([[-1]]))
     with pytest.raises(ValueError, match="2 numbers without NaN"):
-        assign_suffixes(np.zeros((2, 1), int), np.array([0.0, np.nan]))
+        assign_collision_tokens(np.zeros((2, 1), int), np.array([0.0, np.nan]))
     with pytest.raises(ValueError, match="2 numbers without NaN"):
-        assign_suffixes(np.zeros((2, 1), int), np.zeros(3))
+        assign_collision_tokens(np.zeros((2, 1), int), np.zeros(3))
 
 
-def test_health_measures_collisions_use_entropy_and_error():
+def test_statistics_measure_collisions_use_entropy_and_error():
     codes = np.array([[0, 0], [0, 0], [1, 2], [1, 3]])
     embeddings = np.array([[0.0], [2.0], [4.0], [6.0]])
-    health = codebook_health(codes, (2, 8), embeddings, embeddings + 1)
-    assert (health.num_items, health.collision_rate, health.largest_group) == (4, 0.5, 2)
-    assert health.utilization == (1.0, 3 / 8)
-    assert health.entropy == pytest.approx((1.0, 1.5))
-    assert health.perplexity == pytest.approx((2 / 2, 2**1.5 / 4))
-    assert health.reconstruction_error == pytest.approx(4 / 20)
-    assert health.to_dict()["utilization"] == [1.0, 3 / 8]
-    assert "50.0%" in str(health) and "0.2000" in str(health)
+    statistics = codebook_statistics(codes, (2, 8), embeddings, embeddings + 1)
+    assert (statistics.num_items, statistics.collision_rate, statistics.largest_group) == (4, 0.5, 2)
+    assert statistics.utilization == (1.0, 3 / 8)
+    assert statistics.entropy == pytest.approx((1.0, 1.5))
+    assert statistics.perplexity == pytest.approx((2 / 2, 2**1.5 / 4))
+    assert statistics.reconstruction_error == pytest.approx(4 / 20)
+    assert statistics.to_dict()["utilization"] == [1.0, 3 / 8]
+    assert "50.0%" in str(statistics) and "0.2000" in str(statistics)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_health_measures_collisions_use_entropy_and_error():
 def test_a_collapsed_codebook_warns_loudly_and_names_the_level(column):
     healthy = np.arange(1000) % 256
     with pytest.warns(UserWarning, match="COLLAPSED CODEBOOK: level 1 uses"):
-        codebook_health(np.column_stack([healthy, column]), (256, 256))
+        codebook_statistics(np.column_stack([healthy, column]), (256, 256))
 
 
 @pytest.mark.parametrize("num_items", [1, 3, 20, 300, 5000])
@@ -70,13 +70,13 @@ def test_random_codes_of_any_number_of_items_do_not_warn(num_items):
     codes = np.random.default_rng(0).integers(0, 256, (num_items, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        codebook_health(codes, (256, 256, 256))
+        codebook_statistics(codes, (256, 256, 256))
 
 
-def test_health_of_mismatched_input_is_refused():
+def test_statistics_of_mismatched_input_is_refused():
     with pytest.raises(ValueError, match="below the codebook sizes"):
-        codebook_health(np.array([[4]]), (4,))
-    with pytest.raises(ValueError, match="both or neither"):
-        codebook_health(np.array([[0]]), (4,), np.zeros((1, 2)))
+        codebook_statistics(np.array([[4]]), (4,))
+    with pytest.raises(ValueError, match="must both be set or both be None"):
+        codebook_statistics(np.array([[0]]), (4,), np.zeros((1, 2)))
     with pytest.raises(ValueError, match="one shape"):
-        codebook_health(np.array([[0]]), (4,), np.zeros((1, 2)), np.zeros((2, 2)))
+        codebook_statistics(np.array([[0]]), (4,), np.zeros((1, 2)), np.zeros((2, 2)))

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GRID, TINY, preferring
 from datasets import Dataset
+from helpers import GRID, TINY, preferring
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes.common import result_files

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import NO_PROJECT
 from huggingface_hub import ModelCard
 from transformers import HfArgumentParser
 
@@ -128,21 +129,6 @@ def approx(recommendations):
 
 
 # Elsewhere
-
-NO_PROJECT = """
-import sys
-class NoProject:  # an editable install would be found from everywhere
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_unigrf", "tokenization", "recipes"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, NoProject())
-try:
-    import modeling_unigrf
-except ModuleNotFoundError:
-    pass
-else:
-    raise AssertionError("the project is importable")
-"""
 
 ELSEWHERE = (
     NO_PROJECT
@@ -395,8 +381,8 @@ def test_unknown_items_are_an_error_or_skipped_everywhere_alike(recommender):
         ({"items": [], "behaviors": []}, {}, "at least one item"),
         ([], {}, "found an empty list"),
         ([[]], {}, "at least one item"),
-        ({"items": ["film 98"], "behaviors": ["like"]}, {"unknown": "skip"}, "all of its item ids are unknown"),
-        ({"items": ["film 5"]}, {}, "behaviors? .*found None"),
+        ({"items": ["film 98"], "behaviors": ["like"]}, {"unknown": "skip"}, "all of its item IDs are unknown"),
+        ({"items": ["film 5"]}, {}, "behaviors? .*got None"),
         ({"items": ["film 5"], "behaviors": ["bought"]}, {}, "bought"),
         ({**SHORT, "blocked": ["film 1"]}, {}, "keys among .*'blocked'"),
         ({"behaviors": ["like"]}, {}, "with `items`"),

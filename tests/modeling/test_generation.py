@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_model, exact_scores, random_histories
+from helpers import build_model, exact_scores, random_histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (

@@ -80,7 +80,7 @@ def test_equal_embeddings_have_equal_codes_whatever_stands_beside_them():
 
 def test_numbers_of_any_size_are_quantized_or_refused():
     points = clustered(60)
-    with pytest.raises(ValueError, match="numbers whose squares are infinite"):
+    with pytest.raises(ValueError, match="squares that are infinite"):
         ResidualKMeans((8, 8)).fit(1e19 * points)  # which ends the process within faiss
     tiny = ResidualKMeans((8, 8), normalize=True).fit(points)
     np.testing.assert_array_equal(tiny.encode(np.float32(1e-25) * points), tiny.encode(points))
@@ -107,23 +107,23 @@ def test_nan_is_refused_with_the_number_of_rows_and_the_first(quantizer):
     points[[17, 40], 2] = np.nan
     points[99, 0] = np.inf
     for method in (quantizer.encode, ResidualKMeans((4,)).fit):
-        with pytest.raises(ValueError, match="NaN or infinity in 3 of 100 rows, the first of them row 17"):
+        with pytest.raises(ValueError, match="NaN or infinity in 3 of 100 rows, the first in row 17"):
             method(points)
 
 
 def test_wrong_input_is_refused_with_what_was_expected_and_found(quantizer):
-    with pytest.raises(ValueError, match=r"width 8.*found width 5"):
+    with pytest.raises(ValueError, match=r"width 8.*got width 5"):
         quantizer.encode(np.zeros((2, 5), np.float32))
-    with pytest.raises(ValueError, match=r"shape \[N, D\], found float32 \(8,\)"):
+    with pytest.raises(ValueError, match=r"shape \[N, D\], got float32 \(8,\)"):
         quantizer.encode(np.zeros(8, np.float32))
-    with pytest.raises(ValueError, match=r"expected float embeddings.*int64"):
+    with pytest.raises(ValueError, match=r"`embeddings` must be floats.*int64"):
         quantizer.encode(np.zeros((2, 8), np.int64))
-    with pytest.raises(ValueError, match=r"as many embeddings as codes \(16.*found 10"):
+    with pytest.raises(ValueError, match=r"as many rows as codes \(16.*got 10"):
         ResidualKMeans((4, 16)).fit(clustered(10))
-    with pytest.raises(ValueError, match=r"codes in \[0, K\)"):
+    with pytest.raises(ValueError, match=r"`codes` must be in \[0, K\)"):
         quantizer.decode(np.array([[0, 16]]))
     for call in (ResidualKMeans().encode, ResidualKMeans().decode):
-        with pytest.raises(ValueError, match="call `fit` first"):
+        with pytest.raises(ValueError, match="Call `fit` first"):
             call(np.zeros((2, 8), np.float32))
     with pytest.raises(ValueError, match="codebook size"):
         ResidualKMeans(())
@@ -137,7 +137,7 @@ def test_a_saved_quantizer_encodes_as_before(quantizer, tmp_path):
 
 
 def test_a_truncated_or_missing_file_is_refused_by_name(quantizer, tmp_path):
-    with pytest.raises(ValueError, match=r"expected the file semantic_ids\.safetensors"):
+    with pytest.raises(ValueError, match=r"semantic_ids\.safetensors must stand beside"):
         ResidualKMeans.load(tmp_path)
     path = quantizer.save(tmp_path)
     for size in (4, path.stat().st_size // 2, path.stat().st_size - 1):

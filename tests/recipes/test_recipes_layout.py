@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOOR = {"prepare", "train", "evaluate", "recommend", "push_to_hub", "demo", "show"}
 # From the top down. A layer imports itself and those below; two packages of one layer do not import each other.
 LAYERS = [

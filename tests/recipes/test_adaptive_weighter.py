@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same_weights, build_model, histories_dataset, random_histories, run_trainer
+from helpers import assert_same_weights, build_model, histories_dataset, random_histories, run_trainer
 from transformers import TrainerState, TrainingArguments
 
 from modeling_unigrf import UniGRFCausalLMOutput, training_unigrf

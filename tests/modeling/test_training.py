@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     assert_same_weights,
     build_model,
     histories_dataset,
     random_histories,
     run_trainer,
+    second_stage_rows,
 )
 from safetensors.torch import load_file
-from test_second_stage import second_stage_rows
 from transformers import TrainingArguments
 
 from recipes.training.cached_candidates import CachedCandidates
 from recipes.training.loss_parts import LossParts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
@@ -54,10 +54,8 @@ WORKER = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
-from conftest import build_model
-from test_enhancer import ATOMIC, build_enhancer, rows_of
-from test_second_stage import second_stage_rows
-from conftest import AdaptiveWeighter, collate, histories_dataset, run_trainer
+from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer, second_stage_rows
+from recipes.training.adaptive_weighter import AdaptiveWeighter
 from recipes.training.cached_candidates import CachedCandidates
 from safetensors.torch import save_file
 from transformers import TrainingArguments
@@ -76,7 +74,7 @@ for name, resume in (("whole", None), ("resumed", {out!r} + "/checkpoint-3")):
 model = build_model(**ATOMIC)
 enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
-run_trainer({out!r}, model, rows_of(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
+run_trainer({out!r}, model, enhancer_rows(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
 model = build_model(num_retrieved_items=3)
 kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
 kept._propose(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from safetensors.torch import load_file, save_file
 
 from modeling_unigrf import UniGRFForCausalLM

@@ -87,15 +87,14 @@ def test_the_vocabulary_is_specials_then_behaviors_then_codes_with_the_growing_l
     assert tokenizer.config_fields() == {
         "vocab_size": 22 + last,
         "codebook_sizes": [8, 8, last],
-        "code_offsets": [6, 14, 22],
         "behaviors": ["view", "like"],
-        "behavior_token_ids": [4, 5],
         "num_items": 300,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     json.dumps(tokenizer.config_fields())
+    assert (tokenizer.code_offsets, tokenizer.behavior_token_ids) == ((6, 14, 22), (4, 5))
     assert tokenizer.padding_side == "left" and tokenizer.unk_token_id == 3
 
 
@@ -108,10 +107,11 @@ def test_popular_items_of_a_colliding_group_come_first_and_all_ids_are_unique(to
     assert (np.diff(order)[same] < 0).all()
 
 
-def test_provenance_holds_origin_seed_count_hash_and_health(tokenizer, quantizer):
+def test_provenance_holds_origin_seed_count_hash_and_statistics(tokenizer, quantizer):
     found = tokenizer.provenance
     assert (found["encoder"], found["embedding_dim"], found["seed"], found["num_items"]) == ("none", DIM, 0, 300)
-    assert found["health"]["collision_rate"] > 0 and 0 < found["health"]["reconstruction_error"] < 1
+    statistics = found["codebook_statistics"]
+    assert statistics["collision_rate"] > 0 and 0 < statistics["reconstruction_error"] < 1
     other = SemanticIdTokenizer.from_embeddings(range(300), embeddings_of(300), quantizer, ["view"])
     assert len(found["sha256"]) == 64 != other.provenance["sha256"]
 
@@ -167,58 +167,58 @@ def test_a_missing_title_is_an_empty_one_and_an_item_map_that_cannot_be_written_
 
 def test_unknown_items_are_named_or_skipped_with_their_behaviors():
     tokenizer = small_tokenizer(("view", "like"))
-    with pytest.raises(ValueError, match=r"found 6 unknown, for instance \['0', '1', '2', '3', '4'\]"):
+    with pytest.raises(ValueError, match=r"got 6 unknown, for instance \['0', '1', '2', '3', '4'\]"):
         tokenizer.item_indices([0, "x", 1, 2, 3, 4, 5])
     assert tokenizer.item_indices(["q", "z"], unknown="skip").tolist() == [2]
     skipped = tokenizer.encode_history(["q", "x", 7, "z"], ["like", "view", "like", "like"], unknown="skip")
     assert skipped == tokenizer.encode_history(["x", "z"], ["view", "like"])
-    with pytest.raises(ValueError, match="found none in row 1: all of its item ids are unknown"):
+    with pytest.raises(ValueError, match="got none in row 1: all of its item IDs are unknown"):
         tokenizer.encode_history([["x"], ["q"]], [["like"], ["like"]], unknown="skip")
 
 
 def test_malformed_histories_are_refused_with_what_is_wrong():
     tokenizer = small_tokenizer(("view", "like"))
-    with pytest.raises(ValueError, match="found None"):
+    with pytest.raises(ValueError, match="got None"):
         tokenizer.encode_history(["x"])
-    with pytest.raises(ValueError, match=r"found \['buy'\]"):
+    with pytest.raises(ValueError, match=r"got \['buy'\]"):
         tokenizer.encode_history(["x"], ["buy"])
-    with pytest.raises(ValueError, match="as many behaviors as items"):
+    with pytest.raises(ValueError, match="`behaviors` must have as many values as items"):
         tokenizer.encode_history([["x"], ["y", "z"]], [["like"], ["like"]])
     for empty in ([], [["x"], []]):
         with pytest.raises(ValueError, match="at least one item in a history"):
             tokenizer.encode_history(empty, empty)
-    with pytest.raises(ValueError, match="the one string 'xy'"):  # not a list of letters
+    with pytest.raises(ValueError, match="the string 'xy'"):  # not a list of letters
         tokenizer.encode_history("xy", ["like", "like"])
-    with pytest.raises(ValueError, match="the one string 'xy'"):
+    with pytest.raises(ValueError, match="the string 'xy'"):
         tokenizer.item_indices("xy")
     column = pd.Series(["x", "z"], index=[7, 9])  # what a filtered table has
     assert tokenizer.encode_history(column, pd.Series(["like", "view"])) == tokenizer.encode_history(
         ["x", "z"], ["like", "view"]
     )
-    with pytest.raises(ValueError, match="max_items >= 1"):
+    with pytest.raises(ValueError, match="`max_items` must be at least 1"):
         tokenizer.encode_history(["x"], ["like"], max_items=0)
-    with pytest.raises(ValueError, match="'error' or 'skip', found 'drop'"):
+    with pytest.raises(ValueError, match="'error' or 'skip', got 'drop'"):
         tokenizer.item_indices(["x"], unknown="drop")
-    with pytest.raises(ValueError, match=r"rows in \[0, 3\), found -1 to -1"):
+    with pytest.raises(ValueError, match=r"rows must be in \[0, 3\), got -1 to -1"):
         tokenizer.encode_indices(np.array([-1]), np.array([0]))
-    with pytest.raises(ValueError, match=r"behavior indices in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"`behavior_index` must be in \[0, 2\), got 2 to 2"):
         tokenizer.encode_indices(np.array([0]), np.array([2]))
-    with pytest.raises(ValueError, match="one integer behavior index an item"):
+    with pytest.raises(ValueError, match="one integer per item"):
         tokenizer.encode_indices(np.array([0]), np.array([0, 1]))
 
 
 @pytest.mark.parametrize(
     ("token_ids", "message"),
     [
-        ([1, 7, 9, 4], "'<a_2> <b_1>' at position 1, which spells none"),
-        ([[1, 5, 8, 4], [0, 1, 7, 9]], "'<a_2> <b_1>' at position 2 of row 1, which spells none"),
-        ([1, 8, 5], "whole items of 2 codes in level order, found '<b_0> <a_0>' at position 1"),
-        ([5, 8, 5], "whole items.*found '<a_0>' at position 2"),
-        ([[5, 8], [5, 4], [8, 4]], "whole items.*found '<a_0> <like>' at position 0 of row 1"),
-        ([5, 4, 8], "whole items.*found '<a_0> <like>' at position 0"),
-        ([5, -100], r"in \[0, 10\), found -100 at position 1"),
-        ([5.0, 8.0], "integer token ids"),
-        ([[5.7, 8.0]], "rows of integer token ids"),
+        ([1, 7, 9, 4], "'<a_2> <b_1>' at position 1, which encodes no item"),
+        ([[1, 5, 8, 4], [0, 1, 7, 9]], "'<a_2> <b_1>' at position 2 of row 1, which encodes no item"),
+        ([1, 8, 5], "whole items of 2 codes in level order, got '<b_0> <a_0>' at position 1"),
+        ([5, 8, 5], "whole items.*got '<a_0>' at position 2"),
+        ([[5, 8], [5, 4], [8, 4]], "whole items.*got '<a_0> <like>' at position 0 of row 1"),
+        ([5, 4, 8], "whole items.*got '<a_0> <like>' at position 0"),
+        ([5, -100], r"in \[0, 10\), got -100 at position 1"),
+        ([5.0, 8.0], r"integers \[T\] or \[B, T\]"),
+        ([[5.7, 8.0]], "rows of integers"),
     ],
 )
 def test_tokens_that_are_no_items_are_refused_with_spelling_and_position(token_ids, message):
@@ -235,25 +235,25 @@ def test_tokens_without_codes_decode_to_no_items():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"item_ids": ["x", "x", "z"]}, r"distinct item ids, found \['x'\]"),
-        ({"item_ids": [1, "1", 2]}, r"distinct item ids, found \['1'\]"),
-        ({"item_ids": ["x", "y"]}, "found 2 item ids and 3 rows"),
-        ({"codes": [[0, 0], [0, 1], [0, 0]]}, "no two items share, found 1 repeated rows.*'x' and 'z'|'z' and 'x'"),
-        ({"codes": [[0, 0], [0, 2], [1, 0]]}, "found 2 in row 1, level 1"),
-        ({"codes": [[0, 0], [0, -1], [1, 0]]}, "found -1 in row 1, level 1"),
-        ({"codes": [[0.0, 0], [0, 1], [1, 0]]}, "integer codes"),
-        ({"codebook_sizes": (3,)}, "one codebook size a level"),
-        ({"codebook_sizes": (2**40, 2**40)}, "product is below 2"),
-        ({"titles": ["one"]}, "one title an item"),
-        ({"item_ids": ["x", None, "z"]}, "found None in place 1 of 3"),
+        ({"item_ids": ["x", "x", "z"]}, r"distinct as strings, got \['x'\]"),
+        ({"item_ids": [1, "1", 2]}, r"distinct as strings, got \['1'\]"),
+        ({"item_ids": ["x", "y"]}, "got 2 item IDs and 3 rows"),
+        ({"codes": [[0, 0], [0, 1], [0, 0]]}, "`codes` must be unique, got 1 repeated rows.*'x' and 'z'|'z' and 'x'"),
+        ({"codes": [[0, 0], [0, 2], [1, 0]]}, "got 2 in row 1, level 1"),
+        ({"codes": [[0, 0], [0, -1], [1, 0]]}, "got -1 in row 1, level 1"),
+        ({"codes": [[0.0, 0], [0, 1], [1, 0]]}, "`codes` must be integers"),
+        ({"codebook_sizes": (3,)}, "one codebook size per level"),
+        ({"codebook_sizes": (2**40, 2**40)}, "product below 2"),
+        ({"titles": ["one"]}, "one title per item"),
+        ({"item_ids": ["x", None, "z"]}, "got None at index 1 of 3"),
         ({"codes": [[2**32, 0], [0, 1], [2, 0]], "codebook_sizes": (2**33, 2)}, "from 1 to 2"),
-        ({"behaviors": []}, "at least one behavior"),
-        ({"behaviors": "like"}, "list of at least one behavior"),
-        ({"behaviors": ["a_1"]}, "no special token or code"),
-        ({"behaviors": ["bos"]}, "no special token or code"),
+        ({"behaviors": []}, "list of at least one name"),
+        ({"behaviors": "like"}, "list of at least one name"),
+        ({"behaviors": ["a_1"]}, "no special token and no code"),
+        ({"behaviors": ["bos"]}, "no special token and no code"),
         ({"behaviors": ["add to cart"]}, "without spaces"),
-        ({"behaviors": ["like", "like"]}, "distinct behaviors"),
-        ({"quantizer": ResidualKMeans((4,))}, "for all levels but the last"),
+        ({"behaviors": ["like", "like"]}, "`behaviors` must be distinct"),
+        ({"quantizer": ResidualKMeans((4,))}, "have all levels but the last"),
         ({"provenance": {"encoder": object()}}, "JSON types"),
     ],
 )
@@ -295,23 +295,23 @@ def test_items_that_cannot_be_added_leave_the_tokenizer_as_it_was(tokenizer):
     nan = embeddings_of(2)
     nan[1] = np.nan
     cases = [
-        (["item0", "n"], embeddings_of(2), r"found 1 that exist already: \['item0'\]"),
-        (["n", "n"], embeddings_of(2), "distinct item ids"),
-        (["n", "m"], embeddings_of(3), r"one embedding an item \(2\), found 3"),
-        (["n", "m"], np.zeros((2, 5), np.float32), "width 6.*found width 5"),
-        (["n", "m"], nan, "NaN or infinity in 1 of 2 rows, the first of them row 1"),
-        ("nm", embeddings_of(2), "found the one string 'nm'"),
+        (["item0", "n"], embeddings_of(2), r"got 1 that exist already: \['item0'\]"),
+        (["n", "n"], embeddings_of(2), "distinct as strings"),
+        (["n", "m"], embeddings_of(3), r"one row per item \(2\), got 3"),
+        (["n", "m"], np.zeros((2, 5), np.float32), "width 6.*got width 5"),
+        (["n", "m"], nan, "NaN or infinity in 1 of 2 rows, the first in row 1"),
+        ("nm", embeddings_of(2), "got the string 'nm'"),
     ]
     for ids, embeddings, message in cases:
         with pytest.raises(ValueError, match=message):
             tokenizer.add_items(ids, embeddings)
-    with pytest.raises(ValueError, match="one title an item"):
+    with pytest.raises(ValueError, match="one title per item"):
         tokenizer.add_items(["n"], embeddings_of(1), titles=["a", "b"])
     tokenizer.add_tokens(["<extra>"])
-    with pytest.raises(ValueError, match="found 1 tokens added after it"):
+    with pytest.raises(ValueError, match="got 1 tokens added after it"):
         tokenizer.add_items([f"n{i}" for i in range(50)], embeddings_of(1).repeat(50, 0))
     assert before == (tokenizer.item_codes.tobytes(), tokenizer.item_ids, len(tokenizer) - 1, tokenizer.provenance)
-    with pytest.raises(ValueError, match="found one built from given codes"):
+    with pytest.raises(ValueError, match="got a catalog built from codes alone"):
         small_tokenizer().add_items(["n"], embeddings_of(1))
 
 
@@ -319,7 +319,7 @@ def test_new_items_of_atomic_ids_take_the_next_ones_and_no_item_at_all_is_a_bos(
     atomic = SemanticIdTokenizer.from_codes(["a", "b"], np.arange(2)[:, None], [2], ["view"])
     assert atomic.add_items(["c", "d"], embeddings_of(2)).tolist() == [[2], [3]]
     assert atomic.codebook_sizes == (4,) and atomic.decode_items(atomic.encode_history(["d"])["input_ids"]) == ["d"]
-    with pytest.raises(ValueError, match=r"one embedding an item \(1\), found 2"):
+    with pytest.raises(ValueError, match=r"one row per item \(1\), got 2"):
         atomic.add_items(["e"], embeddings_of(2))
     assert atomic.encode_indices([], []).tolist() == [atomic.bos_token_id]
 
@@ -434,7 +434,7 @@ def test_missing_truncated_and_mixed_up_files_are_refused(tokenizer, quantizer, 
     with pytest.raises(ValueError) as raised:
         SemanticIdTokenizer.from_pretrained(tmp_path / "one")
     if how != "truncated" or name != "tokenizer.json":  # that one transformers reads first, with a JSON error
-        assert name in str(raised.value) and "expected" in str(raised.value)
+        assert name in str(raised.value) and "must" in str(raised.value)
 
 
 def test_an_edited_item_map_of_the_same_length_is_refused_by_its_hash(tokenizer, tmp_path):
@@ -442,5 +442,20 @@ def test_an_edited_item_map_of_the_same_length_is_refused_by_its_hash(tokenizer,
     content = json.loads((tmp_path / "items.json").read_text())
     content["item_ids"][:2] = content["item_ids"][1::-1]
     (tmp_path / "items.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected item ids and codes of hash"):
+    with pytest.raises(ValueError, match="must hold item IDs and codes of hash"):
         SemanticIdTokenizer.from_pretrained(tmp_path)
+
+
+def test_statistics_of_a_0_1_folder_still_load(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "items.json").read_text())
+    content["provenance"]["health"] = content["provenance"].pop("codebook_statistics")
+    (tmp_path / "items.json").write_text(json.dumps(content))
+    assert SemanticIdTokenizer.from_pretrained(tmp_path).provenance == tokenizer.provenance
+
+
+def test_the_example_of_the_package_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "tokenization" / "README.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out

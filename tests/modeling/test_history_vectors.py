@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_model, exact_scores, random_histories
-from test_subhistory import long_histories
+from helpers import build_model, exact_scores, long_histories, random_histories
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_model
 from datasets import Dataset, DatasetDict, load_dataset
+from helpers import build_model
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
@@ -22,7 +22,7 @@ from recipes.data.histories import load_histories
 from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved
 from tokenization import SemanticIdTokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASKED = {"num_beams": 8, "num_return_sequences": 5}
 COLUMNS = ["user_id", "item_ids", "scores", "generation_scores", "ranking_scores", "dense_scores"]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONES, build_model, random_codes
+from helpers import BACKBONES, build_model, random_codes
 from transformers import AutoConfig
 
 from modeling_unigrf import HSTUConfig, UniGRFConfig, UniGRFForCausalLM
