@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from datasets import load_from_disk
-from transformers import HfArgumentParser
 
 from recipes import train
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.profiling import bf16_speed_up
 from recipes.common.run_tracking import Stages, made_by
@@ -136,4 +136,4 @@ def main(args: DemoArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0])
+    main(*parse_arguments(DemoArguments))

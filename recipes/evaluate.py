@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
@@ -243,7 +244,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
 
 
 if __name__ == "__main__":
-    arguments = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_arguments(EvaluateArguments)
     result = evaluate_checkpoint(arguments)
     for name in ("generation", "ranked"):
         print(name, ", ".join(f"{key} {value:.4f}" for key, value in result[name].items()))

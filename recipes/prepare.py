@@ -34,9 +34,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import HfArgumentParser
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
@@ -234,5 +234,4 @@ def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(PrepareArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
-    prepare(parser.parse_args_into_dataclasses()[0])
+    prepare(*parse_arguments(PrepareArguments))

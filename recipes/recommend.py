@@ -31,9 +31,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import whole_file
 from recipes.common.hashing import weights_hash
 from recipes.data.encoding import HistoryEncoder
@@ -234,4 +234,4 @@ def main(args: RecommendArguments, settings: RecommendSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser([RecommendArguments, RecommendSettings]).parse_args_into_dataclasses())
+    main(*parse_arguments(RecommendArguments, RecommendSettings))

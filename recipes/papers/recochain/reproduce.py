@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import command, made_by, one_process
 from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice
@@ -384,7 +384,7 @@ def run(args: ReproduceArguments) -> None:
 
 
 if __name__ == "__main__":
-    arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_arguments(ReproduceArguments)
     if arguments.collect:
         collect(Path(arguments.output_dir), Path(arguments.data_dir), arguments.collect)
     else:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
+from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import rounded
 from recipes.common.run_tracking import command, made_by, one_process
 from recipes.evaluation.inference import Measurement, candidates, load_metric
@@ -117,4 +117,4 @@ def run(args: SasrecArguments) -> dict:
 
 
 if __name__ == "__main__":
-    run(HfArgumentParser(SasrecArguments).parse_args_into_dataclasses()[0])
+    run(*parse_arguments(SasrecArguments))

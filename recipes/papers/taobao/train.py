@@ -30,10 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_of
 from recipes.common.profiling import PeakMemory
@@ -65,6 +66,15 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
+}
+# Defaults of `TrainingArguments` here.
+DEFAULTS = {
+    "max_steps": 300,
+    "num_train_epochs": 0,  # the stream has no end: see `train`
+    "save_total_limit": 1,  # a checkpoint holds the embeddings of all items
+    "report_to": "none",
+    "use_cpu": not torch.cuda.is_available(),
+    "adam_beta2": 0.98,
 }
 
 
@@ -309,16 +319,7 @@ def fit(
 
 def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, TrainingArguments]:
     """Command-line arguments, with defaults that suit this model unless given."""
-    parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
-    parser.set_defaults(
-        max_steps=300,
-        num_train_epochs=0,  # of a stream without an end: see `train`
-        save_total_limit=1,  # each holds the embeddings of all items
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        adam_beta2=0.98,
-    )
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_arguments(TaobaoTrainArguments, TrainingArguments, defaults=DEFAULTS, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import begin, command, last_checkpoint, made_by, one_device, one_process
 from recipes.data.leave_one_out import TARGETS, columns_read, leave_one_out, unseen_targets
@@ -374,7 +375,7 @@ def run(args: ReproduceArguments) -> None:
 
 
 if __name__ == "__main__":
-    arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_arguments(ReproduceArguments)
     if arguments.collect:
         collect(Path(arguments.output_dir))
     else:
