@@ -7,7 +7,7 @@ from transformers import AutoConfig, Trainer, TrainingArguments
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.training.adaptive_weighter import AdaptiveWeighter
-from recipes.training.enhancer import RankingDrivenEnhancer
+from recipes.training.enhancer import EnhancerOptions, RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
 torch.set_num_threads(1)
@@ -213,7 +213,8 @@ def build_enhancer(model, with_times=False, **options):
     options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
     items, behaviors = users_of(model)
     times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(one)).cumsum()) for one in items]
-    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times if with_times else None, **options)
+    times = times if with_times else None
+    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times, EnhancerOptions(**options))
 
 
 def enhancer_rows(enhancer):

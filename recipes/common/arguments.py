@@ -28,7 +28,7 @@ TRAINER_GROUP = "Options of transformers.TrainingArguments"
 
 
 def parse_arguments(
-    *dataclass_types: type, defaults: Mapping[str, Any] | None = None, arguments: Sequence[str] | None = None
+    *dataclass_types: Any, defaults: Mapping[str, Any] | None = None, arguments: Sequence[str] | None = None
 ) -> tuple[Any, ...]:
     """
     Parse the command line into dataclasses, and group the options in `--help` by dataclass.
@@ -45,7 +45,7 @@ def parse_arguments(
     for dataclass_type in dataclass_types:
         is_trainer = issubclass(dataclass_type, TrainingArguments)
         # transformers reads the title of a group from this attribute.
-        dataclass_type._argument_group_name = TRAINER_GROUP if is_trainer else title_of(dataclass_type)  # type: ignore[attr-defined]
+        dataclass_type._argument_group_name = TRAINER_GROUP if is_trainer else title_of(dataclass_type)
     parser = HfArgumentParser(list(dataclass_types))
     parser.set_defaults(**(defaults or {}))
     words = sys.argv[1:] if arguments is None else list(arguments)

@@ -47,8 +47,9 @@ class HistoryEncoder:
         Encode B histories, oldest item first: `input_ids` and `attention_mask` int64 `[B, T]`, padded on the left, and as
         far as they are known `timestamps [B, T]`, `query_time [B]` and the long histories.
         """
-        columns = {"items": items, "behaviors": behaviors, "timestamps": timestamps}
-        columns = {name: column for name, column in columns.items() if column is not None}
+        columns = {"items": items, "behaviors": behaviors}
+        if timestamps is not None:
+            columns["timestamps"] = timestamps
         recent = slice(-self.max_items if self.max_items else None, None)
         users = zip(*columns.values(), strict=True)
         rows = [encode_history(self.tokenizer, *(values[recent] for values in user)) for user in users]

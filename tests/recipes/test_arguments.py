@@ -63,6 +63,10 @@ def test_help_is_grouped_by_dataclass(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(FirstArguments, SecondArguments, TrainingArguments, arguments=["--help"])
     text = capsys.readouterr().out
-    places = [text.index(title) for title in ("\nWhat comes first:\n", "\nWhat comes second:\n", f"\n{TRAINER_GROUP}:\n")]
+    places = [
+        text.index(title) for title in ("\nWhat comes first:\n", "\nWhat comes second:\n", f"\n{TRAINER_GROUP}:\n")
+    ]
     assert places == sorted(places) and "The rest of" not in text
-    assert places[0] < text.index("--crops_per_epoch", places[0]) < places[1] < text.rindex("--union_items") < places[2]
+    assert (
+        places[0] < text.index("--crops_per_epoch", places[0]) < places[1] < text.rindex("--union_items") < places[2]
+    )

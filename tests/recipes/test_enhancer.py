@@ -289,7 +289,7 @@ def test_what_the_enhancer_cannot_do_is_said(tmp_path):
     with pytest.raises(ValueError, match="pools of at least 3 items"):
         small._refresh(Arguments(tmp_path), 1)
     small.items[0], small.behaviors[0] = [0], [1]  # but this user's can
-    small.threshold = 1.0
+    small.options.threshold = 1.0
     small._refresh(Arguments(tmp_path), 1)
     assert (small.negatives >= 0).sum(dim=1).tolist() == [3] + [2] * 5, "the others get what there is"
     assert small.found["enhancer_short_pools"] == pytest.approx(5 / 6)

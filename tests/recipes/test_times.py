@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import train
 from recipes.data import training_datasets as training_rows
+from recipes.data.prepared import PreparedData
 from recipes.data.windows import cut_windows
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.inference import Measurement, batches, candidates, invalid_items, like_auc
@@ -215,9 +216,8 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch)
     torch.manual_seed(42)  # as in the training: the untrained model
     untrained = train.build_model(
         train.ModelArguments(text_config=json.dumps(TIMED)),
-        SemanticIdTokenizer.from_pretrained(checkpoint),
-        torch.zeros(20, 4),
-        5,
+        train.DataArguments(data_dir="", max_items=5),
+        PreparedData(SemanticIdTokenizer.from_pretrained(checkpoint), DatasetDict(), torch.zeros(20, 4)),
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):
         moved = (layer.bias.times.weight != before.bias.times.weight)[:, 0]

@@ -29,8 +29,8 @@ from recipes.common.files import write_json
 from recipes.common.run_tracking import command, made_by, one_process
 from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
-from recipes.papers.recochain.report import COLUMNS, collect
-from recipes.training.model_init import LLAMA
+from recipes.papers.recochain.report import COLUMNS, RETIRED_ROWS, collect
+from recipes.training.arguments import LLAMA
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -38,7 +38,6 @@ BASE = {
     "window": 7,
     "batch_share": 1.0,  # of stage I's rows a step
     "retrieved": 10,
-    "exclude": False,
     "detach": False,
     "learned": True,
     "embedding": True,
@@ -56,7 +55,6 @@ ROWS: dict[str, dict] = {
     **{f"k{count}": {"retrieved": count} for count in (0, 1, 5, 20)},
     # As many items a step, and so as many steps, as with a window of 7 (the default's, unless `--window` gives it another).
     **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (7, 31, 127)},
-    "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
     "long": {"second_times": 3},
     "long-k0": {"second_times": 3, "retrieved": 0},
@@ -91,7 +89,7 @@ class ReproduceArguments:
     """One row of the table, or the table."""
 
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
-    row: str = field(default="default", metadata={"help": "What differs.", "choices": list(ROWS)})
+    row: str = field(default="default", metadata={"help": "What differs.", "choices": [*ROWS, *RETIRED_ROWS]})
     seed: int = field(default=0, metadata={"help": "Of weights, batches and dropout."})
     num_beams: list[int] = field(default_factory=lambda: [10, 20, 40, 256], metadata={"help": "Beams measured."})
     num_train_beams: int = field(default=20, metadata={"help": "Beams of stage II."})
@@ -145,7 +143,12 @@ class ReproduceArguments:
 
 
 def row_of(args: ReproduceArguments) -> dict:
-    """All that a row says."""
+    """Return all settings of a row; raise `ValueError` for one that can no longer be trained."""
+    if args.row in RETIRED_ROWS:
+        raise ValueError(
+            f"Expected a row among {list(ROWS)}, found {args.row!r}, which was measured with an option of version 0.1 "
+            "that is gone. Take another row, or version 0.1."
+        )
     return {**BASE, **ROWS[args.row], **({} if args.window is None else {"window": args.window})}
 
 
@@ -207,7 +210,6 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--per_device_train_batch_size={args.second_batch_size}",
         f"--learning_rate={args.second_learning_rate}",
         f"--num_retrieved_items={row['retrieved']}",
-        f"--exclude_candidate={row['exclude']}",
         f"--stop_gradient_history={row['detach']}",
         f"--freeze_base_model={row['freeze']}",
         f"--num_train_beams={args.num_train_beams}",

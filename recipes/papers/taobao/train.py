@@ -52,9 +52,10 @@ from recipes.papers.taobao.tables import (
     table_shards,
     user_histories,
 )
+from recipes.training.arguments import CONFIG_FIELDS, from_json, named
 from recipes.training.collator import TrainingCollator
 from recipes.training.loss_parts import LossParts
-from recipes.training.model_init import CONFIG_FIELDS, from_json, named
+from recipes.training.model_init import create_model
 from tokenization import SemanticIdTokenizer
 from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
 from tokenization.vocabulary_layout import VocabularyLayout
@@ -156,9 +157,7 @@ def build_model(
         **fields,
     )
     config.num_items = 1  # until the catalog comes: one of all items need not be made up first
-    model = UniGRFForCausalLM(config)
-    model.set_catalog(codes, embeddings)
-    return model
+    return create_model(config, codes, embeddings)
 
 
 def keep_embeddings(catalog: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
