@@ -1,4 +1,4 @@
-"""The READMEs: their files, tables, commands and snippets, and the commands of the committed results."""
+"""READMEs: their files, tables, commands and snippets, and the commands of committed results."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+from helpers import ROOT, TINY, short_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
@@ -19,12 +19,11 @@ from recipes.papers.unigrf import reproduce as reproduce_unigrf
 from recipes.results.tables import WRITTEN, with_tables
 from tokenization import SemanticIdTokenizer
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("file", WRITTEN, ids=["README.md", "recipes/results/README.md"])
-def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_committed_results(file):
+def test_readme_files_exist_and_tables_match_the_results(file):
     text = file.read_text()
     assert with_tables(text) == text
     for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
@@ -37,22 +36,23 @@ def test_the_readmes_name_files_that_exist_and_their_tables_are_made_from_the_co
 
 @pytest.mark.parametrize("file", WRITTEN, ids=lambda file: str(file.relative_to(ROOT)))
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_readmes_commands_are_understood(file, monkeypatch):
+def test_readme_commands_are_understood(file, monkeypatch):
     blocks = re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m recipes.")]
-    parse, parsed = HfArgumentParser.parse_args_into_dataclasses, []
+    parse = HfArgumentParser.parse_args_into_dataclasses
+    parsed = []
 
     def stop(parser, args=None, **kwargs):
         parsed.append(parse(parser, args, **kwargs))
-        raise SystemExit  # nothing is run
+        raise SystemExit  # before the recipe runs
 
     monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", stop)
     for _, _, module, *arguments in commands:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(SystemExit):
             runpy.run_module(module, run_name="__main__")
-    assert len(parsed) == len(commands) >= 4, "all were understood; argparse itself exits on others"
+    assert len(parsed) == len(commands) >= 4, "argparse exits on commands that it cannot parse"
 
 
 @pytest.mark.parametrize(
@@ -63,28 +63,31 @@ def test_the_readmes_commands_are_understood(file, monkeypatch):
         ("recochain_beauty", reproduce_recochain),
         ("recochain_beauty_llama", reproduce_recochain),
     ],
+    ids=short_id,
 )
-def test_the_command_of_every_committed_run_asks_for_what_was_run(name, recipe):
+def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
     file = Path(recipe.__file__).parent / "results" / f"{name}.json"
     for run in json.loads(file.read_text())["runs"]:
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
-        asked = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
-        # Beams and what is beside them are several in a command, and one in a run.
-        found = {one: value for one, value in run["arguments"].items() if one not in ("beams", "union", "ranked")}
-        assert {one: asked[one] for one in found} == found, run["made by"]["command"]
+        parsed = vars(HfArgumentParser(recipe.ReproduceArguments).parse_args_into_dataclasses(words)[0])
+        # A command holds several numbers of beams, a run one.
+        fields = {
+            field: value for field, value in run["arguments"].items() if field not in ("beams", "union", "ranked")
+        }
+        assert {field: parsed[field] for field in fields} == fields, run["made by"]["command"]
 
 
-def test_the_readme_snippets_run(tmp_path, monkeypatch):
+def test_readme_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) == 3
     monkeypatch.chdir(tmp_path)
-    ids = [str(number) for number in range(200)]  # stands in for MovieLens, of which nothing is in the repository
+    ids = [str(item) for item in range(200)]  # in place of MovieLens
     codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
     tokenizer = SemanticIdTokenizer.from_codes(ids, codes, (6, 6, 6), ["dislike", "like"], titles=ids)
     model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY, embedding_table_size=200))
     model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()))
     RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
-    names: dict = {}  # the last one goes on where the second one ends
+    names: dict = {}  # shared by the snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)

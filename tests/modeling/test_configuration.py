@@ -1,15 +1,15 @@
-"""What a config refuses, keeps and gives back."""
+"""The config: its checks, and what it saves and loads."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import BACKBONES, build_model, random_codes
+from helpers import BACKBONES, build_model, random_codes, short_id
 from transformers import AutoConfig
 
 from modeling_unigrf import HSTUConfig, UniGRFConfig, UniGRFForCausalLM
 
 
-def test_a_config_that_is_used_twice_is_left_as_it_was():
+def test_a_reused_text_config_is_not_changed():
     base = AutoConfig.for_model("llama", **BACKBONES["llama"])
     first = UniGRFConfig(text_config=base, codebook_sizes=[4, 4, 2])
     vocab_size = first.vocab_size
@@ -19,7 +19,7 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
     config = UniGRFConfig(negatives_per_item=4.0, codebook_sizes=[4, 4, 4, 4])
     model = UniGRFForCausalLM(config)
     model.set_catalog(random_codes(200, [4, 4, 4, 4], torch.Generator().manual_seed(0)))
-    assert model.config.next_logit_bias == pytest.approx(np.log(199 / 4)), "of the catalog that it has"
+    assert model.config.next_logit_bias == pytest.approx(np.log(199 / 4)), "computed from the size of the catalog"
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,19 @@ def test_a_config_that_is_used_twice_is_left_as_it_was():
         ({"num_train_beams": 5, "negatives_per_item": 1.0}, "Set negatives_per_item=0"),
         ({"max_long_items": 0}, "max_long_items of 1 or more"),
         ({"max_items": 0}, "max_items of 1 or more"),
-        ({"max_items": 0, "text_config": {"model_type": "bloom"}}, "max_items of 1 or more"),  # without positions
+        (
+            {"max_items": 0, "text_config": {"model_type": "bloom"}},
+            "max_items of 1 or more",
+        ),  # a backbone without positions
     ],
+    ids=short_id,
 )
-def test_configs_that_make_no_sense_are_refused(fields, message):
+def test_invalid_configs_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         UniGRFConfig(**fields)
 
 
-def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
+def test_integers_and_tuples_equal_floats_and_lists(tmp_path):
     text_config = HSTUConfig(dropout=0, layer_norm_eps=1)
     lists = {"code_offsets": (6, 8), "behavior_token_ids": (4, 5), "ranking_targets": ("next",)}
     lists |= {"codebook_sizes": (2, 2), "behaviors": ("dislike", "like"), "retrieval_behaviors": ("like",)}
@@ -79,14 +83,16 @@ def test_whole_numbers_and_tuples_are_as_good_as_fractions_and_lists(tmp_path):
     assert UniGRFConfig.from_pretrained(tmp_path, ranking_weight=2).ranking_weight == 2
 
 
-@pytest.mark.parametrize("changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=str)
-def test_a_spelling_that_is_changed_at_load_is_checked_as_a_new_one(changed, tmp_path):
+@pytest.mark.parametrize(
+    "changed", [{"codebook_sizes": [4, 4, 3, 2]}, {"pad_token_id": 7}], ids=["codebook_sizes", "pad_token_id"]
+)
+def test_token_ids_changed_at_load_are_checked_again(changed, tmp_path):
     build_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Token ids overlap"):
         UniGRFForCausalLM.from_pretrained(tmp_path, **changed)
 
 
-def test_tokens_that_spell_items_are_not_taken_away():
+def test_semantic_id_tokens_cannot_be_removed():
     model = build_model()
     needed = model.config.num_spelling_tokens
     assert model.resize_token_embeddings(needed + 3).num_embeddings == needed + 3

@@ -1,13 +1,12 @@
-"""Generation: what is generated exists, and the fast path gives what exact scoring and stock `generate` give."""
+"""Generation: generated items exist, and the search equals exact scoring and stock `generate`."""
 
 import pytest
 import torch
-from helpers import build_model, exact_scores, random_histories
+from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, random_histories, short_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StaticCache,
@@ -19,20 +18,16 @@ from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 
 
-class StockBeamSearch(UniGRFForCausalLM):
-    """The same model with transformers' own beam search; only the logits processor constrains it."""
-
-    _beam_search = GenerationMixin._beam_search
-
-
 def generated_items(model, sequences, prompt_length):
+    """Look up the items that follow the prompts; -1 for none."""
     return model.catalog.trie.lookup(sequences[:, prompt_length:] - torch.tensor(model.config.code_offsets))
 
 
 def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [5, 2, 1])
-    cache, chunks = None, []
+    cache = None
+    chunks = []
     for start, end in ((0, 3), (3, 17), (17, input_ids.shape[1])):
         with torch.no_grad():
             out = model(input_ids[:, start:end], mask[:, :end], cache=cache, use_cache=True)
@@ -46,7 +41,7 @@ def test_cached_equals_uncached_on_left_padded_ragged_batches(backbone):
         torch.testing.assert_close(cached[row, real], alone, atol=2e-5, rtol=1e-4)
 
 
-def test_a_beam_as_wide_as_the_catalog_equals_exact_scoring_of_every_item(backbone):
+def test_a_beam_of_the_whole_catalog_equals_exact_scoring(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 1])
     out = model.generate(
@@ -58,7 +53,7 @@ def test_a_beam_as_wide_as_the_catalog_equals_exact_scoring_of_every_item(backbo
         return_dict_in_generate=True,
     )
     items = generated_items(model, out.sequences, input_ids.shape[1]).view(2, -1)
-    assert items.shape[1] == model.config.num_items, "fewer items than beams: fewer results"
+    assert items.shape[1] == model.config.num_items, "as many results as there are items"
     assert all(sorted(row) == list(range(model.config.num_items)) for row in items.tolist()), "no duplicates"
     expected = exact_scores(model, input_ids, mask).gather(1, items)
     torch.testing.assert_close(out.sequences_scores.view(2, -1), expected, atol=2e-5, rtol=1e-4)
@@ -72,32 +67,31 @@ def test_the_fast_path_equals_stock_generate(backbone, num_beams):
     arguments = {"attention_mask": mask, "num_beams": num_beams, "num_return_sequences": num_beams}
     arguments |= {"output_scores": True, "return_dict_in_generate": True}
     fast = model.generate(input_ids, **arguments)
-    model.__class__ = StockBeamSearch
-    stock = model.generate(input_ids, **arguments)
+    stock = model.generate(input_ids, **arguments, **STOCK_BEAM_SEARCH)
     assert torch.equal(fast.sequences, stock.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
-class FavourOddTokens(LogitsProcessor):
+class FavorOddTokens(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores + (torch.arange(scores.shape[1]) % 2) * 3.0 + (input_ids[:, -1:] % 3) * 0.1
 
 
-def test_logits_processors_of_the_user_are_applied_as_stock_generate_applies_them():
+def test_custom_logits_processors_act_as_in_stock_generate():
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8, "output_scores": True}
     arguments |= {"return_dict_in_generate": True}
     plain = model.generate(input_ids, **arguments)
-    fast = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
-    model.__class__ = StockBeamSearch
-    stock = model.generate(input_ids, logits_processor=LogitsProcessorList([FavourOddTokens()]), **arguments)
+    fast = model.generate(input_ids, logits_processor=LogitsProcessorList([FavorOddTokens()]), **arguments)
+    arguments |= STOCK_BEAM_SEARCH
+    stock = model.generate(input_ids, logits_processor=LogitsProcessorList([FavorOddTokens()]), **arguments)
     assert torch.equal(fast.sequences, stock.sequences) and not torch.equal(fast.sequences, plain.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
+def test_allowed_tokens_per_row_act_as_in_stock_generate(batch_size):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2, 1, 3][:batch_size])
     first, second = model.config.code_offsets[:2]
@@ -107,8 +101,7 @@ def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
     arguments["prefix_allowed_tokens_fn"] = lambda row, tokens: [first + row, *others]
     fast = model.generate(input_ids, **arguments)
     assert (first + torch.arange(batch_size) == fast.sequences[:, input_ids.shape[1]].view(batch_size, 5).T).all()
-    model.__class__ = StockBeamSearch
-    stock = model.generate(input_ids, **arguments)
+    stock = model.generate(input_ids, **arguments, **STOCK_BEAM_SEARCH)
     assert torch.equal(fast.sequences, stock.sequences)
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
@@ -120,51 +113,52 @@ def test_every_row_has_its_own_allowed_tokens_as_in_stock_generate(batch_size):
     seed=st.integers(0, 10_000),
     num_beams=st.integers(1, 12),
 )
-def test_every_generated_item_exists_in_random_catalogs_with_shared_suffixes(sizes, share, seed, num_beams):
+def test_every_generated_item_exists_in_random_catalogs(sizes, share, seed, num_beams):
     total = int(torch.tensor(sizes).prod())
     num_items = max(1, round(share * total))
     model = build_model(codebook_sizes=sizes, num_items=num_items, seed=seed, embeddings=False)
     input_ids, mask, _ = random_histories(model, [3, 1], seed=seed)
-    found = model.generate(input_ids, attention_mask=mask, num_beams=num_beams, num_return_sequences=num_beams)
-    items = generated_items(model, found, input_ids.shape[1]).view(2, -1)
+    sequences = model.generate(input_ids, attention_mask=mask, num_beams=num_beams, num_return_sequences=num_beams)
+    items = generated_items(model, sequences, input_ids.shape[1]).view(2, -1)
     assert (items >= 0).all()
     assert all(len(set(row)) == len(row) for row in items.tolist())
     sampled = model.generate(input_ids, attention_mask=mask, num_beams=1, do_sample=True)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
 
 
-def test_a_base_generation_config_with_top_k_and_temperature_does_not_change_the_beams(tmp_path):
+def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     arguments = {"attention_mask": mask, "num_beams": 8, "num_return_sequences": 8}
     expected = model.generate(input_ids, **arguments)
     base = GenerationConfig(top_k=2, temperature=0.1, top_p=0.3)
-    assert torch.equal(model.generate(input_ids, base, **arguments), expected), "in its place of stock `generate`"
+    assert torch.equal(model.generate(input_ids, base, **arguments), expected), "a positional generation config"
     model.save_pretrained(tmp_path)
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.length_penalty == 0.0 and loaded.generation_config.top_k is None
     assert torch.equal(loaded.generate(input_ids, **arguments), expected)
 
 
-def test_what_no_generation_config_says_is_as_in_a_new_model(tmp_path):
+def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    expected, best = model.generate(input_ids, attention_mask=mask), model.recommend(input_ids, mask)
+    expected = model.generate(input_ids, attention_mask=mask)
+    best = model.recommend(input_ids, mask)
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)
-    for one in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
-        assert torch.equal(one.generate(input_ids, attention_mask=mask), expected)
-        assert one.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
+    for restored in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(restored.generate(input_ids, attention_mask=mask), expected)
+        assert restored.generation_config.to_diff_dict().items() >= model.generation_config.to_diff_dict().items()
     model.generation_config = GenerationConfig(max_new_tokens=4)
     assert torch.equal(model.recommend(input_ids, mask).item_indices, best.item_indices)
     assert model.max_return_sequences() == 10
 
 
-def test_generation_keeps_no_state_between_calls_and_none_between_rows():
+def test_generation_keeps_no_state_between_calls_or_rows():
     model = build_model(num_items=60)
-    input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # a batch that is no codebook's size
+    input_ids, mask, _ = random_histories(model, [4, 2, 3, 1, 5])  # no codebook has this size
     together = model.recommend(input_ids, mask, num_beams=6, num_return_sequences=6)
     for row in (3, 0, 3):
         alone = model.recommend(input_ids[row : row + 1], mask[row : row + 1], num_beams=6, num_return_sequences=6)
@@ -172,13 +166,13 @@ def test_generation_keeps_no_state_between_calls_and_none_between_rows():
         torch.testing.assert_close(alone.scores[0], together.scores[row], atol=1e-5, rtol=1e-5)
 
 
-def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
+def test_a_partial_item_is_completed_and_a_dead_prefix_raises():
     model = build_model(codebook_sizes=(6, 3, 2), num_items=5)
     input_ids, _, _ = random_histories(model, [2])
     codes = model.catalog.item_codes.long()
-    begun = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
-    found = model.generate(begun, num_beams=4, num_return_sequences=4)
-    items = generated_items(model, found, input_ids.shape[1])
+    partial = torch.cat([input_ids, model.layout.item_tokens(codes[:1])[:, :1]], dim=1)
+    sequences = model.generate(partial, num_beams=4, num_return_sequences=4)
+    items = generated_items(model, sequences, input_ids.shape[1])
     assert set(items.tolist()) == set((codes[:, 0] == codes[0, 0]).nonzero()[:, 0].tolist())
     dead = next(code for code in range(6) if code not in codes[:, 0].tolist())
     prefix = torch.cat([input_ids, torch.tensor([[model.config.code_offsets[0] + dead]])], dim=1)
@@ -190,18 +184,18 @@ def test_a_begun_item_is_completed_and_a_dead_prefix_raises():
         model.generate(wrong_level, num_beams=4)
 
 
-def test_histories_that_no_item_can_follow_are_refused():
+def test_histories_that_no_item_can_follow_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [2, 1])
     with pytest.raises(ValueError, match="after which no item begins"):
         model.generate(input_ids[:, :-1], attention_mask=mask[:, :-1], num_beams=3)  # ends in a whole item
     with pytest.raises(ValueError, match="after which no item begins"):
-        model.recommend(torch.zeros(1, 4, dtype=torch.long))  # nothing but padding
+        model.recommend(torch.zeros(1, 4, dtype=torch.long))  # only padding
     with pytest.raises(ValueError, match="not in the catalog"):
         unknown = input_ids.clone()
-        spelt = {tuple(code) for code in model.catalog.item_codes.tolist()}
+        known = {tuple(code) for code in model.catalog.item_codes.tolist()}
         missing = next(
-            c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in spelt
+            c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in known
         )
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
@@ -210,12 +204,12 @@ def test_histories_that_no_item_can_follow_are_refused():
     cache = model(input_ids, mask, use_cache=True).cache
     with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, found one of 11"):
         model.recommend(input_ids[:, :6], mask[:, :6], cache=cache)
-    begun = model.layout.item_tokens(model.catalog.item_codes[0].long())
-    ragged = torch.stack([torch.cat([input_ids[0], begun[:1]]), torch.cat([input_ids[1, 1:], begun[:2]])])
+    codes = model.layout.item_tokens(model.catalog.item_codes[0].long())
+    ragged = torch.stack([torch.cat([input_ids[0], codes[:1]]), torch.cat([input_ids[1, 1:], codes[:2]])])
     with pytest.raises(ValueError, match=r"unfinished items of \[1, 2\] codes"):
         model.generate(ragged, num_beams=3)
     gpt2 = build_model("gpt2")
-    for items in (51, 60):  # the next item does not fit, or not even the history
+    for items in (51, 60):  # too long with the next item, or already without it
         long_ids, long_mask, _ = random_histories(gpt2, [items])
         for call in (gpt2.recommend, gpt2.generate, lambda *args: gpt2.rank(*args, torch.tensor([[1]]))):
             with pytest.raises(ValueError, match=f"take {5 * items + 5} positions, the backbone has 256"):
@@ -243,16 +237,16 @@ def test_lists_of_items_hold_inside_the_search(backbone):
     fresh = model.recommend(
         input_ids, mask, num_beams=everything, num_return_sequences=everything, exclude_history=True
     )
-    for found, history in zip(fresh.item_indices.tolist(), items, strict=True):
-        assert sorted(item for item in found if item >= 0) == sorted(set(range(everything)) - set(history))
-    # A narrow beam spends nothing on what may not be shown: it still finds as many items as it has places.
+    for listed, history in zip(fresh.item_indices.tolist(), items, strict=True):
+        assert sorted(item for item in listed if item >= 0) == sorted(set(range(everything)) - set(history))
+    # Blocked items take no places in a narrow beam.
     narrow = model.recommend(
         input_ids, mask, num_beams=3, num_return_sequences=3, blocked_items=[list(range(27)), list(range(20))]
     )
     assert sorted(narrow.item_indices[0].tolist()) == [27, 28, 29] and (narrow.item_indices[1] >= 20).all()
 
 
-def test_lists_that_leave_nothing_or_name_nothing_are_refused():
+def test_item_lists_that_leave_no_item_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [2, 1])
     with pytest.raises(ValueError, match="Request 1 leaves no item"):
@@ -263,7 +257,7 @@ def test_lists_that_leave_nothing_or_name_nothing_are_refused():
         model.recommend(input_ids, mask, blocked_items=[[], range(30)])
     with pytest.raises(ValueError, match="outside a catalog of 30 items"):
         model.recommend(input_ids, mask, blocked_items=[[30], []])
-    for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would take either for indices
+    for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would turn both into indices
         with pytest.raises(ValueError, match="item indices as integers"):
             model.recommend(input_ids, mask, allowed_items=[[3], wrong])
         with pytest.raises(ValueError, match="item indices as integers"):
@@ -288,10 +282,11 @@ def test_atomic_ids_are_the_one_level_case(backbone, similarity):
     assert torch.equal(best.item_indices, expected.indices)
     torch.testing.assert_close(best.scores, expected.values, atol=2e-5, rtol=1e-4)
     with torch.no_grad():
-        states, vectors = model.model(input_ids, mask).last_hidden_state, model.lm_head.weight
+        states = model.model(input_ids, mask).last_hidden_state
+        vectors = model.lm_head.weight
         if similarity == "cosine":
             assert vectors is model.get_input_embeddings().weight
-            states, vectors = (torch.nn.functional.normalize(one, dim=-1) for one in (states, vectors))
+            states, vectors = (torch.nn.functional.normalize(tensor, dim=-1) for tensor in (states, vectors))
         torch.testing.assert_close(model(input_ids, mask).logits, states @ vectors.T / 0.3, atol=2e-5, rtol=1e-4)
 
 
@@ -313,7 +308,7 @@ def test_the_processor_finds_its_node_from_the_tokens_alone():
     )
 
 
-def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exist():
+def test_stock_beam_search_generates_existing_items():
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     arguments = {"attention_mask": mask, "num_beams": 4, "num_return_sequences": 4}
@@ -325,11 +320,11 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
     )
     assert len(attentions.logits) == 4 and torch.equal(attentions.sequences, expected)
 
-    class AtOnce(StoppingCriteria):
+    class StopAtOnce(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.ones(len(input_ids), dtype=torch.bool)
 
-    stopped = model.generate(input_ids, stopping_criteria=StoppingCriteriaList([AtOnce()]), **arguments)
+    stopped = model.generate(input_ids, stopping_criteria=StoppingCriteriaList([StopAtOnce()]), **arguments)
     assert stopped.shape[1] == input_ids.shape[1] + 1
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
@@ -337,8 +332,8 @@ def test_what_needs_stock_beam_search_gets_it_and_still_generates_items_that_exi
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
 
 
-@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=str)
-def test_stock_beam_search_has_no_more_beams_than_items_either(stock):
+@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=["max_time", "do_sample"])
+def test_stock_beam_search_has_no_more_beams_than_items(stock):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
     market = [1, 2, 3]
@@ -346,25 +341,25 @@ def test_stock_beam_search_has_no_more_beams_than_items_either(stock):
     arguments |= {"catalog": model.catalog.subset(market), **stock}
     for seed in range(3):
         torch.manual_seed(seed)
-        found = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
-        items = generated_items(model, found.sequences, input_ids.shape[1]).view(2, 7)
+        output = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **arguments)
+        items = generated_items(model, output.sequences, input_ids.shape[1]).view(2, 7)
         assert items[:, :3].sort().values.tolist() == [market] * 2 and (items[:, 3:] == -1).all()
-        assert (found.sequences_scores.view(2, 7) == -torch.inf).equal(items == -1)
-        assert (found.sequences.view(2, 7, -1)[:, 3:, -4:] == model.config.pad_token_id).all()
+        assert (output.sequences_scores.view(2, 7) == -torch.inf).equal(items == -1)
+        assert (output.sequences.view(2, 7, -1)[:, 3:, -4:] == model.config.pad_token_id).all()
     plain = model.generate(input_ids, return_dict_in_generate=True, **arguments)
     assert plain.scores is plain.sequences_scores is None
 
 
 def test_padding_takes_no_positions():
-    model = build_model("gpt2")  # of 256 positions
+    model = build_model("gpt2")  # has 256 positions
     input_ids, mask, _ = random_histories(model, [3])
-    wide, wide_mask = (torch.nn.functional.pad(one, (300, 0)) for one in (input_ids, mask))
-    expected, found = (model.recommend(*one, num_beams=10) for one in ((input_ids, mask), (wide, wide_mask)))
-    torch.testing.assert_close(found.scores, expected.scores)
+    wide, wide_mask = (torch.nn.functional.pad(inputs, (300, 0)) for inputs in (input_ids, mask))
+    expected, actual = (model.recommend(*inputs, num_beams=10) for inputs in ((input_ids, mask), (wide, wide_mask)))
+    torch.testing.assert_close(actual.scores, expected.scores)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "found"),
+    ("model_type", "reason"),
     [
         *((name, "") for name in ("mpt", "bloom", "gpt_neo", "opt", "openai-gpt")),
         ("falcon", r" with \['alibi=True'\]"),
@@ -373,19 +368,21 @@ def test_padding_takes_no_positions():
         ("bert", r" with \['is_decoder=False'\]"),
         ("gemma3_text", r" with \['use_bidirectional_attention=True'\]"),
     ],
+    ids=short_id,
 )
-def test_backbones_that_place_tokens_by_their_row_or_attend_otherwise_are_refused(model_type, found):
+def test_unsupported_backbones_are_rejected(model_type, reason):
     text_config = {"model_type": model_type, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     text_config |= {"falcon": {"alibi": True}, "gemma3_text": {"use_bidirectional_attention": True}}.get(
         model_type, {}
     )
-    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{found}"):
+    with pytest.raises(ValueError, match=f"places its tokens by `position_ids`.*'{model_type}'{reason}"):
         UniGRFForCausalLM(UniGRFConfig(text_config=text_config, codebook_sizes=[4, 4]))
 
 
-def test_a_catalog_that_was_set_in_inference_mode_is_searched_too():
-    model, other = build_model(), build_model(seed=1).catalog
-    input_ids = random_histories(model, [2])[0]  # of which <bos> is in both
+def test_a_catalog_set_in_inference_mode_can_be_searched():
+    model = build_model()
+    other = build_model(seed=1).catalog
+    input_ids = random_histories(model, [2])[0]  # its <bos> is in both catalogs
     model.set_catalog(other.item_codes, other.content_embeddings)
     expected = model.generate(input_ids[:, :1], num_beams=9)
     model = build_model()
@@ -415,11 +412,11 @@ def test_another_catalog_is_swapped_in_at_call_time(backbone):
     left = set(market.tolist()) - set(items[0])
     assert {item for item in fresh.item_indices[0].tolist() if item >= 0} == left and items[0][0] in market
     again = model.recommend(input_ids, mask, ranking_weight=0.0, **arguments)
-    assert torch.equal(again.item_indices, everything.item_indices), "nothing of the market is left behind"
+    assert torch.equal(again.item_indices, everything.item_indices), "the subset holds for one call"
     for name in ("blocked_items", "candidates"):
         with pytest.raises(ValueError, match=f"no {name} in `generate`"):
             model.generate(input_ids, attention_mask=mask, num_beams=3, **{name: market[None]})
-    catalog.leaf_items = catalog.leaf_items.to("meta")  # the model was moved
+    catalog.leaf_items = catalog.leaf_items.to("meta")  # as after the model was moved
     for call in (model.generate, model.recommend):
         with pytest.raises(ValueError, match="found one on meta"):
             call(input_ids, attention_mask=mask, num_beams=3, catalog=catalog)

@@ -1,15 +1,18 @@
-"""HSTU: it computes what its formula says, with and without times, and its cache holds all that later queries ask for."""
+"""HSTU: the backbone equals its formula, with and without times, and works with a cache."""
 
 import math
 
 import pytest
 import torch
-from helpers import build_model, random_histories, watch_negatives
+from helpers import (
+    STOCK_BEAM_SEARCH,
+    build_model,
+    forward_with_negatives,
+    random_histories,
+)
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin
 
 from modeling_unigrf import HSTUConfig, HSTUModel, RecommendationPipeline
-from modeling_unigrf.generation_unigrf import UniGRFGenerationMixin
 from tokenization import SemanticIdTokenizer
 
 
@@ -30,8 +33,9 @@ def build(seed=0, **config):
 
 
 def by_the_formula(model, tokens, times, next_times):
-    """The block as the paper and its public code write it, one query and one key at a time."""
-    config, length = model.config, len(tokens)
+    """Compute the block as in the paper and its public code, one query and one key at a time."""
+    config = model.config
+    length = len(tokens)
     x = model.embed_tokens(tokens) * math.sqrt(config.hidden_size) + model.embed_positions(torch.arange(length))
 
     def norm(v):
@@ -68,14 +72,15 @@ def test_the_model_is_the_formula(with_times):
     tokens = torch.randint(30, (7,))
     times = [3, 3, 60, 4000, 4000, 90_000, 10_000_000] if with_times else None
     next_times = [3, 60, 4000, 4000, 90_000, 10_000_000, 10_000_000] if with_times else None
-    found = model(tokens[None], timestamps=None if times is None else torch.tensor([times])).last_hidden_state[0]
-    torch.testing.assert_close(found, by_the_formula(model, tokens, times, next_times), atol=1e-5, rtol=1e-4)
+    actual = model(tokens[None], timestamps=None if times is None else torch.tensor([times])).last_hidden_state[0]
+    torch.testing.assert_close(actual, by_the_formula(model, tokens, times, next_times), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_cached_equals_uncached_with_times_and_unknown_times():
     model = build()
-    tokens, times = torch.randint(30, (3, 9)), torch.randint(10**6, (3, 9)).cumsum(1)
+    tokens = torch.randint(30, (3, 9))
+    times = torch.randint(10**6, (3, 9)).cumsum(1)
     times[1, :4] = -1
     later = torch.cat([times[:, 1:], times[:, -1:] + 500], dim=1)
     whole = model(tokens, timestamps=times, target_timestamps=later).last_hidden_state
@@ -92,9 +97,10 @@ def test_cached_equals_uncached_with_times_and_unknown_times():
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(tokens).last_hidden_state, whole), "times matter"
-    times[:, 7:] = -1  # of all that is read last, which is asked for at a known time
+    times[:, 7:] = -1  # the last tokens, whose targets have known times
     arguments = {"timestamps": times, "target_timestamps": later}
-    whole, cache = model(tokens, **arguments).last_hidden_state, DynamicCache()
+    whole = model(tokens, **arguments).last_hidden_state
+    cache = DynamicCache()
     for part in (slice(0, 7), slice(7, 9)):
         columns = {name: column[:, part] for name, column in arguments.items()}
         last = model(tokens[:, part], cache=cache, use_cache=True, **columns).last_hidden_state
@@ -120,12 +126,12 @@ def test_padding_on_either_side_changes_nothing():
     torch.testing.assert_close(right, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_any_dynamic_cache_will_do_and_no_other():
+def test_only_a_dynamic_cache_is_accepted():
     model = build_model("hstu")
     input_ids, mask, _ = random_histories(model, [3, 2])
     expected = model.recommend(input_ids, mask)
-    found = model.recommend(input_ids, mask, cache=DynamicCache(config=model.config))
-    torch.testing.assert_close(found.scores, expected.scores)
+    actual = model.recommend(input_ids, mask, cache=DynamicCache(config=model.config))
+    torch.testing.assert_close(actual.scores, expected.scores)
     sequences = model.generate(input_ids, attention_mask=mask, num_beams=4)
     assert torch.equal(
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="dynamic"), sequences
@@ -134,11 +140,13 @@ def test_any_dynamic_cache_will_do_and_no_other():
         model.generate(input_ids, attention_mask=mask, num_beams=4, cache_implementation="static")
 
 
-def test_what_a_forward_returns_beside_its_output_is_told_by_the_config_too():
-    model, tokens = build(), torch.randint(1, 30, (1, 5))
+def test_output_flags_work_as_arguments_and_in_the_config():
+    model = build()
+    tokens = torch.randint(1, 30, (1, 5))
     asked = model(tokens, output_hidden_states=True, output_attentions=True)
     model.config.output_hidden_states = model.config.output_attentions = True
-    by_config, neither = model(tokens), model(tokens, output_hidden_states=False, output_attentions=False)
+    by_config = model(tokens)
+    neither = model(tokens, output_hidden_states=False, output_attentions=False)
     for name in ("hidden_states", "attentions"):
         torch.testing.assert_close(by_config[name], asked[name])
         assert name not in neither
@@ -151,7 +159,7 @@ def test_the_old_name_of_the_cache_still_reaches_it():
     assert cache.get_seq_length() == 5
 
 
-def test_more_positions_than_there_are_is_refused():
+def test_inputs_longer_than_the_positions_are_rejected():
     with pytest.raises(ValueError, match="max_position_embeddings=20"):
         build()(torch.zeros(1, 21, dtype=torch.long))
     with pytest.raises(ValueError, match="exactly one of"):
@@ -171,7 +179,7 @@ def test_a_saved_model_with_this_backbone_is_the_same(tmp_path):
 
 
 def timed(model, lengths):
-    """Left-padded histories, times of their tokens (some of them unknown), and times of the requests."""
+    """Draw histories with the times of their tokens, some unknown, and query times."""
     input_ids, mask, items = random_histories(model, lengths)
     generator = torch.Generator().manual_seed(1)
     step = model.config.num_levels + 1
@@ -184,7 +192,7 @@ def timed(model, lengths):
 
 
 def states_alone(model, ids, times, request, item):
-    """Output of the backbone over one history and an item behind it, in one forward of its own."""
+    """Run the backbone on one history and an item behind it."""
     tokens = torch.cat([ids, model.layout.item_tokens(model.catalog.item_codes[item].long())])
     times = torch.cat([times, request.expand(model.config.num_levels + 1)])
     return model.model(tokens[None], timestamps=times[None, :-1], target_timestamps=times[None, 1:]).last_hidden_state[
@@ -193,25 +201,26 @@ def states_alone(model, ids, times, request, item):
 
 
 @torch.no_grad()
-def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
+def test_search_and_rank_read_times_as_a_plain_forward_does():
     model = build_model("hstu")
     input_ids, mask, _, times, requests = timed(model, [4, 2])
-    given = {"timestamps": times, "query_time": requests}
-    best = model.recommend(input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=0.5, **given)
+    timed_inputs = {"timestamps": times, "query_time": requests}
+    best = model.recommend(input_ids, mask, num_beams=30, num_return_sequences=30, ranking_weight=0.5, **timed_inputs)
     candidates = torch.arange(30).expand(2, -1)
-    ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **given)
-    cache, later = DynamicCache(), torch.cat([times[:, 1:], requests[:, None]], dim=1)
+    ranked = model.rank(input_ids, mask, candidates, candidates_per_pack=7, **timed_inputs)
+    cache = DynamicCache()
+    later = torch.cat([times[:, 1:], requests[:, None]], dim=1)
     model.model(input_ids, mask, cache=cache, use_cache=True, timestamps=times, target_timestamps=later)
-    again = model.rank(input_ids, mask, candidates, cache=cache, **given)
+    again = model.rank(input_ids, mask, candidates, cache=cache, **timed_inputs)
     for row in range(2):
         real = mask[row].bool()
         length = int(real.sum())
         for item in range(30):
             states = states_alone(model, input_ids[row][real], times[row][real], requests[row], item)
-            tokens = model.catalog.item_codes[item].long()
+            codes = model.catalog.item_codes[item].long()
             log_prob = sum(
                 model.code_logits(states[length - 1 + level], model.layout.level_slice(level)).log_softmax(0)[code]
-                for level, code in enumerate(tokens)
+                for level, code in enumerate(codes)
             )
             logits = model.ranking_head(states[-1], states[length - 1], model.item_representations(torch.tensor(item)))
             place = int((best.item_indices[row] == item).nonzero())
@@ -221,41 +230,37 @@ def test_search_and_ranking_read_times_as_a_plain_forward_does(monkeypatch):
             torch.testing.assert_close(best.ranking_scores[row, place], score, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(again, ranked, atol=2e-5, rtol=1e-4)
     beams = {"num_beams": 30, "num_return_sequences": 30, "output_scores": True, "return_dict_in_generate": True}
-    generated = model.generate(input_ids, attention_mask=mask, **beams, **given)
+    generated = model.generate(input_ids, attention_mask=mask, **beams, **timed_inputs)
     torch.testing.assert_close(generated.sequences_scores.view(2, 30), best.generation_scores.sort(descending=True)[0])
-    monkeypatch.setattr(UniGRFGenerationMixin, "_beam_search", GenerationMixin._beam_search)
-    by_transformers = model.generate(input_ids, attention_mask=mask, **beams, **given)
+    beams |= STOCK_BEAM_SEARCH
+    by_transformers = model.generate(input_ids, attention_mask=mask, **beams, **timed_inputs)
     torch.testing.assert_close(by_transformers.sequences_scores, generated.sequences_scores, atol=2e-5, rtol=1e-4)
 
 
-def test_packed_negatives_are_asked_for_when_the_true_item_came():
+def test_packed_negatives_have_the_time_of_the_true_item():
     model = build_model("hstu", negatives_per_item=2.0)
     input_ids, mask, _, times, _ = timed(model, [4, 2])
-    labels = input_ids.masked_fill(mask == 0, -100)
-    seen = watch_negatives(model)
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
     with torch.no_grad():
-        out = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
-        negatives, scores = seen["negatives"], seen["calls"][1]
+        out, negatives = forward_with_negatives(model, {**batch, "timestamps": times})
         model.config.negatives_per_item = 0.0
-        plain = model(input_ids=input_ids, attention_mask=mask, labels=labels, timestamps=times)
-        no_times = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+        plain = model(**batch, timestamps=times)
+        without_times = model(**batch)
     torch.testing.assert_close(out.generation_loss, plain.generation_loss, atol=2e-5, rtol=1e-4)
-    assert not torch.allclose(plain.generation_loss, no_times.generation_loss)
-    found = []
-    for row, column in negatives.usable.nonzero().tolist():
-        end = int(negatives.history_ends[row, column])
+    assert not torch.allclose(plain.generation_loss, without_times.generation_loss)
+    model.config.negatives_per_item = 2.0
+    expected = []
+    for row, end, item in negatives.ranked:
         part = mask[row].bool() & (torch.arange(input_ids.shape[1]) <= end)
         request = {"timestamps": times[row][part][None], "query_time": times[row, end + 1][None]}
-        found.append(
-            model.rank(input_ids[row][part][None], candidates=negatives.items[row, column].view(1, 1), **request)
-        )
+        expected.append(model.rank(input_ids[row][part][None], candidates=torch.tensor([[item]]), **request)[0, 0])
     prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
-    torch.testing.assert_close(scores - prior, torch.cat(found)[:, 0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(negatives.logits - prior, torch.stack(expected), atol=2e-5, rtol=1e-4)
 
 
-def test_the_pipeline_takes_times_of_items_and_of_the_request():
+def test_the_pipeline_takes_item_times_and_a_query_time():
     model = build_model("hstu")
-    names = [f"i{number}" for number in range(30)]
+    names = [f"i{item}" for item in range(30)]
     tokenizer = SemanticIdTokenizer.from_codes(
         names, model.catalog.item_codes.numpy(), model.config.codebook_sizes, model.config.behaviors
     )
@@ -263,26 +268,26 @@ def test_the_pipeline_takes_times_of_items_and_of_the_request():
     history = {"items": ["i3", "i4", "i5"], "behaviors": ["like", "dislike", "like"], "timestamps": [100, None, 9000]}
     reader = build_model("hstu", num_retrieved_items=2)
     reader.set_catalog(model.catalog.item_codes, model.catalog.content_embeddings)
-    longer = RecommendationPipeline(model=reader, tokenizer=tokenizer)
+    reading_pipeline = RecommendationPipeline(model=reader, tokenizer=tokenizer)
     for times in (history["timestamps"], [100, 200, 9000]):
-        prepared = longer.preprocess({**history, "timestamps": times})
+        prepared = reading_pipeline.preprocess({**history, "timestamps": times})
         assert prepared["long_timestamps"].tolist() == [[0, *(0 if time is None else time + 1 for time in times)]]
-        assert longer({**history, "timestamps": times}, num_beams=5, num_return_sequences=5)
-    found = recommender({**history, "query_time": 500_000}, num_beams=12, exclude_history=False)
+        assert reading_pipeline({**history, "timestamps": times}, num_beams=5, num_return_sequences=5)
+    recommended = recommender({**history, "query_time": 500_000}, num_beams=12, exclude_history=False)
     encoded = tokenizer.encode_history(
         history["items"], history["behaviors"], timestamps=history["timestamps"], return_tensors="pt"
     )
-    spelt = [value for time in (100, -1, 9000) for value in [time] * 5]
-    assert encoded["timestamps"].tolist() == [[100, *spelt]]
+    token_times = [value for time in (100, -1, 9000) for value in [time] * 5]
+    assert encoded["timestamps"].tolist() == [[100, *token_times]]
     best = model.recommend(**encoded, query_time=torch.tensor([500_000]), num_beams=12)
-    assert [one["score"] for one in found] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
+    assert [item["score"] for item in recommended] == pytest.approx(best.scores[0].tolist(), abs=1e-5)
     at_once = model.recommend(**encoded, num_beams=12)
     assert not torch.allclose(at_once.scores, best.scores)
     requests = [{**history, "query_time": 500_000}, history, {**history, "timestamps": None}]
     together = recommender(requests, batch_size=3, num_beams=12)
-    for one, several in zip((recommender(request, num_beams=12) for request in requests), together, strict=True):
-        assert [item["item_id"] for item in one] == [item["item_id"] for item in several]
-        assert [item["score"] for item in one] == pytest.approx([item["score"] for item in several], abs=1e-5)
+    for single, several in zip((recommender(request, num_beams=12) for request in requests), together, strict=True):
+        assert [item["item_id"] for item in single] == [item["item_id"] for item in several]
+        assert [item["score"] for item in single] == pytest.approx([item["score"] for item in several], abs=1e-5)
     batch = tokenizer.encode_history([["i3"], ["i4", "i5"]], [["like"], ["like", "like"]], timestamps=[[1], [2, 3]])
     assert batch["timestamps"] == [[-1] * 5 + [1] * 6, [2] * 6 + [3] * 5]
     with pytest.raises(ValueError, match="as many timestamps as items"):
@@ -291,7 +296,7 @@ def test_the_pipeline_takes_times_of_items_and_of_the_request():
         tokenizer.encode_history(["i3"], ["like"], timestamps=[float("nan")])
 
 
-def test_times_that_nothing_reads_or_that_fit_no_row_are_refused():
+def test_timestamps_that_do_not_fit_are_rejected():
     model = build_model("llama")
     input_ids, mask, _, times, _ = timed(model, [3, 1])
     with pytest.raises(ValueError, match="does not read"):

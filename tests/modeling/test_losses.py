@@ -1,22 +1,26 @@
-"""The losses of a batch with labels against their definitions: what is learned from, and what is refused."""
+"""The losses of a forward with labels, against their definitions."""
+
+import logging
 
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, random_histories, watch_negatives
+from helpers import build_model, forward_with_negatives, labeled_batch, random_histories, short_id
 
-from modeling_unigrf import supervision_unigrf, training_unigrf
+from modeling_unigrf import training_unigrf
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 
 
-def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviors(backbone):
-    """Against a loop over positions, with padding on either side."""
+def test_the_loss_is_the_log_likelihood_of_codes_and_behaviors(backbone):
+    """Compare with a loop over positions, with padding on either side."""
     model = build_model(backbone, dense_loss_weight=0.7)
     input_ids, mask, items = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         out = model(input_ids=input_ids, attention_mask=mask, labels=labels)
-    code_losses, rank_losses, item_losses = [], [], []
+    code_losses = []
+    rank_losses = []
+    item_losses = []
     like = model.config.behavior_token_ids[1]
     for row in range(2):
         tokens = input_ids[row][mask[row].bool()]
@@ -59,119 +63,110 @@ def test_the_loss_is_the_exact_log_likelihood_of_codes_and_behaviors(backbone):
         ("model.language_model.dropout", "hstu", {}),
         ("model.language_model.layers.1.dropout", "hstu", {}),
     ],
+    ids=short_id,
 )
 @torch.no_grad()
-def test_dropout_is_drawn_in_training_alone(place, reader, fields):
+def test_dropout_acts_only_in_training(place, reader, fields):
     model = build_model(reader, **fields)
     input_ids, mask, _ = random_histories(model, [4, 2])
     batch = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and name != place:
             module.p = 0.0
-    kept = model(**batch).loss
-    assert model(**batch).loss == kept
-    drawn = [model.train()(**batch).loss for _ in range(2)]
-    assert drawn[0] != drawn[1]
+    expected = model(**batch).loss
+    assert model(**batch).loss == expected
+    losses = [model.train()(**batch).loss for _ in range(2)]
+    assert losses[0] != losses[1]
     if place == "embedding_dropout":
         model.config.embedding_dropout = 0.0
     else:
         model.get_submodule(place).p = 0.0
-    torch.testing.assert_close(model(**batch).loss, kept)
+    torch.testing.assert_close(model(**batch).loss, expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_negatives_are_ranked_as_rank_would_and_change_nothing_else(backbone, attention):
+def test_packed_negatives_are_scored_as_by_rank(backbone, attention):
     model = build_model(backbone, negatives_per_item=2.5)
     if backbone == "hstu" and attention == "sdpa":
-        pytest.skip("HSTU attends in a way of its own")
+        pytest.skip("HSTU has an attention of its own")
     model.set_attn_implementation(attention)
-    input_ids, mask, items = random_histories(model, [4, 2, 1])
-    labels = input_ids.masked_fill(mask == 0, -100)
-    seen = watch_negatives(model)
+    batch, items = labeled_batch(model, [4, 2, 1])
     with torch.no_grad():
-        with_negatives = model(input_ids=input_ids, attention_mask=mask, labels=labels)
-        negatives, scores = seen["negatives"], seen["calls"][1]
+        with_negatives, negatives = forward_with_negatives(model, batch)
         model.config.negatives_per_item = 0.0
-        without = model(input_ids=input_ids, attention_mask=mask, labels=labels)
+        without = model(**batch)
         model.config.negatives_per_item = 2.5
-    real = mask.bool()
+    real = batch["attention_mask"].bool()
     torch.testing.assert_close(with_negatives.logits[real], without.logits[real], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(with_negatives.generation_loss, without.generation_loss, atol=2e-5, rtol=1e-4)
-    length, found = input_ids.shape[1], []
-    for row, column in negatives.usable.nonzero().tolist():
-        visible = negatives.attention_mask[row, 4 * column, :length]
-        item = negatives.items[row, column]
-        assert int(item) != items[row][int(visible.sum() - 1) // 5], "a negative is never the item that came next"
-        prefix = input_ids[row][visible]
+    expected = []
+    for row, end, item in negatives.ranked:
+        visible = real[row] & (torch.arange(real.shape[1]) <= end)
+        prefix = batch["input_ids"][row][visible]
         assert prefix[0] == model.config.bos_token_id and (len(prefix) - 1) % 5 == 0
-        found.append(model.rank(prefix[None], candidates=item.view(1, 1))[0, 0])
-    # `rank` speaks of all items, training of 2.5 an item.
+        assert item != items[row][len(prefix) // 5], "a negative is never the item that came next"
+        expected.append(model.rank(prefix[None], candidates=torch.tensor([[item]]))[0, 0])
+    # `rank` corrects for the 2.5 sampled negatives an item.
     prior = torch.tensor([model.config.next_logit_bias, 0.0, 0.0])
     assert model.config.next_logit_bias == pytest.approx(np.log(29 / 2.5))
-    torch.testing.assert_close(scores - prior, torch.stack(found), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(negatives.logits - prior, torch.stack(expected), atol=2e-5, rtol=1e-4)
 
 
-def test_random_negatives_are_as_many_and_where_the_log_odds_of_next_say():
+def test_random_negatives_follow_every_history_equally_often():
     model = build_model(codebook_sizes=(30,), negatives_per_item=200.0)
-    input_ids, mask, items = random_histories(model, [4, 1])
-    seen = watch_negatives(model)
-    model(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100))
-    negatives = seen["negatives"]
-    for row, own in enumerate(items):
-        ends, counts = negatives.history_ends[row][negatives.usable[row]].unique(return_counts=True)
-        assert ends.tolist() == list(range(8 - 2 * len(own), 8, 2)), "<bos>, and all behaviors but the last"
-        # But for the draws that hit the item that came next.
-        assert counts.sum() == pytest.approx(200 * 29 / 30 * len(own), rel=0.05)
-        assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(own), rel=0.2)
+    batch, items = labeled_batch(model, [4, 1])
+    _, negatives = forward_with_negatives(model, batch)
+    for row, row_items in enumerate(items):
+        ends, counts = torch.tensor([end for r, end, _ in negatives.ranked if r == row]).unique(return_counts=True)
+        assert ends.tolist() == list(range(8 - 2 * len(row_items), 8, 2)), "<bos>, and all behaviors but the last"
+        # Draws that hit the item that came next do not count.
+        assert counts.sum() == pytest.approx(200 * 29 / 30 * len(row_items), rel=0.05)
+        assert counts.tolist() == pytest.approx([200 * 29 / 30] * len(row_items), rel=0.2)
     assert negatives.items.flatten().bincount(minlength=30).min() > 20, "of all items"
 
 
-def test_a_ranker_alone_computes_no_softmax_of_codes(monkeypatch):
-    model, joint = build_model(generation_loss_weight=0.0), build_model()
-    input_ids, mask, _ = random_histories(model, [4, 2])
-    labels = input_ids.masked_fill(mask == 0, -100)
-    expected = joint(input_ids, mask, labels=labels).ranking_loss
-    monkeypatch.setattr(model, "code_logits", None)
-    out = model.train()(input_ids, mask, labels=labels)
-    assert out.generation_loss is None and torch.allclose(out.loss, out.ranking_loss)
-    torch.testing.assert_close(out.ranking_loss, expected)
+def test_training_only_the_ranking_computes_no_code_softmax():
+    model = build_model(generation_loss_weight=0.0)
+    batch, _ = labeled_batch(model, [4, 2])
+    out = model.train()(**batch)
+    out.loss.backward()
+    assert model.lm_head.weight.grad is None
+    assert out.generation_loss is None and out.logits is None and torch.allclose(out.loss, out.ranking_loss)
+    torch.testing.assert_close(out.ranking_loss, build_model()(**batch).ranking_loss)
 
 
 @pytest.mark.parametrize("second_stage", [False, True])
-def test_a_retriever_alone_neither_packs_candidates_nor_ranks_them(second_stage, monkeypatch):
+def test_training_only_retrieval_packs_and_ranks_no_candidates(second_stage):
     config = {"num_retrieved_items": 3, "num_train_beams": 4} if second_stage else {"negatives_per_item": 2.0}
-    model, joint = build_model(ranking_loss_weight=0.0, **config), build_model(**config)
-    input_ids, mask, _ = random_histories(model, [4, 2])
-    labels = input_ids.masked_fill(mask == 0, -100)
-    longer = {"long_items": input_ids[:, :0], "long_behaviors": input_ids[:, :0]} if second_stage else {}
-    expected = joint(input_ids, mask, labels=labels, **longer).generation_loss
-    monkeypatch.setattr(model.ranking_head, "forward", None)
-    monkeypatch.setattr(model, "_search_items", None)
-    out = model.train()(input_ids, mask, labels=labels, **longer)
+    model = build_model(ranking_loss_weight=0.0, **config)
+    batch, _ = labeled_batch(model, [4, 2])
+    if second_stage:
+        batch |= {"long_items": batch["input_ids"][:, :0], "long_behaviors": batch["input_ids"][:, :0]}
+    lengths = []
+    ranked = []
+    model.model.register_forward_hook(lambda *call: lengths.append(call[-1].last_hidden_state.shape[1]))
+    model.ranking_head.register_forward_hook(lambda *call: ranked.append(call))
+    out = model.train()(**batch)
+    assert lengths == [batch["input_ids"].shape[1]] and not ranked, "a single forward, of the histories alone"
     assert out.ranking_loss is None and torch.allclose(out.loss, out.generation_loss)
-    torch.testing.assert_close(out.generation_loss, expected)
+    torch.testing.assert_close(out.generation_loss, build_model(**config)(**batch).generation_loss)
     with pytest.raises(ValueError, match="Expected two losses to weigh"):
         AdaptiveWeighter().on_train_begin(None, None, None, model=model)
 
 
-def test_a_ranking_that_sees_no_item_that_did_not_come_next_is_warned_of(monkeypatch):
-    told = []
-    monkeypatch.setattr(supervision_unigrf.logger, "warning_once", told.append)
-    for changed, is_warned in (
-        ({"negatives_per_item": 1.0}, False),
-        ({"ranking_loss_weight": 0.0}, False),
-        ({}, True),
-    ):
-        model = build_model(**changed)
-        input_ids, mask, _ = random_histories(model, [3, 3])
-        model(input_ids, mask, labels=input_ids)
-        assert not told, "nothing is trained"
-        model.train()(input_ids, mask, labels=input_ids)
-        assert bool(told) == is_warned
-    assert "items that came next alone" in told[0]
+def test_ranking_without_negatives_logs_a_warning(caplog):
+    logging.Logger.warning_once.cache_clear()  # it remembers the messages of other tests
+    for config, is_warned in (({"negatives_per_item": 1.0}, False), ({"ranking_loss_weight": 0.0}, False), ({}, True)):
+        model = build_model(**config)
+        batch, _ = labeled_batch(model, [3, 3])
+        model(**batch)
+        assert not caplog.messages, "no warning in evaluation"
+        model.train()(**batch)
+        assert bool(caplog.messages) == is_warned
+    assert "items that came next alone" in caplog.text
 
 
-def test_training_on_items_outside_the_catalog_is_refused():
+def test_training_on_items_outside_the_catalog_is_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3])
     codes = torch.roll(model.catalog.item_codes, 1, dims=1) % torch.tensor([4, 3, 3, 2])
@@ -188,7 +183,7 @@ def test_negatives_need_a_plain_mask():
         model(input_ids=input_ids, attention_mask=square, labels=input_ids)
 
 
-def test_what_the_labels_are_for_is_asked_for():
+def test_labels_without_any_loss_are_rejected():
     model = build_model(generation_loss_weight=0.0, ranking_loss_weight=0.0)
     input_ids, mask, _ = random_histories(model, [4, 2])
     with pytest.raises(ValueError, match="nothing to learn"):
@@ -202,7 +197,7 @@ def test_what_the_labels_are_for_is_asked_for():
         model(input_ids[:1, 4:], labels=input_ids[:1, 4:])  # cut inside an item
 
 
-def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
+def test_packed_histories_are_read_as_if_each_were_alone(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2, 3])
     rows = [ids[m.bool()] for ids, m in zip(input_ids, mask, strict=True)]
@@ -218,7 +213,7 @@ def test_histories_packed_in_one_row_are_read_as_if_each_were_alone(backbone):
     torch.testing.assert_close(out.loss, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_retrieval_learns_the_items_with_its_behaviors_alone_and_ranking_all(backbone):
+def test_only_retrieval_is_limited_to_retrieval_behaviors(backbone):
     plain, chosen = (
         build_model(backbone, dense_loss_weight=0.7, retrieval_behaviors=only) for only in (None, ["like"])
     )
@@ -236,21 +231,23 @@ def test_retrieval_learns_the_items_with_its_behaviors_alone_and_ranking_all(bac
     torch.testing.assert_close(out.dense_loss, share * expected.dense_loss)
     torch.testing.assert_close(out.ranking_loss, whole.ranking_loss)
     assert (out.generation_loss - whole.generation_loss).abs() > 1e-3
-    labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no item's behavior is known
+    labels = input_ids.masked_fill(plain.layout.token_levels(input_ids) < 0, -100)  # no behavior is labeled
     for model in (plain, chosen):
         torch.testing.assert_close(model(input_ids, mask, labels=labels).generation_loss, whole.generation_loss)
 
 
-def test_a_sampled_softmax_over_items_approaches_the_full_one(monkeypatch):
+def test_the_sampled_softmax_loss_approaches_the_full_one(monkeypatch):
     torch.manual_seed(0)
-    states, vectors, items = torch.randn(50, 8), torch.randn(400, 8), torch.randint(400, (50,))
+    states = torch.randn(50, 8)
+    vectors = torch.randn(400, 8)
+    items = torch.randint(400, (50,))
     full = training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400)
     monkeypatch.setattr(training_unigrf, "MAX_SOFTMAX_ITEMS", 300)
     sampled = [training_unigrf.sampled_softmax_loss(states, items, vectors.__getitem__, 400) for _ in range(200)]
     torch.testing.assert_close(torch.stack(sampled).mean(), full, atol=0.02, rtol=0.01)
 
 
-def test_a_row_that_begins_with_a_supervised_item_is_refused():
+def test_a_row_that_begins_with_a_supervised_item_is_rejected():
     model = build_model()
     input_ids, _, _ = random_histories(model, [3])
     with pytest.raises(ValueError, match="Keep the <bos>"):
@@ -259,7 +256,7 @@ def test_a_row_that_begins_with_a_supervised_item_is_refused():
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws_that_are_not_it(similarity, shared):
+def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws(similarity, shared):
     model = build_model(
         codebook_sizes=(40, 3),
         num_items=90,
@@ -268,30 +265,24 @@ def test_sampled_codes_are_a_softmax_over_the_code_and_the_draws_that_are_not_it
         code_negatives=7,
         share_code_negatives=shared,
     )
-    input_ids, mask, _ = random_histories(model, [5, 2])
-    states = model.model(input_ids, mask).last_hidden_state
-    targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
+    batch, _ = labeled_batch(model, [5, 2])
     torch.manual_seed(5)
-    found = training_unigrf.generation_loss(model.train(), states, targets)
+    out = model.train()(**batch)
+    assert out.logits is None and out.loss.isfinite()
     model.eval()
     torch.manual_seed(5)
-    logits, expected, count = model(input_ids, mask).logits, 0.0, 0
+    logits = model(**batch).logits
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     levels = model.layout.token_levels(targets)
-    here = (levels == 0).nonzero()
-    drawn = torch.randint(40, (7,) if shared else (len(here), 7))
-    for place, (row, column) in enumerate(here.tolist()):
+    of_first_level = (levels == 0).nonzero()
+    drawn = model.config.code_offsets[0] + torch.randint(40, (7,) if shared else (len(of_first_level), 7))
+    losses = []
+    for place, (row, column) in enumerate(of_first_level.tolist()):
         true = int(targets[row, column])
-        draws = [
-            true,
-            *(model.config.code_offsets[0] + drawn if shared else model.config.code_offsets[0] + drawn[place]),
-        ]
-        kept = [draw for index, draw in enumerate(map(int, draws)) if index == 0 or draw != true]
-        expected, count = expected - logits[row, column, kept].log_softmax(dim=0)[0], count + 1
-    for row, column in (levels == 1).nonzero().tolist():  # three codes: all of them
-        level = model.layout.level_slice(1)
-        true = int(targets[row, column]) - level.start
-        expected, count = expected - logits[row, column, level].log_softmax(dim=0)[true], count + 1
-    torch.testing.assert_close(found, expected / count, atol=1e-5, rtol=1e-4)
-    out = model.train()(input_ids, mask, labels=input_ids.masked_fill(mask == 0, -100))
-    assert out.logits is None and out.loss.isfinite()
-    assert model.eval()(input_ids, mask, labels=input_ids).logits is not None
+        negatives = (drawn if shared else drawn[place]).tolist()
+        alternatives = [true, *(code for code in negatives if code != true)]
+        losses.append(-logits[row, column, alternatives].log_softmax(dim=0)[0])
+    for row, column in (levels == 1).nonzero().tolist():  # a level of three codes is not sampled
+        codes = model.layout.level_slice(1)
+        losses.append(-logits[row, column, codes].log_softmax(dim=0)[targets[row, column] - codes.start])
+    torch.testing.assert_close(out.generation_loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)

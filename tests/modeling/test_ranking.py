@@ -1,52 +1,31 @@
-"""Ranking: candidates see the history and themselves, on any cache, and leave it as they found it."""
+"""Ranking: candidates see the history and themselves, on any cache, which is rolled back."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import build_model, exact_scores, random_histories
+from helpers import build_model, exact_scores, prefilled_cache, random_histories, rank_alone
 from transformers.cache_utils import DynamicCache
 
 
-def prefill(model, input_ids, mask):
-    cache = DynamicCache()
-    with torch.no_grad():
-        model.model(input_ids, mask, cache=cache, use_cache=True)
-    return cache
-
-
-def rank_alone(model, input_ids, mask, candidates):
-    """Every candidate by a forward of its own over the unpadded history, without cache or mask."""
-    scores = torch.empty(*candidates.shape, len(model.config.ranking_targets))
-    for row in range(len(input_ids)):
-        history = input_ids[row][mask[row].bool()]
-        for column, item in enumerate(candidates[row]):
-            tokens = model.layout.item_tokens(model.catalog.item_codes[item].long())
-            with torch.no_grad():
-                states = model.model(torch.cat([history, tokens])[None]).last_hidden_state
-                end = states[0, len(history) - 1]
-                scores[row, column] = model.ranking_head(states[0, -1], end, model.item_representations(item))
-    return scores
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rank_equals_every_candidate_on_its_own(backbone, attention):
+def test_rank_equals_each_candidate_alone(backbone, attention):
     model = build_model(backbone)
     if backbone == "hstu" and attention == "sdpa":
-        pytest.skip("HSTU attends in a way of its own")
+        pytest.skip("HSTU has an attention of its own")
     model.set_attn_implementation(attention)
     input_ids, mask, _ = random_histories(model, [4, 2, 1])
     candidates = torch.stack([torch.randperm(30)[:11] for _ in range(3)])
     expected = rank_alone(model, input_ids, mask, candidates)
     for pack in (1, 4, 32):
-        found = model.rank(input_ids, mask, candidates, candidates_per_pack=pack)
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        actual = model.rank(input_ids, mask, candidates, candidates_per_pack=pack)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_unchanged(backbone):
+def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
     model = build_model(backbone)
     input_ids, mask, _ = random_histories(model, [4, 2])
     candidates = torch.tensor([[0, 5, 9], [29, 1, 2]])
-    cache = prefill(model, input_ids, mask)
+    cache = prefilled_cache(model, input_ids, mask)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     on_cache = model.rank(input_ids, mask, candidates, cache=cache)
     torch.testing.assert_close(on_cache, model.rank(input_ids, mask, candidates), atol=2e-5, rtol=1e-4)
@@ -59,20 +38,20 @@ def test_rank_on_the_cache_equals_rank_from_scratch_and_generation_after_it_is_u
     torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
 
 
-def test_the_cache_is_left_as_it_was_also_when_ranking_or_reading_fails(monkeypatch):
+def test_the_cache_is_rolled_back_when_a_call_fails(monkeypatch):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    cache, part = prefill(model, input_ids, mask), prefill(model, input_ids[:, :6], mask[:, :6])
-    monkeypatch.setattr(
-        model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0
-    )  # after the first one's
+    cache = prefilled_cache(model, input_ids, mask)
+    part = prefilled_cache(model, input_ids[:, :6], mask[:, :6])
+    # The first layer has already written to the cache.
+    monkeypatch.setattr(model.model.language_model.layers[1], "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.rank(input_ids, mask, torch.tensor([[0], [1]]), cache=cache)
-    for one in (part, DynamicCache()):
-        before = one.get_seq_length()
+    for prefix_cache in (part, DynamicCache()):
+        before = prefix_cache.get_seq_length()
         with pytest.raises(ZeroDivisionError):
-            model.recommend(input_ids, mask, cache=one)
-        assert {layer.get_seq_length() for layer in one.layers} == {before}
+            model.recommend(input_ids, mask, cache=prefix_cache)
+        assert {layer.get_seq_length() for layer in prefix_cache.layers} == {before}
     assert [layer.get_seq_length() for layer in cache.layers] == [input_ids.shape[1]] * 2
 
 
@@ -97,18 +76,18 @@ def test_recommend_fuses_generation_and_ranking_of_every_item(backbone):
 
 
 @pytest.mark.parametrize(
-    "rougher",
+    "convert",
     [
         lambda model: model.to(torch.bfloat16),
         lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8),
     ],
     ids=["bfloat16", "int8"],
 )
-def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
+def test_recommend_in_fewer_bits_agrees_with_float32(convert):
     model = build_model(num_items=60, embeddings=True)
     input_ids, mask, _ = random_histories(model, [6, 3, 2, 1])
     exact = model.recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
-    rough = rougher(model).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
+    rough = convert(model).recommend(input_ids, mask, num_beams=60, num_return_sequences=60)
     by_item = [
         scores[items.argsort()]
         for items, scores in ((exact.item_indices, exact.scores), (rough.item_indices, rough.scores))
@@ -118,7 +97,7 @@ def test_recommend_in_fewer_bits_agrees_with_float32(rougher):
         assert torch.corrcoef(torch.stack([first, second.float()]))[0, 1] > 0.99
 
 
-def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
+def test_the_dense_score_is_part_of_the_ranking_or_separate():
     together, apart = (build_model(rank_by_dense_score=part, dense_loss_weight=1.0) for part in (True, False))
     input_ids, mask, _ = random_histories(together, [4, 2])
     everything = {"num_beams": 30, "num_return_sequences": 30, "ranking_weight": 0.0, "ranking_target": "next"}
@@ -131,9 +110,10 @@ def test_the_item_level_score_is_a_part_of_the_ranking_or_beside_it():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_the_item_level_score_is_trained_by_the_ranking_unless_that_is_detached(detach):
+def test_ranking_trains_the_dense_score_unless_it_is_detached(detach):
     fields = {"stop_gradient_dense_score": detach, "dense_loss_weight": 1.0, "negatives_per_item": 1.0}
-    gradients, losses = [], []
+    gradients = []
+    losses = []
     for weight in (1.0, 2.0):
         model = build_model(ranking_loss_weight=weight, **fields).train()
         input_ids, mask, _ = random_histories(model, [4, 2])
@@ -143,10 +123,10 @@ def test_the_item_level_score_is_trained_by_the_ranking_unless_that_is_detached(
         gradients.append(model.ranking_head.history_query.weight.grad)
         losses.append(out.ranking_loss)
     torch.testing.assert_close(*losses)
-    assert torch.equal(*gradients) == detach and gradients[0].any(), "its own softmax trains it in any case"
+    assert torch.equal(*gradients) == detach and gradients[0].any(), "the dense loss trains it in any case"
 
 
-def test_candidates_and_caches_that_do_not_fit_are_refused():
+def test_candidates_and_caches_that_do_not_fit_are_rejected():
     model = build_model()
     input_ids, mask, _ = random_histories(model, [3, 2])
     with pytest.raises(ValueError, match="one row a history"):
@@ -161,7 +141,9 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match="outside a catalog of 30 items"):
             model.rank(input_ids, mask, torch.tensor([[1], [outside]]))
     with pytest.raises(ValueError, match="cache of the 16 tokens"):
-        model.rank(input_ids, mask, torch.tensor([[1], [3]]), cache=prefill(model, input_ids[:, :-5], mask[:, :-5]))
+        model.rank(
+            input_ids, mask, torch.tensor([[1], [3]]), cache=prefilled_cache(model, input_ids[:, :-5], mask[:, :-5])
+        )
     with pytest.raises(ValueError, match="ranking_target among"):
         model.recommend(input_ids, mask, ranking_target="share")
     with pytest.raises(ValueError, match="num_return_sequences <= num_beams"):
@@ -170,22 +152,20 @@ def test_candidates_and_caches_that_do_not_fit_are_refused():
         model.recommend(input_ids, mask, num_beams=0, num_dense_candidates=5, num_return_sequences=4)
     with pytest.raises(ValueError, match="neither of them 0"):
         model.recommend(input_ids[:0], mask[:0])
-    assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3), (
-        "none asked for, none given"
-    )
+    assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3)
 
 
-def test_added_items_are_generated_at_once_and_old_scores_stay():
+def test_added_items_are_generated_and_old_scores_stay():
     model = build_model(codebook_sizes=(4, 3, 3, 3), num_items=20)
     input_ids, mask, _ = random_histories(model, [4, 2])
     old = exact_scores(model, input_ids, mask)
-    spelt = {tuple(code) for code in model.catalog.item_codes.tolist()}
-    free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in spelt][:3]
+    known = {tuple(code) for code in model.catalog.item_codes.tolist()}
+    free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 3))).tolist() if tuple(c) not in known][:3]
     with pytest.raises(ValueError, match="same spelling"):
         model.add_items(torch.tensor([free[0], free[0]]), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="NaN"):
         model.add_items(torch.tensor(free), torch.full((3, 6), torch.nan))
-    assert model.catalog.num_items == model.config.num_items == 20, "a refused addition changes nothing"
+    assert model.catalog.num_items == model.config.num_items == 20, "a rejected addition changes nothing"
     model.add_items(np.array(free), np.random.default_rng(0).normal(size=(3, 6)).astype("float32"))
     assert model.config.num_items == 23
     torch.testing.assert_close(exact_scores(model, input_ids, mask)[:, :20], old)
@@ -194,10 +174,11 @@ def test_added_items_are_generated_at_once_and_old_scores_stay():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
+def test_the_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    code, level = model.catalog.item_codes[0].tolist(), model.layout.level_slice(2)
+    code = model.catalog.item_codes[0].tolist()
+    level = model.layout.level_slice(2)
 
     def learned_rows():
         return model.get_input_embeddings().weight, model.lm_head.weight, model.item_encoder.table.weight
@@ -215,7 +196,7 @@ def test_a_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     torch.testing.assert_close(loaded.recommend(input_ids, mask, num_beams=14).scores, best.scores[:, :10])
 
 
-def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
+def test_duplicate_and_impossible_codes_are_rejected():
     model = build_model()
     codes = model.catalog.item_codes.clone()
     before = codes.clone()
@@ -231,9 +212,10 @@ def test_two_items_with_one_spelling_or_foreign_codes_are_refused():
     assert torch.equal(model.catalog.item_codes, before)
 
 
-def test_a_catalog_that_is_changed_in_place_is_read_anew():
+def test_a_catalog_loaded_from_a_state_dict_takes_effect():
     model = build_model()
-    before, items = model.catalog.item_codes.clone(), torch.arange(30)
+    before = model.catalog.item_codes.clone()
+    items = torch.arange(30)
     assert torch.equal(model.catalog.trie.lookup(before), items)
     model.load_state_dict({**model.state_dict(), "catalog.item_codes": before.flip(0)})
     assert torch.equal(model.catalog.trie.lookup(before), items.flip(0))

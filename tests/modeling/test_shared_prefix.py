@@ -1,4 +1,4 @@
-"""Branches: each is read as if it were alone behind its history, in both ways of attending."""
+"""Branches: each is read as if it were alone behind its history, with every kind of attention."""
 
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -17,90 +17,97 @@ from modeling_unigrf.shared_prefix_unigrf import (
 )
 
 
-def one_by_one(model, input_ids, mask, branches):
-    """Output at the last token of each of `branches [B, N, s]`, by a forward over the unpadded row and without cache."""
+def states_of_branches(model, input_ids, mask, branches):
+    """Return the states at the last tokens of `branches [B, N, s]`, by forwards over unpadded rows without a cache."""
     states = torch.empty(*branches.shape[:2], model.config.hidden_size)
-    for row, (ids, seen) in enumerate(zip(input_ids, mask, strict=True)):
+    for row, (ids, row_mask) in enumerate(zip(input_ids, mask, strict=True)):
         for column, tokens in enumerate(branches[row]):
             with torch.no_grad():
-                whole = torch.cat([ids[seen.bool()], tokens])[None]
+                whole = torch.cat([ids[row_mask.bool()], tokens])[None]
                 states[row, column] = model.model(whole).last_hidden_state[0, -1]
     return states
 
 
-@pytest.mark.parametrize("way", ["shared prefix", "shared prefix in chunks", "packed mask", "eager"])
-def test_a_tree_of_continuations_is_read_as_each_of_its_paths_alone(backbone, way, monkeypatch):
-    if backbone == "hstu" and way != "eager":
-        pytest.skip("HSTU attends in a way of its own")
+@pytest.mark.parametrize("kernel", ["shared", "shared in chunks", "packed", "eager"])
+def test_a_tree_of_branches_is_read_as_each_path_alone(backbone, kernel, monkeypatch):
+    if backbone == "hstu" and kernel != "eager":
+        pytest.skip("HSTU has an attention of its own")
     model = build_model(backbone)
-    model.set_attn_implementation("eager" if way == "eager" else "sdpa")
-    model.model.hands_down_arguments = "shared" in way
+    model.set_attn_implementation("eager" if kernel == "eager" else "sdpa")
+    model.model.hands_down_arguments = "shared" in kernel
     windowed = "sliding_window" in BACKBONES[backbone]
-    if way == "shared prefix in chunks":
+    if kernel == "shared in chunks":
         monkeypatch.setattr(shared_prefix_unigrf, "MAX_SCORES", 1)
-    input_ids, mask, _ = random_histories(model, [1, 0] if windowed and "shared" in way else [5, 2])
+    input_ids, mask, _ = random_histories(model, [1, 0] if windowed and "shared" in kernel else [5, 2])
     generator = torch.Generator().manual_seed(1)
-    seen, cache = mask.bool(), DynamicCache()
+    history_mask = mask.bool()
+    cache = DynamicCache()
     with torch.no_grad():
         model.model(input_ids, mask, cache=cache, use_cache=True)
         tokens = torch.randint(4, model.config.vocab_size, (2, 3, 1), generator=generator)
-        paths, keys = tokens, torch.empty(2, 3, 0, dtype=torch.long)
-        states, keys = read_branches(model.model, tokens, seen, keys, cache)
-        for width, steps in ((5, 1), (4, 2)):  # children of random parents, some of one parent, some parents childless
+        paths = tokens
+        keys = torch.empty(2, 3, 0, dtype=torch.long)
+        states, keys = read_branches(model.model, tokens, history_mask, keys, cache)
+        for width, steps in ((5, 1), (4, 2)):  # random parents: some have several children, some have none
             parent = torch.randint(paths.shape[1], (2, width, 1), generator=generator)
             tokens = torch.randint(4, model.config.vocab_size, (2, width, steps), generator=generator)
             paths = torch.cat([paths.gather(1, parent.expand(-1, -1, paths.shape[2])), tokens], dim=2)
             keys = keys.gather(1, parent.expand(-1, -1, keys.shape[2]))
-            states, keys = read_branches(model.model, tokens, seen, keys, cache)
-    assert shares_prefix(model.model) == ("shared" in way), "the way that is tested is the way that was taken"
+            states, keys = read_branches(model.model, tokens, history_mask, keys, cache)
+    assert shares_prefix(model.model) == ("shared" in kernel), "the tested kernel was used"
     torch.testing.assert_close(
-        states[:, :, -1], one_by_one(model, input_ids, mask, paths), atol=2e-5, rtol=1e-4, check_stride=False
+        states[:, :, -1], states_of_branches(model, input_ids, mask, paths), atol=2e-5, rtol=1e-4, check_stride=False
     )
 
 
-def test_a_backbone_that_hands_nothing_down_is_found_out_also_by_two_threads_and_after_a_failure(monkeypatch):
+def test_a_backbone_that_ignores_the_branches_is_detected(monkeypatch):
     model = build_model()
-    backbone, threads, asked_beside = model.model.language_model, ThreadPoolExecutor(1), []
-    forward, last = backbone.forward, backbone.layers[1].forward
+    backbone = model.model.language_model
+    threads = ThreadPoolExecutor(1)
+    concurrent = []
+    forward = backbone.forward
+    last = backbone.layers[1].forward
 
-    def hands_nothing_down(*args, branches=None, **kwargs):
-        if branches is not None:  # in the middle of the trial
-            asked_beside.append(threads.submit(shares_prefix, model.model))
-            wait(asked_beside, timeout=0.05)
+    def drop_branches(*args, branches=None, **kwargs):
+        if branches is not None:  # while the check runs
+            concurrent.append(threads.submit(shares_prefix, model.model))
+            wait(concurrent, timeout=0.05)
         return forward(*args, **kwargs)
 
-    def fails(*args, branches=None, **kwargs):
+    def fail(*args, branches=None, **kwargs):
         return last(*args, **kwargs) if branches is None else 1 / 0
 
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr(backbone.layers[1], "forward", fails)
+        patched.setattr(backbone.layers[1], "forward", fail)
         shares_prefix(model.model)
     assert backbone.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(backbone, "forward", hands_nothing_down)
+    monkeypatch.setattr(backbone, "forward", drop_branches)
     input_ids, mask, _ = random_histories(model, [4, 2])
-    found = model.recommend(input_ids, mask, num_beams=12)
-    assert not shares_prefix(model.model) and not asked_beside[0].result()
+    actual = model.recommend(input_ids, mask, num_beams=12)
+    assert not shares_prefix(model.model) and not concurrent[0].result()
     assert backbone.config._attn_implementation == "sdpa"
     shared = build_model()
-    torch.testing.assert_close(found.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
+    torch.testing.assert_close(actual.scores, shared.recommend(input_ids, mask, num_beams=12).scores)
     assert shares_prefix(shared.model)
 
 
 def test_sums_over_a_long_history_fit_into_a_float16():
-    length, count = 2048, 3
+    length = 2048
+    count = 3
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, n, 8, generator=generator) for n in (count, length + count))
-    query *= 0.01  # all are seen alike
-    value = 40.0 + torch.randn(key.shape, generator=generator)  # of which 2,048 add up to more than 65,504
+    query *= 0.01  # nearly equal attention weights
+    value = 40.0 + torch.randn(key.shape, generator=generator)  # the sum of 2,048 exceeds 65,504
     own_keys = (length + torch.arange(count)).view(1, count, 1)
-    states, history = [one.half() for one in (query, key, value)], torch.ones(1, length, dtype=torch.bool)
-    found, _ = shared_prefix_attention(None, *states, None, branches=Branches(history, own_keys))
+    states = [tensor.half() for tensor in (query, key, value)]
+    history = torch.ones(1, length, dtype=torch.bool)
+    actual, _ = shared_prefix_attention(None, *states, None, branches=Branches(history, own_keys))
     mask = torch.cat([history.expand(count, -1), torch.eye(count, dtype=torch.bool)], dim=1)
-    expected = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in states), mask)
-    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(tensor.float() for tensor in states), mask)
+    torch.testing.assert_close(actual.float(), expected.transpose(1, 2), atol=0.05, rtol=1e-3)
 
 
-def test_training_after_inference_is_training_as_before():
+def test_inference_does_not_change_later_training():
     model = build_model(negatives_per_item=0.5)
     input_ids, mask, _ = random_histories(model, [4, 2])
     labels = input_ids.masked_fill(mask == 0, -100)
@@ -110,7 +117,7 @@ def test_training_after_inference_is_training_as_before():
     torch.testing.assert_close(model(input_ids, mask, labels=labels).loss, before)
 
 
-def test_a_window_that_no_layer_has_is_none():
+def test_a_window_that_no_layer_uses_is_none():
     fields = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 2}
     assert sliding_window(UniGRFConfig(text_config={**fields, "max_window_layers": 1}).text_config) == 4
     assert sliding_window(UniGRFConfig(text_config={**fields, "max_window_layers": 28}).text_config) is None

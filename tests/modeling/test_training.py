@@ -1,15 +1,15 @@
-"""Training under the stock `Trainer`: resumed equals uninterrupted, accumulated equals whole, two processes equal one."""
+"""Training under the stock `Trainer`: resumed, accumulated, with two processes, and with adapters."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     assert_same_weights,
     build_model,
     histories_dataset,
@@ -18,12 +18,10 @@ from helpers import (
     second_stage_rows,
 )
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from recipes.training.cached_candidates import CachedCandidates
 from recipes.training.loss_parts import LossParts
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("reader", ["llama", "hstu"])
@@ -41,7 +39,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, reader):
 @pytest.mark.parametrize("positives", [None, ["like"]])
 def test_gradient_accumulation_does_not_change_the_loss(tmp_path, positives):
     whole, accumulated = (build_model(retrieval_behaviors=positives) for _ in range(2))
-    dataset = histories_dataset(whole, 24)  # ragged rows: the micro-batches have unequal shares
+    dataset = histories_dataset(whole, 24)  # ragged rows: micro-batches of unequal size
     losses = run_trainer(tmp_path / "a", whole, dataset, max_steps=3)
     parts = run_trainer(
         tmp_path / "b", accumulated, dataset, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=4
@@ -58,7 +56,7 @@ from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows,
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 from recipes.training.cached_candidates import CachedCandidates
 from safetensors.torch import save_file
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 model = build_model()
 losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
 rank = os.environ["RANK"]
@@ -76,11 +74,11 @@ enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
 run_trainer({out!r}, model, enhancer_rows(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
 model = build_model(num_retrieved_items=3)
-kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
-kept._propose(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), 0)
-pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "kept": kept.items}}
+cached = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
+cached.on_epoch_begin(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
+pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "candidates": cached.items}}
 save_file({{name: pool.clone() for name, pool in pools.items()}}, {out!r} + f"/pools-{{rank}}.safetensors")
-torch.distributed.barrier()  # a process that ends while another still talks to it would abort that one
+torch.distributed.barrier()  # the first process to end would abort the other
 torch.distributed.destroy_process_group()
 """
 
@@ -105,19 +103,20 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
         for name in ("whole", "resumed")
         for rank in (0, 1)
     ]
-    assert all(other == whole for other in others), "also from the middle of a window"
+    assert all(other == whole for other in others), "resumed inside a window"
     assert whole[:4] == [1.0] * 4 and whole[4] == whole[5] != 1.0
     first, second = (load_file(tmp_path / f"pools-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(pool, second[name]) for name, pool in first.items())
-    assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "of all users"
+    assert ((first["negatives"] >= 0) | (first["favorites"][:, :1] >= 0)).any(dim=1).all(), "every user has some"
     model = build_model(num_retrieved_items=3)
-    kept = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
-    kept._propose(TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True), 0)
-    assert torch.equal(first["kept"], kept.items), "as one process finds them"
+    cached = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    cached.on_epoch_begin(args, TrainerState(epoch=0.0), None)
+    assert torch.equal(first["candidates"], cached.items), "equal to those of one process"
 
 
 @pytest.mark.parametrize("logging_steps", [1, 500])
-def test_a_loss_that_is_no_number_is_told_also_after_the_last_log(tmp_path, logging_steps):
+def test_a_nan_loss_is_reported_also_after_the_last_log(tmp_path, logging_steps):
     model = build_model()
     with torch.no_grad():
         model.ranking_head.out_proj.bias.fill_(float("nan"))
@@ -146,7 +145,7 @@ def test_a_lora_adapter_stays_small_and_reloads_exactly(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
-def test_virtual_tokens_and_adapters_of_single_rows_reach_the_beams():
+def test_prompt_tuning_and_per_row_adapters_reach_the_beams():
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
@@ -154,28 +153,28 @@ def test_virtual_tokens_and_adapters_of_single_rows_reach_the_beams():
     arguments = {"input_ids": input_ids, "attention_mask": mask, "num_beams": 12, "num_return_sequences": 12}
     arguments |= {"output_scores": True, "return_dict_in_generate": True}
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    found = prompted.generate(**arguments)
+    output = prompted.generate(**arguments)
     with torch.no_grad():
-        logits = prompted(input_ids=found.sequences, attention_mask=torch.ones_like(found.sequences)).logits
+        logits = prompted(input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences)).logits
     expected = 0.0
-    for level, tokens in enumerate(found.sequences[:, -3:].T):
+    for level, tokens in enumerate(output.sequences[:, -3:].T):
         codes = model.layout.level_slice(level)
         log_probs = logits[:, level - 4, codes].log_softmax(dim=-1)
         expected = expected + log_probs.gather(1, tokens[:, None] - codes.start)[:, 0]
-    torch.testing.assert_close(found.sequences_scores, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(output.sequences_scores, expected, atol=2e-5, rtol=1e-4)
 
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
     plain = model.generate(**arguments).sequences_scores
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     with_it, mixed = (
-        adapted.generate(**arguments, **one).sequences_scores
-        for one in ({}, {"adapter_names": ["default", "__base__"]})
+        adapted.generate(**arguments, **options).sequences_scores
+        for options in ({}, {"adapter_names": ["default", "__base__"]})
     )
     torch.testing.assert_close(mixed, torch.cat([with_it[:12], plain[12:]]), atol=2e-5, rtol=1e-4)
     assert ((with_it - plain).view(2, 12).abs().amax(dim=1) > 1e-2).all()
 
 
-def test_what_an_adapter_would_hide_or_break_is_refused():
+def test_changes_that_an_adapter_would_hide_are_rejected():
     from peft import LoraConfig, get_peft_model
 
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12)
@@ -183,9 +182,10 @@ def test_what_an_adapter_would_hide_or_break_is_refused():
         "item_encoder" in model.modules_to_save and "item_encoder" not in build_model(embeddings=False).modules_to_save
     )
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=model.modules_to_save))
-    trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("item_encoder" in name and "table" in name for name in trained)
-    new, vector = torch.tensor([[*model.catalog.item_codes[0, :2].tolist(), 2]]), torch.randn(1, 6)
+    new = torch.tensor([[*model.catalog.item_codes[0, :2].tolist(), 2]])
+    vector = torch.randn(1, 6)
     with pytest.raises(ValueError, match="Merge the adapter first"):
         model.add_items(new, vector)
     assert (model.catalog.num_items, model.config.num_items, model.config.codebook_sizes) == (12, 12, [4, 3, 2])
@@ -200,7 +200,8 @@ def test_what_an_adapter_would_hide_or_break_is_refused():
     ):
         model = build_model(num_items=12)
         input_ids, mask, _ = random_histories(model, [4, 2])
-        expected, before = model(input_ids, mask, labels=input_ids).loss, model.catalog.item_codes
+        expected = model(input_ids, mask, labels=input_ids).loss
+        before = model.catalog.item_codes
         get_peft_model(model, LoraConfig(**of_table))
         torch.testing.assert_close(model(input_ids, mask, labels=input_ids).loss, expected)
         with pytest.raises(ValueError, match="Merge the adapter first"):

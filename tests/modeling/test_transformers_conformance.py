@@ -1,4 +1,4 @@
-"""transformers' own model tests (`ModelTesterMixin`, from its source distribution) run on UniGRF without failures."""
+"""Run the model tests of transformers (`ModelTesterMixin`, from its source distribution) on UniGRF."""
 
 import importlib
 import sys
@@ -17,7 +17,7 @@ if not SOURCES.is_dir():
     pytest.skip(f"{SOURCES} is missing: `make test` fetches it.", allow_module_level=True)
 
 
-# Modules that the distribution leaves out, with what the common tests import from them.
+# Modules missing from the distribution, with the names that the common tests import.
 LEFT_OUT = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
@@ -25,7 +25,7 @@ LEFT_OUT = {
 
 
 def import_common_tests():
-    """Imports the common tests as a package of their own."""
+    """Import the common tests as a separate package."""
 
     def add_module(name, **attributes):
         module = types.ModuleType(name)
@@ -40,15 +40,19 @@ def import_common_tests():
 
 
 common = import_common_tests()
-# What transformers' own models have in its tables, which the tests use to tell a model with a loss from one without.
+# The tests look in these tables for models with a loss.
 common.MODEL_MAPPING_NAMES["unigrf"] = UniGRFModel.__name__
 common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["unigrf"] = UniGRFForCausalLM.__name__
 
 
 class UniGRFModelTester:
-    """A tiny model and valid histories, in the form that `ModelTesterMixin` asks for."""
+    """A tiny model and valid histories, as `ModelTesterMixin` expects them."""
 
-    batch_size, num_histories_items, hidden_size, num_hidden_layers, num_attention_heads = 3, 3, 32, 2, 4
+    batch_size = 3
+    num_histories_items = 3
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
     is_training = True
 
     def __init__(self, parent):
@@ -67,7 +71,7 @@ class UniGRFModelTester:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 128,
             },
-            vocab_size=64,  # more than spell the items, so that it can be made smaller
+            vocab_size=64,  # more than the semantic-ID tokens, so that it can shrink
             codebook_sizes=[8, 8, 4],
             behaviors=["dislike", "like"],
             num_items=20,
@@ -105,7 +109,7 @@ class UniGRFModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
         return inputs_dict
 
     def test_resize_tokens_embeddings(self):
-        # Its last part has 4 tokens, too few to spell items.
+        # The test ends with 4 tokens, fewer than the semantic-ID tokens.
         for model_class in (UniGRFModel, UniGRFForCausalLM):
             self.all_model_classes = (model_class,)
             with self.assertRaisesRegex(ValueError, r"at least.* 26 tokens .*found .*=4\b"):

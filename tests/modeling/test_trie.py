@@ -1,4 +1,4 @@
-"""The trie: it holds exactly the catalog, and its best children are the best among those that exist and are allowed."""
+"""The trie: it holds exactly the catalog, and returns the best children that exist and are allowed."""
 
 from unittest import mock
 
@@ -15,7 +15,7 @@ catalogs = st.fixed_dictionaries(
     {
         "sizes": st.lists(st.integers(1, 6), min_size=1, max_size=4),
         "share": st.floats(0.05, 1.0),
-        "dense_entries": st.sampled_from([0, 30, 2**17]),  # all levels as lists of codes, some, all as tables
+        "dense_entries": st.sampled_from([0, 30, 2**17]),  # store no level, some or all levels as tables
         "seed": st.integers(0, 10_000),
     }
 )
@@ -34,23 +34,24 @@ def build(sizes, share, dense_entries, seed):
 def test_the_trie_holds_exactly_the_catalog(catalog):
     trie, codes, _ = build(**catalog)
     sizes = catalog["sizes"]
-    # Also codes that no codebook has.
+    # With codes outside the codebooks.
     everything = torch.cartesian_prod(*(torch.arange(-1, size + 1) for size in sizes)).view(-1, len(sizes))
     index = {tuple(code): item for item, code in enumerate(codes.tolist())}
     assert trie.lookup(everything).tolist() == [index.get(tuple(code), -1) for code in everything.tolist()]
-    spelt, nodes = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    prefixes = torch.zeros(1, 0, dtype=torch.long)
+    nodes = torch.zeros(1, dtype=torch.long)
     for depth, level in enumerate(trie.levels):
         parent, nodes, code = level.children(nodes)
-        spelt = torch.cat([spelt[parent], code[:, None]], dim=1)
-        assert nodes.tolist() == list(range(level.num_nodes)), "a node is its rank"
-        assert torch.equal(level.child(trie.descend(spelt, depth), spelt[:, depth]), nodes)
-        under = [sum(item[: depth + 1] == prefix for item in codes.tolist()) for prefix in spelt.tolist()]
+        prefixes = torch.cat([prefixes[parent], code[:, None]], dim=1)
+        assert nodes.tolist() == list(range(level.num_nodes)), "nodes are numbered in order"
+        assert torch.equal(level.child(trie.descend(prefixes, depth), prefixes[:, depth]), nodes)
+        under = [sum(item[: depth + 1] == prefix for item in codes.tolist()) for prefix in prefixes.tolist()]
         assert trie.num_leaves(depth, nodes).tolist() == under
-    assert spelt.tolist() == sorted(codes.tolist())
-    assert trie.leaf_items[nodes].tolist() == trie.lookup(spelt).tolist()
+    assert prefixes.tolist() == sorted(codes.tolist())
+    assert trie.leaf_items[nodes].tolist() == trie.lookup(prefixes).tolist()
 
 
-def test_a_level_of_more_codes_than_a_float_can_count_finds_each():
+def test_a_level_may_have_more_codes_than_float32_counts():
     count = 2**24 + 8
     level = trie_unigrf.TrieLevel.build(count, torch.zeros(count).long(), torch.arange(count).int(), 1)
     last = torch.arange(count - 9, count)
@@ -59,9 +60,10 @@ def test_a_level_of_more_codes_than_a_float_can_count_finds_each():
 
 @settings(max_examples=60, deadline=None)
 @given(catalog=catalogs, count=st.integers(1, 9), lists=st.sampled_from(["none", "allowed", "blocked", "both"]))
-def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(catalog, count, lists):
+def test_the_best_children_exist_and_are_allowed(catalog, count, lists):
     trie, codes, generator = build(**catalog)
-    size, batch_size = len(codes), 3
+    size = len(codes)
+    batch_size = 3
     drawn = torch.rand(2, batch_size, size, generator=generator)
     allowed = [(row < 0.6).nonzero()[:, 0].tolist() for row in drawn[0]] if lists in ("allowed", "both") else None
     blocked = [(row < 0.4).nonzero()[:, 0].tolist() for row in drawn[1]] if lists in ("blocked", "both") else None
@@ -76,11 +78,12 @@ def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(cata
                 ItemFilter(trie, codes, allowed, blocked)
             return
         item_filter = ItemFilter(trie, codes, allowed, blocked)
-    nodes, scores = torch.zeros(batch_size, 1, dtype=torch.long), torch.zeros(batch_size, 1)
+    nodes = torch.zeros(batch_size, 1, dtype=torch.long)
+    scores = torch.zeros(batch_size, 1)
     prefixes = [[[]] for _ in range(batch_size)]
     for level, num_codes in enumerate(catalog["sizes"]):
         log_probs = torch.randn(*nodes.shape, num_codes, generator=generator)
-        found = trie.best_children(level, nodes, scores, log_probs, count, item_filter)
+        children = trie.best_children(level, nodes, scores, log_probs, count, item_filter)
         new_prefixes = []
         for row in range(batch_size):
             alive = {tuple(codes[item][: level + 1].tolist()) for item in may[row]}
@@ -92,20 +95,23 @@ def test_the_best_children_are_the_best_of_those_that_exist_and_are_allowed(cata
                 if (*prefix, code) in alive
             }
             best = sorted(expected, key=expected.get, reverse=True)[:count]
-            real = int((found[0][row] > -torch.inf).sum())
+            real = int((children[0][row] > -torch.inf).sum())
             assert real == len(best) and torch.equal(
-                found[0][row, :real], found[0][row].sort(descending=True)[0][:real]
+                children[0][row, :real], children[0][row].sort(descending=True)[0][:real]
             )
-            rows = list(zip(*(column[row].tolist() for column in found), strict=True))
+            rows = list(zip(*(column[row].tolist() for column in children), strict=True))
             new_prefixes.append([[*prefixes[row][parent], code] for _, parent, _, code in rows])
             assert [tuple(prefix) for prefix in new_prefixes[row][:real]] == best
             reached = trie.descend(torch.tensor(new_prefixes[row][:real]), level + 1)
-            assert reached.tolist() == found[2][row, :real].tolist()
-        assert ((found[2] >= 0) & (found[2] < trie.levels[level].num_nodes)).all(), "also where nothing is left"
-        (scores, _, nodes, _), prefixes = found, new_prefixes
+            assert reached.tolist() == children[2][row, :real].tolist()
+        assert ((children[2] >= 0) & (children[2] < trie.levels[level].num_nodes)).all(), (
+            "valid nodes also in empty places"
+        )
+        (scores, _, nodes, _) = children
+        prefixes = new_prefixes
 
 
-def test_a_part_of_the_catalog_knows_its_items_by_the_same_indices():
+def test_a_catalog_subset_keeps_the_item_indices():
     codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
     part = torch.tensor([7, 3, 150, 3, 199])
     trie = CatalogTrie(codes, [6, 6, 6, 2], part)
@@ -115,7 +121,7 @@ def test_a_part_of_the_catalog_knows_its_items_by_the_same_indices():
         CatalogTrie(codes, [6, 6, 6, 2], part[:0])
 
 
-def test_beams_are_scored_in_float32_whatever_the_default_is():
+def test_beams_are_scored_in_float32_under_any_default_dtype():
     codes = random_codes(200, [6, 6, 6, 2], torch.Generator().manual_seed(0)).int()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -126,11 +132,11 @@ def test_beams_are_scored_in_float32_whatever_the_default_is():
     assert scores.dtype == torch.float32 and torch.equal(trie.lookup(codes), torch.arange(200))
 
 
-def test_more_spellings_than_an_integer_counts():
+def test_codes_may_have_more_combinations_than_an_int64():
     sizes = [256] * 9
     codes = torch.randint(256, (50, 9), generator=torch.Generator().manual_seed(0)).int()
     codes = torch.cat([codes, codes])
-    codes[50:, 8] = (codes[:50, 8] + 1) % 256  # neighbors that differ in the last code alone
+    codes[50:, 8] = (codes[:50, 8] + 1) % 256  # neighbors that differ only in the last code
     trie = CatalogTrie(codes, sizes)
     assert trie.lookup(codes).tolist() == list(range(100))
     assert codes[trie.leaf_items.long()].tolist() == sorted(codes.tolist())

@@ -1,4 +1,4 @@
-"""The benchmark runs, its contenders agree with each other, and what it measured is not measured again."""
+"""The benchmark: it runs, its contenders agree, and stored measurements are reused."""
 
 import json
 
@@ -11,8 +11,8 @@ from recipes.benchmarks import report as decoding_report
 from recipes.benchmarks.baselines import DictTrie, StaticTrie, random_catalog
 
 
-def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
-    # The ratios are of cells of their own; here of small ones.
+def test_a_small_benchmark_is_run_and_stored(tmp_path, monkeypatch):
+    # Small cells for the ratios.
     cell = {"history_items": 3, "num_beams": 8, "users": 1, "levels": 4, "catalog": 400}
     for name in ("SEARCH", "LONG", "HALF", "BATCH", "CANDIDATES"):
         monkeypatch.setattr(decoding_report, name, cell)
@@ -52,7 +52,7 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     for task in ("recommend", "recommend, cut"):
         added = decoding_report.added_by_ranking(data, task, retrieved=10, long_items=30, users=2, dtype="float32")
         assert added["wall"] == round(of_cell[task] / of_cell["generate"], 2)
-    monkeypatch.setattr(benchmark_decoding, "measure", None)  # nothing is measured twice
+    monkeypatch.setattr(benchmark_decoding, "measure", None)  # stored measurements are reused
     benchmark_decoding.main(arguments)
     assert json.loads((tmp_path / "decoding.json").read_text())["rows"] == data["rows"]
     monkeypatch.setattr(benchmark_decoding, "measure", lambda calls, _: {call: {"wall_ms": 1.0} for call in calls})
@@ -64,27 +64,29 @@ def test_a_small_benchmark_is_run_kept_and_written_down(tmp_path, monkeypatch):
     assert again["made by"] == data["made by"] and again["ranking made by"]["command"].endswith("--parts ranking")
 
 
-def test_a_contender_that_took_its_time_is_not_run_again_and_a_warm_up_is_not_counted():
+def test_a_slow_contender_runs_once_and_warm_up_is_not_counted():
     calls = {"short": 0, "long": 0}
 
     def run(name):
         calls[name] += 1
 
     figures = benchmark_decoding.measure({name: lambda name=name: run(name) for name in calls}, repeats=3)
-    assert calls == {"short": 4, "long": 4} and {one["runs"] for one in figures.values()} == {3}
+    assert calls == {"short": 4, "long": 4} and {figure["runs"] for figure in figures.values()} == {3}
     calls.update(short=0)
     figures = benchmark_decoding.measure({"short": lambda: run("short")}, repeats=3, seconds=0.0)
     assert calls["short"] == 1 and figures["short"]["runs"] == 1
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_the_peers_tries_take_the_same_steps(level):
+def test_the_baseline_tries_take_the_same_steps(level):
     codes = random_catalog(3000)
-    static, nested = StaticTrie(codes, 256), DictTrie(codes)
+    static = StaticTrie(codes, 256)
+    nested = DictTrie(codes)
     prefixes = codes[:, :level].unique(dim=0)[torch.randperm(40, generator=torch.Generator().manual_seed(0))].long()
     keys = [codes[:, : depth + 1].unique(dim=0).tolist() for depth in range(level)]
     states = torch.tensor([keys[-1].index(prefix) for prefix in prefixes.tolist()])
-    scores, log_probs = torch.randn(1, 40), torch.randn(1, 40, 256)
+    scores = torch.randn(1, 40)
+    log_probs = torch.randn(1, 40, 256)
     by_static, parents, _ = static.step(level, states[None], scores, log_probs, 12)
     by_dict, places = nested.step([prefixes.tolist()], scores, log_probs, 12)
     torch.testing.assert_close(by_static, by_dict)

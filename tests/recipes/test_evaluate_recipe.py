@@ -1,4 +1,4 @@
-"""From tables to metrics by recipes.train and recipes.evaluate, on a made-up world."""
+"""From tables to metrics by recipes.train and recipes.evaluate, on synthetic data."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import GRID, TINY, preferring
+from helpers import GRID, preferring, train_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,25 +29,10 @@ from tokenization import SemanticIdTokenizer
 
 def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
-    arguments = train.parse(
-        [
-            f"--data_dir={prepared}",
-            f"--output_dir={tmp_path / 'training'}",
-            f"--checkpoint_dir={tmp_path / 'checkpoint'}",
-            f"--text_config={json.dumps(TINY)}",
-            "--negatives_per_item=0.5",
-            "--max_items=10",
-            "--crops_per_epoch=4",
-            "--num_train_epochs=8",
-            "--learning_rate=5e-3",
-            "--per_device_train_batch_size=16",
-            "--eval_strategy=epoch",
-            "--save_strategy=no",
-            "--logging_steps=5",
-            "--disable_tqdm=True",
-            "--use_cpu",
-        ]
-    )
+    options = ["--negatives_per_item=0.5", "--max_items=10", "--crops_per_epoch=4", "--num_train_epochs=8"]
+    options += ["--learning_rate=5e-3", "--per_device_train_batch_size=16", "--eval_strategy=epoch"]
+    options += ["--logging_steps=5", f"--checkpoint_dir={tmp_path / 'checkpoint'}"]
+    arguments = train.parse(train_flags(prepared, tmp_path / "training", *options))
     checkpoint = train.train(*arguments)
     weights = (checkpoint / "model.safetensors").read_bytes()
     assert train.train(*arguments) == checkpoint, "a finished training is reused"
@@ -70,14 +55,14 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
             list_length=10,
         )
     )
-    assert metrics["protocol"]["history"] == "the last 10 items", "as it was trained"
+    assert metrics["protocol"]["history"] == "the last 10 items", "the length of the training"
     assert metrics["protocol"]["trained on"] == "these interactions"
     assert metrics["invalid_items"] == 0 and metrics["generated_items_checked"] >= 40 * 5
     assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"} <= set(metrics["ranked"])
     assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
     assert metrics["ranking"]["auc"] > 0.5
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    # What validation chose is what the checkpoint now does by itself.
+    # The settings chosen on validation are the defaults of the checkpoint.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert model.config.ranking_weight == metrics["selection"]["ranking_weight"]
     assert model.generation_config.num_beams == metrics["selection"]["num_beams"]
@@ -87,8 +72,8 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         (tmp_path / f"run-{seed}").mkdir()
         ranked = {name: value + seed for name, value in metrics["ranked"].items()}
         protocol = metrics["protocol"] | {"seed of the codebooks": seed}
-        found = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
-        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(found))
+        run_metrics = metrics | {"ranked": ranked, "protocol": protocol, "seconds": {}, "made_by": made_by("command")}
+        (tmp_path / f"run-{seed}" / "metrics.json").write_text(json.dumps(run_metrics))
     collected = results.collect([tmp_path / "run-0", tmp_path / "run-1"])
     assert collected["seeds"] == [0, 1]
     mean = pytest.approx(metrics["ranked"]["recall@5"] + 0.5, abs=1e-5)
@@ -96,17 +81,19 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         "mean": mean,
         "std": pytest.approx(0.5**0.5, abs=1e-5),
     }
-    found["protocol"]["users"] = 3
-    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(found))
+    run_metrics["protocol"]["users"] = 3
+    (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(run_metrics))
     with pytest.raises(ValueError, match="Expected runs of one protocol"):
         results.collect([tmp_path / "run-0", tmp_path / "run-1"])
 
-    with monkeypatch.context() as patched:  # scores of which validation prefers one weight and test another
-        dataset, asked = load_from_disk(str(prepared / "dataset")), []
+    # Validation and test prefer different weights.
+    with monkeypatch.context() as patched:
+        dataset = load_from_disk(str(prepared / "dataset"))
+        targets = []
 
         def scores(model, tokenizer, split, *args):
-            asked.append(split["target"][:])
-            return preferring(0.5 if len(asked) == 1 else 1.0, asked[-1])
+            targets.append(split["target"][:])
+            return preferring(0.5 if len(targets) == 1 else 1.0, targets[-1])
 
         patched.setattr(evaluate_recipe, "candidates", scores)
         patched.setattr(evaluate_recipe, "invalid_items", lambda *args: {"checked": 0, "invalid": 0})
@@ -115,12 +102,12 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         )
         selecting = replace(selecting, baselines=False)
         chosen = evaluate_checkpoint(selecting)
-        assert asked == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
+        assert targets == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
         assert chosen["selection"]["ranking_weight"] == 0.5 and chosen["baselines"] == {}
-        assert chosen["ranked"]["recall@5"] == 1 and chosen["ranked"]["mrr"] < 1, "test would have chosen 1"
+        assert chosen["ranked"]["recall@5"] == 1 and chosen["ranked"]["mrr"] < 1, "the weight of the validation"
     split = load_from_disk(str(prepared / "dataset"))["test"].select(range(3))
     with monkeypatch.context() as patched:
-        patched.setattr(model, "generate", lambda input_ids, **kwargs: spelt_wrong(input_ids, tokenizer))
+        patched.setattr(model, "generate", lambda input_ids, **kwargs: invalid_sequences(input_ids, tokenizer))
         counted = measure.invalid_items(model, tokenizer, split, 5, Measurement())
     assert counted == {"checked": 3, "invalid": 2}
 
@@ -145,8 +132,8 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         evaluate_checkpoint(replace(measured, data_dir=str(tmp_path / "nowhere")))
 
 
-def spelt_wrong(input_ids, tokenizer):
-    """Behind the first history an item, then codes that no item has, and codes that end too early."""
+def invalid_sequences(input_ids, tokenizer):
+    """Append an item, codes of no item, and codes that end too early, to one history each."""
     codes = {tuple(row) for row in tokenizer.item_codes.tolist()}
     sizes = tokenizer.codebook_sizes
     missing = next(row for row in itertools.product(*map(range, sizes)) if row not in codes)
@@ -158,37 +145,30 @@ def spelt_wrong(input_ids, tokenizer):
     return torch.cat([input_ids, torch.stack([item, none, cut]).to(input_ids)], dim=1)
 
 
-def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histories(prepared, tmp_path, monkeypatch):
+def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
-    shared = [
-        f"--data_dir={prepared}",
-        f"--text_config={json.dumps(TINY)}",
-        "--max_items=4",
-        "--crops_per_epoch=2",
-        "--use_cpu",
-    ]
-    shared += ["--per_device_train_batch_size=16", "--learning_rate=5e-3", "--save_strategy=no", "--disable_tqdm=True"]
+    shared = ["--max_items=4", "--crops_per_epoch=2", "--per_device_train_batch_size=16", "--learning_rate=5e-3"]
     alone = ["--ranking_loss_weight=0", "--negatives_per_item=0", "--max_steps=10"]
-    first = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'one'}", *alone]))
+    first = train.train(*train.parse(train_flags(prepared, tmp_path / "one", *shared, *alone)))
     assert UniGRFConfig.from_pretrained(first).ranking_weight == 0, "no ranking was trained"
     second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
     second += ["--candidate_refresh_epochs=1"]
     second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
-    checkpoint = train.train(*train.parse([*shared, f"--output_dir={tmp_path / 'two'}", *second]))
+    checkpoint = train.train(*train.parse(train_flags(prepared, tmp_path / "two", *shared, *second)))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
     assert sum("eval_loss" in entry for entry in log) == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert (model.config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
     assert model.config.num_retrieved_items == 3 and model.config.ranking_weight == 1
-    frozen = [*shared, f"--output_dir={tmp_path / 'three'}", *second, "--freeze_base_model=True"]
-    before, after = (load_file(one / "model.safetensors") for one in (first, train.train(*train.parse(frozen))))
+    frozen = train_flags(prepared, tmp_path / "three", *shared, *second, "--freeze_base_model=True")
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, train.train(*train.parse(frozen))))
     learned = {
         name.split(".")[0] for name in after if name not in before or not torch.equal(after[name], before[name])
     }
-    assert learned == {"ranking_head", "candidate_block"}, "of what the first stage made nothing"
-    told = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
-    assert told == weights_of(first) != weights_of(checkpoint)
+    assert learned == {"ranking_head", "candidate_block"}, "nothing of stage I"
+    stored_hash = json.loads((tmp_path / "two" / "arguments.json").read_text())["init_from"]
+    assert stored_hash == weights_of(first) != weights_of(checkpoint)
     measured = EvaluateArguments(
         checkpoint=str(checkpoint),
         data_dir=str(prepared),
@@ -226,11 +206,12 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["rerank_top_k"] == 3
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert model.config.rerank_top_k == 3
-    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    dataset = load_from_disk(str(prepared / "dataset"))
+    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
     measured = replace(measured, num_dense_candidates=0)
     how = Measurement(max_items=4, max_long_items=12)
-    found = measure.candidates(model, tokenizer, dataset["test"], 5, how)
-    lists = measure.fused_lists(found, 1.0, 3, 0.5, num_ranked=3)
+    candidates = measure.candidates(model, tokenizer, dataset["test"], 5, how)
+    lists = measure.fused_lists(candidates, 1.0, 3, 0.5, num_ranked=3)
     for rows, users, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
@@ -240,16 +221,19 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
             blocked_items=[user["items"] for user in users],
         )
         assert best.item_indices.tolist() == [lists[row] for row in rows]
-    dataset, tokenizer = load_from_disk(str(prepared / "dataset")), SemanticIdTokenizer.from_pretrained(checkpoint)
+    dataset = load_from_disk(str(prepared / "dataset"))
+    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
 
-    def start_from_first(tokenizer, **asked):
+    def start_from_first(tokenizer, **options):
         data_args = train.DataArguments(data_dir="", max_items=4)
         data = PreparedData(tokenizer, dataset, torch.zeros(30, 4))
-        return train.build_model(train.ModelArguments(init_from=str(first), **asked), data_args, data)
+        return train.build_model(train.ModelArguments(init_from=str(first), **options), data_args, data)
 
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
-        ids, sizes, behaviors = tokenizer.item_ids, tokenizer.codebook_sizes, tokenizer.behaviors
+        ids = tokenizer.item_ids
+        sizes = tokenizer.codebook_sizes
+        behaviors = tokenizer.behaviors
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
         start_from_first(other)
     fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
@@ -261,26 +245,27 @@ def test_the_second_stage_starts_from_the_first_and_is_measured_with_long_histor
     served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
     selection = evaluate_checkpoint(served)["selection"]
     config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
-    kept = {
+    settings = {
         "exclude_history": False,
         "ranking_target": "like",
         "ranking_weight": 0.5,
         "max_long_items": 12,
         "max_items": 4,
     }
-    assert {name: getattr(config, name) for name in kept} == kept == {name: selection[name] for name in kept}
+    assert (
+        {name: getattr(config, name) for name in settings} == settings == {name: selection[name] for name in settings}
+    )
     with pytest.raises(ValueError, match="ranking_weights above 0"):
         evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
 
 
-def test_a_retriever_is_measured_without_a_ranking_that_nothing_trained(prepared, tmp_path, monkeypatch):
+def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
-    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
-    arguments += ["--max_items=4", "--use_cpu", "--max_steps=2", "--save_strategy=no", "--disable_tqdm=True"]
-    checkpoint = train.train(*train.parse([*arguments, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
+    flags = train_flags(prepared, tmp_path, "--max_items=4", "--max_steps=2")
+    checkpoint = train.train(*train.parse([*flags, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
     metrics = evaluate_checkpoint(
         EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], dense_weights=[0.0, 1.0], list_length=5)
     )
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
-    assert len(metrics["validation"]) == 2 and {one["ranking_weight"] for one in metrics["validation"]} == {0.0}
+    assert len(metrics["validation"]) == 2 and {row["ranking_weight"] for row in metrics["validation"]} == {0.0}
     assert UniGRFForCausalLM.from_pretrained(checkpoint).config.ranking_weight == 0

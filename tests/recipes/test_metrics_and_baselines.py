@@ -1,17 +1,16 @@
-"""The metric modules against naive definitions, the baselines against naive formulas, the report as a whole."""
-
-from pathlib import Path
+"""Metrics and baselines against their written-out formulas, and the report."""
 
 import evaluate
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers import ROOT
 
 from recipes.evaluation import baselines
 from recipes.evaluation.baselines import ItemKNN, Popularity
 from recipes.evaluation.report import write_report
 
-METRICS = Path(__file__).parents[2] / "recipes" / "evaluation" / "metrics"
+METRICS = ROOT / "recipes" / "evaluation" / "metrics"
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +23,14 @@ def like_auc():
     return evaluate.load(str(METRICS / "like_auc"), keep_in_memory=True)
 
 
-def random_histories(num_users: int, num_items: int, seed: int) -> list[list[int]]:
+def random_item_lists(num_users: int, num_items: int, seed: int) -> list[list[int]]:
+    """Draw lists of items, some of which are much more popular than others."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 12, num_users)
-    # Squared: some items are much more popular than others.
     return [(rng.permutation(num_items)[:length] ** 2 // num_items).tolist() for length in lengths]
 
 
-def test_next_item_equals_the_definition_for_ragged_and_padded_lists(next_item):
+def test_next_item_equals_its_definition_for_ragged_lists(next_item):
     rng = np.random.default_rng(0)
     lists = [rng.permutation(30)[: rng.integers(0, 25)].tolist() for _ in range(200)]
     lists = [row + [-1] * int(rng.integers(0, 3)) for row in lists]
@@ -40,46 +39,48 @@ def test_next_item_equals_the_definition_for_ragged_and_padded_lists(next_item):
     for row, target in zip(lists, targets, strict=True):
         rank = row.index(target) + 1 if target in row else None
         for k in (5, 10):
-            found = rank is not None and rank <= k
-            naive[f"recall@{k}"].append(1.0 if found else 0.0)
-            naive[f"ndcg@{k}"].append(1 / np.log2(rank + 1) if found else 0.0)
+            is_hit = rank is not None and rank <= k
+            naive[f"recall@{k}"].append(1.0 if is_hit else 0.0)
+            naive[f"ndcg@{k}"].append(1 / np.log2(rank + 1) if is_hit else 0.0)
         naive["mrr"].append(1 / rank if rank else 0.0)
     expected = {name: np.mean(values) for name, values in naive.items()}
     assert next_item.compute(predictions=lists, references=targets) == pytest.approx(expected, abs=1e-12)
 
 
-def test_next_item_counts_the_first_place_of_a_repeated_item_and_places_after_padding(next_item):
+def test_next_item_counts_repeated_items_and_padding(next_item):
     assert next_item.compute(predictions=[[4, 7, 7]], references=[7])["mrr"] == 0.5
     assert next_item.compute(predictions=[[-1, -1, 7]], references=[7])["mrr"] == pytest.approx(1 / 3)
     assert next_item.compute(predictions=[[]], references=[7])["mrr"] == 0.0
 
 
-def test_next_item_refuses_a_negative_target_that_padding_would_match(next_item):
+def test_next_item_rejects_a_negative_target(next_item):
     with pytest.raises(ValueError, match="found -1 at row 1"):
         next_item.compute(predictions=[[1], [-1]], references=[1, -1])
 
 
-def test_like_auc_is_the_share_of_ordered_pairs_with_ties_one_half(like_auc):
+def test_like_auc_is_the_share_of_correctly_ordered_pairs(like_auc):
     rng = np.random.default_rng(1)
     scores = rng.integers(0, 6, 80) / 5
     labels = rng.integers(0, 2, 80)
     above = scores[labels == 1][:, None] - scores[labels == 0]
     expected = np.mean((above > 0) + 0.5 * (above == 0))
-    found = like_auc.compute(prediction_scores=scores.tolist(), references=labels.tolist())
-    assert found == pytest.approx({"auc": expected}, abs=1e-12)
+    actual = like_auc.compute(prediction_scores=scores.tolist(), references=labels.tolist())
+    assert actual == pytest.approx({"auc": expected}, abs=1e-12)
 
 
 @pytest.mark.parametrize("labels", [[1, 1], [0, 0], [0, 2]])
-def test_like_auc_refuses_labels_without_both_classes(like_auc, labels):
+def test_like_auc_rejects_labels_without_both_classes(like_auc, labels):
     with pytest.raises(ValueError, match="expected references with both 0"):
         like_auc.compute(prediction_scores=[0.1, 0.2], references=labels)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_item_knn_scores_equal_the_formula_written_out(window):
-    num_items, neighbors, shrink = 25, 4, 2.0
-    train = random_histories(60, num_items, seed=2)
-    histories = random_histories(9, num_items, seed=3)
+def test_item_knn_scores_equal_the_written_out_formula(window):
+    num_items = 25
+    neighbors = 4
+    shrink = 2.0
+    train = random_item_lists(60, num_items, seed=2)
+    histories = random_item_lists(9, num_items, seed=3)
     takers = [{user for user, row in enumerate(train) if item in row} for item in range(num_items)]
     similarity = np.zeros((num_items, num_items))
     for i in range(num_items):
@@ -94,7 +95,7 @@ def test_item_knn_scores_equal_the_formula_written_out(window):
             weight = 1.0 if window is None else max(0.0, 1 - distance / window)
             expected[row] += weight * similarity[:, item]
     knn = ItemKNN(num_items, neighbors=neighbors, shrink=shrink, window=window).fit(train)
-    # Equal similarities at the cut may be kept either way: compare the candidates without such a tie.
+    # Compare only candidates without a tie at the last neighbor.
     full = ItemKNN(num_items, neighbors=num_items, shrink=shrink).fit(train).similarity.toarray()
     ordered = -np.sort(-full, axis=1)
     clear = ordered[:, neighbors - 1] > ordered[:, neighbors] + 1e-6
@@ -102,7 +103,7 @@ def test_item_knn_scores_equal_the_formula_written_out(window):
     np.testing.assert_allclose(knn.scores(histories)[:, clear], expected[:, clear], atol=1e-5)
 
 
-def test_top_items_leaves_the_history_out_and_pads_when_the_catalog_ends():
+def test_top_items_leave_the_history_out_and_are_padded():
     ranker = Popularity(5).fit([[0, 1, 2], [2, 1], [2, 3]])
     assert ranker.top_items([[2], [0, 1, 2]], k=4).tolist() == [[1, 0, 3, 4], [3, 4, -1, -1]]
     assert ranker.top_items([[2]], k=2, exclude_history=False).tolist() == [[2, 1]]
@@ -111,7 +112,7 @@ def test_top_items_leaves_the_history_out_and_pads_when_the_catalog_ends():
 def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
     monkeypatch.setattr(baselines, "GRID", {"neighbors": (2, 8), "shrink": (0.0, 5.0), "window": (2, None)})
     num_items = 30
-    histories = [row for row in random_histories(80, num_items, seed=4) if len(set(row)) > 3]
+    histories = [row for row in random_item_lists(80, num_items, seed=4) if len(set(row)) > 3]
 
     def results(test_targets: list[int]) -> dict:
         history = {"items": [row[:-2] for row in histories]}
@@ -122,7 +123,8 @@ def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
         )
         return baselines.baseline_results(splits, num_items, k=20)
 
-    real, other = results([row[-1] for row in histories]), results([29] * len(histories))
+    real = results([row[-1] for row in histories])
+    other = results([29] * len(histories))
     for name in ("popularity", "item_knn"):
         assert real[name]["settings"] == other[name]["settings"]
         assert real[name]["validation"] == other[name]["validation"]
@@ -131,7 +133,7 @@ def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
         assert real[name]["test"]["recall@10"] == pytest.approx(np.mean(ranks <= 10))
 
 
-def test_a_report_shows_every_method_and_its_pictures_and_misses_no_part(tmp_path):
+def test_a_report_shows_every_method_and_picture(tmp_path):
     values = {"recall@5": 0.1, "recall@10": 0.2, "ndcg@5": 0.05, "ndcg@10": 0.08125, "mrr": 0.07}
     metrics = {
         "protocol": {"split": "leave-one-out"},

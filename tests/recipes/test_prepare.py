@@ -1,4 +1,4 @@
-"""recipes.prepare and recipes.data.movielens: tables in, the prepared folder out."""
+"""recipes.prepare: tables in, prepared data out."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import load_from_disk
+from helpers import short_id
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -20,8 +21,8 @@ from recipes.data.text_encoders import encode_texts
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
-ITEM_IDS = [f"{number:03d}" for number in range(12)]  # "000" would be 0 if ids were read as numbers
-# In file order; user b has two interactions at time 5, user c has too few.
+ITEM_IDS = [f"{number:03d}" for number in range(12)]  # as numbers they would lose their zeros
+# User b has two interactions at time 5, user c has too few.
 INTERACTIONS = [
     ("b", "003", 5, "like"),
     ("a", "001", 40, "like"),
@@ -46,7 +47,7 @@ def items_table() -> pd.DataFrame:
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Writes the tables and returns arguments with small codebooks; keyword arguments replace tables or options."""
+    """Writes tables and returns arguments; keyword arguments replace tables or options."""
 
     def build(interactions=None, items=None, embeddings=None, suffix=".csv", **options) -> PrepareArguments:
         tables = {
@@ -75,7 +76,7 @@ def embeddings() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    """A random BERT of 20 KB with its tokenizer, as a folder."""
+    """The folder of a tiny random BERT with its tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
     words = ["[PAD]", "[UNK]", "Film", "drama", *map(str, range(12))]
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
@@ -89,9 +90,10 @@ def encoder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_each_user_is_split_in_time_order_with_ties_in_file_order(arguments, embeddings):
+def test_users_are_split_by_time_with_ties_in_file_order(arguments, embeddings):
     splits = load_from_disk(str(prepare(arguments(embeddings=embeddings)) / "dataset"))
-    like, skip = 0, 1
+    like = 0
+    skip = 1
     assert splits["train"].to_list() == [
         {"user_id": "b", "items": [1], "behaviors": [like], "timestamps": [1]},
         {"user_id": "a", "items": [0, 3], "behaviors": [like, skip], "timestamps": [10, 20]},
@@ -103,20 +105,20 @@ def test_each_user_is_split_in_time_order_with_ties_in_file_order(arguments, emb
     assert targets == [(2, skip, 5, [1, 3], [1, 5]), (1, like, 40, [0, 3, 2], [10, 20, 30])]
 
 
-def test_positions_order_interactions_whose_times_are_not_all_known(arguments, embeddings):
+def test_positions_order_interactions_with_unknown_times(arguments, embeddings):
     positions = [2, 4, 3, 1, 1, 3, 1, 2, 2]
     table = interactions_table().assign(position=positions)
     table["timestamp"] = [-1, 40, 5, 10, -1, -1, 1, -1, -1]
     args = arguments(table, embeddings=embeddings)
     folder = prepare(args)
-    (one, other) = load_from_disk(str(folder / "dataset"))["test"].to_list()
-    assert (one["items"], one["timestamps"], one["target"], one["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
+    (first, other) = load_from_disk(str(folder / "dataset"))["test"].to_list()
+    assert (first["items"], first["timestamps"], first["target"], first["target_timestamp"]) == ([1, 3], [1, -1], 2, 5)
     assert (other["items"], other["timestamps"], other["target_timestamp"]) == ([0, 3, 2], [10, -1, -1], 40)
     assert json.loads((folder / "prepare.json").read_text())["counts"]["interactions_of_tied_time"] == 0
     without = load_from_disk(
         str(prepare(arguments(table.drop(columns="timestamp"), embeddings=embeddings)) / "dataset")
     )["test"]
-    assert [user["items"] for user in without] == [one["items"], other["items"]] and without[0]["timestamps"] == [
+    assert [user["items"] for user in without] == [first["items"], other["items"]] and without[0]["timestamps"] == [
         -1,
         -1,
     ]
@@ -124,7 +126,7 @@ def test_positions_order_interactions_whose_times_are_not_all_known(arguments, e
         prepare(arguments(changed(table, 2, "position", "last"), embeddings=embeddings))
 
 
-def test_the_folder_holds_the_whole_catalog_in_one_order_and_says_what_was_dropped(arguments, embeddings, capsys):
+def test_the_folder_holds_the_catalog_and_reports_drops(arguments, embeddings, capsys):
     folder = prepare(arguments(embeddings=embeddings))
     tokenizer = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
     assert list(tokenizer.item_ids) == ITEM_IDS
@@ -136,19 +138,19 @@ def test_the_folder_holds_the_whole_catalog_in_one_order_and_says_what_was_dropp
     assert "dropped 1 users with fewer than 3 interactions" in capsys.readouterr().out
 
 
-def test_popularity_that_orders_colliding_items_counts_training_interactions_only(arguments):
-    # All items share their codes, so the last code is the rank by popularity, ties in table order. Items 0, 1 and
-    # 3 are in training once; item 2 was taken twice, both times as a target, and must come after them.
+def test_popularity_counts_training_interactions_only(arguments):
+    # All items collide, so the collision token is the rank by popularity, with ties in table order.
+    # Items 0, 1 and 3 are in training once. Item 2 is a target twice, and in training never.
     folder = prepare(arguments(embeddings=np.ones((len(ITEM_IDS), 8), np.float32)))
     suffixes = np.asarray(SemanticIdTokenizer.from_pretrained(folder / "tokenizer").item_codes)[:, -1]
     assert suffixes[:4].tolist() == [0, 1, 3, 2]
 
 
-def test_csv_tsv_and_parquet_with_numbers_or_dates_give_the_same_dataset(arguments, embeddings):
+def test_csv_tsv_and_parquet_give_the_same_dataset(arguments, embeddings):
     dates = interactions_table()
     dates["timestamp"] = pd.to_datetime(dates["timestamp"], unit="s")
     with_column = items_table().assign(embedding=list(embeddings))
-    found = []
+    datasets = []
     for tables in (
         {"embeddings": embeddings},
         {"embeddings": embeddings, "suffix": ".tsv"},
@@ -158,11 +160,11 @@ def test_csv_tsv_and_parquet_with_numbers_or_dates_give_the_same_dataset(argumen
         args = arguments(**tables)
         shutil.rmtree(args.output_dir, ignore_errors=True)
         splits = load_from_disk(str(prepare(args) / "dataset"))
-        found.append({name: split.to_list() for name, split in splits.items()})
-    assert all(splits == found[0] for splits in found)
+        datasets.append({name: split.to_list() for name, split in splits.items()})
+    assert all(splits == datasets[0] for splits in datasets)
 
 
-def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(arguments, encoder, monkeypatch, tmp_path):
+def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, tmp_path):
     args = arguments(encoder=encoder)
     written = (prepare(args) / "prepare.json").stat().st_mtime_ns
 
@@ -173,7 +175,7 @@ def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(argu
     assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="min_interactions"):
         prepare(replace(args, min_interactions=2))
-    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a refused call leaves the folder as it was"
+    assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a rejected call changes nothing"
     args.codebook_sizes = [2, 2]
     assert json.loads((prepare(args) / "prepare.json").read_text())["arguments"]["codebook_sizes"] == [2, 2]
     with pytest.raises(AssertionError, match="encoded again"):
@@ -186,10 +188,10 @@ def test_a_second_run_does_nothing_and_other_codebooks_encode_no_text_again(argu
     save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(embeddings_module, "encode_texts", encode_again)
     with pytest.raises(AssertionError, match="encoded again"):
-        prepare(args)  # an encoder of the same name and other weights
+        prepare(args)  # the encoder has the same name and other weights
 
 
-def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(arguments, embeddings, tmp_path):
+def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_path):
     old_rows = [row for row in range(12) if row not in (2, 7)]
     old_items = items_table().iloc[old_rows]
     interactions = interactions_table()
@@ -209,8 +211,8 @@ def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(argum
     assert after.item_ids[:10] == before.item_ids and set(after.item_ids[10:]) == {"002", "007"}
     np.testing.assert_array_equal(after.item_codes[:10], before.item_codes)
     assert after.titles == [f"Film {int(item)}" for item in after.item_ids]
-    kept = load_file(folder / "item_embeddings.safetensors")["embeddings"]
-    np.testing.assert_array_equal(kept, embeddings[[int(item) for item in after.item_ids]].astype(np.float32))
+    stored = load_file(folder / "item_embeddings.safetensors")["embeddings"]
+    np.testing.assert_array_equal(stored, embeddings[[int(item) for item in after.item_ids]].astype(np.float32))
     user = load_from_disk(str(folder / "dataset"))["train"][0]
     expected = [row[1] for row in sorted(INTERACTIONS, key=lambda row: row[2]) if row[0] == user["user_id"]][:-2]
     assert [after.item_ids[item] for item in user["items"]] == expected
@@ -225,7 +227,7 @@ def test_with_a_tokenizer_its_codes_stay_and_new_items_come_behind_its_own(argum
         )
 
 
-def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_changes(encoder):
+def test_text_embeddings_are_unit_vectors_in_any_batch(encoder):
     texts = ["Film 1 drama", "drama", "Film Film Film 3 4 5", "2"]
     together = encode_texts(texts, encoder, dtype="float32")
     alone = np.concatenate([encode_texts([text], encoder, dtype="float32") for text in texts])
@@ -233,7 +235,7 @@ def test_a_texts_embedding_is_a_unit_vector_that_no_other_text_of_the_batch_chan
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 
-def test_the_text_template_joins_columns_and_names_one_that_is_missing(arguments, encoder):
+def test_the_text_template_joins_columns(arguments, encoder):
     first = prepare(arguments(encoder=encoder, text_template="{title} drama"))
     templated = load_file(first / "item_embeddings.safetensors")["embeddings"].copy()
     plain = load_file(prepare(arguments(encoder=encoder)) / "item_embeddings.safetensors")["embeddings"]
@@ -243,6 +245,7 @@ def test_the_text_template_joins_columns_and_names_one_that_is_missing(arguments
 
 
 def changed(table: pd.DataFrame, row: int, column: str, value: object) -> pd.DataFrame:
+    """Replace a value of the table."""
     table = table.astype({column: object})
     table.loc[row, column] = value
     return table
@@ -284,8 +287,9 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"items": items_table().assign(embedding="[1.0, 2.0]")}, "an embedding in every row, as a list.*12 of 12"),
         ({"min_interactions": 2}, "expected min_interactions of 3 or more, found 2"),
     ],
+    ids=short_id,
 )
-def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong, message):
+def test_invalid_tables_are_rejected_with_the_row(arguments, wrong, message):
     args = arguments(**wrong)
     with pytest.raises(ValueError, match=message):
         prepare(args)
@@ -300,8 +304,9 @@ def test_a_wrong_table_is_refused_with_what_was_found_and_where(arguments, wrong
         (b"", "items.csv, which cannot be read"),
         (b"item_id,text\n1,a,\n2,b,\n", "items.csv has, found more: does every row end in a separator"),
     ],
+    ids=short_id,
 )
-def test_a_file_that_is_no_table_is_refused_by_its_name(arguments, content, message):
+def test_unreadable_files_are_rejected_by_name(arguments, content, message):
     args = arguments()
     Path(args.items).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -312,7 +317,7 @@ def test_a_file_that_is_no_table_is_refused_by_its_name(arguments, content, mess
         prepare(replace(arguments(), embeddings=str(several)))
 
 
-def test_movielens_folders_become_tables_with_readable_titles(tmp_path):
+def test_movielens_folders_become_tables(tmp_path):
     (tmp_path / "u.data").write_text("196\t1\t3\t881250949\n186\t2\t4\t891717742\n")
     flags = ["1" if genre in ("Action", "Sci-Fi") else "0" for genre in ML_100K_GENRES]
     lines = [

@@ -32,19 +32,19 @@ def modules(root: Path) -> dict[str, Path]:
 
 def imports(root: Path) -> dict[str, set[str]]:
     """The modules of `recipes/` that each of them imports, wherever the import stands in the file."""
-    known, found = modules(root), {}
+    known, result = modules(root), {}
     for name, file in known.items():
-        found[name] = set()
+        result[name] = set()
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                found[name] |= {alias.name for alias in node.names}
+                result[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level:
                 raise AssertionError(f"{name} has a relative import, which this test does not resolve")
             elif isinstance(node, ast.ImportFrom):
                 longer = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-                found[name] |= {longer[alias] if longer[alias] in known else node.module for alias in longer}
-        found[name] &= set(known)
-    return found
+                result[name] |= {longer[alias] if longer[alias] in known else node.module for alias in longer}
+        result[name] &= set(known)
+    return result
 
 
 def package(module: str) -> str:
@@ -58,14 +58,14 @@ def package(module: str) -> str:
 def upward_imports(root: Path) -> list[str]:
     """Imports that do not run downwards, as `importer -> imported`."""
     ranks = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-    found = []
+    result = []
     for module, imported in imports(root).items():
         for target in imported - SEQUENCES.get(module, set()) - {"recipes", "recipes.papers"}:
-            one, other = package(module), package(target)
-            is_inside = one == other != "door"
-            if not is_inside and ranks[one] >= ranks[other]:
-                found.append(f"{module} -> {target}")
-    return sorted(found)
+            importer, imported_package = package(module), package(target)
+            is_inside = importer == imported_package != "door"
+            if not is_inside and ranks[importer] >= ranks[imported_package]:
+                result.append(f"{module} -> {target}")
+    return sorted(result)
 
 
 def circle(root: Path) -> list[str]:
@@ -78,12 +78,12 @@ def circle(root: Path) -> list[str]:
         if module in finished:
             return []
         for target in sorted(graph[module]):
-            if found := visit(target, [*path, module]):
-                return found
+            if result := visit(target, [*path, module]):
+                return result
         finished.add(module)
         return []
 
-    return next((found for module in graph if (found := visit(module, []))), [])
+    return next((result for module in graph if (result := visit(module, []))), [])
 
 
 def test_door_has_user_commands_only():
@@ -103,7 +103,7 @@ def test_imports_have_no_circle():
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("data/tables.py", "from recipes.training.collator import Collator"),
+        ("data/tables.py", "from recipes.training.collator import TrainingCollator"),
         ("data/tables.py", "from recipes import train"),
         ("evaluation/report.py", "from recipes.training import collator"),
         ("papers/unigrf/report.py", "import recipes.papers.recochain.report"),

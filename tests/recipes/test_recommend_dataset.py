@@ -1,4 +1,4 @@
-"""`recommend` over a data set: equal to `model.recommend` row by row, however it is cut, interrupted or shared out."""
+"""recipes.recommend over a dataset: equal to `model.recommend` row by row, in any batches, shards and processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from helpers import build_model
+from helpers import ROOT, build_model, short_id
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline
@@ -22,8 +22,7 @@ from recipes.data.histories import load_histories
 from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved
 from tokenization import SemanticIdTokenizer
 
-ROOT = Path(__file__).parents[2]
-ASKED = {"num_beams": 8, "num_return_sequences": 5}
+OPTIONS = {"num_beams": 8, "num_return_sequences": 5}
 COLUMNS = ["user_id", "item_ids", "scores", "generation_scores", "ranking_scores", "dense_scores"]
 
 
@@ -49,7 +48,7 @@ def histories(lengths=(3, 1, 9, 2, 12, 5, 5, 1, 7, 4, 2), seed=0) -> Dataset:
     rng = np.random.default_rng(seed)
     return Dataset.from_dict(
         {
-            "target": [0] * len(lengths),  # other columns do no harm
+            "target": [0] * len(lengths),  # unused columns are allowed
             "user_id": [1000 - 7 * row for row in range(len(lengths))],
             "items": [[f"sku-{item}" for item in rng.integers(30, size=length)] for length in lengths],
             "behaviors": [[["dislike", "like"][kind] for kind in rng.integers(2, size=length)] for length in lengths],
@@ -64,31 +63,32 @@ def changed(dataset: Dataset, changes: dict[int, dict]) -> Dataset:
     return Dataset.from_list(rows, features=dataset.features)
 
 
-def one_by_one(model, tokenizer, dataset, max_items=None, unknown="error", **asked) -> pd.DataFrame:
+def recommend_one_by_one(model, tokenizer, dataset, max_items=None, unknown="error", **options) -> pd.DataFrame:
     rows = []
     for user in dataset:
         inputs = tokenizer.encode_history(
             user["items"], user["behaviors"], max_items=max_items, unknown=unknown, return_tensors="pt"
         )
         blocked = [tokenizer.item_indices(user["items"], unknown=unknown)]
-        best = model.recommend(**inputs, blocked_items=blocked, **{**ASKED, **asked})
+        best = model.recommend(**inputs, blocked_items=blocked, **{**OPTIONS, **options})
         items = [tokenizer.item_ids[item] for item in best.item_indices[0]]
         rows.append([user["user_id"], items, *(best[name][0].tolist() for name in COLUMNS[2:])])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def assert_same(folder: Path, expected: pd.DataFrame) -> None:
-    found = pd.read_parquet(folder)
-    assert list(found) == COLUMNS and found["user_id"].tolist() == expected["user_id"].tolist()
-    assert [list(items) for items in found["item_ids"]] == expected["item_ids"].tolist()
+    actual = pd.read_parquet(folder)
+    assert list(actual) == COLUMNS and actual["user_id"].tolist() == expected["user_id"].tolist()
+    assert [list(items) for items in actual["item_ids"]] == expected["item_ids"].tolist()
     for name in COLUMNS[2:]:
-        for scores, others in zip(found[name], expected[name], strict=True):
+        for scores, others in zip(actual[name], expected[name], strict=True):
             np.testing.assert_allclose(scores, others, rtol=1e-4, atol=1e-4)
 
 
 def count_rows(model, monkeypatch, fail_at=None) -> list[int]:
-    """Row counts of the calls of `model.recommend` from now on; the call number `fail_at` fails."""
-    calls, recommend = [], model.recommend
+    """Record the number of rows of each call of `model.recommend`; the call `fail_at` fails."""
+    calls = []
+    recommend = model.recommend
 
     def counted(input_ids, *args, **kwargs):
         if len(calls) == fail_at:
@@ -101,11 +101,11 @@ def count_rows(model, monkeypatch, fail_at=None) -> list[int]:
 
 
 @pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 100), (3, 4), (32, 5), (4, 1)])
-def test_equals_recommend_row_by_row_however_it_is_cut(model, tokenizer, tmp_path, batch_size, shard_size):
+def test_any_batch_and_shard_size_equals_recommend(model, tokenizer, tmp_path, batch_size, shard_size):
     dataset = histories()
-    settings = RecommendSettings(**ASKED, ranking_weight=0.7, batch_size=batch_size, shard_size=shard_size)
+    settings = RecommendSettings(**OPTIONS, ranking_weight=0.7, batch_size=batch_size, shard_size=shard_size)
     assert recommend_dataset(model, tokenizer, dataset, tmp_path / "out", settings) == tmp_path / "out"
-    assert_same(tmp_path / "out", one_by_one(model, tokenizer, dataset, ranking_weight=0.7))
+    assert_same(tmp_path / "out", recommend_one_by_one(model, tokenizer, dataset, ranking_weight=0.7))
     loaded = load_dataset("parquet", data_dir=str(tmp_path / "out"))["train"]
     assert loaded["user_id"][:] == dataset["user_id"][:]
     assert (
@@ -113,10 +113,11 @@ def test_equals_recommend_row_by_row_however_it_is_cut(model, tokenizer, tmp_pat
     )
 
 
-def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model, tokenizer, tmp_path):
-    dataset, settings = histories(), {"ranking_target": "like", "num_beams": 40, "num_return_sequences": 40}
+def test_settings_reach_the_model_and_lists_end_with_the_items(model, tokenizer, tmp_path):
+    dataset = histories()
+    settings = {"ranking_target": "like", "num_beams": 40, "num_return_sequences": 40}
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(**settings, max_items=3))
-    expected = one_by_one(model, tokenizer, dataset, max_items=3, **settings)
+    expected = recommend_one_by_one(model, tokenizer, dataset, max_items=3, **settings)
     for column in COLUMNS[1:]:  # without the padding
         expected[column] = [
             values[: 30 - len(set(items))] for values, items in zip(expected[column], dataset["items"], strict=True)
@@ -125,14 +126,16 @@ def test_settings_reach_the_model_and_lists_are_as_long_as_there_are_items(model
 
     settings = RecommendSettings(num_beams=30, num_return_sequences=30, exclude_history=True)
     recommend_dataset(model, tokenizer, dataset, tmp_path / "b", settings)
-    own = dataset["items"]
+    user_items = dataset["items"]
     listed = pd.read_parquet(tmp_path / "b")["item_ids"]
-    assert all(set(items).isdisjoint(row) for items, row in zip(listed, own, strict=True))
+    assert all(set(items).isdisjoint(row) for items, row in zip(listed, user_items, strict=True))
 
 
-def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_path):
+def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path):
     dataset = histories()
-    model.config.exclude_history, model.config.ranking_target, model.config.rerank_top_k = False, "like", 4
+    model.config.exclude_history = False
+    model.config.ranking_target = "like"
+    model.config.rerank_top_k = 4
     assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(num_beams=20))
     expected = recommend_dataset(
@@ -142,20 +145,22 @@ def test_what_is_not_asked_for_is_as_the_checkpoint_says(model, tokenizer, tmp_p
         tmp_path / "b",
         RecommendSettings(num_beams=20, num_return_sequences=4, exclude_history=False, ranking_target="like"),
     )
-    found, expected = pd.read_parquet(tmp_path / "a"), pd.read_parquet(expected)
-    pd.testing.assert_frame_equal(found, expected)
-    own = [set(items) & set(row) for items, row in zip(found["item_ids"], dataset["items"], strict=True)]
-    assert any(own) and set(found["item_ids"].map(len)) == {4}
+    actual = pd.read_parquet(tmp_path / "a")
+    expected = pd.read_parquet(expected)
+    pd.testing.assert_frame_equal(actual, expected)
+    repeated = [set(items) & set(row) for items, row in zip(actual["item_ids"], dataset["items"], strict=True)]
+    assert any(repeated) and set(actual["item_ids"].map(len)) == {4}
     with pytest.raises(ValueError, match="num_return_sequences from 1 to 4, found 5"):
         resolved(RecommendSettings(num_beams=20, num_return_sequences=5), model)
 
 
-def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
-    model, dataset = build_model(num_retrieved_items=3, exclude_history=True), histories()
+def test_sub_histories_come_from_the_whole_history(tokenizer, tmp_path):
+    model = build_model(num_retrieved_items=3, exclude_history=True)
+    dataset = histories()
     model.set_catalog(torch.tensor(tokenizer.item_codes), model.catalog.content_embeddings)
-    found = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED, max_items=2))
+    folder = recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**OPTIONS, max_items=2))
     rows = [
-        one_by_one(
+        recommend_one_by_one(
             model,
             tokenizer,
             dataset.select([row]),
@@ -165,14 +170,14 @@ def test_sub_histories_come_from_all_of_a_history(tokenizer, tmp_path):
         )
         for row, user in enumerate(dataset)
     ]
-    assert_same(found, pd.concat(rows, ignore_index=True))
+    assert_same(folder, pd.concat(rows, ignore_index=True))
 
 
 def with_times(dataset: Dataset) -> Dataset:
     rng = np.random.default_rng(1)
     times = [(rng.integers(1, 10**6, size=len(items)).cumsum()).tolist() for items in dataset["items"]]
     times[2][3] = None
-    requests = [None, *(one[-1] + 10**5 for one in times[1:])]
+    requests = [None, *(row[-1] + 10**5 for row in times[1:])]
     return dataset.add_column("timestamps", times).add_column("query_time", requests)
 
 
@@ -183,15 +188,13 @@ def timed_model(tokenizer, **config):
 
 
 @pytest.mark.parametrize(("query_time", "retrieved"), [(True, 0), (False, 0), (True, 2)])
-def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(
-    tokenizer, tmp_path, query_time, retrieved
-):
+def test_a_timed_model_reads_item_times_and_the_query_time(tokenizer, tmp_path, query_time, retrieved):
     model = timed_model(tokenizer, num_retrieved_items=retrieved)
     dataset = with_times(histories())
     dataset = dataset if query_time else dataset.remove_columns("query_time")
     strange = changed(dataset, {4: {"items": ["?", *dataset[4]["items"][1:]]}})
-    settings = RecommendSettings(**ASKED, max_items=6, batch_size=4, unknown="skip")
-    found = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
+    settings = RecommendSettings(**OPTIONS, max_items=6, batch_size=4, unknown="skip")
+    folder = recommend_dataset(model, tokenizer, strange, tmp_path / "out", settings)
     rows = []
     for user in strange:
         known = [index for index, item in enumerate(user["items"]) if item != "?"]
@@ -205,40 +208,43 @@ def test_a_model_that_reads_times_has_those_of_the_items_and_of_the_request(
             inputs["long_behaviors"] = torch.tensor([[tokenizer.behaviors.index(name) for name in everything[1]]])
             inputs["long_timestamps"] = torch.tensor([[-1 if time is None else time for time in everything[2]]])
         blocked = [tokenizer.item_indices(user["items"], unknown="skip")]
-        best = model.recommend(**inputs, blocked_items=blocked, **ASKED)
+        best = model.recommend(**inputs, blocked_items=blocked, **OPTIONS)
         ids = [tokenizer.item_ids[item] for item in best.item_indices[0]]
         rows.append([user["user_id"], ids, *(best[name][0].tolist() for name in COLUMNS[2:])])
-    assert_same(found, pd.DataFrame(rows, columns=COLUMNS))
+    assert_same(folder, pd.DataFrame(rows, columns=COLUMNS))
 
 
-def test_times_that_fit_nothing_are_told_and_other_models_leave_them_alone(model, tokenizer, tmp_path):
-    dataset, settings = with_times(histories()), RecommendSettings(**ASKED)
+def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_path):
+    dataset = with_times(histories())
+    settings = RecommendSettings(**OPTIONS)
     recommend_dataset(model, tokenizer, dataset, tmp_path / "untimed", settings)
-    assert_same(tmp_path / "untimed", one_by_one(model, tokenizer, dataset))
+    assert_same(tmp_path / "untimed", recommend_one_by_one(model, tokenizer, dataset))
     timed = timed_model(tokenizer)
 
-    def refused(dataset, message):
+    def check_rejected(dataset, message):
         with pytest.raises(ValueError, match=message):
             recommend_dataset(timed, tokenizer, dataset, tmp_path / "timed", settings)
 
-    refused(histories(), r"add \['timestamps'\]")
-    refused(
+    check_rejected(histories(), r"add \['timestamps'\]")
+    check_rejected(
         changed(dataset, {1: {"timestamps": [3, 4]}}), r"1 with another number of timestamps than of items.*\[993\]"
     )
     dates = dataset.remove_columns("query_time").add_column("query_time", ["2026-01-01"] * len(dataset))
-    refused(dates, "found query_time of type string")
+    check_rejected(dates, "found query_time of type string")
     assert not (tmp_path / "timed").exists()
 
 
 def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
-    codes, sizes, names = model.catalog.item_codes, model.config.codebook_sizes, model.config.behaviors
+    codes = model.catalog.item_codes
+    sizes = model.config.codebook_sizes
+    names = model.config.behaviors
     tokenizer = SemanticIdTokenizer.from_codes(range(100, 130), codes, sizes, names)
     dataset = Dataset.from_dict(
         {"user_id": ["b", "a"], "items": [[104, 129], [100]], "behaviors": [["like"] * 2, ["like"]]}
     )
-    dataset = dataset.select([1, 0, 1])  # a view, not a table of its own
-    recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**ASKED))
-    assert_same(tmp_path, one_by_one(model, tokenizer, dataset))
+    dataset = dataset.select([1, 0, 1])  # a view of the table
+    recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**OPTIONS))
+    assert_same(tmp_path, recommend_one_by_one(model, tokenizer, dataset))
 
 
 def test_one_behavior_needs_no_column(tmp_path):
@@ -246,19 +252,23 @@ def test_one_behavior_needs_no_column(tmp_path):
     ids = [str(item) for item in range(30)]
     tokenizer = SemanticIdTokenizer.from_codes(ids, model.catalog.item_codes, model.config.codebook_sizes, ["bought"])
     dataset = Dataset.from_dict({"user_id": [1, 2], "items": [["1", "2"], ["3"]]})
-    recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**ASKED))
-    assert_same(tmp_path, one_by_one(model, tokenizer, dataset.add_column("behaviors", [["bought"] * 2, ["bought"]])))
+    recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**OPTIONS))
+    assert_same(
+        tmp_path, recommend_one_by_one(model, tokenizer, dataset.add_column("behaviors", [["bought"] * 2, ["bought"]]))
+    )
 
 
-def test_resumed_equals_uninterrupted_and_makes_nothing_twice(model, tokenizer, tmp_path, monkeypatch, capsys):
-    dataset, settings = histories(), RecommendSettings(**ASKED, batch_size=2, shard_size=4)
-    expected, names = one_by_one(model, tokenizer, dataset), [f"part-0000{k}-of-00003.parquet" for k in range(3)]
+def test_a_resumed_call_equals_an_uninterrupted_one(model, tokenizer, tmp_path, monkeypatch, capsys):
+    dataset = histories()
+    settings = RecommendSettings(**OPTIONS, batch_size=2, shard_size=4)
+    expected = recommend_one_by_one(model, tokenizer, dataset)
+    names = [f"part-0000{k}-of-00003.parquet" for k in range(3)]
 
     def files():
         return {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir() if file.suffix == ".parquet"}
 
     with monkeypatch.context() as patch:
-        calls = count_rows(model, patch, fail_at=3)  # the second batch of the second file
+        calls = count_rows(model, patch, fail_at=3)  # in the second batch of the second file
         with pytest.raises(RuntimeError, match="interrupted"):
             recommend_dataset(model, tokenizer, dataset, tmp_path, settings)
         assert calls == [2, 2, 2] and list(before := files()) == names[:1]
@@ -270,7 +280,7 @@ def test_resumed_equals_uninterrupted_and_makes_nothing_twice(model, tokenizer, 
     assert_same(tmp_path, expected)
 
     (tmp_path / names[1]).unlink()
-    (tmp_path / f".{names[1]}.tmp").write_text("half a file, of a machine that was switched off")
+    (tmp_path / f".{names[1]}.tmp").write_text("half a file")
     before = files()
     capsys.readouterr()
     calls = count_rows(model, monkeypatch)
@@ -281,7 +291,7 @@ def test_resumed_equals_uninterrupted_and_makes_nothing_twice(model, tokenizer, 
     assert_same(tmp_path, expected)
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "part.parquet") as file:
         file.write_text("half")
         raise KeyboardInterrupt
@@ -291,11 +301,11 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
 
 
-def test_other_work_is_refused_in_the_same_folder(model, tokenizer, tmp_path):
+def test_other_work_is_rejected_in_the_same_folder(model, tokenizer, tmp_path):
     dataset = histories()
 
     def again(dataset=dataset, **other):
-        recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**{**ASKED, **other}))
+        recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**{**OPTIONS, **other}))
 
     again()
     again(batch_size=3)
@@ -304,7 +314,7 @@ def test_other_work_is_refused_in_the_same_folder(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"found other values of \['histories', 'rows'\]"):
         again(dataset.select(range(5)))
     with pytest.raises(ValueError, match=r"found other values of \['ranking_weight'\]"):
-        model.config.ranking_weight = 0.5  # by default the checkpoint's
+        model.config.ranking_weight = 0.5  # the default of the checkpoint
         again()
     again(ranking_weight=1.0)
     with torch.no_grad():
@@ -316,11 +326,11 @@ def test_other_work_is_refused_in_the_same_folder(model, tokenizer, tmp_path):
         again()
     for file in tmp_path.glob("*.parquet"):
         file.unlink()
-    again()  # nothing there that could be mixed with it
+    again()  # nothing is left to mix with
     assert json.loads((tmp_path / ".recommend.json").read_text())["rows"] == len(dataset)
 
 
-def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path, monkeypatch):
+def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_path, monkeypatch):
     calls = count_rows(model, monkeypatch)
     bad = changed(
         histories(),
@@ -335,23 +345,23 @@ def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path,
         },
     )
     with pytest.raises(ValueError) as error:
-        recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**ASKED, shard_size=3))
-    for told in (
+        recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**OPTIONS, shard_size=3))
+    for message in (
         "3 with items that the catalog does not have (the first user_id: [993, 937, 930])",
         "2 without an item (the first user_id: [986, 972])",
         "1 with another number of behaviors than of items (the first user_id: [958])",
         "2 with behaviors that are none of ('dislike', 'like') (the first user_id: [944, 937])",
     ):
-        assert told in str(error.value)
+        assert message in str(error.value)
     with pytest.raises(ValueError) as error:
-        recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**ASKED, unknown="skip"))
+        recommend_dataset(model, tokenizer, bad, tmp_path / "out", RecommendSettings(**OPTIONS, unknown="skip"))
     assert "1 with another number" in str(error.value) and "2 with behaviors that" in str(error.value)
     assert "catalog" not in str(error.value) and "without an item" not in str(error.value)
     assert not calls and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("dataset", "told"),
+    ("dataset", "message"),
     [
         (histories().remove_columns("behaviors"), r"the columns \['user_id', 'items', 'behaviors'\], found 11 rows"),
         (histories().rename_column("user_id", "user"), r"Rename or add \['user_id'\]"),
@@ -361,17 +371,18 @@ def test_all_bad_rows_are_told_before_the_model_runs(model, tokenizer, tmp_path,
             Dataset.from_dict({"user_id": [1], "items": [[1.0]], "behaviors": [["like"]]}),
             "items of type list<.*double",
         ),
-        # What recipes.prepare writes: indices, which could be mistaken for ids.
+        # recipes.prepare writes indices, which are no ids.
         (Dataset.from_dict({"user_id": ["u"], "items": [[1]], "behaviors": [[0]]}), "behaviors of type list<.*int64"),
     ],
+    ids=short_id,
 )
-def test_columns_of_other_names_or_types_are_refused(model, tokenizer, tmp_path, dataset, told):
-    with pytest.raises(ValueError, match=told):
-        recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**ASKED))
+def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        recommend_dataset(model, tokenizer, dataset, tmp_path / "out", RecommendSettings(**OPTIONS))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"num_return_sequences": 9}, "num_return_sequences from 1 to 8, found 9"),
         ({"max_items": 1000}, "max_items from 1 to 408, found 1000"),
@@ -379,18 +390,19 @@ def test_columns_of_other_names_or_types_are_refused(model, tokenizer, tmp_path,
         ({"unknown": "ignore"}, "unknown among .* found 'ignore'"),
         ({"ranking_target": "love"}, "ranking_target among .* found 'love'"),
     ],
+    ids=short_id,
 )
-def test_settings_out_of_range_are_refused(model, tokenizer, tmp_path, wrong, told):
-    with pytest.raises(ValueError, match=told):
-        recommend_dataset(model, tokenizer, histories(), tmp_path, RecommendSettings(**{**ASKED, **wrong}))
+def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        recommend_dataset(model, tokenizer, histories(), tmp_path, RecommendSettings(**{**OPTIONS, **wrong}))
 
 
-def test_a_tokenizer_of_another_catalog_is_refused(tokenizer, tmp_path):
+def test_a_tokenizer_of_another_catalog_is_rejected(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="of one catalog"):
-        recommend_dataset(build_model(seed=1), tokenizer, histories(), tmp_path, RecommendSettings(**ASKED))
+        recommend_dataset(build_model(seed=1), tokenizer, histories(), tmp_path, RecommendSettings(**OPTIONS))
 
 
-def test_unknown_items_are_skipped_and_rows_without_another_counted(model, tokenizer, tmp_path, capsys):
+def test_unknown_items_are_skipped_and_empty_rows_counted(model, tokenizer, tmp_path, capsys):
     dataset = changed(
         histories(),
         {
@@ -400,11 +412,11 @@ def test_unknown_items_are_skipped_and_rows_without_another_counted(model, token
             7: {"items": ["new", None], "behaviors": ["like", "like"]},
         },
     )
-    settings = RecommendSettings(**ASKED, unknown="skip", batch_size=3, shard_size=4)
+    settings = RecommendSettings(**OPTIONS, unknown="skip", batch_size=3, shard_size=4)
     recommend_dataset(model, tokenizer, dataset, tmp_path, settings)
     assert "3 of 11 rows have empty lists" in capsys.readouterr().out
     known = [row for row in range(11) if row not in (2, 4, 7)]
-    expected = one_by_one(model, tokenizer, dataset.select(known), unknown="skip").set_index("user_id")
+    expected = recommend_one_by_one(model, tokenizer, dataset.select(known), unknown="skip").set_index("user_id")
     expected = expected.reindex(dataset["user_id"][:]).reset_index()
     empty = expected["item_ids"].isna()
     assert empty.sum() == 3
@@ -413,7 +425,7 @@ def test_unknown_items_are_skipped_and_rows_without_another_counted(model, token
     )
 
 
-def test_the_whole_history_is_excluded_also_what_is_not_read(model, tokenizer, tmp_path, capsys):
+def test_the_whole_history_is_excluded_beyond_max_items(model, tokenizer, tmp_path, capsys):
     everything = [f"sku-{item}" for item in range(30)]
     dataset = Dataset.from_dict(
         {
@@ -464,9 +476,9 @@ def test_two_processes_equal_one_from_the_command_line(model, tokenizer, tmp_pat
     command += ["--num_return_sequences=5", "--batch_size=2", "--shard_size=3"]
     parser = HfArgumentParser([RecommendArguments, RecommendSettings])
     main(*parser.parse_args_into_dataclasses([*command, f"--output_dir={tmp_path / 'one'}"]))
-    assert_same(tmp_path / "one", one_by_one(model, tokenizer, dataset))
+    assert_same(tmp_path / "one", recommend_one_by_one(model, tokenizer, dataset))
 
-    # One process has made the second file, two make the others.
+    # The second file is there; two processes make the others.
     (tmp_path / "two").mkdir()
     for name in (".recommend.json", "part-00001-of-00004.parquet"):
         (tmp_path / "two" / name).write_bytes((tmp_path / "one" / name).read_bytes())
@@ -483,6 +495,6 @@ def test_two_processes_equal_one_from_the_command_line(model, tokenizer, tmp_pat
     assert done.stdout.count("1 of 4 files were made before") == 1
     totals = set(re.findall(r"recommending:.*?(\d+)/(\d+) \[", done.stderr))
     assert {total for _, total in totals} == {"5"}, (
-        "the main process alone speaks, of its files: the first and the last"
+        "only the main process shows progress, for the first and the last file"
     )
-    assert_same(tmp_path / "two", one_by_one(model, tokenizer, dataset))
+    assert_same(tmp_path / "two", recommend_one_by_one(model, tokenizer, dataset))

@@ -1,4 +1,4 @@
-"""RecoChain's table: a row is trained and measured once, and SASRec's task stands beside it, trained as hard."""
+"""RecoChain's ablations and the SASRec baseline: trained and measured once, and collected in a table."""
 
 import json
 import shutil
@@ -18,9 +18,7 @@ from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
 
-def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_beams_and_told(
-    prepared, tmp_path, monkeypatch
-):
+def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
     arguments = {"data_dir": str(prepared), "output_dir": str(tmp_path), "text_config": json.dumps(TINY)}
     arguments |= {
@@ -33,8 +31,8 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     arguments |= {"rerank_top_k": 3}
 
     def run(row: str, *beams: int, **changed) -> list[int]:
-        asked = {"row": row, "num_beams": list(beams), **arguments, **changed}
-        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(**asked))
+        entry = {"row": row, "num_beams": list(beams), **arguments, **changed}
+        reproduce_recochain.run(reproduce_recochain.ReproduceArguments(**entry))
         return [file.stat().st_mtime_ns for file in sorted((tmp_path / f"{row}-0").glob("beams-*.json"))]
 
     run("no-embedding-part", 3)
@@ -47,13 +45,13 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         "stage-one-window7-leh-0",
         "stage-one-window7-lehp-0",
         "stage-one-window7-lh-0",
-    ], "rows share a stage I"
+    ], "ablations share a stage I"
     trained = (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns
-    assert run("default", 3, 6) == before and len(before) == 5, "all of three beams are ranked anyway"
+    assert run("default", 3, 6) == before and len(before) == 5, "with three beams all are ranked"
     assert len(run("default", 20)) == 8
     assert (tmp_path / "default-0" / "checkpoint" / "training_log.json").stat().st_mtime_ns == trained
     choices = []
-    for file in (tmp_path / "default-0").glob("beams-20-*.json"):  # what the last call measured
+    for file in (tmp_path / "default-0").glob("beams-20-*.json"):  # of the last call
         result = json.loads(file.read_text())
         cells = result["cells"]
         for name in ("generation", "ranked", "ranked at weight 1", "ranked, three scores", "item score alone"):
@@ -69,19 +67,19 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     assert not model.config.history_item_representations
     model = UniGRFForCausalLM.from_pretrained(tmp_path / "default-0" / "checkpoint")
     assert model.config.history_item_representations
-    kept = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
+    weights = {"ranking": model.config.ranking_weight, "item score": model.config.dense_weight}
     name = f"beams-{model.generation_config.num_beams}-union-{model.config.num_dense_candidates}"
     name += f"-ranked-{model.config.rerank_top_k}.json" if model.config.rerank_top_k else ".json"
-    assert (max(choices)[0], name, kept) in choices, "the checkpoint's defaults are what validation chose"
+    assert (max(choices)[0], name, weights) in choices, "the defaults of the checkpoint are chosen on validation"
 
     monkeypatch.setattr(recochain_report, "RESULTS", tmp_path)
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
     assert (tmp_path / "recochain_beauty.png").stat().st_size > 10_000
     whole = (tmp_path / "recochain_beauty.json").read_text()
     shutil.rmtree(tmp_path / "k0-0")
-    monkeypatch.delattr(recochain_report, "baseline_results")  # told once
+    monkeypatch.delattr(recochain_report, "baseline_results")  # baselines are computed once
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
-    assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run whose folder is gone stays told"
+    assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run without its folder stays stored"
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(ValueError, match="Run some rows first"):
         recochain_report.collect(elsewhere, prepared, "recochain_beauty")
@@ -90,7 +88,9 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
     (elsewhere / "sasrec" / "sasrec.json").write_text(json.dumps({"tests": [test]}))
     recochain_report.collect(elsewhere, prepared, "recochain_beauty")
     beside = json.loads((tmp_path / "recochain_beauty.json").read_text())
-    assert f"| {recochain_report.SASREC} | 0.5000 |" in recochain_report.table(beside), "a baseline that came later"
+    assert f"| {recochain_report.SASREC} | 0.5000 |" in recochain_report.table(beside), (
+        "a baseline that was added later"
+    )
     data = json.loads(whole)
     table_rows = recochain_report.rows_of(data)
     assert len(table_rows) == 8 + 2 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
@@ -106,19 +106,21 @@ def test_a_row_of_recochain_is_trained_once_measured_once_for_every_number_of_be
         "| *TIGER, published* |",
     ):
         assert sum(row.startswith(beginning) for row in rows) == 1
-    asked = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
-    assert result_files.kept(asked) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
+    entry = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
+    assert result_files.kept(entry) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = [
         {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
     ]
     row = {"runs": several, "test": {"generation": {"recall@5": 0.2}}}
-    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(10)), "over seeds"
+    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(10)), "over three seeds"
     row["runs"] = several[::2]
-    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(5)), "of two, over users"
+    assert recochain_report.gain_of(row, "recall@5") == (pytest.approx(20), pytest.approx(5)), (
+        "over users, with two seeds"
+    )
 
 
 @pytest.mark.parametrize("row", reproduce_recochain.ROWS)
-def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_path, monkeypatch):
+def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeypatch):
     trained = []
 
     def train(model_args, data_args, training_args):
@@ -133,20 +135,21 @@ def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_p
         reproduce_recochain.train_stages(reproduce_recochain.ReproduceArguments(row=name, **arguments))
         of_stages = []
         for model_args, data_args, training_args in trained:
-            told = {**model_args, **data_args, **json.loads(model_args["config_fields"])}
-            del told["config_fields"]
+            stage = {**model_args, **data_args, **json.loads(model_args["config_fields"])}
+            del stage["config_fields"]
             names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay")
-            of_stages.append(told | {name: getattr(training_args, name) for name in names})
+            of_stages.append(stage | {name: getattr(training_args, name) for name in names})
         return of_stages
 
     differ = [
-        {name: one.get(name) for name in {*one, *two} if one.get(name) != two.get(name)}
-        for one, two in zip(stages(row), stages("default"), strict=True)
+        {name: fields.get(name) for name in {*fields, *two} if fields.get(name) != two.get(name)}
+        for fields, two in zip(stages(row), stages("default"), strict=True)
     ]
-    long, windows = {"num_train_epochs": 3.0}, {"window31": (31, 16), "window127": (127, 4)}
+    long = {"num_train_epochs": 3.0}
+    windows = {"window31": (31, 16), "window127": (127, 4)}
     expected = {
         "default": ({}, {}),
-        "window7": ({}, {}),  # another only where --window gives the default one
+        "window7": ({}, {}),  # the default window
         **{f"k{count}": ({}, {"num_retrieved_items": count}) for count in (0, 1, 5, 20)},
         "history-detached": ({}, {"stop_gradient_history": True}),
         "long": ({}, long),
@@ -177,7 +180,7 @@ def test_a_row_trains_what_it_says_and_nothing_else_differs(row, prepared, tmp_p
     assert tuple(differ) == expected[row]
 
 
-def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared, tmp_path):
+def test_a_tuned_sasrec_learns_and_is_in_the_table(prepared, tmp_path):
     atomic = prepare(
         PrepareArguments(
             interactions=str(prepared.parent / "interactions.parquet"),
@@ -190,55 +193,55 @@ def test_a_tuned_sasrec_learns_what_comes_next_and_stands_in_the_table(prepared,
     settings = {"text_config": json.dumps(TINY), "max_items": 10, "epochs": 40.0, "batch_size": 8}
     settings |= {"learning_rates": [1e-2, 1e-6], "embedding_dropouts": [0.1], "seeds": [0, 1]}
     arguments = sasrec.SasrecArguments(data_dir=str(atomic), output_dir=str(folder), **settings)
-    found = sasrec.run(arguments)
-    assert found["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "the one that learns, on validation"
-    assert len(found["tried"]) == 2 and len(found["tests"]) == 2
-    assert all(test["recall@5"] > 0.9 for test in found["tests"]), "the ring can be learned; guessing reaches .2"
+    result = sasrec.run(arguments)
+    assert result["chosen"] == {"learning_rate": 1e-2, "dropout": 0.1}, "chosen on validation"
+    assert len(result["tried"]) == 2 and len(result["tests"]) == 2
+    assert all(test["recall@5"] > 0.9 for test in result["tests"]), "guessing reaches 0.2"
     logs = {file: file.stat().st_mtime_ns for file in folder.glob("*/checkpoint/training_log.json")}
-    assert len(logs) == 3, "the other seed is trained with the chosen setting alone"
-    assert sasrec.run(arguments) == found
+    assert len(logs) == 3, "the second seed is trained only with the chosen setting"
+    assert sasrec.run(arguments) == result
     assert {file: file.stat().st_mtime_ns for file in logs} == logs, "a finished training is not run again"
-    told = {
+    report = {
         "name": "any",
         "protocol": "",
         "codebook sizes": [],
         "baselines": {},
-        "runs": [{"made by": found["made by"]}],
+        "runs": [{"made by": result["made by"]}],
     }
-    told["beside"] = {recochain_report.SASREC: json.loads((folder / "sasrec.json").read_text())}
+    report["beside"] = {recochain_report.SASREC: json.loads((folder / "sasrec.json").read_text())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recochain_report, "rows_of", lambda data: [])
-        assert f"| {recochain_report.SASREC} | {np.mean([t['recall@5'] for t in found['tests']]):.4f} ± " in (
-            recochain_report.table(told)
+        assert f"| {recochain_report.SASREC} | {np.mean([t['recall@5'] for t in result['tests']]):.4f} ± " in (
+            recochain_report.table(report)
         )
     with pytest.raises(ValueError, match="one code an item, found 3"):
         sasrec.run(sasrec.SasrecArguments(data_dir=str(prepared), output_dir=str(folder)))
 
 
-def test_what_a_recochain_row_tells_of_its_users_is_what_a_loop_tells():
+def test_metrics_gain_and_calibration_equal_a_loop():
     ranks = np.array([1, np.inf, 7, 3])
-    found = reproduce_recochain.recall_and_ndcg(ranks)
-    assert found["recall@5"].tolist() == [1, 0, 0, 1] and found["recall@10"].tolist() == [1, 0, 1, 1]
-    assert found["ndcg@10"].tolist() == pytest.approx([1, 0, 1 / 3, 0.5])
+    metrics = reproduce_recochain.recall_and_ndcg(ranks)
+    assert metrics["recall@5"].tolist() == [1, 0, 0, 1] and metrics["recall@10"].tolist() == [1, 0, 1, 1]
+    assert metrics["ndcg@10"].tolist() == pytest.approx([1, 0, 1 / 3, 0.5])
     other = reproduce_recochain.recall_and_ndcg(np.array([1, 2, 7, np.inf]))
-    gain = reproduce_recochain.gain(found, other)["recall@5"]
+    gain = reproduce_recochain.gain(metrics, other)["recall@5"]
     assert gain["difference"] == 0 and gain["standard error"] == pytest.approx((2 / 4) ** 0.5 / 2)
     log_probs = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.2, 0.0]]).log()
     candidates = {"item_indices": torch.tensor([[4, 5, 6], [7, 8, -1]]), "ranking_scores": log_probs}
-    told = reproduce_recochain.calibration(candidates, torch.tensor([4, 9]), num_bins=2)
+    calibration = reproduce_recochain.calibration(candidates, torch.tensor([4, 9]), num_bins=2)
     bins = [(pytest.approx(0.2), 0.0, 3), (pytest.approx(0.85), 0.5, 2)]
-    assert [(one["predicted"], one["observed"], one["candidates"]) for one in told["all"]["bins"]] == bins
-    assert told["all"]["expected calibration error"] == pytest.approx((3 * 0.2 + 2 * 0.35) / 5)
-    held = told["held"]["bins"]
-    assert [(one["predicted"], one["observed"]) for one in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
+    assert [(row["predicted"], row["observed"], row["candidates"]) for row in calibration["all"]["bins"]] == bins
+    assert calibration["all"]["expected calibration error"] == pytest.approx((3 * 0.2 + 2 * 0.35) / 5)
+    held = calibration["held"]["bins"]
+    assert [(row["predicted"], row["observed"]) for row in held] == [(pytest.approx(0.2), 0), (pytest.approx(0.9), 1)]
 
 
-def test_weights_are_chosen_on_validation_and_told_of_test():
+def test_weights_are_chosen_on_validation_only():
     users = {"target": [3, 4, 5, 6], "items": [[0], [1], [2], [7]]}
     splits = {name: Dataset.from_dict(users) for name in ("validation", "test")}
-    found = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}
+    candidates = {"validation": preferring(0.5, users["target"]), "test": preferring(1.0, users["target"])}
     args = reproduce_recochain.ReproduceArguments(data_dir="", ranking_weights=[0.5, 1.0], dense_weights=[0.0])
-    result = reproduce_recochain.measure(args, splits, found)
+    result = reproduce_recochain.measure(args, splits, candidates)
     assert result["weights"]["ranked"] == {"ranking": 0.5, "item score": 0.0}
     assert result["cells"]["ranked"]["ndcg@5"] < result["cells"]["ranked at weight 1"]["ndcg@5"] == 1.0
 

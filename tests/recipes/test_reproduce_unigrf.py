@@ -1,4 +1,4 @@
-"""UniGRF's table: a row is trained once, scored as `recommend` scores, and put into a table beside what others published."""
+"""UniGRF's ablations: trained once, scored as by `recommend`, and collected in a table."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from recipes.papers.unigrf import reproduce as reproduce_unigrf
 
 @pytest.fixture
 def movielens(tmp_path):
-    """A folder like MovieLens-1M's, half of whose times are known: 42 users, 70 movies, one of them never rated."""
+    """A folder like MovieLens-1M: 42 users, 70 movies of which one has no rating, and half of the times known."""
     generator = np.random.default_rng(0)
     folder = tmp_path / "ml-1m"
     folder.mkdir()
@@ -26,7 +26,9 @@ def movielens(tmp_path):
     for user in range(1, 41):
         chosen = generator.choice(np.arange(1, 70), size=generator.integers(5, 15), replace=False)
         rows += [(user, movie, generator.integers(1, 6), place + 1) for place, movie in enumerate(chosen)]
-    rows += [(41 + movie // 36, movie, 1 + movie % 5, movie) for movie in range(1, 70)]  # each film by somebody
+    rows += [
+        (41 + movie // 36, movie, 1 + movie % 5, movie) for movie in range(1, 70)
+    ]  # a rating of every other movie
     table = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "position"])
     times = pd.array(10 * table["position"] ** 3, dtype="Int64")
     times[generator.random(len(table)) < 0.5] = pd.NA
@@ -44,7 +46,7 @@ def movielens(tmp_path):
         ("hstu-time", "semantic", "like"),
     ],
 )
-def test_a_row_is_trained_once_and_scored_as_recommend_scores(
+def test_an_ablation_is_trained_once_and_scored_as_recommend(
     movielens, tmp_path, backbone, ids, behaviors, monkeypatch
 ):
     monkeypatch.setattr(unigrf_report, "FILE", tmp_path / "unigrf_ml1m.json")
@@ -84,26 +86,29 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     with_times = backbone == "hstu-time"
     assert model.config.reads_times == with_times
     for layer in model.model.language_model.layers if with_times else ():
-        torch.nn.init.normal_(layer.bias.times.weight)  # after so few steps it says nothing yet
-    found = reproduce_unigrf.measure(model, tokenizer, test)
-    ranks, likes, scores, liked = [], [], [], model.config.ranking_targets
+        torch.nn.init.normal_(layer.bias.times.weight)  # barely trained after so few steps
+    metrics = reproduce_unigrf.measure(model, tokenizer, test)
+    ranks = []
+    likes = []
+    scores = []
+    like_targets = model.config.ranking_targets
     for user in test:
         tokens = tokenizer.encode_indices(np.array(user["items"]), np.array(user["behaviors"]))
         times = {}
         if with_times:
             times["timestamps"] = torch.tensor(tokenizer.encode_times(user["timestamps"]))[None]
             times["query_time"] = torch.tensor([user["target_timestamp"]])
-        asked = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
-        best = model.recommend(torch.tensor(tokens)[None], **asked, **times)
+        beams = {"num_beams": 69, "num_return_sequences": 69, "ranking_weight": 0.0, "exclude_history": True}
+        best = model.recommend(torch.tensor(tokens)[None], **beams, **times)
         ranks.append(1 + best.item_indices[0].tolist().index(user["target"]))
         ranking = model.rank(torch.tensor(tokens)[None], candidates=torch.tensor([[user["target"]]]), **times)
-        scores.append(ranking[0, 0].sigmoid().sum().item())  # any of the behaviors that are likes
-        likes.append(tokenizer.behaviors[user["target_behavior"]] in liked)
+        scores.append(ranking[0, 0].sigmoid().sum().item())  # the sum over behaviors that are likes
+        likes.append(tokenizer.behaviors[user["target_behavior"]] in like_targets)
     ranks = np.array(ranks)
-    assert found["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
-    assert found["hr@10"] == pytest.approx(np.mean(ranks <= 10))
-    assert found["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
-    assert 0 < sum(likes) < len(likes) and found["auc"] == pytest.approx(roc_auc_score(likes, scores), abs=1e-6)
+    assert metrics["mrr"] == pytest.approx(np.mean(1 / ranks), abs=1e-6)
+    assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))
+    assert metrics["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
+    assert 0 < sum(likes) < len(likes) and metrics["auc"] == pytest.approx(roc_auc_score(likes, scores), abs=1e-6)
     assert result["targets never in training"].keys() == {"validation", "test"}
 
     unigrf_report.collect(tmp_path)
@@ -113,7 +118,7 @@ def test_a_row_is_trained_once_and_scored_as_recommend_scores(
     assert len(data["runs"][0]["curves"]["ranking_weight"]) == 4 and (tmp_path / "unigrf_ml1m.png").exists()
 
 
-def test_a_row_that_broke_off_goes_on_and_tells_the_seconds_of_all_its_sessions(movielens, tmp_path, monkeypatch):
+def test_an_interrupted_ablation_resumes_with_its_seconds(movielens, tmp_path, monkeypatch):
     def run(folder, after=99):
         def log(stopwatch, args, state, control, logs=None, **kwargs):
             original(stopwatch, args, state, control, logs, **kwargs)
@@ -140,12 +145,13 @@ def test_a_row_that_broke_off_goes_on_and_tells_the_seconds_of_all_its_sessions(
     parts = run("parts")
     assert parts["test"] == whole["test"] and parts["epoch"] == whole["epoch"] and parts["seconds"] > 1000
     curves = [
-        [entry["ranking_weight"] for entry in one["history"] if "ranking_weight" in entry] for one in (parts, whole)
+        [entry["ranking_weight"] for entry in result["history"] if "ranking_weight" in entry]
+        for result in (parts, whole)
     ]
     assert curves[0] == curves[1] and curves[0][:2] == [1.0, 1.0] != curves[0][2:]
 
 
-def test_what_could_not_be_measured_is_refused_before_it_is_trained(movielens, tmp_path, monkeypatch):
+def test_an_invalid_ablation_is_rejected_before_training(movielens, tmp_path, monkeypatch):
     def run(**changed):
         reproduce_unigrf.run(
             reproduce_unigrf.ReproduceArguments(
@@ -171,16 +177,17 @@ def test_what_could_not_be_measured_is_refused_before_it_is_trained(movielens, t
         for line in unigrf_report.table(json.loads(unigrf_report.FILE.read_text())).splitlines()
         if line.startswith("| llama, atomic, retrieval")
     ]
-    assert row.split(" | ")[-3] == "-", "no AUC"
+    assert row.split(" | ")[-3] == "-", "without AUC"
 
 
-def test_a_table_of_nothing_is_refused(tmp_path):
+def test_a_table_without_runs_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
         unigrf_report.collect(tmp_path)
 
 
-def test_a_refit_trains_on_the_validation_targets_and_tests_its_last_epoch(movielens, tmp_path, monkeypatch):
-    read, history_rows = [], reproduce_unigrf.history_rows
+def test_a_refit_trains_on_the_validation_targets(movielens, tmp_path, monkeypatch):
+    read = []
+    history_rows = reproduce_unigrf.history_rows
 
     def remembered(histories, *others, **options):
         read.append(histories)

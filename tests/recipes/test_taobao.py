@@ -1,4 +1,4 @@
-"""recipes.papers.taobao.prepare: tables in TAOBAO-MM's schema, made up here, become rows for the trainer."""
+"""recipes.taobao: synthetic tables in the schema of TAOBAO-MM become training rows and trained models."""
 
 import json
 import math
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import short_id
 from transformers import pipeline
 
 from modeling_unigrf import UniGRFForCausalLM
@@ -32,7 +33,8 @@ from recipes.training.collator import TrainingCollator
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"
-MAX_ITEMS, MAX_LONG_ITEMS = 4, 9
+MAX_ITEMS = 4
+MAX_LONG_ITEMS = 9
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +62,17 @@ def rows_of(arguments, prepared, split):
 
 
 def change(folder, tmp_path, table, edit):
-    """A copy of the tables, one of them edited as a data frame."""
+    """Copy the tables and edit one of them as a data frame."""
     copy = shutil.copytree(folder, tmp_path / f"tables with other {table}")
     file = copy / f"{table}.parquet"
     schema = pq.read_schema(file)
     frame = edit(pd.read_parquet(file))
-    kept = pa.schema([field for field in schema if field.name in frame])
-    pq.write_table(pa.Table.from_pandas(frame, kept, preserve_index=False), file)
+    columns = pa.schema([field for field in schema if field.name in frame])
+    pq.write_table(pa.Table.from_pandas(frame, columns, preserve_index=False), file)
     return copy
 
 
-def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prepared, tmp_path):
+def test_the_maps_hold_each_item_once_ordered_by_id(tables, arguments, prepared, tmp_path):
     table = pd.read_parquet(tables / f"{EMBEDDINGS}.parquet")
     assert len(table) == 401 and prepared["items"]["repeated_keys"] == 1
     first = {}
@@ -89,15 +91,16 @@ def test_the_maps_hold_each_item_of_the_table_once_by_id(tables, arguments, prep
     assert np.array_equal(np.load(tmp_path / "content_embeddings.npy"), embeddings)
 
 
-def test_codebooks_of_a_sample_spell_all_items_chunk_by_chunk(arguments, prepared):
+def test_codebooks_of_a_sample_encode_all_items_in_chunks(arguments, prepared):
     out = Path(arguments.output_dir)
-    codes, quantizer = np.load(out / "item_codes.npy"), ResidualKMeans.load(out)
+    codes = np.load(out / "item_codes.npy")
+    quantizer = ResidualKMeans.load(out)
     assert prepared["codebooks"]["points"] == 16 * 8 < len(codes)
     embeddings = np.load(out / "content_embeddings.npy").astype("float32") / 127
     assert np.array_equal(codes[:, :-1], quantizer.encode(embeddings)) and len(np.unique(codes, axis=0)) == len(codes)
 
 
-def test_long_stages_show_how_far_they_are(arguments, prepared, tmp_path, capsys):
+def test_long_stages_show_progress(arguments, prepared, tmp_path, capsys):
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     fit(out, [8, 4, 8], points_per_code=16, num_iterations=5, seed=3)
     rows = np.sort(np.random.default_rng(3).choice(400, 128, replace=False, shuffle=False))
@@ -112,9 +115,12 @@ def test_long_stages_show_how_far_they_are(arguments, prepared, tmp_path, capsys
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rows_equal_a_slow_join_of_the_tables(tables, arguments, prepared, split):
     ids = np.load(f"{arguments.output_dir}/item_ids.npy").tolist()
-    codes, sizes = np.load(f"{arguments.output_dir}/item_codes.npy"), prepared["suffixes"]["codebook_sizes"]
+    codes = np.load(f"{arguments.output_dir}/item_codes.npy")
+    sizes = prepared["suffixes"]["codebook_sizes"]
     samples = pd.read_parquet(tables / f"{split}_samples.parquet")
-    expected, unknown, padding = [], 0, 0
+    expected = []
+    unknown = 0
+    padding = 0
     for user in pd.read_parquet(tables / f"{split}_user_features.parquet").to_dict("records"):
         clicks = [
             ids.index(item)
@@ -129,16 +135,16 @@ def test_rows_equal_a_slow_join_of_the_tables(tables, arguments, prepared, split
             for item in [*history[-MAX_ITEMS:], click]:
                 tokens += [5 + sum(sizes[:level]) + code for level, code in enumerate(codes[item])] + [4]
             expected.append((tokens, [-100, *tokens[1:]], [1] * len(tokens), history[-MAX_LONG_ITEMS:]))
-    found = [
+    actual = [
         tuple(row[name].tolist() for name in ("input_ids", "labels", "attention_mask", "long_items"))
         for row in rows_of(arguments, prepared, split)
     ]
-    assert found == expected and unknown > 0 and len(expected) > 20
+    assert actual == expected and unknown > 0 and len(expected) > 20
     assert prepared[f"{split} rows"]["unknown_items"] == unknown and prepared[f"{split} rows"]["rows"] == len(expected)
     assert split == "test" or padding > 0
 
 
-def test_the_tokenizer_spells_what_the_rows_spell(tables, arguments, prepared):
+def test_the_tokenizer_decodes_the_rows(tables, arguments, prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(f"{arguments.output_dir}/tokenizer")
     assert list(tokenizer.codebook_sizes) == prepared["suffixes"]["codebook_sizes"]
     ids = np.load(f"{arguments.output_dir}/item_ids.npy")
@@ -148,8 +154,8 @@ def test_the_tokenizer_spells_what_the_rows_spell(tables, arguments, prepared):
         assert items[:-1] == [str(ids[item]) for item in row["long_items"][-len(items) + 1 :]]
 
 
-def test_every_row_comes_once_shuffled_and_in_shards_of_several_readers(tables, arguments, prepared, tmp_path):
-    def spelt(rows):
+def test_every_row_comes_once_when_shuffled_or_sharded(tables, arguments, prepared, tmp_path):
+    def sorted_tokens(rows):
         return sorted(row["input_ids"].tolist() for row in rows)
 
     table = pq.read_table(tables / "train_user_features.parquet")
@@ -160,25 +166,26 @@ def test_every_row_comes_once_shuffled_and_in_shards_of_several_readers(tables, 
     split = rows_of(replace(arguments, tables=str(copy)), prepared, "train")
     assert split.num_shards == 4
     parts = [split.shard(2, index) for index in range(2)]
-    assert spelt(everything) == spelt(split) == spelt([row for part in parts for row in part])
-    assert spelt(everything) == spelt(everything.shuffle(seed=1, buffer_size=7))
+    assert sorted_tokens(everything) == sorted_tokens(split) == sorted_tokens([row for part in parts for row in part])
+    assert sorted_tokens(everything) == sorted_tokens(everything.shuffle(seed=1, buffer_size=7))
 
 
-def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(arguments, prepared, tmp_path, capsys):
-    copy, out = shutil.copytree(arguments.tables, tmp_path / "tables"), tmp_path / "prepared"
+def test_a_second_run_reads_only_changed_tables(arguments, prepared, tmp_path, capsys):
+    copy = shutil.copytree(arguments.tables, tmp_path / "tables")
+    out = tmp_path / "prepared"
     shutil.copytree(arguments.output_dir, out)
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     again = replace(arguments, tables=str(copy), output_dir=str(out))
     assert prepare(again) == prepared
     lines = [line for line in capsys.readouterr().out.splitlines() if "private_mb" in line]
-    assert len(lines) == len(prepared), "what each stage holds is printed"
+    assert len(lines) == len(prepared), "the memory of each stage is printed"
     assert times == {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     with pytest.raises(ValueError, match=r"expected .*parquet in .*typo"):
         prepare(replace(again, tables=str(tmp_path / "typo")))
-    assert prepare(again) == prepared, "nothing was forgotten"
+    assert prepare(again) == prepared, "finished stages stay"
     (out / "test_click_items.npy").unlink()
     prepare(again)
-    assert (out / "test_click_items.npy").is_file(), "what is gone is made again"
+    assert (out / "test_click_items.npy").is_file(), "a missing file is made again"
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
     (copy / "test_samples.parquet").touch()
     prepare(again)
@@ -186,7 +193,7 @@ def test_a_second_run_reuses_what_is_done_and_another_table_is_read_again(argume
     assert changed == {"test_click_users.npy", "test_click_items.npy"}
 
 
-def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypatch):
+def test_an_array_replaces_another_only_when_whole(tmp_path, monkeypatch):
     file = tmp_path / "items.npy"
     with new_array(file, np.int32, (0,)):
         pass
@@ -200,7 +207,7 @@ def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypa
         assert np.load(file).tolist() == [0, 1, 2]
     assert np.load(file).tolist() == [7] * 4 and before.tolist() == [0, 1, 2]
 
-    def full(*given):
+    def full(*arguments):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
@@ -209,13 +216,14 @@ def test_an_array_takes_the_place_of_another_when_it_is_whole(tmp_path, monkeypa
     assert np.load(file).tolist() == [7] * 4 and list(tmp_path.iterdir()) == [file]
 
 
-def test_pages_of_a_row_group_are_held_and_not_all_of_it(tmp_path):
+def test_a_row_group_is_not_read_into_memory_whole(tmp_path):
     values = np.random.default_rng(0).integers(1, 2**60, 20_000 * 100)
     lists = pa.ListArray.from_arrays(pa.array(np.arange(20_001, dtype=np.int32) * 100), pa.array(values))
     pq.write_table(pa.table({"150_2_180": lists}), tmp_path / "users.parquet")
     shards, rows = table_shards(tmp_path, "users", ["150_2_180"])
     assert len(shards) == 1 and rows == 20_000
-    before, most = pa.total_allocated_bytes(), 0
+    before = pa.total_allocated_bytes()
+    most = 0
     for _ in read_batches(shards, ["150_2_180"], 256):
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < values.nbytes / 3
@@ -249,21 +257,22 @@ def nulled(column):
         ("train_user_features", lambda frame: frame[:3], "clicks, found .* of users without a row"),
         ("test_user_features", lambda frame: pd.concat([frame, frame[:1]]), "one row a user"),
     ],
+    ids=short_id,
 )
-def test_bad_tables_are_refused(tables, arguments, prepared, tmp_path, table, edit, message):
+def test_invalid_taobao_tables_are_rejected(tables, arguments, prepared, tmp_path, table, edit, message):
     copy = truncated(tables, tmp_path, table) if edit is None else change(tables, tmp_path, table, edit)
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     with pytest.raises(ValueError, match=message):
         prepare(replace(arguments, tables=str(copy), output_dir=str(out)))
 
 
-def test_what_cannot_be_joined_is_counted_or_refused(tables, arguments, prepared, tmp_path, capsys):
-    def stranger(frame):  # one click on an item without an embedding
+def test_rows_that_cannot_be_joined_are_counted_or_rejected(tables, arguments, prepared, tmp_path, capsys):
+    def stranger(frame):  # a click on an item without an embedding
         clicked = [list(label) == [0, 1] for label in frame["label_0"]]
         frame.loc[clicked.index(True), "205"] = 12345
         return frame
 
-    def padded(frame):  # and the others of users without a history
+    def padded(frame):  # clicks of users without a history
         return frame.assign(**{"150_2_180": [np.zeros(3, np.int64)] * len(frame)})
 
     copy = change(tables, tmp_path, "test_samples", stranger)
@@ -283,7 +292,7 @@ def test_what_cannot_be_joined_is_counted_or_refused(tables, arguments, prepared
         write_items(tmp_path, out)
 
 
-def run_training(arguments, output_dir, *more):
+def run_training(arguments, output_dir, *extra):
     options = [
         f"--tables={arguments.tables}",
         f"--data_dir={arguments.output_dir}",
@@ -295,7 +304,7 @@ def run_training(arguments, output_dir, *more):
         "--save_steps=30",
         "--shuffle_rows=20",
         "--disable_tqdm=True",
-        *more,
+        *extra,
     ]
     return taobao_train.train(*taobao_train.parse(options))
 
@@ -310,27 +319,28 @@ def run_training(arguments, output_dir, *more):
             r"found --num_train_epochs 3.0: .* {rows} rows, 8 a step, so pass --max_steps {steps} ",
         ),
     ],
+    ids=short_id,
 )
-def test_what_could_not_be_done_is_refused_before_training(arguments, prepared, tmp_path, option, message):
+def test_invalid_options_are_rejected_before_training(arguments, prepared, tmp_path, option, message):
     rows = prepared["train rows"]["rows"]
     with pytest.raises(ValueError, match=message.format(rows=rows, steps=math.ceil(3 * rows / 8))):
         run_training(arguments, tmp_path / "training", option)
     assert not (tmp_path / "training").exists()
 
 
-def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepared, tmp_path):
+def test_a_tokenizer_of_other_codes_is_rejected(arguments, prepared, tmp_path):
     out = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
     again = replace(arguments, output_dir=str(out), seed=1, tokenizer=False)
     mapped = np.load(out / "item_codes.npy", mmap_mode="r")
     prepare(again)
     codes = np.load(out / "item_codes.npy")
     assert np.array_equal(mapped, np.load(f"{arguments.output_dir}/item_codes.npy")), (
-        "a running training keeps its own"
+        "a running training keeps its map"
     )
     assert not np.array_equal(mapped, codes)
-    assert not (out / "tokenizer").exists(), "codes were made again"
+    assert not (out / "tokenizer").exists(), "a tokenizer of old codes is removed"
     shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer")
-    assert taobao_train.item_map(out, codes) is None, "no stage made it"
+    assert taobao_train.item_map(out, codes) is None, "no stage wrote it"
     prepare(replace(again, tokenizer=True))
     assert taobao_train.item_map(out, codes) == out / "tokenizer"
     shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer", dirs_exist_ok=True)
@@ -339,23 +349,21 @@ def test_a_tokenizer_of_other_codes_is_not_saved_beside_a_model(arguments, prepa
     assert not list(tmp_path.glob("training/checkpoint*"))
 
 
-def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
-    arguments, prepared, tmp_path, monkeypatch, capsys
-):
+def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(arguments.output_dir, tmp_path / "prepared")
 
-    def run(*more):
+    def run(*options):
         return run_training(
-            replace(arguments, output_dir=str(folder)), tmp_path / "training", "--save_total_limit=2", *more
+            replace(arguments, output_dir=str(folder)), tmp_path / "training", "--save_total_limit=2", *options
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(taobao_train, "evaluate", lambda *given: 1 / 0)
+        patch.setattr(taobao_train, "evaluate", lambda *unused: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run()
     weights = (tmp_path / "training/checkpoint/model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(taobao_train, "fit", None)  # what was trained is evaluated, and not trained on
+        patch.setattr(taobao_train, "fit", None)  # the finished training is only evaluated
         log = run()
     losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
@@ -374,12 +382,12 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
     (tmp_path / "training/training_log.json").unlink()
     shutil.rmtree(tmp_path / "training/checkpoint-40")
 
-    def evaluated(*given, evaluate=taobao_train.evaluate):
+    def evaluated(*unused, evaluate=taobao_train.evaluate):
         written = re.findall(
             r"/content_embeddings.npy\n(?:\w+: .*\n)*?Anonymous: +(\d+)", Path("/proc/self/smaps").read_text()
         )
-        assert set(written) <= {"0"}, "resuming leaves the embeddings mapped"
-        return evaluate(*given)
+        assert set(written) <= {"0"}, "the embeddings stay mapped"
+        return evaluate(*unused)
 
     monkeypatch.setattr(taobao_train, "evaluate", evaluated)
     again = run()
@@ -388,7 +396,7 @@ def test_it_trains_on_the_stream_and_a_second_run_reuses_or_resumes(
     assert again["evaluation"] == log["evaluation"]
 
 
-def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_items(arguments, prepared, tmp_path):
+def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, tmp_path):
     run_training(arguments, tmp_path / "one", "--eval_rows=8")
     second = (f"--init_from={tmp_path / 'one/checkpoint'}", "--num_train_beams=4", "--num_retrieved_items=3")
     second += ("--max_long_items=20", "--eval_rows=40")
@@ -397,8 +405,8 @@ def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_
     recommender = pipeline("recommendation", model=str(tmp_path / "two/checkpoint"), trust_remote_code=True)
     assert recommender.model.config.inject_target is False and not recommender.model.config.exclude_history
     ids = recommender.tokenizer.item_ids[:3]
-    assert {one["item_id"] for one in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
-        "own items, too"
+    assert {item["item_id"] for item in recommender(ids, num_return_sequences=20, num_beams=20)} & set(ids), (
+        "history items are recommended"
     )
     assert all("dense_loss" in entry for entry in log["log_history"] if "loss" in entry)
     losses = [entry["ranking_loss"] for entry in log["log_history"] if "ranking_loss" in entry]
@@ -411,11 +419,12 @@ def test_stage_two_reads_long_histories_and_starts_from_a_stage_one_of_the_same_
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     assert model.lm_head.weight.shape == before.lm_head.weight.shape
     row = next(iter(rows_of(arguments, prepared, "test")))
-    given = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
+    request = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
     scores = [
-        model.rank(**given, long_items=torch.from_numpy(row["long_items"]).long()[None, -kept:]) for kept in (9, 1)
+        model.rank(**request, long_items=torch.from_numpy(row["long_items"]).long()[None, -length:])
+        for length in (9, 1)
     ]
-    assert not torch.equal(*scores), "what stands beyond the window is read"
+    assert not torch.equal(*scores), "the long history is read"
     before.catalog.item_codes = before.catalog.item_codes.flip(0)
     before.save_pretrained(tmp_path / "others")
     with pytest.raises(ValueError, match=r"expected a checkpoint of the 400 items .*or other codes"):
@@ -438,19 +447,19 @@ def test_a_linear_cost_is_extrapolated_exactly():
     slopes, full = extrapolate(measured(10, 4, 7), measured(30, 5, 9))
     assert all(slope["seconds"] == 3 for slope in slopes.values())
     assert full["items"]["private_mb"] == 5 + 3 * FULL["items"] and full["rows"]["seconds"] == 5 + 3 * FULL["users"]
-    assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 times the sample by default, 20 iterations"
+    assert full["codebooks"]["seconds"] == 2 * 1024 * 2, "1,024 points a code and 20 iterations"
 
 
-def test_a_training_on_all_items_holds_no_less_than_their_codes_and_trie():
+def test_memory_at_full_size_includes_codes_and_trie():
     results = json.loads(Path(taobao_report.__file__).with_name("results").joinpath("taobao.json").read_text())
-    more = 34_400_000 * 32 / 2**20  # than the runs of 1M items
-    results["training at full size"]["stage II"]["private_mb"] = 5000  # the slope's
-    assert f" {(603 + more) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
+    additional_mb = 34_400_000 * 32 / 2**20  # beyond the runs of 1M items
+    results["training at full size"]["stage II"]["private_mb"] = 5000  # extrapolated
+    assert f" {(603 + additional_mb) / 1024:.1f} GB private, " in (text := taobao_report.table(results))
     assert " 4.9 GB private. " in text and "arithmetic" in text
 
 
-@pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # made-up codes
-def test_two_runs_make_one_table_of_what_all_would_take(arguments, prepared, tmp_path, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore:COLLAPSED CODEBOOK")  # of synthetic items
+def test_two_runs_extrapolate_to_the_full_size(arguments, prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(taobao_scaling, "FULL", {"items": 4000, "users": 1500, "samples": 9000})
     tables = SyntheticArguments(str(tmp_path / "tables"), num_items=200, num_users=80, num_clusters=8, max_history=40)
     smaller = TaobaoArguments(
@@ -458,28 +467,29 @@ def test_two_runs_make_one_table_of_what_all_would_take(arguments, prepared, tmp
     )
     prepare(smaller)
     larger = replace(arguments, output_dir=str(shutil.copytree(arguments.output_dir, tmp_path / "large")))
-    for one in (smaller, larger):
+    for run in (smaller, larger):
         steps = ("--max_steps=4", "--logging_steps=2", "--eval_rows=4")
-        run_training(one, f"{one.output_dir}/training", *steps)
+        run_training(run, f"{run.output_dir}/training", *steps)
         second = (
             "--num_train_beams=4",
             "--num_retrieved_items=3",
-            f"--init_from={one.output_dir}/training/checkpoint",
+            f"--init_from={run.output_dir}/training/checkpoint",
         )
-        run_training(one, f"{one.output_dir}/second", *steps, *second)
-    file, note = tmp_path / "taobao.json", "Beside other work."
-    found = taobao_scaling.main(
+        run_training(run, f"{run.output_dir}/second", *steps, *second)
+    file = tmp_path / "taobao.json"
+    note = "Beside other work."
+    result = taobao_scaling.main(
         taobao_scaling.ScalingArguments([smaller.output_dir, larger.output_dir], str(file), note)
     )
-    assert json.loads(file.read_text()) == found
-    names = [one["what"] for one in found["training"]]
+    assert json.loads(file.read_text()) == result
+    names = [run["what"] for run in result["training"]]
     assert names == [f"{stage}, {count} items" for stage in ("stage I", "stage II") for count in (200, 400)]
-    assert [one["rows"] for one in found["training"]] == [32] * 4
+    assert [run["rows"] for run in result["training"]] == [32] * 4
     rows, samples = (
         sum(prepared[f"{split} {stage}"][name] for split in ("train", "test"))
         for stage, name in (("rows", "rows"), ("clicks", "samples"))
     )
-    assert found["training at full size"]["stage II"]["rows"] == round(9000 * rows / samples)
+    assert result["training at full size"]["stage II"]["rows"] == round(9000 * rows / samples)
     text = capsys.readouterr().out
     assert "\n| codes | " in text and "\n| stage II, 400 items | " in text and note in text
 

@@ -1,4 +1,4 @@
-"""Times of events on their way through the recipes: what is trained and measured is a forward built by hand."""
+"""Times of events in the recipes: training and evaluation equal forwards built by hand."""
 
 import json
 
@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
+from helpers import GRID, train_flags
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import train
@@ -25,7 +26,7 @@ TIMED = {**HSTU, "num_time_buckets": 40}
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """24 users and 20 items; a third of the times is not known, the others are known once."""
+    """Prepared data of 24 users and 20 items; a third of the times is unknown."""
     folder = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     rows = []
@@ -53,7 +54,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def world(prepared):
-    """Tokenizer, splits, and a random model that reads times."""
+    """The tokenizer, the splits, and a random model that reads times."""
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     torch.manual_seed(0)
     fields = {"text_config": TIMED, "ranking_targets": ["next", "like"], "negatives_per_item": 0.0}
@@ -66,7 +67,7 @@ def world(prepared):
 
 
 def code_losses(model, tokenizer, user, start, end, target=None):
-    """Cross-entropy of every code of a part of a history, by a forward of that part alone."""
+    """Compute the cross-entropy of every code of a part of a history by a forward of that part."""
     items, behaviors, times = (user[name][start:end] for name in ("items", "behaviors", "timestamps"))
     if target is not None:
         items, behaviors, times = (
@@ -95,14 +96,15 @@ def code_losses(model, tokenizer, user, start, end, target=None):
 
 @torch.no_grad()
 def losses_of(model, batch):
-    found = model(**batch)
+    """Return the generation loss, which has to depend on the times."""
+    timed = model(**batch)
     untimed = model(**{name: value for name, value in batch.items() if name != "timestamps"})
-    assert not torch.allclose(found.generation_loss, untimed.generation_loss), "times matter"
-    return found.generation_loss
+    assert not torch.allclose(timed.generation_loss, untimed.generation_loss), "times matter"
+    return timed.generation_loss
 
 
 @torch.no_grad()
-def test_packed_and_padded_rows_are_learned_as_each_window_alone(world):
+def test_packed_and_padded_rows_are_learned_as_single_windows(world):
     tokenizer, splits, model = world
     histories = splits["train"]
     windows = [
@@ -113,7 +115,7 @@ def test_packed_and_padded_rows_are_learned_as_each_window_alone(world):
     expected = [loss for user, *part in windows for loss in code_losses(model, tokenizer, histories[user], *part)]
     packed = training_rows.packed_rows(histories, tokenizer, 4, 2, seed=0, with_times=True)
     assert max(row.count(tokenizer.bos_token_id) for row in packed["input_ids"]) > 1
-    assert len({len(row) for row in packed["input_ids"]}) > 1, "some are padded below"
+    assert len({len(row) for row in packed["input_ids"]}) > 1, "the collator has to pad some"
     alone = training_rows.history_rows(histories, tokenizer, 4, 2, with_times=True)
     for rows in (packed, alone.remove_columns(["user", "last", "length"])):
         batch = TrainingCollator()(list(rows))
@@ -124,7 +126,7 @@ def test_packed_and_padded_rows_are_learned_as_each_window_alone(world):
 
 
 @torch.no_grad()
-def test_a_held_out_item_is_asked_for_when_it_came(world):
+def test_a_held_out_item_is_predicted_at_its_own_time(world):
     tokenizer, splits, model = world
     split = splits["validation"]
     expected = [loss for user in split for loss in code_losses(model, tokenizer, user, -3, None, target=True)]
@@ -136,7 +138,7 @@ def test_a_held_out_item_is_asked_for_when_it_came(world):
         training_rows.held_out_rows(old, tokenizer, 3, with_times=True)
 
 
-def test_rows_of_the_second_stage_have_the_times_of_their_items(world):
+def test_stage_two_rows_have_the_times_of_their_items(world):
     tokenizer, splits, _ = world
     histories = splits["train"]
     rows = training_rows.second_stage_rows(histories, tokenizer, 3, 3, 5, with_times=True)
@@ -152,7 +154,7 @@ def test_rows_of_the_second_stage_have_the_times_of_their_items(world):
 
 
 def requests(tokenizer, split, max_items):
-    """Each user alone, as the tokenizer and a request of the pipeline would have it."""
+    """Encode each user as a single request."""
     for user in split:
         encoded = tokenizer.encode_history(
             [tokenizer.item_ids[item] for item in user["items"][-max_items:]],
@@ -164,13 +166,15 @@ def requests(tokenizer, split, max_items):
 
 
 @torch.no_grad()
-def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
+def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     tokenizer, splits, model = world
-    split, asked = splits["test"], {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
+    split = splits["test"]
+    beams = {"num_beams": 20, "num_return_sequences": 20, "ranking_weight": 0.0}
     how = Measurement(max_items=4, batch_size=5)
-    found = candidates(model, tokenizer, split, 20, how)
+    scores = candidates(model, tokenizer, split, 20, how)
     calls = []
-    rank, generate = model.rank, model.generate
+    rank = model.rank
+    generate = model.generate
     monkeypatch.setattr(model, "rank", lambda *args, **kwargs: calls.append(rank(*args, **kwargs)) or calls[-1])
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(kwargs) or generate(*args, **kwargs))
     assert 0 <= like_auc(model, tokenizer, split, "like", how)["auc"] <= 1
@@ -180,40 +184,35 @@ def test_an_evaluation_asks_at_the_time_of_the_target(world, monkeypatch):
     assert {"timestamps", "query_time"} <= set(calls[-1])
     differ = 0
     for row, (user, request) in enumerate(requests(tokenizer, split, 4)):
-        best = model.recommend(**request, blocked_items=[user["items"]], **asked)
+        best = model.recommend(**request, blocked_items=[user["items"]], **beams)
         valid = best.item_indices[0] >= 0
         for name in ("generation_scores", "ranking_scores"):
-            torch.testing.assert_close(found[name][row][valid], best[name][0][valid], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(scores[name][row][valid], best[name][0][valid], atol=2e-5, rtol=1e-4)
         logits = rank(**request, candidates=torch.tensor([[user["target"]]]))[0, 0]
         torch.testing.assert_close(ranked[int((order == row).nonzero()[0][0])], logits, atol=2e-5, rtol=1e-4)
         del request["query_time"]
         differ += not torch.allclose(
-            model.recommend(**request, blocked_items=[user["items"]], **asked).scores, best.scores
+            model.recommend(**request, blocked_items=[user["items"]], **beams).scores, best.scores
         )
-    assert differ > len(split) / 4, "the time of the request matters"
+    assert differ > len(split) / 4, "the query time matters"
 
 
 @pytest.mark.parametrize(
-    "how",
+    "extra",
     [
         [],
         ["--enhancer", "--relabel"],
         ["--num_train_beams=4", "--num_retrieved_items=2", "--candidate_refresh_epochs=1"],
     ],
+    ids=["plain", "enhancer", "stage-two"],
 )
-def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch):
-    monkeypatch.setattr("recipes.evaluation.baselines.GRID", {"neighbors": (20,), "shrink": (0.0,), "window": (3,)})
-    arguments = [
-        f"--data_dir={prepared}",
-        f"--output_dir={tmp_path}",
-        f"--text_config={json.dumps(TIMED)}",
-        "--use_cpu",
-    ]
-    arguments += ["--max_items=5", "--per_device_train_batch_size=8", "--save_strategy=no", "--disable_tqdm=True"]
-    arguments += ["--num_train_epochs=3", "--logging_steps=1", "--eval_strategy=epoch", "--weight_decay=0"]
-    checkpoint = train.train(*train.parse([*arguments, *how]))
+def test_from_tables_with_times_to_metrics(prepared, tmp_path, extra, monkeypatch):
+    monkeypatch.setattr("recipes.evaluation.baselines.GRID", GRID)
+    options = ["--max_items=5", "--per_device_train_batch_size=8", "--num_train_epochs=3", "--logging_steps=1"]
+    options += ["--eval_strategy=epoch", "--weight_decay=0", *extra]
+    checkpoint = train.train(*train.parse(train_flags(prepared, tmp_path, *options, text_config=TIMED)))
     model = UniGRFForCausalLM.from_pretrained(checkpoint)
-    torch.manual_seed(42)  # as in the training: the untrained model
+    torch.manual_seed(42)  # the seed of the training
     untrained = train.build_model(
         train.ModelArguments(text_config=json.dumps(TIMED)),
         train.DataArguments(data_dir="", max_items=5),
@@ -221,7 +220,7 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, how, monkeypatch)
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):
         moved = (layer.bias.times.weight != before.bias.times.weight)[:, 0]
-        assert 5 < moved.sum() < 41, "of the buckets, those of times that there are"
+        assert 5 < moved.sum() < 41, "only buckets of existing times are trained"
     metrics = evaluate_checkpoint(
         EvaluateArguments(
             checkpoint=str(checkpoint),

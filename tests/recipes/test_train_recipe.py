@@ -1,4 +1,4 @@
-"""What recipes.train takes, what it refuses, and what it goes on with."""
+"""recipes.train: its arguments, its checks, and trainings that continue."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, short_id, train_flags
 from safetensors.torch import load_file, save_file
 
 from modeling_unigrf import UniGRFForCausalLM
@@ -18,44 +18,42 @@ from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
 
-def test_a_training_that_failed_before_its_first_checkpoint_blocks_no_other(prepared, tmp_path):
-    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", "--use_cpu", "--max_steps=1", "--max_items=4"]
-    arguments += ["--save_strategy=no", "--disable_tqdm=True"]
+def test_a_training_that_failed_early_blocks_no_other(prepared, tmp_path):
+    flags = train_flags(prepared, tmp_path, "--max_steps=1", "--max_items=4")
     for wrong, message in (
         ('{"model_type": "lama"}', "lama"),
         (json.dumps(TINY | {"max_position_embeddings": 9}), "max_items"),
         (json.dumps(TINY | {"max_position_embeddings": 20}), "the item after them, 21, found a backbone of 20"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.train(*train.parse([*arguments, f"--text_config={wrong}"]))
-    arguments.append(f"--text_config={json.dumps(TINY)}")
+            train.train(*train.parse([*flags, f"--text_config={wrong}"]))
     with pytest.raises(ValueError, match="label_smoothing_factor=0"):
-        train.train(*train.parse([*arguments, "--label_smoothing_factor=0.1"]))
-    assert (train.train(*train.parse(arguments)) / "model.safetensors").exists()
+        train.train(*train.parse([*flags, "--label_smoothing_factor=0.1"]))
+    assert (train.train(*train.parse(flags)) / "model.safetensors").exists()
 
 
-def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
-    arguments = [f"--data_dir={prepared}", f"--output_dir={tmp_path}", f"--text_config={json.dumps(TINY)}"]
-    arguments += ["--max_items=10", "--use_cpu", "--per_device_train_batch_size=16", "--save_strategy=no"]
-    arguments += ["--num_train_epochs=4", "--logging_steps=1", "--disable_tqdm=True", "--negatives_per_item=0.5"]
-    arguments += ["--enhancer", "--relabel", "--adaptive_weights", "--adaptive_form=gradient_norm", "--stride=5"]
+def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
+    options = ["--max_items=10", "--per_device_train_batch_size=16", "--num_train_epochs=4", "--logging_steps=1"]
+    options += ["--negatives_per_item=0.5", "--enhancer", "--relabel", "--stride=5"]
+    options += ["--adaptive_weights", "--adaptive_form=gradient_norm"]
+    flags = train_flags(prepared, tmp_path, *options)
     fields = ['--config_fields={"contrastive_loss_weight": 0.5}', '--enhancer_options={"num_negatives": 3}']
-    checkpoint = train.train(*train.parse([*arguments, *fields]))
+    checkpoint = train.train(*train.parse([*flags, *fields]))
     log = json.loads((checkpoint / "training_log.json").read_text())["log_history"]
     losses = [entry for entry in log if "loss" in entry]
     assert "contrastive_loss" not in losses[0] and losses[-1]["contrastive_loss"] > 0
     assert losses[-1]["enhancer_negatives"] > 1 and losses[-1]["generation_weight"] != 1
-    found = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in found] == [2, 3] and found[0]["examples"][0]["disliked"][0].startswith("Film")
-    assert len(found[0]["examples"][0]["disliked"]) <= 3
+    lines = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [2, 3] and lines[0]["examples"][0]["disliked"][0].startswith("Film")
+    assert len(lines[0]["examples"][0]["disliked"]) <= 3
     for wrong, message in (
         (['--config_fields={"inject_targets": false}'], r"config_fields among .* found \['inject_targets'\]"),
         (['--enhancer_options={"seed": 1}'], r"enhancer_options among .* found \['seed'\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.train(*train.parse([*arguments, *wrong, f"--output_dir={tmp_path / 'wrong'}"]))
+            train.train(*train.parse([*flags, *wrong, f"--output_dir={tmp_path / 'wrong'}"]))
     with pytest.raises(ValueError, match="the enhancer or stage II"):
-        train.train(*train.parse([*arguments, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
+        train.train(*train.parse([*flags, "--num_train_beams=5", f"--output_dir={tmp_path / 'other'}"]))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +77,14 @@ def test_weights_and_enhancer_are_a_matter_of_arguments(prepared, tmp_path):
         (["--config_fields={inject_target: false}"], "config_fields as JSON, found '{inject_target: false}'"),
         (["--text_config=[]"], "text_config as a JSON object"),
     ],
+    ids=short_id,
 )
-def test_arguments_that_would_do_nothing_are_refused(prepared, tmp_path, options, message):
+def test_arguments_without_effect_are_rejected(prepared, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train.train(*train.parse([f"--data_dir={prepared}", f"--output_dir={tmp_path}", *options]))
 
 
-def test_a_training_is_of_one_device_a_process_and_goes_on_wherever_it_is(prepared, tmp_path, monkeypatch):
+def test_a_training_uses_one_device_and_resumes_on_another(prepared, tmp_path, monkeypatch):
     options = [f"--data_dir={prepared}", f"--output_dir={tmp_path}"]
     for changed, message in (({"n_gpu": 2}, "one GPU a process, found 2"), ({"fsdp": "full_shard"}, "neither --fsdp")):
         args = train.parse(options)
@@ -99,41 +98,36 @@ def test_a_training_is_of_one_device_a_process_and_goes_on_wherever_it_is(prepar
             reproduce_recochain.ReproduceArguments(data_dir=str(prepared), output_dir=str(tmp_path))
         )
     (tmp_path / "checkpoint-1").mkdir()
-    asked = {"training": {"use_cpu": True, "local_rank": 0, "seed": 1}}
-    (tmp_path / "arguments.json").write_text(json.dumps(asked))
+    stored = {"training": {"use_cpu": True, "local_rank": 0, "seed": 1}}
+    (tmp_path / "arguments.json").write_text(json.dumps(stored))
     here = {"training": {"use_cpu": False, "seed": 1}}
     assert runs.begin(tmp_path, here, tmp_path / "finished.json") == {"training": {"seed": 1}}
 
 
 @pytest.mark.parametrize("atomic", [False, True])
-def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepared, tmp_path, atomic):
+def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, atomic):
     parent = prepared.parent
     if atomic:
         tables = {name: str(parent / f"{name}.parquet") for name in ("interactions", "items")}
         prepared = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "atomic"), atomic=True))
-    arguments = [
-        f"--config_fields={json.dumps({'tie_word_embeddings': atomic})}",
-        f"--text_config={json.dumps(TINY)}",
-        "--max_items=4",
-        "--use_cpu",
-        "--max_steps=1",
-        "--save_strategy=no",
-    ]
-    arguments += ["--disable_tqdm=True"]
-    first = train.train(*train.parse([*arguments, f"--data_dir={prepared}", f"--output_dir={tmp_path / 'one'}"]))
+    options = [f"--config_fields={json.dumps({'tie_word_embeddings': atomic})}", "--max_items=4", "--max_steps=1"]
+    first = train.train(*train.parse(train_flags(prepared, tmp_path / "one", *options)))
     items = pd.read_parquet(parent / "items.parquet")
-    new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # of one group, which outgrows all others
+    new = items.iloc[[0, 0, 0]].assign(item_id=["n0", "n1", "n2"])  # a group of equal embeddings
     other = pd.concat([new, items])
-    other.assign(embedding=[one[::-1] for one in other["embedding"]]).to_parquet(tmp_path / "other.parquet")
+    other.assign(embedding=[embedding[::-1] for embedding in other["embedding"]]).to_parquet(
+        tmp_path / "other.parquet"
+    )
     other.to_parquet(tmp_path / "items.parquet")
     interactions = pd.read_parquet(parent / "interactions.parquet")
     later = interactions.iloc[:3].assign(user_id="u0", item_id=["n0", "n1", "n2"], timestamp=[100, 101, 102])
     pd.concat([interactions, later]).to_parquet(tmp_path / "interactions.parquet")
     tables = {name: str(tmp_path / f"{name}.parquet") for name in ("interactions", "items")}
     newer = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "newer"), tokenizer=str(first)))
-    go_on = [*arguments, f"--data_dir={newer}", f"--init_from={first}"]
-    second = train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'two'}"]))
-    model, tokenizer = UniGRFForCausalLM.from_pretrained(second), SemanticIdTokenizer.from_pretrained(second)
+    options.append(f"--init_from={first}")
+    second = train.train(*train.parse(train_flags(newer, tmp_path / "two", *options)))
+    model = UniGRFForCausalLM.from_pretrained(second)
+    tokenizer = SemanticIdTokenizer.from_pretrained(second)
     assert tokenizer.item_ids[30:] == ["n0", "n1", "n2"] and model.catalog.num_items == 33
     np.testing.assert_array_equal(model.catalog.item_codes, tokenizer.item_codes)
     before = UniGRFForCausalLM.from_pretrained(first)
@@ -141,13 +135,13 @@ def test_a_training_goes_on_with_newer_data_and_items_that_were_not_there(prepar
     torch.testing.assert_close(model.catalog.content_embeddings[30:], before.catalog.content_embeddings[[0, 0, 0]])
     assert model.config.codebook_sizes[-1] > before.config.codebook_sizes[-1]
     assert model.config.codebook_sizes == list(tokenizer.codebook_sizes) and model.config.vocab_size == len(tokenizer)
-    check_same_items(tokenizer, prepared)  # where it can still be measured
+    check_same_items(tokenizer, prepared)  # the items that both have
     tables["items"] = str(tmp_path / "other.parquet")
     other = prepare(PrepareArguments(**tables, output_dir=str(tmp_path / "other"), tokenizer=str(first)))
-    go_on[-2] = f"--data_dir={other}"
+    flags = train_flags(other, tmp_path / "three", *options)
     with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found a cosine of"):
-        train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
+        train.train(*train.parse(flags))
     stored = load_file(other / "item_embeddings.safetensors")["embeddings"]
     save_file({"embeddings": torch.cat([stored, stored], dim=1)}, other / "item_embeddings.safetensors")
     with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, found some of width"):
-        train.train(*train.parse([*go_on, f"--output_dir={tmp_path / 'three'}"]))
+        train.train(*train.parse(flags))

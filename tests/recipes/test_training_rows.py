@@ -1,4 +1,4 @@
-"""What stands in the rows that a training reads, and what of it is supervised."""
+"""Training rows: their items, their labels, and what they leave out."""
 
 from itertools import pairwise
 
@@ -12,12 +12,12 @@ from recipes.training.collator import TrainingCollator
 from tokenization import SemanticIdTokenizer
 
 
-def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_came_later(prepared):
+def test_a_stage_two_row_does_not_leak_its_last_item(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     rows = training_rows.second_stage_rows(histories, tokenizer, 3, 3, 5)
     places = [(user, end) for user, items in enumerate(histories["items"]) for end in range(1, len(items) + 1)]
-    assert len(rows) == len(places), "every item is the last one of a row: as many passes as a window has items"
+    assert len(rows) == len(places), "every item is the last of a row"
     for row, (user, end) in zip(rows, places, strict=True):
         items, behaviors = (histories[user][name] for name in ("items", "behaviors"))
         assert tokenizer.decode_indices(np.array(row["input_ids"])).tolist() == items[max(0, end - 4) : end]
@@ -37,7 +37,7 @@ def test_a_row_of_the_second_stage_knows_nothing_of_its_last_item_or_of_what_cam
         assert row["long_items"] == user["items"][-5:] and row["long_behaviors"] == user["behaviors"][-5:]
 
 
-def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
+def test_each_crop_supervises_every_item_once(prepared):
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     histories = load_from_disk(str(prepared / "dataset"))["train"]
     total = sum(map(len, histories["items"]))
@@ -45,17 +45,17 @@ def test_each_pass_supervises_every_item_once_and_cuts_elsewhere(prepared):
         alone = training_rows.history_rows(histories, tokenizer, 6, crops_per_epoch)
         assert max(alone["length"]) == 1 + 7 * (tokenizer.num_levels + 1)
         rows = training_rows.packed_rows(histories, tokenizer, 6, crops_per_epoch, seed=0)
-        spelt = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
-        # Six items and the one after them: all that is read when the next item is asked for has been read in training.
-        assert sum(map(len, spelt)) == crops_per_epoch * total and max(map(len, spelt)) == 7
-        assert np.mean([len(items) for items in spelt]) > 6, "packed: little room is left"
+        decoded = [tokenizer.decode_indices(np.array(row)) for row in rows["input_ids"]]
+        # Rows of six items and their next item.
+        assert sum(map(len, decoded)) == crops_per_epoch * total and max(map(len, decoded)) == 7
+        assert np.mean([len(items) for items in decoded]) > 6, "rows are packed"
         for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
             assert labels == [-100 if token == tokenizer.bos_token_id else token for token in ids]
     assert len(set(cut_windows(17, 6, 3))) > len(training_rows.cut_windows(17, 6, 1))
 
 
-def test_users_whose_long_history_is_empty_may_come_first(prepared):
-    """1,000 rows and more are written at a time: of the first ones alone their type could not be told."""
+def test_users_with_an_empty_long_history_may_come_first(prepared):
+    """The first 1,000 rows alone do not determine the types of the columns."""
     tokenizer = SemanticIdTokenizer.from_pretrained(prepared / "tokenizer")
     lists = {"items": [[3]] * 1200 + [[1, 2, 3]], "behaviors": [[0]] * 1200 + [[1, 0, 1]]}
     kinds = load_from_disk(str(prepared / "dataset"))["train"].features
@@ -65,8 +65,8 @@ def test_users_whose_long_history_is_empty_may_come_first(prepared):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(17, 1), (17, 4), (6, 1), (3, 2), (7, 50)])
-def test_sliding_windows_hold_every_item_and_every_start_or_each_so_many(length, stride):
-    windows = cut_windows(length, 6, 1, stride)
+def test_sliding_windows_hold_every_item_at_any_stride(length, stride):
+    windows = training_rows.cut_windows(length, 6, 1, stride)
     assert windows[0] == (max(0, length - 6), length) and windows[-1] == (0, min(6, length))
     assert all(end - start == min(6, length) for start, end in windows) and len(set(windows)) == len(windows)
     starts = [start for start, _ in windows]

@@ -1,3 +1,5 @@
+"""Collision tokens and codebook statistics."""
+
 import warnings
 
 import numpy as np
@@ -10,7 +12,7 @@ from tokenization import assign_collision_tokens, codebook_statistics
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), num_items=st.integers(0, 60), levels=st.integers(1, 4), size=st.integers(1, 5))
-def test_suffixes_make_codes_unique_and_count_from_zero_in_the_given_order(seed, num_items, levels, size):
+def test_suffixes_make_codes_unique_in_the_given_order(seed, num_items, levels, size):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, size, (num_items, levels))
     popularity = rng.integers(0, 4, num_items)
@@ -24,13 +26,13 @@ def test_suffixes_make_codes_unique_and_count_from_zero_in_the_given_order(seed,
             assert [suffixes[row] for row in expected] == list(range(len(rows)))
 
 
-def test_codes_too_wide_to_pack_into_64_bits_still_get_unique_suffixes():
+def test_codes_wider_than_64_bits_get_unique_suffixes():
     codes = np.random.default_rng(0).integers(0, 2, (50, 12)) * (2**20)
     suffixed = np.column_stack([codes, assign_collision_tokens(codes)])
     assert len(np.unique(suffixed, axis=0)) == 50
 
 
-def test_suffixes_of_wrong_input_are_refused():
+def test_suffixes_of_invalid_input_are_rejected():
     with pytest.raises(ValueError, match=r"shape \[N, L\]"):
         assign_collision_tokens(np.zeros(3, int))
     with pytest.raises(ValueError, match="0 or larger, got -1"):
@@ -41,7 +43,7 @@ def test_suffixes_of_wrong_input_are_refused():
         assign_collision_tokens(np.zeros((2, 1), int), np.zeros(3))
 
 
-def test_statistics_measure_collisions_use_entropy_and_error():
+def test_codebook_statistics_equal_their_definitions():
     codes = np.array([[0, 0], [0, 0], [1, 2], [1, 3]])
     embeddings = np.array([[0.0], [2.0], [4.0], [6.0]])
     statistics = codebook_statistics(codes, (2, 8), embeddings, embeddings + 1)
@@ -57,9 +59,9 @@ def test_statistics_measure_collisions_use_entropy_and_error():
 @pytest.mark.parametrize(
     "column",
     [np.zeros(1000, int), np.arange(1000) % 20, np.where(np.arange(1000) < 990, 0, np.arange(1000) % 200)],
-    ids=["one code", "20 of 256 codes", "one code has 99 %"],
+    ids=["single", "20-of-256", "99-percent"],
 )
-def test_a_collapsed_codebook_warns_loudly_and_names_the_level(column):
+def test_a_collapsed_codebook_warns_with_its_level(column):
     healthy = np.arange(1000) % 256
     with pytest.warns(UserWarning, match="COLLAPSED CODEBOOK: level 1 uses"):
         codebook_statistics(np.column_stack([healthy, column]), (256, 256))
@@ -73,7 +75,7 @@ def test_random_codes_of_any_number_of_items_do_not_warn(num_items):
         codebook_statistics(codes, (256, 256, 256))
 
 
-def test_statistics_of_mismatched_input_is_refused():
+def test_codebook_statistics_reject_mismatched_input():
     with pytest.raises(ValueError, match="below the codebook sizes"):
         codebook_statistics(np.array([[4]]), (4,))
     with pytest.raises(ValueError, match="must both be set or both be None"):

@@ -1,0 +1,210 @@
+"""The recommendation pipeline: requests in, item ids with titles and scores out."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import HISTORY, SHORT_HISTORY, approximately, short_id
+
+from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from tokenization import SemanticIdTokenizer
+
+
+def test_a_recommendation_has_item_ids_titles_and_scores(recommender):
+    recommended = recommender(HISTORY)
+    assert len(recommended) == 10 and recommended == recommender(dict(HISTORY)) == recommender([HISTORY])[0]
+    titles = dict(zip(recommender.tokenizer.item_ids, recommender.tokenizer.titles, strict=True))
+    for row in recommended:
+        assert titles[row["item_id"]] == row["title"]
+        assert row["score"] == pytest.approx(row["generation_score"] + row["ranking_score"], abs=1e-5)
+    assert [row["score"] for row in recommended] == sorted((row["score"] for row in recommended), reverse=True)
+    assert {row["item_id"] for row in recommended}.isdisjoint(HISTORY["items"])
+
+
+def test_with_one_behavior_a_history_is_a_plain_list(recommender):
+    codes = recommender.tokenizer.item_codes
+    tokenizer = SemanticIdTokenizer.from_codes(range(60), codes, recommender.tokenizer.codebook_sizes, ["view"])
+    text_config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=text_config)).eval()
+    model.set_catalog(torch.from_numpy(codes.copy()))
+    plain = RecommendationPipeline(model=model, tokenizer=tokenizer)
+    recommended = plain([7, 3])
+    assert recommended == plain(("7", "3")) == plain({"items": [7, 3]}) == plain([[7, 3], [5]])[0]
+    assert all(row["title"] is None and int(row["item_id"]) in range(60) for row in recommended)
+    assert plain([np.array([7, 3]), torch.tensor([5])]) == plain([[7, 3], [5]]) == [recommended, plain([5])]
+    assert plain(torch.tensor([7, 3])) == plain(list(torch.tensor([7, 3]))) == recommended
+    with pytest.raises(ValueError, match="one history a request, found 2"):
+        plain({"items": [[7, 3], [5]]}, unknown="skip")
+
+
+def test_a_batch_equals_single_requests_also_with_item_lists(recommender):
+    requests = [
+        HISTORY,
+        SHORT_HISTORY,
+        {**HISTORY, "allowed_items": ["film 7", "film 9", "film 3"]},
+        {**SHORT_HISTORY, "blocked_items": [recommender(SHORT_HISTORY)[0]["item_id"]]},
+        {**SHORT_HISTORY, "allowed_items": ["film 8"], "blocked_items": ["film 1"]},
+    ]
+    alone = [recommender(request) for request in requests]
+    for batch_size in (2, 3, 5):
+        together = recommender(requests, batch_size=batch_size)
+        assert [approximately(row) for row in together] == alone
+    streamed = recommender((request for request in requests), batch_size=2)  # lazily
+    assert [approximately(row) for row in streamed] == alone
+    assert [row["item_id"] for row in alone[2]] in (["film 7", "film 9"], ["film 9", "film 7"])
+    assert alone[3][0]["item_id"] == alone[1][1]["item_id"]
+    assert [row["item_id"] for row in alone[4]] == ["film 8"]
+
+
+def test_arrays_are_accepted_like_lists(recommender):
+    histories = [
+        {"items": np.array(history["items"]), "behaviors": np.array(history["behaviors"])}
+        for history in (HISTORY, SHORT_HISTORY)
+    ]
+    assert recommender(histories) == recommender([HISTORY, SHORT_HISTORY])
+    for name in ("blocked_items", "allowed_items"):
+        for items in (["film 9"], ["film 7", "film 8"]):
+            recommended = recommender({**SHORT_HISTORY, name: np.array(items)})
+            assert recommended == recommender({**SHORT_HISTORY, name: items})
+
+
+def test_a_checkpoint_serves_by_its_own_defaults(recommender):
+    """`recipes.evaluate` writes the settings that it chose into the checkpoint."""
+    config = recommender.model.config
+    everything = {"num_beams": 60, "num_return_sequences": 60}
+    before = {name: getattr(config, name) for name in ("exclude_history", "ranking_target", "rerank_top_k")}
+    try:
+        config.exclude_history = False
+        config.ranking_target = "like"
+        assert recommender(HISTORY, **everything) == recommender(
+            HISTORY, exclude_history=False, ranking_target="like", **everything
+        )
+        config.rerank_top_k = 4
+        assert len(recommender(HISTORY)) == 4, "the default length is at most rerank_top_k"
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def test_history_items_are_recommended_only_on_request(recommender):
+    everything = {"num_beams": 60, "num_return_sequences": 60}
+    assert len(recommender(HISTORY, **everything)) == 57
+    assert len(recommender(HISTORY, exclude_history=False, **everything)) == 60
+    # max_items limits what is read, not what is excluded.
+    assert len(recommender(HISTORY, max_items=1, **everything)) == 57
+
+
+def test_parameters_do_what_recommend_does_with_them(recommender):
+    by_generation = recommender(HISTORY, ranking_weight=0.0, num_return_sequences=3)
+    assert [row["score"] for row in by_generation] == [row["generation_score"] for row in by_generation]
+    assert len(by_generation) == 3
+    liked, shown = (recommender(HISTORY, ranking_target=target)[0] for target in ("like", "next"))
+    assert liked["ranking_score"] != shown["ranking_score"]
+    assert recommender(HISTORY, max_items=1) == approximately(
+        recommender({"items": ["film 3"], "behaviors": ["like"], "blocked_items": ["007", "film 12"]})
+    )
+
+
+def test_a_part_of_the_catalog_is_swapped_in_for_one_call(recommender):
+    films = ["film 7", "film 8", "film 9"]
+    part = recommender.model.catalog.subset(recommender.tokenizer.item_indices(films))
+    assert sorted(row["item_id"] for row in recommender(HISTORY, catalog=part)) == films
+    assert len(recommender(HISTORY)) == 10
+
+
+def test_a_too_long_history_keeps_its_most_recent_items(recommender, monkeypatch):
+    # 1 + 15 * 4 codes and behaviors + 3 codes of the next item = 64 positions.
+    assert recommender.model.config.max_history_items == 15
+    long = {"items": HISTORY["items"] * 10, "behaviors": HISTORY["behaviors"] * 10}
+    assert recommender(long) == recommender(long, max_items=15)
+    monkeypatch.setattr(recommender.model.config, "max_items", 4)
+    assert recommender(long) == recommender(long, max_items=4) != recommender(long, max_items=15)
+    with pytest.raises(ValueError, match="max_items from 1 to the 15 items"):
+        UniGRFConfig(**{**recommender.model.config.to_dict(), "max_items": 16})
+    with pytest.raises(ValueError, match="take 68 positions, the backbone has 64"):
+        recommender(long, max_items=16)
+
+
+def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
+    config = UniGRFConfig(**{**recommender.model.config.to_dict(), "num_retrieved_items": 3})
+    model = UniGRFForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    model.catalog.load_state_dict(recommender.model.catalog.state_dict())
+    pipe = RecommendationPipeline(model=model.eval(), tokenizer=recommender.tokenizer)
+    tokenizer = recommender.tokenizer
+    items = [f"film {1 + 7 * i % 29}" for i in range(40)]
+    behaviors = ["like" if i % 3 else "dislike" for i in range(40)]
+    requests = [
+        {"items": items, "behaviors": behaviors},
+        {"items": ["film 3", "no such film", "film 5"], "behaviors": ["like", "like", "dislike"]},
+    ]
+    options = {"max_items": 4, "num_beams": 6, "num_return_sequences": 6, "exclude_history": False}
+    together = pipe(requests, batch_size=2, unknown="skip", **options)
+    assert approximately(together[0]) == pipe(requests[0], **options) and approximately(together[1]) == pipe(
+        requests[1], unknown="skip", **options
+    )
+    for request, known, recommended in zip(requests, (range(40), (0, 2)), together, strict=True):
+        names = [request["behaviors"][place] for place in known]
+        ids = [request["items"][place] for place in known]
+        best = model.recommend(
+            **tokenizer.encode_history(ids, names, max_items=4, return_tensors="pt"),
+            long_items=torch.tensor(tokenizer.item_indices(ids))[None],
+            long_behaviors=torch.tensor([tokenizer.behaviors.index(name) for name in names])[None],
+            num_beams=6,
+            num_return_sequences=6,
+        )
+        assert [tokenizer.item_ids[item] for item in best.item_indices[0]] == [row["item_id"] for row in recommended]
+        torch.testing.assert_close(
+            torch.tensor([row["score"] for row in recommended]), best.scores[0], atol=2e-5, rtol=1e-4
+        )
+
+
+def test_unknown_items_are_an_error_or_skipped(recommender):
+    strange = {"items": ["film 5", "film 99"], "behaviors": ["dislike", "like"], "blocked_items": ["film 98"]}
+    with pytest.raises(ValueError, match="film 99"):
+        recommender(strange)
+    with pytest.raises(ValueError, match="film 98"):
+        recommender({**SHORT_HISTORY, "blocked_items": ["film 98"]})
+    assert recommender(strange, unknown="skip") == recommender(SHORT_HISTORY)
+    only = {**SHORT_HISTORY, "allowed_items": ["film 98", "film 7"]}
+    assert [row["item_id"] for row in recommender(only, unknown="skip")] == ["film 7"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "parameters", "message"),
+    [
+        ({**SHORT_HISTORY, "allowed_items": []}, {}, "Expected a known item in `allowed_items`"),
+        (
+            {**SHORT_HISTORY, "allowed_items": ["film 98"]},
+            {"unknown": "skip"},
+            "Expected a known item in `allowed_items`",
+        ),
+        ({**SHORT_HISTORY, "allowed_items": ["film 5"]}, {}, "no item|leaves none|leave no"),
+        ({"items": [], "behaviors": []}, {}, "at least one item"),
+        ([], {}, "found an empty list"),
+        ([[]], {}, "at least one item"),
+        ({"items": ["film 98"], "behaviors": ["like"]}, {"unknown": "skip"}, "all of its item ids are unknown"),
+        ({"items": ["film 5"]}, {}, "behaviors? .*found None"),
+        ({"items": ["film 5"], "behaviors": ["bought"]}, {}, "bought"),
+        ({**SHORT_HISTORY, "blocked": ["film 1"]}, {}, "keys among .*'blocked'"),
+        ({"behaviors": ["like"]}, {}, "with `items`"),
+        ({"items": "film 5", "behaviors": ["like"]}, {}, "the one string 'film 5'"),
+        ({**SHORT_HISTORY, "allowed_items": "film 7"}, {}, "the one string 'film 7'"),
+        ("film 5", {}, "the one string 'film 5'"),
+        (SHORT_HISTORY, {"num_beam": 20}, "found \\['num_beam'\\]"),
+        (SHORT_HISTORY, {"unknown": "drop"}, "'error' or 'skip'"),
+        (SHORT_HISTORY, {"ranking_target": "love"}, "found 'love'"),
+    ],
+    ids=short_id,
+)
+def test_invalid_requests_are_rejected(recommender, request_, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        recommender(request_, **parameters)
+
+
+def test_constructor_parameters_are_checked_defaults(recommender):
+    with pytest.raises(ValueError, match=r"found \['exclude'\]"):
+        RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, exclude=True)
+    three = RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, num_return_sequences=3)
+    assert three(HISTORY) == recommender(HISTORY)[:3] and len(three(HISTORY, num_return_sequences=4)) == 4
