@@ -23,9 +23,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.hashing import weights_hash
 from recipes.evaluation.report import COLUMNS
 from tokenization import SemanticIdTokenizer
@@ -238,4 +238,4 @@ def push(args: PushArguments) -> None:
 
 
 if __name__ == "__main__":
-    push(HfArgumentParser(PushArguments).parse_args_into_dataclasses()[0])
+    push(*parse_arguments(PushArguments))

@@ -31,12 +31,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from modeling_unigrf import UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import whole_file
 from recipes.common.hashing import weights_hash
-from recipes.data.encoding import encode, padded
+from recipes.data.encoding import HistoryEncoder
 from recipes.data.histories import Histories, check_columns, check_rows, load_histories, read_histories
 from tokenization import SemanticIdTokenizer
 
@@ -130,38 +130,35 @@ def check_same_work(record: dict, file: Path) -> None:
 
 def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSettings, bar: tqdm) -> dict:
     """The lists of some rows, in their order: `item_ids` and the scores, each a `pa.ListArray` `[N]`."""
-    read = slice(-settings.max_items, None)
-    lengths = np.array([len(items[read]) for items in histories.items]) * histories.answered
+    recent = slice(-settings.max_items, None)
+    lengths = np.array([len(items[recent]) for items in histories.items]) * histories.answered
     order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once or never
     order = order[: np.count_nonzero(lengths)]
     shape = (len(lengths), settings.num_return_sequences)
     names = SCORES if model.ranking_head.history_query is not None else SCORES[:-1]
     best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in names}
     bar.update(len(lengths) - len(order))
-    parts = [one for one in (histories.items, histories.behaviors, histories.timestamps) if one is not None]
-    requests = histories.query_time
+    encoder = HistoryEncoder(
+        tokenizer,
+        settings.max_items,
+        model.config.max_long_items if model.config.num_retrieved_items else 0,  # also what is not read
+    )
+    columns = {"items": histories.items, "behaviors": histories.behaviors, "timestamps": histories.timestamps}
+    columns["query_time"] = histories.query_time
+    columns = {name: column for name, column in columns.items() if column is not None}
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        spelt = ([one[row][read] for row in rows] for one in parts)
-        batch = encode(tokenizer, *spelt, query_time=None if requests is None else requests[rows])
-        batch = batch.to(model.device)
-        longer = {}
-        if model.config.num_retrieved_items:  # also what is not read
-            columns = {"long_items": histories.items, "long_behaviors": histories.behaviors}
-            columns |= {} if histories.timestamps is None else {"long_timestamps": histories.timestamps}
-            kept = slice(-(model.config.max_long_items or sys.maxsize), None)
-            longer = {
-                name: padded([column[row][kept] for row in rows]).to(model.device) for name, column in columns.items()
-            }
+        inputs = encoder(
+            **{name: [column[row] for row in rows] for name, column in columns.items()}, device=model.device
+        )
         best = model.recommend(
-            **batch,
+            **inputs,
             num_beams=settings.num_beams,
             num_return_sequences=settings.num_return_sequences,
             ranking_weight=settings.ranking_weight,
             ranking_target=settings.ranking_target,
             exclude_history=False,  # but all of it, not only what is read:
             blocked_items=[histories.items[row] for row in rows] if settings.exclude_history else None,
-            **longer,
         )
         best_items[rows] = best.item_indices.cpu()
         for name, values in scores.items():
@@ -237,4 +234,4 @@ def main(args: RecommendArguments, settings: RecommendSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser([RecommendArguments, RecommendSettings]).parse_args_into_dataclasses())
+    main(*parse_arguments(RecommendArguments, RecommendSettings))

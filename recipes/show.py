@@ -1,4 +1,4 @@
-"""Shows what is recommended to some users, from the checkpoint folder alone: none of this project's code but its own copy.
+"""Shows what is recommended to some users, from the checkpoint folder alone: with no model code but its own copy.
 
 python -m recipes.show --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --users 3
 """
@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_from_disk
-from transformers import AutoTokenizer, HfArgumentParser, pipeline
+from transformers import AutoTokenizer, pipeline
+
+from recipes.common.arguments import parse_arguments
 
 
 @dataclass
@@ -47,4 +49,4 @@ def main(args: ShowArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(ShowArguments).parse_args_into_dataclasses()[0])
+    main(*parse_arguments(ShowArguments))

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM, UniGRFTrainingConfig
 from recipes.training.adaptive_weighter import AdaptiveWeighter
-from recipes.training.enhancer import RankingDrivenEnhancer
+from recipes.training.enhancer import EnhancerOptions, RankingDrivenEnhancer
 from tokenization import SemanticIdTokenizer
 
 torch.set_num_threads(1)
@@ -340,7 +340,6 @@ def assert_same_weights(first, second, tolerance=0.0):
         )
 
 
-PAD = SemanticIdTokenizer.from_codes([0, 1], [[0], [1]], [2], ["click"])  # only pads
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 TINY |= {"num_attention_heads": 2, "max_position_embeddings": 256}
 GRID = {"neighbors": (20,), "shrink": (0.0,), "window": (3,)}
@@ -393,7 +392,8 @@ def build_enhancer(model, with_times=False, **options):
     options = {"pool_size": 12, "num_negatives": 3, "threshold": 0.6, "warm_up_epochs": 1, **options}
     items, behaviors = random_users(model)
     times = [list(np.random.default_rng(5).integers(1, 10**6, size=len(history)).cumsum()) for history in items]
-    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times if with_times else None, **options)
+    times = times if with_times else None
+    return RankingDrivenEnhancer(model, tokenizer, items, behaviors, times, EnhancerOptions(**options))
 
 
 def enhancer_rows(enhancer):

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser, LogitsProcessorList
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import CatalogTrie, UniGRFConfig, UniGRFForCausalLM
@@ -37,6 +37,7 @@ from modeling_unigrf.generation_unigrf import TrieLogitsProcessor
 from recipes.benchmarks import ranking_cost
 from recipes.benchmarks.baselines import DictTrie, StaticTrie, random_catalog
 from recipes.benchmarks.report import BY_DICT, BY_PROCESSOR, MATMULS, OURS, REPEATED, WHOLE, draw, ratios
+from recipes.common.arguments import parse_arguments
 from recipes.common.profiling import PeakMemory, bf16_speed_up
 from recipes.common.run_tracking import command, made_by
 
@@ -462,4 +463,4 @@ def main(args: BenchmarkArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()[0])
+    main(*parse_arguments(BenchmarkArguments))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -146,7 +147,7 @@ def made_by(command: str) -> dict[str, str]:
     }
 
 
-def command(module: str, args: object, **paths: str) -> str:
+def command(module: str, args: Any, **paths: str) -> str:
     """
     The command line of a run, as `HfArgumentParser` reads it: what the dataclass `args` says that differs from its defaults,
     with `paths` instead of this machine's (data_dir="path/to/data") and not where it wrote to.

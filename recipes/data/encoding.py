@@ -1,35 +1,97 @@
-"""Encode histories of catalog rows as model inputs."""
+"""Encode histories of catalog rows as model inputs.
 
-from collections.abc import Sequence
+This module alone knows the names, the padding and the nesting of the inputs; everything that builds a batch uses it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchEncoding
+from accelerate.utils import send_to_device
 
-from tokenization import SemanticIdTokenizer
+from tokenization.vocabulary_layout import PAD, UNKNOWN_TIME
+
+# Columns with one value a token, and the value that pads each of them on the left.
+TOKEN_PADDING = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "timestamps": UNKNOWN_TIME}
+# Columns of a training row that describe its long history, and columns that are sets of items.
+LONG_HISTORY = {name: f"long_{name}" for name in ("items", "behaviors", "timestamps")}
+ITEM_SETS = ("hard_negatives", "excluded_positives", "candidates", "blocked_items")
 
 
-def padded(rows: list, value: int = -1, side: str = "right") -> torch.LongTensor:
-    """Rows of integers, of any lengths -> `[B, longest]`, filled up by a value: -1 is no item, no behavior and no time."""
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-
-def encode(
-    tokenizer: SemanticIdTokenizer,
-    items: Sequence[np.ndarray],
-    behaviors: Sequence[np.ndarray],
-    timestamps: Sequence[np.ndarray] | None = None,
-    query_time: Sequence[int] | None = None,
-) -> BatchEncoding:
+@dataclass
+class HistoryEncoder:
     """
-    What `recommend`, `rank` and `generate` read of B histories of catalog rows: `input_ids` and `attention_mask`, padded on
-    the left, and, as far as they are given, `timestamps`, each int64 `[B, T]`, and `query_time [B]`.
+    Encode histories of catalog rows as the inputs of `recommend`, `rank` and `generate`.
+
+    Args:
+        tokenizer (`SemanticIdTokenizer`): Its `encode_indices` and, for histories with times, `encode_times` are used.
+        max_items (`int`, *optional*): Last items of a history that become tokens; None: all items.
+        max_long_items (`int`, *optional*): Last items of a history that become its long history; 0: no long histories (the
+            default), None: all items.
     """
-    columns = {"input_ids": [tokenizer.encode_indices(*one) for one in zip(items, behaviors, strict=True)]}
+
+    tokenizer: Any
+    max_items: int | None = None
+    max_long_items: int | None = 0
+
+    def __call__(
+        self,
+        items: Sequence[np.ndarray],
+        behaviors: Sequence[np.ndarray],
+        timestamps: Sequence[np.ndarray] | None = None,
+        query_time: Sequence[int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> dict[str, Any]:
+        """
+        Encode B histories, oldest item first: `input_ids` and `attention_mask` int64 `[B, T]`, padded on the left, and as
+        far as they are known `timestamps [B, T]`, `query_time [B]` and the long histories.
+        """
+        columns = {"items": items, "behaviors": behaviors}
+        if timestamps is not None:
+            columns["timestamps"] = timestamps
+        recent = slice(-self.max_items if self.max_items else None, None)
+        users = zip(*columns.values(), strict=True)
+        rows = [encode_history(self.tokenizer, *(values[recent] for values in user)) for user in users]
+        inputs = pad_tokens({name: [row[name] for row in rows] for name in rows[0]})
+        if query_time is not None:
+            inputs["query_time"] = torch.as_tensor(query_time, dtype=torch.long)
+        if self.max_long_items != 0:
+            last = slice(-self.max_long_items if self.max_long_items else None, None)
+            inputs |= long_history_inputs({name: [row[last] for row in rows] for name, rows in columns.items()})
+        return send_to_device(inputs, device)
+
+
+def encode_history(
+    tokenizer: Any, items: Sequence | np.ndarray, behaviors: Sequence | np.ndarray, timestamps: Any = None
+) -> dict[str, np.ndarray]:
+    """Encode one history as int64 `[T]` columns: `input_ids`, `attention_mask` and, if times are given, `timestamps`."""
+    tokens = tokenizer.encode_indices(np.asarray(items, dtype=np.int64), np.asarray(behaviors, dtype=np.int64))
+    row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
     if timestamps is not None:
-        columns["timestamps"] = [tokenizer.encode_times(times) for times in timestamps]
-    batch = tokenizer.pad(columns, return_tensors="pt", padding_side="left")
-    if query_time is not None:
-        batch["query_time"] = torch.as_tensor(query_time, dtype=torch.long)
-    return batch
+        row["timestamps"] = tokenizer.encode_times(timestamps)
+    return row
+
+
+def padded(rows: Sequence, value: int = -1, side: str = "right") -> torch.Tensor:
+    """Pad B rows of integers with `value` to int64 `[B, longest]`; -1 is no item, no behavior and no time."""
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def pad_tokens(columns: Mapping[str, Sequence]) -> dict[str, torch.Tensor]:
+    """Pad columns of `TOKEN_PADDING`, each of B rows, on the left: int64 `[B, T]` each."""
+    return {name: padded(rows, TOKEN_PADDING[name], "left") for name, rows in columns.items()}
+
+
+def long_history_inputs(columns: Mapping[str, Sequence]) -> dict[str, dict[str, torch.Tensor]]:
+    """Build the model inputs of B long histories from `items`, `behaviors` and `timestamps`, each B rows, as far as given."""
+    if not columns:
+        return {}
+    return {"long_history": {name: padded(rows) for name, rows in columns.items()}}
+
+
+def with_item_set(inputs: Mapping[str, Any], name: str, items: torch.Tensor) -> dict[str, Any]:
+    """Add a set of items `[B, N]` (-1: none) to a batch, under one of the names in `ITEM_SETS`."""
+    return {**inputs, "item_sets": {**inputs.get("item_sets", {}), name: items}}

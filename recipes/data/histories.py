@@ -189,7 +189,7 @@ def check_rows(
         for kind, rows in histories.problems.items():
             if len(rows) and kind not in allowed:
                 found.append((start, kind, len(rows), table["user_id"].take(rows[:5]).to_pylist()))
-    kinds = {}
+    kinds: dict[str, tuple[int, list]] = {}
     for _, kind, count, users in sorted(gather_object(found), key=lambda one: one[0]):
         before, first = kinds.get(kind, (0, []))
         kinds[kind] = before + count, (first + users)[:5]

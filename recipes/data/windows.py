@@ -18,10 +18,10 @@ def cut_windows(length: int, window: int, crops_per_epoch: int, stride: int | No
         last = min(length, window)
         ends = [*range(length, last, -stride), last]
         return [(max(0, end - window), end) for end in ends]
-    windows = []
+    windows: list[tuple[int, int]] = []
     for offset in {number * window // crops_per_epoch for number in range(crops_per_epoch)}:
-        ends = {length, *range(length - offset, 0, -window)}
-        windows += pairwise([0, *sorted(ends)])
+        places = {length, *range(length - offset, 0, -window)}
+        windows += pairwise([0, *sorted(places)])
     return windows
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from datasets import DatasetDict, load_from_disk
 from scipy import sparse
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from recipes.common.arguments import parse_arguments
 from recipes.data.prepared import prepared
 from recipes.evaluation.inference import ranks_as_json
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
@@ -216,8 +216,7 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
 
 def main() -> None:
     """Measure both baselines on a prepared folder."""
-    parser = HfArgumentParser(BaselineArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
-    (args,) = parser.parse_args_into_dataclasses()
+    (args,) = parse_arguments(BaselineArguments)
     num_items = prepared(args.data_dir)["counts"]["catalog"]
     results = baseline_results(load_from_disk(str(Path(args.data_dir) / "dataset")), num_items, args.k)
     for name, result in results.items():

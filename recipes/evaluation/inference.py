@@ -5,6 +5,7 @@ tried on them; `keep_choice` writes the chosen ones into the checkpoint.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from modeling_unigrf import UniGRFConfig
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.common.files import whole_file
-from recipes.data.encoding import encode, padded
+from recipes.data.encoding import HistoryEncoder
 from recipes.data.leave_one_out import columns_read
+from tokenization import SemanticIdTokenizer
 
 METRICS = Path(__file__).parent / "metrics"
 
@@ -50,32 +52,34 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
     return evaluate.load(str(METRICS / name), keep_in_memory=True)
 
 
-def batches(model, tokenizer, split: Dataset, how: Measurement, desc: str):
+def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, SemanticIdTokenizer]:
+    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer."""
+    model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), SemanticIdTokenizer.from_pretrained(checkpoint)
+
+
+def batches(
+    model, tokenizer, split: Dataset, how: Measurement, desc: str, long_histories: bool = True
+) -> Iterator[tuple[np.ndarray, list[dict], dict[str, torch.Tensor]]]:
     """
-    Yields `(rows [b], inputs)` of users with histories of similar length, under a progress bar: what `recommend` reads of
-    them, with times (of the request: the target's) if the model reads them.
+    Yield users with histories of similar length, under a progress bar: their rows `[b]`, the users themselves, and the inputs of
+    `recommend` and `rank` on the model's device.
+
+    A model that reads times is asked at the time of the target. `generate` takes no `long_histories`.
     """
+    with_long = long_histories and model.config.num_retrieved_items > 0
+    encoder = HistoryEncoder(tokenizer, how.max_items, how.max_long_items if with_long else 0)
     names = list(columns_read(split, model.config.reads_times))
-    read = slice(-how.max_items if how.max_items else None, None)
-    order = np.argsort([len(items[read]) for items in split["items"]], kind="stable")
+    recent = slice(-how.max_items if how.max_items else None, None)
+    order = np.argsort([len(items[recent]) for items in split["items"]], kind="stable")
     for start in tqdm(range(0, len(order), how.batch_size), desc=desc, unit="batch"):
         rows = order[start : start + how.batch_size]
         users = [split[int(row)] for row in rows]
-        columns = {name: [np.array(user[name][read]) for user in users] for name in names}
+        columns = {name: [user[name] for user in users] for name in names}
         if "timestamps" in columns:
             columns["query_time"] = [user["target_timestamp"] for user in users]
-        yield rows, encode(tokenizer, **columns).to(model.device)
-
-
-def long_histories(model, split: Dataset, rows: np.ndarray, how: Measurement) -> dict[str, torch.Tensor]:
-    """`long_items`, `long_behaviors` and, with times, `long_timestamps [b, H]` of some users, for a model that reads them."""
-    if not model.config.num_retrieved_items:
-        return {}
-    users, kept = [split[int(row)] for row in rows], slice(-how.max_long_items if how.max_long_items else None, None)
-    return {
-        f"long_{name}": padded([user[name][kept] for user in users]).to(model.device)
-        for name in columns_read(split, model.config.reads_times)
-    }
+        yield rows, users, encoder(**columns, device=model.device)
 
 
 def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measurement) -> dict[str, torch.Tensor]:
@@ -84,7 +88,7 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measuremen
     if model.ranking_head.history_query is not None:
         names.append("dense_scores")
     columns = {name: [None] * len(split) for name in names}
-    for rows, inputs in batches(model, tokenizer, split, how, f"beams of {num_beams}"):
+    for rows, users, inputs in batches(model, tokenizer, split, how, f"beams of {num_beams}"):
         found = model.recommend(
             **inputs,
             num_beams=num_beams,
@@ -92,11 +96,10 @@ def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measuremen
             ranking_weight=0.0,
             ranking_target=how.ranking_target,
             exclude_history=False,
-            blocked_items=[split[int(row)]["items"] for row in rows] if how.exclude_history else None,
+            blocked_items=[user["items"] for user in users] if how.exclude_history else None,
             dense_weight=0.0,
             num_dense_candidates=how.num_dense_candidates,
             rerank_top_k=0,
-            **long_histories(model, split, rows, how),
         )
         for name, column in columns.items():
             for row, values in zip(rows, found[name].cpu(), strict=True):
@@ -140,12 +143,8 @@ def like_auc(model, tokenizer, split: Dataset, like: str, how: Measurement) -> d
     index, behavior = model.config.ranking_targets.index(like), tokenizer.behaviors.index(like)
     scores = np.zeros(len(split))
     targets = torch.tensor(split["target"][:]).long()
-    for rows, inputs in batches(model, tokenizer, split, how, "AUC"):
-        logits = model.rank(
-            **inputs,
-            candidates=targets[rows][:, None].to(model.device),
-            **long_histories(model, split, rows, how),
-        )
+    for rows, _, inputs in batches(model, tokenizer, split, how, "AUC"):
+        logits = model.rank(**inputs, candidates=targets[rows][:, None].to(model.device))
         scores[rows] = logits[:, 0, index].cpu()
     labels = [int(one == behavior) for one in split["target_behavior"][:]]
     auc = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=labels)["auc"]
@@ -155,7 +154,7 @@ def like_auc(model, tokenizer, split: Dataset, like: str, how: Measurement) -> d
 def invalid_items(model, tokenizer, split: Dataset, num_beams: int, how: Measurement) -> dict[str, int]:
     """Runs plain `generate` and counts, by the tokenizer's own table, the generated items that do not exist."""
     checked = invalid = 0
-    for _, inputs in batches(model, tokenizer, split, how, "generated items"):
+    for _, _, inputs in batches(model, tokenizer, split, how, "generated items", long_histories=False):
         sequences = model.generate(**inputs, num_beams=num_beams, num_return_sequences=min(10, num_beams))
         for tokens in sequences[:, inputs["input_ids"].shape[1] :].cpu():
             checked += 1

@@ -13,9 +13,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from recipes.benchmarks import report as decoding_report
+from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import plus_minus, spread
 from recipes.evaluation.report import COLUMNS
 from recipes.papers.recochain import report as recochain_report
@@ -128,4 +127,4 @@ def main(args: ResultsArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(ResultsArguments).parse_args_into_dataclasses()[0])
+    main(*parse_arguments(ResultsArguments))

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf.beam_search_unigrf import propose_items
-from recipes.data.encoding import padded
+from recipes.data.encoding import pad_tokens, padded, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 
 
@@ -26,7 +26,9 @@ class CandidateCollator:
             return self.collate(rows)
         batch = self.collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
         numbers = torch.tensor([row["row"] for row in rows])
-        return batch | ({"row": numbers} if self.items is None else {"item_sets": {"candidates": self.items[numbers]}})
+        if self.items is None:
+            return {**batch, "row": numbers}
+        return with_item_set(batch, "candidates", self.items[numbers])
 
 
 class CachedCandidates(StatefulCallback):
@@ -103,7 +105,7 @@ class CachedCandidates(StatefulCallback):
         if is_old.any():
             self.items[rows[is_old]] = self._search(rows[is_old].numpy())
             self.searched_at[rows[is_old]] = self.step
-        return args, kwargs | {"item_sets": {"candidates": self.items[rows].to(model.device)}}
+        return args, with_item_set(kwargs, "candidates", self.items[rows].to(model.device))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
@@ -113,23 +115,24 @@ class CachedCandidates(StatefulCallback):
     @torch.no_grad()
     def _search(self, rows: np.ndarray) -> torch.LongTensor:
         """The candidates of some rows, `[b, num_beams]`, -1: none: after all but their last item, when that came."""
-        model, some, end = self.model, [self.rows[int(row)] for row in rows], -self.model.layout.num_levels - 1
-
-        def histories(name: str, padding: int) -> torch.LongTensor:
-            return padded([row[name][:end] for row in some], padding, "left").to(model.device)
-
-        input_ids, times, blocked = histories("input_ids", model.config.pad_token_id), (None, None), None
-        if "timestamps" in self.rows.column_names:
-            query_time = torch.tensor([row["timestamps"][end] for row in some]).to(model.device)
-            times = (histories("timestamps", -1), query_time)
+        model, end = self.model, -self.model.layout.num_levels - 1
+        rows = [self.rows[int(row)] for row in rows]
+        with_times = "timestamps" in self.rows.column_names
+        names = ["input_ids", "attention_mask", *(["timestamps"] if with_times else [])]
+        inputs = pad_tokens({name: [row[name][:end] for row in rows] for name in names})
+        if with_times:
+            inputs["query_time"] = torch.tensor([row["timestamps"][end] for row in rows])
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        blocked = None
         if "blocked_items" in self.rows.column_names:
-            blocked = padded([row["blocked_items"] for row in some]).to(model.device)
-        mask, cache = input_ids != model.config.pad_token_id, DynamicCache()
+            blocked = padded([row["blocked_items"] for row in rows]).to(model.device)
+        mask, cache = inputs["attention_mask"].bool(), DynamicCache()
         num_beams, was_training = self.items.shape[1], model.training
         model.eval()
-        states = model.prefill(input_ids, mask.long(), cache, *times)
+        states = model.prefill(**inputs, cache=cache)
+        query_time = inputs.get("query_time")
         items = propose_items(
-            model.model, model.scorer, model.catalog.trie, blocked, states, mask, cache, num_beams, times[1]
+            model.model, model.scorer, model.catalog.trie, blocked, states, mask, cache, num_beams, query_time
         ).cpu()
         model.train(was_training)
         return torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)

@@ -1,15 +1,31 @@
 """Collate training rows into padded batches."""
 
-from transformers import DataCollatorForSeq2Seq
+from typing import Any
 
-from recipes.data.encoding import padded
+from recipes.data.encoding import (
+    ITEM_SETS,
+    LONG_HISTORY,
+    TOKEN_PADDING,
+    long_history_inputs,
+    pad_tokens,
+    padded,
+    with_item_set,
+)
 
 
-class Collator(DataCollatorForSeq2Seq):
-    """Pads lists of items with -1, which is no item and no time, and the rest as the tokenizer does."""
+class TrainingCollator:
+    """
+    Collate rows into a batch of the model's inputs, with all that the rows have: tokens, labels and times (padded on the left),
+    long histories and sets of items (padded with -1). Other columns of the rows are left out.
+    """
 
-    def __call__(self, features, return_tensors=None):
-        names = {"long_items", "long_behaviors", "long_timestamps", "blocked_items"} & set(features[0])
-        longer = {name: padded([row[name] for row in features]) for name in names}
-        rest = [{name: value for name, value in row.items() if name not in names} for row in features]
-        return {**super().__call__(rest, return_tensors), **longer}
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        def column(name: str) -> list:
+            return [row[name] for row in rows]
+
+        batch = pad_tokens({name: column(name) for name in TOKEN_PADDING if name in rows[0]})
+        batch |= long_history_inputs({name: column(long) for name, long in LONG_HISTORY.items() if long in rows[0]})
+        for name in ITEM_SETS:
+            if name in rows[0]:
+                batch = with_item_set(batch, name, padded(column(name)))
+        return batch

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import PAD, build_model, run_trainer, second_stage_rows
+from helpers import build_model, run_trainer, second_stage_rows
 from transformers import TrainerState, TrainingArguments
 
 from recipes.training.cached_candidates import CachedCandidates
-from recipes.training.collator import Collator
+from recipes.training.collator import TrainingCollator
 
 BEAMS = {"num_beams": 6, "num_return_sequences": 6, "ranking_weight": 0.0}
 
@@ -25,7 +25,7 @@ def test_a_resumed_stage_two_equals_an_uninterrupted_one(refresh, tmp_path):
             rows if cached else rows.remove_columns("row"),
             resume,
             [cached] if cached else None,
-            cached.collator(Collator(PAD)) if cached else Collator(PAD),
+            cached.collator(TrainingCollator()) if cached else TrainingCollator(),
             max_steps=14,
             max_grad_norm=1.0,
             save_steps=10,
@@ -61,7 +61,7 @@ def test_candidates_are_refreshed_after_the_given_steps(tmp_path):
 
     # Registered behind the hook that adds the candidates.
     model.register_forward_pre_hook(compare_with_a_search, with_kwargs=True)
-    collator = cached.collator(Collator(PAD))
+    collator = cached.collator(TrainingCollator())
     options = {"max_steps": 16, "learning_rate": 0.05, "max_grad_norm": 1.0, "remove_unused_columns": False}
     run_trainer(tmp_path, model, rows, None, [cached], collator, **options)
     searched = {}
@@ -108,7 +108,7 @@ def test_candidates_are_refreshed_after_the_given_epochs():
     model.train()
     cached.on_epoch_begin(args, state, None)
     assert model.training
-    batch = cached.collator(Collator(PAD))([rows[5], rows[2]])
+    batch = cached.collator(TrainingCollator())([rows[5], rows[2]])
     assert "row" not in batch and batch["candidates"].shape == (2, 40)
     assert (batch["candidates"][:, 30:] == -1).all(), "the catalog has 30 items"
     for row, cached_row in zip((5, 2), batch["candidates"], strict=True):
@@ -122,7 +122,7 @@ def test_candidates_are_refreshed_after_the_given_epochs():
             long_behaviors=history[:, :0],
         )
         assert torch.equal(cached_row[:30], best.item_indices[0])
-    assert "candidates" not in cached.collator(Collator(PAD))([rows.remove_columns("row")[0]])
+    assert "candidates" not in cached.collator(TrainingCollator())([rows.remove_columns("row")[0]])
     blocked_items = [list(range(row % 7)) for row in range(len(rows))]
     others = CachedCandidates(model, rows.add_column("blocked_items", blocked_items), num_beams=30, batch_size=3)
     others.on_epoch_begin(args, state, None)

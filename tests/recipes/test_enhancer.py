@@ -194,7 +194,7 @@ def test_enhancer_arguments_that_do_not_fit_are_rejected(tmp_path):
         refresh(small, tmp_path, 1)
     small.items[0] = [0]  # nine items are left for this user
     small.behaviors[0] = [1]
-    small.threshold = 1.0
+    small.options.threshold = 1.0
     refresh(small, tmp_path, 2)
     assert (small.negatives >= 0).sum(dim=1).tolist() == [3] + [2] * 5, "the others get the items that are left"
     assert small.found["enhancer_short_pools"] == pytest.approx(5 / 6)

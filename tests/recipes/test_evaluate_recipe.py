@@ -19,6 +19,7 @@ from recipes import evaluate as evaluate_recipe
 from recipes import push_to_hub, show, train
 from recipes.common.hashing import weights_of
 from recipes.common.run_tracking import made_by
+from recipes.data.prepared import PreparedData
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation import inference as measure
 from recipes.evaluation.inference import Measurement
@@ -214,35 +215,35 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     how = Measurement(max_items=4, max_long_items=12)
     candidates = measure.candidates(model, tokenizer, dataset["test"], 5, how)
     lists = measure.fused_lists(candidates, 1.0, 3, 0.5, num_ranked=3)
-    for rows, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
+    for rows, users, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
             num_return_sequences=3,
             ranking_weight=1.0,
             dense_weight=0.5,
-            blocked_items=[dataset["test"][int(row)]["items"] for row in rows],
-            **measure.long_histories(model, dataset["test"], rows, how),
+            blocked_items=[user["items"] for user in users],
         )
         assert best.item_indices.tolist() == [lists[row] for row in rows]
     dataset = load_from_disk(str(prepared / "dataset"))
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
+
+    def start_from_first(tokenizer, **options):
+        data_args = train.DataArguments(data_dir="", max_items=4)
+        data = PreparedData(tokenizer, dataset, torch.zeros(30, 4))
+        return train.build_model(train.ModelArguments(init_from=str(first), **options), data_args, data)
+
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)
         ids = tokenizer.item_ids
         sizes = tokenizer.codebook_sizes
         behaviors = tokenizer.behaviors
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
-        train.build_model(train.ModelArguments(init_from=str(first)), other, torch.zeros(30, 4), 4)
+        start_from_first(other)
     fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
     with pytest.raises(ValueError, match="spells histories as"):
-        train.build_model(train.ModelArguments(init_from=str(first)), fewer, torch.zeros(30, 4), 4)
+        start_from_first(fewer)
     with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, found"):
-        train.build_model(
-            train.ModelArguments(init_from=str(first), history_item_representations=False),
-            tokenizer,
-            torch.zeros(30, 4),
-            4,
-        )
+        start_from_first(tokenizer, history_item_representations=False)
     assert len(dataset["test"]) == metrics["protocol"]["users"]
     served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
     selection = evaluate_checkpoint(served)["selection"]

@@ -151,7 +151,6 @@ def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeyp
         "default": ({}, {}),
         "window7": ({}, {}),  # the default window
         **{f"k{count}": ({}, {"num_retrieved_items": count}) for count in (0, 1, 5, 20)},
-        "candidate-excluded": ({}, {"exclude_candidate": True}),
         "history-detached": ({}, {"stop_gradient_history": True}),
         "long": ({}, long),
         "long-k0": ({}, {**long, "num_retrieved_items": 0}),
@@ -245,3 +244,10 @@ def test_weights_are_chosen_on_validation_only():
     result = reproduce_recochain.measure(args, splits, candidates)
     assert result["weights"]["ranked"] == {"ranking": 0.5, "item score": 0.0}
     assert result["cells"]["ranked"]["ndcg@5"] < result["cells"]["ranked at weight 1"]["ndcg@5"] == 1.0
+
+
+def test_retired_rows_are_shown_but_not_trained():
+    args = reproduce_recochain.ReproduceArguments(data_dir="", row="candidate-excluded")
+    with pytest.raises(ValueError, match=r"an option of version 0\.1"):
+        reproduce_recochain.row_of(args)
+    assert recochain_report.label_of("candidate-excluded, codes alone").endswith("(an option of 0.1, gone)")

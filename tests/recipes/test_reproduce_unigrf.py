@@ -10,7 +10,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from modeling_unigrf import UniGRFForCausalLM
-from recipes.data.training_datasets import held_out_rows
 from recipes.papers.unigrf import report as unigrf_report
 from recipes.papers.unigrf import reproduce as reproduce_unigrf
 
@@ -88,8 +87,7 @@ def test_an_ablation_is_trained_once_and_scored_as_recommend(
     assert model.config.reads_times == with_times
     for layer in model.model.language_model.layers if with_times else ():
         torch.nn.init.normal_(layer.bias.times.weight)  # barely trained after so few steps
-    rows = held_out_rows(test, tokenizer, 200, with_times=with_times)
-    metrics = reproduce_unigrf.measure(model, tokenizer, test, rows)
+    metrics = reproduce_unigrf.measure(model, tokenizer, test)
     ranks = []
     likes = []
     scores = []

@@ -29,6 +29,7 @@ from recipes.papers.taobao.prepare import TaobaoArguments, prepare
 from recipes.papers.taobao.scaling import FULL, MEASURES, UNITS, extrapolate
 from recipes.papers.taobao.synthetic import SyntheticArguments, main
 from recipes.papers.taobao.tables import new_array, read_batches, stream_rows, table_shards
+from recipes.training.collator import TrainingCollator
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 EMBEDDINGS = "scl_embedding_int8_p90"
@@ -435,9 +436,9 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
 
 def test_rows_of_different_lengths_are_padded_on_the_left():
     rows = [{"input_ids": np.arange(n), "labels": np.arange(n), "long_items": np.arange(3 - n)} for n in (1, 2)]
-    batch = taobao_train.collate(rows)
+    batch = TrainingCollator()(rows)
     assert torch.equal(batch["input_ids"], torch.tensor([[0, 0], [0, 1]]))
-    assert batch["labels"].tolist() == [[-100, 0], [0, 1]] and batch["long_items"].tolist() == [[0, 1], [-1, 0]]
+    assert batch["labels"].tolist() == [[-100, 0], [0, 1]] and batch["long_items"].tolist() == [[0, 1], [0, -1]]
 
 
 def test_a_linear_cost_is_extrapolated_exactly():

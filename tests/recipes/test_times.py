@@ -6,17 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from helpers import GRID, train_flags
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes import train
 from recipes.data import training_datasets as training_rows
+from recipes.data.prepared import PreparedData
 from recipes.data.windows import cut_windows
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.inference import Measurement, batches, candidates, invalid_items, like_auc
 from recipes.prepare import PrepareArguments, prepare
-from recipes.training.collator import Collator
+from recipes.training.collator import TrainingCollator
 from tokenization import SemanticIdTokenizer
 
 HSTU = {"model_type": "hstu", "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
@@ -117,7 +118,7 @@ def test_packed_and_padded_rows_are_learned_as_single_windows(world):
     assert len({len(row) for row in packed["input_ids"]}) > 1, "the collator has to pad some"
     alone = training_rows.history_rows(histories, tokenizer, 4, 2, with_times=True)
     for rows in (packed, alone.remove_columns(["user", "last", "length"])):
-        batch = Collator(tokenizer)(list(rows))
+        batch = TrainingCollator()(list(rows))
         assert (batch["timestamps"][batch["attention_mask"] == 0] == -1).all()
         torch.testing.assert_close(losses_of(model, batch), torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
         assert model(**batch).ranking_loss.isfinite()
@@ -130,7 +131,7 @@ def test_a_held_out_item_is_predicted_at_its_own_time(world):
     split = splits["validation"]
     expected = [loss for user in split for loss in code_losses(model, tokenizer, user, -3, None, target=True)]
     rows = training_rows.held_out_rows(split, tokenizer, 3, with_times=True)
-    batch = Collator(tokenizer)(list(rows))
+    batch = TrainingCollator()(list(rows))
     torch.testing.assert_close(losses_of(model, batch), torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match=r"without \['target_timestamp'\]. Run recipes.prepare again"):
         old = split.remove_columns("target_timestamp")
@@ -148,7 +149,7 @@ def test_stage_two_rows_have_the_times_of_their_items(world):
         assert row["long_timestamps"] == histories[user]["timestamps"][max(0, end - 6) : end - 1]
     held_out = training_rows.held_out_rows(splits["test"], tokenizer, 3, 5, with_times=True)
     assert held_out["long_timestamps"][:] == [user["timestamps"][-5:] for user in splits["test"]]
-    batch = Collator(tokenizer)([held_out[0], rows[0]])
+    batch = TrainingCollator()([held_out[0], rows[0]])
     assert batch["long_timestamps"].shape == batch["long_items"].shape and (batch["long_timestamps"][1] == -1).all()
 
 
@@ -178,7 +179,7 @@ def test_an_evaluation_uses_the_time_of_the_target(world, monkeypatch):
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(kwargs) or generate(*args, **kwargs))
     assert 0 <= like_auc(model, tokenizer, split, "like", how)["auc"] <= 1
     ranked = torch.cat(calls)[:, 0]
-    order = np.concatenate([rows for rows, _ in batches(model, tokenizer, split, how, "")])
+    order = np.concatenate([rows for rows, _, _ in batches(model, tokenizer, split, how, "")])
     assert invalid_items(model, tokenizer, split, 3, how)["invalid"] == 0
     assert {"timestamps", "query_time"} <= set(calls[-1])
     differ = 0
@@ -214,9 +215,8 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, extra, monkeypatc
     torch.manual_seed(42)  # the seed of the training
     untrained = train.build_model(
         train.ModelArguments(text_config=json.dumps(TIMED)),
-        SemanticIdTokenizer.from_pretrained(checkpoint),
-        torch.zeros(20, 4),
-        5,
+        train.DataArguments(data_dir="", max_items=5),
+        PreparedData(SemanticIdTokenizer.from_pretrained(checkpoint), DatasetDict(), torch.zeros(20, 4)),
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):
         moved = (layer.bias.times.weight != before.bias.times.weight)[:, 0]

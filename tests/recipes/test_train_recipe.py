@@ -67,7 +67,6 @@ def test_weighter_and_enhancer_are_set_by_arguments(prepared, tmp_path):
         (['--enhancer_options={"num_negatives": 3}'], "enhancer with enhancer_options"),
         (["--enhancer", "--ranking_loss_weight=0"], "ranking_loss_weight with enhancer"),
         (["--stop_gradient_history=True"], "num_train_beams or num_retrieved_items with stop_gradient_history"),
-        (["--exclude_candidate=True"], "num_retrieved_items with exclude_candidate"),
         (["--freeze_base_model"], "init_from with freeze_base_model"),
         (
             ["--freeze_base_model", "--init_from=x", "--ranking_loss_weight=0"],

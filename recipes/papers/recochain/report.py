@@ -30,6 +30,8 @@ NO_ITEM_SCORE = {
     0: "no-item-score-k0",
     10: "no-item-score",
 }  # by retrieved items: a ranking that has no item-level score in it
+# Rows that were measured with an option of version 0.1 that is gone: their figures stay, they are trained no more.
+RETIRED_ROWS = ("candidate-excluded",)
 # Recall@10 and NDCG@10 on Amazon-2014 Beauty, as published.
 PUBLISHED = {
     "recochain_beauty": {
@@ -47,6 +49,12 @@ def row_of(run: dict) -> tuple:
     arguments = run["arguments"]
     suffix = "" if arguments["history_item_representations"] else CODES_ALONE
     return bool(suffix), arguments["row"] + suffix, *(arguments[name] for name in ("beams", "union", "ranked"))
+
+
+def label_of(row: str) -> str:
+    """Return the name of a row in the tables, which marks those that can no longer be trained."""
+    is_retired = row.removesuffix(CODES_ALONE) in RETIRED_ROWS
+    return f"{row} (an option of 0.1, gone)" if is_retired else row
 
 
 def window_of(arguments: dict) -> int:
@@ -160,7 +168,7 @@ def by_beams(rows: list[dict]) -> list[str]:
                 count = len(found[search]["runs"])
                 cell += f" ({count} seed{'s' * (count > 1)})" if count < seeds else ""
             cells.append(cell)
-        lines.append(f"| {row} | {seeds} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label_of(row)} | {seeds} | " + " | ".join(cells) + " |")
     names = [one["row"] for one in rows]
     first = "default" if "default" in names else names[0]
     held = {(one["beams"], one["ranked"]): one["test"]["oracle"]["recall@5"] for one in rows if one["row"] == first}
@@ -184,7 +192,7 @@ def table(data: dict) -> str:
             return plus_minus(row["test"][one][column], row["std"][one][column])
 
         beams = f"{row['beams']}" + (f" + {row['union']} items" if row["union"] else "")
-        cells = [row["row"], beams]
+        cells = [label_of(row["row"]), beams]
         cells += [str(len(row["runs"])), cell("generation", "recall@5"), cell("ranked", "recall@5")]
         cells += [
             "{:+.1f} ± {:.1f}".format(*gain_of(row, "recall@5", one)) for one in ("ranked", "ranked at weight 1")

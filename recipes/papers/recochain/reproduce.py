@@ -20,17 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import HfArgumentParser
 
-from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import command, made_by, one_process
-from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice
+from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice, load_checkpoint
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
-from recipes.papers.recochain.report import COLUMNS, collect
-from recipes.training.model_init import LLAMA
+from recipes.papers.recochain.report import COLUMNS, RETIRED_ROWS, collect
+from recipes.training.arguments import LLAMA
 from tokenization import SemanticIdTokenizer
 
 SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -38,7 +37,6 @@ BASE = {
     "window": 7,
     "batch_share": 1.0,  # of stage I's rows a step
     "retrieved": 10,
-    "exclude": False,
     "detach": False,
     "learned": True,
     "embedding": True,
@@ -56,7 +54,6 @@ ROWS: dict[str, dict] = {
     **{f"k{count}": {"retrieved": count} for count in (0, 1, 5, 20)},
     # As many items a step, and so as many steps, as with a window of 7 (the default's, unless `--window` gives it another).
     **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (7, 31, 127)},
-    "candidate-excluded": {"exclude": True},
     "history-detached": {"detach": True},
     "long": {"second_times": 3},
     "long-k0": {"second_times": 3, "retrieved": 0},
@@ -91,7 +88,7 @@ class ReproduceArguments:
     """One row of the table, or the table."""
 
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
-    row: str = field(default="default", metadata={"help": "What differs.", "choices": list(ROWS)})
+    row: str = field(default="default", metadata={"help": "What differs.", "choices": [*ROWS, *RETIRED_ROWS]})
     seed: int = field(default=0, metadata={"help": "Of weights, batches and dropout."})
     num_beams: list[int] = field(default_factory=lambda: [10, 20, 40, 256], metadata={"help": "Beams measured."})
     num_train_beams: int = field(default=20, metadata={"help": "Beams of stage II."})
@@ -145,7 +142,12 @@ class ReproduceArguments:
 
 
 def row_of(args: ReproduceArguments) -> dict:
-    """All that a row says."""
+    """Return all settings of a row; raise `ValueError` for one that can no longer be trained."""
+    if args.row in RETIRED_ROWS:
+        raise ValueError(
+            f"Expected a row among {list(ROWS)}, found {args.row!r}, which was measured with an option of version 0.1 "
+            "that is gone. Take another row, or version 0.1."
+        )
     return {**BASE, **ROWS[args.row], **({} if args.window is None else {"window": args.window})}
 
 
@@ -207,7 +209,6 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--per_device_train_batch_size={args.second_batch_size}",
         f"--learning_rate={args.second_learning_rate}",
         f"--num_retrieved_items={row['retrieved']}",
-        f"--exclude_candidate={row['exclude']}",
         f"--stop_gradient_history={row['detach']}",
         f"--freeze_base_model={row['freeze']}",
         f"--num_train_beams={args.num_train_beams}",
@@ -281,8 +282,7 @@ def search(
     args: ReproduceArguments, checkpoint: Path, num_beams: int, num_dense_candidates: int
 ) -> tuple[dict[str, Dataset], dict[str, dict[str, torch.Tensor]]]:
     """The users who choose and those who are measured, by split, and all their candidates."""
-    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
-    model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_checkpoint(checkpoint)
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
     splits = {
         "validation": some_users(dataset["validation"], args.validation_users),
@@ -384,7 +384,7 @@ def run(args: ReproduceArguments) -> None:
 
 
 if __name__ == "__main__":
-    arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_arguments(ReproduceArguments)
     if arguments.collect:
         collect(Path(arguments.output_dir), Path(arguments.data_dir), arguments.collect)
     else:

@@ -34,8 +34,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.profiling import PeakMemory
 from recipes.common.run_tracking import Stages
@@ -123,5 +122,4 @@ def _identity(tables: Path, name: str) -> list:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(TaobaoArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
-    prepare(parser.parse_args_into_dataclasses()[0])
+    prepare(*parse_arguments(TaobaoArguments))

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
 
+from recipes.common.arguments import parse_arguments
 from recipes.common.profiling import PeakMemory
 from recipes.common.run_tracking import made_by
 from recipes.papers.taobao.items import DIM, sort_ids
@@ -225,4 +225,4 @@ def main(args: ScalingArguments) -> dict:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(ScalingArguments).parse_args_into_dataclasses()[0])
+    main(*parse_arguments(ScalingArguments))

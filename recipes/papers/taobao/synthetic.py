@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from recipes.common.arguments import parse_arguments
 from recipes.papers.taobao.tables import EMBEDDING, EMBEDDINGS, HISTORY, ITEM, LABEL, SAMPLES, USER, USERS
 
 DIM = 128
@@ -153,5 +153,4 @@ def write_users(
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(SyntheticArguments)  # type: ignore[arg-type]  # its annotation is a NewType no class has
-    main(parser.parse_args_into_dataclasses()[0])
+    main(*parse_arguments(SyntheticArguments))

@@ -18,7 +18,7 @@ row groups.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from datasets import IterableDataset
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
+from recipes.data.encoding import LONG_HISTORY, encode_history
 from tokenization.vocabulary_layout import VocabularyLayout
 
 Shards = list[tuple[str, int]]  # file, row group
@@ -150,9 +151,21 @@ def user_histories(
             yield int(users[row]), history[history >= 0], np.array(click_items[first[row] : last[row]]), unknown
 
 
-def spell(layout: VocabularyLayout, codes: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """`<bos> s1 .. sL b ...` of catalog indices `[n]`: int64 `[1 + n * (L + 1)]`; `codes` is int32 `[N, L]`."""
-    return layout.encode(codes[items], np.zeros(len(items), np.int64))
+class ClickTokenizer:
+    """
+    Encode histories of clicks as a `SemanticIdTokenizer` does, from codes alone: a list of all item ids would not fit in memory.
+
+    Args:
+        codebook_sizes (`Sequence[int]`): Codes of each level.
+        item_codes (int32 `[N, L]`): Codes of each item; may be a mapped file.
+    """
+
+    def __init__(self, codebook_sizes: Sequence[int], item_codes: np.ndarray):
+        self.layout, self.item_codes = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes)), item_codes
+
+    def encode_indices(self, item_index: np.ndarray, behavior_index: np.ndarray) -> np.ndarray:
+        """Encode catalog indices `[n]` as `<bos> s1 .. sL b ...`: int64 `[1 + n * (L + 1)]`."""
+        return self.layout.encode(self.item_codes[item_index], behavior_index)
 
 
 def training_rows(
@@ -166,14 +179,15 @@ def training_rows(
         oldest first, the window's among them, the clicked one not.
     """
     codes = np.load(Path(data_dir) / "item_codes.npy", mmap_mode="r")
-    layout = VocabularyLayout(BEHAVIORS, codebook_sizes)
+    tokenizer = ClickTokenizer(codebook_sizes, codes)
     for _, history, clicks, _ in user_histories(shards, data_dir, split):
         for item in clicks if len(history) else ():
-            tokens = spell(layout, codes, np.append(history[-max_items:], item))
-            row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": tokens.copy()}
+            items = np.append(history[-max_items:], item)
+            row = encode_history(tokenizer, items, np.zeros_like(items))
+            row["labels"] = row["input_ids"].copy()
             row["labels"][0] = -100
             if max_long_items:
-                row["long_items"] = history[-max_long_items:]
+                row[LONG_HISTORY["items"]] = history[-max_long_items:]
             yield row
 
 

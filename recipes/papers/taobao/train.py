@@ -29,16 +29,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_of
 from recipes.common.profiling import PeakMemory
 from recipes.common.run_tracking import begin, last_checkpoint, one_device
-from recipes.data.encoding import padded
+from recipes.evaluation.inference import Measurement, batches
 from recipes.papers.taobao.clicks import RECENT, last_distinct
 from recipes.papers.taobao.tables import (
     BATCH_USERS,
@@ -46,16 +47,18 @@ from recipes.papers.taobao.tables import (
     HISTORY,
     USER,
     USERS,
-    spell,
+    ClickTokenizer,
     stream_rows,
     table_shards,
     user_histories,
 )
+from recipes.training.arguments import CONFIG_FIELDS, from_json, named
+from recipes.training.collator import TrainingCollator
 from recipes.training.loss_parts import LossParts
-from recipes.training.model_init import CONFIG_FIELDS, from_json, named
+from recipes.training.model_init import create_model
 from tokenization import SemanticIdTokenizer
 from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
-from tokenization.vocabulary_layout import PAD, VocabularyLayout
+from tokenization.vocabulary_layout import VocabularyLayout
 
 LLAMA = {
     "model_type": "llama",
@@ -64,6 +67,15 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
+}
+# Defaults of `TrainingArguments` here.
+DEFAULTS = {
+    "max_steps": 300,
+    "num_train_epochs": 0,  # the stream has no end: see `train`
+    "save_total_limit": 1,  # a checkpoint holds the embeddings of all items
+    "report_to": "none",
+    "use_cpu": not torch.cuda.is_available(),
+    "adam_beta2": 0.98,
 }
 
 
@@ -100,12 +112,6 @@ class TaobaoTrainArguments:
     def long_items(self) -> int:
         """Items of a row's longer history; 0 for a model that reads none."""
         return self.max_long_items if self.num_retrieved_items else 0
-
-
-def collate(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Rows of `training_rows` as tensors int64 `[B, T]`, padded on the left."""
-    padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "long_items": -1}
-    return {name: padded([row[name] for row in rows], padding[name], "left") for name in rows[0]}
 
 
 def build_model(
@@ -151,9 +157,7 @@ def build_model(
         **fields,
     )
     config.num_items = 1  # until the catalog comes: one of all items need not be made up first
-    model = UniGRFForCausalLM(config)
-    model.set_catalog(codes, embeddings)
-    return model
+    return create_model(config, codes, embeddings)
 
 
 def keep_embeddings(catalog: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
@@ -181,19 +185,14 @@ def evaluate(model: UniGRFForCausalLM, args: TaobaoTrainArguments, batch_size: i
     stream = user_histories(shards, args.data_dir, "test")
     pairs = ((history, item) for _, history, clicks, _ in stream if len(history) for item in clicks)
     rows = list(islice(pairs, args.eval_rows))
-    layout = VocabularyLayout(BEHAVIORS, tuple(model.config.codebook_sizes))
-    codes, lists = model.catalog.item_codes.cpu().numpy(), []
-    for start in tqdm(range(0, len(rows), batch_size), desc="evaluating"):
-        batch = []
-        for history, _ in rows[start : start + batch_size]:
-            tokens = spell(layout, codes, history[-args.max_items :])
-            batch.append({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
-            if args.long_items:
-                batch[-1]["long_items"] = history[-args.long_items :]
-        batch = collate(batch)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        best = model.recommend(**batch, num_beams=args.num_beams, num_return_sequences=RECENT)
-        lists += best.item_indices.tolist()
+    lists: list = [None] * len(rows)
+    tokenizer = ClickTokenizer(model.config.codebook_sizes, model.catalog.item_codes.cpu().numpy())
+    users = {"items": [history for history, _ in rows], "behaviors": [np.zeros_like(history) for history, _ in rows]}
+    how = Measurement(max_items=args.max_items, max_long_items=args.max_long_items, batch_size=batch_size)
+    for places, _, inputs in batches(model, tokenizer, Dataset.from_dict(users), how, "evaluating"):
+        best = model.recommend(**inputs, num_beams=args.num_beams, num_return_sequences=RECENT)
+        for place, items in zip(places, best.item_indices.tolist(), strict=True):
+            lists[place] = items
     hits = {
         "model": np.array([item in found for found, (_, item) in zip(lists, rows, strict=True)]),
         "recency": np.array([item in last_distinct(history) for history, item in rows]),
@@ -287,7 +286,7 @@ def fit(
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=collate,
+        data_collator=TrainingCollator(),
         # One endless epoch: the Trainer cannot resume in the second of a stream whose length it does not know.
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
         callbacks=[LossParts(model)],
@@ -319,16 +318,7 @@ def fit(
 
 def parse(arguments: list[str] | None = None) -> tuple[TaobaoTrainArguments, TrainingArguments]:
     """Command-line arguments, with defaults that suit this model unless given."""
-    parser = HfArgumentParser([TaobaoTrainArguments, TrainingArguments])
-    parser.set_defaults(
-        max_steps=300,
-        num_train_epochs=0,  # of a stream without an end: see `train`
-        save_total_limit=1,  # each holds the embeddings of all items
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        adam_beta2=0.98,
-    )
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_arguments(TaobaoTrainArguments, TrainingArguments, defaults=DEFAULTS, arguments=arguments)
 
 
 if __name__ == "__main__":

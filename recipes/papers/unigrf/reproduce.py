@@ -15,30 +15,34 @@ with settings that a run without it has chosen: nothing is chosen then, the last
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import begin, command, last_checkpoint, made_by, one_device, one_process
 from recipes.data.leave_one_out import TARGETS, columns_read, leave_one_out, unseen_targets
 from recipes.data.movielens import LIKED_FROM, movielens_1m
 from recipes.data.text_encoders import encode_texts, minilm_folder
 from recipes.data.training_datasets import held_out_rows, history_rows
-from recipes.evaluation.inference import load_metric
+from recipes.evaluation.inference import Measurement, batches, load_metric
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.unigrf.report import collect
 from recipes.training.adaptive_weighter import AdaptiveWeighter
-from recipes.training.enhancer import ENHANCER_OPTIONS, RankingDrivenEnhancer
+from recipes.training.arguments import CONFIG_FIELDS, named
+from recipes.training.collator import TrainingCollator
+from recipes.training.enhancer import OPEN_OPTIONS, EnhancerOptions, RankingDrivenEnhancer
 from recipes.training.loss_parts import LossParts
-from recipes.training.model_init import CONFIG_FIELDS, named
+from recipes.training.model_init import create_model
 from recipes.training.stateful_callback import StatefulCallback
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
@@ -61,6 +65,7 @@ BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "
 IDS = ("atomic", "semantic", "semantic-vectors")
 WEIGHTER_OPTIONS = ("window_steps", "temperature", "bounds")  # of AdaptiveWeighter
 # What a row trains, beside naive joint training.
+MODULES = ("weighter", "enhancer")  # beside the fields of the config
 ROWS: dict[str, dict] = {
     "retrieval": {"ranking_loss_weight": 0.0},
     "ranking": {"generation_loss_weight": 0.0},
@@ -163,35 +168,26 @@ def check_targets(
 
 
 @torch.no_grad()
-def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, rows: Dataset) -> dict:
+def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split, whose `rows` end in the target (and its time). With one code
+    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split. With one code
     an item the output before the target scores every item, which is all of `generate`, and one that scores as others do stands
     in their middle; else the beams of `recommend` do, and what is none of them counts nothing. One cache serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
     liked, is_ranked = model.config.ranking_targets, model.config.ranking_loss_weight > 0
-    order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    block = layout.num_levels + 1
-    size = 128 if layout.num_levels == 1 else 32
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        read = [name for name in ("input_ids", "timestamps") if name in rows.column_names]
-        histories = {name: [rows[int(row)][name][:-block] for row in batch] for name in read}
-        padded = tokenizer.pad(histories, return_tensors="pt")
-        if "timestamps" in read:
-            padded["query_time"] = torch.tensor([rows[int(row)]["timestamps"][-1] for row in batch])
-        padded = padded.to(model.device)
-        targets = torch.tensor(split[batch]["target"], device=model.device)
-        cache, own = DynamicCache(), split[batch]["items"]
-        states = model.prefill(**padded, cache=cache)
+    how = Measurement(max_items=MAX_ITEMS, batch_size=128 if layout.num_levels == 1 else 32)
+    for rows, users, inputs in batches(model, tokenizer, split, how, "measuring"):
+        targets = torch.tensor([user["target"] for user in users], device=model.device)
+        cache, own = DynamicCache(), [user["items"] for user in users]
+        states = model.prefill(**inputs, cache=cache)
         if layout.num_levels == 1:
             logits = model.code_logits(states, layout.level_slice(0)).float()
             score = logits.gather(1, targets[:, None])
             for row, items in enumerate(own):
                 logits[row, items] = -torch.inf
             others = (logits == score).sum(dim=1).clamp(min=1) - 1
-            ranks[batch] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
+            ranks[rows] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
         else:
             beams = {
                 "num_beams": BEAMS,
@@ -199,12 +195,12 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "ranking_weight": 0.0,
                 "ranking_target": liked[0],
             }
-            best = model.recommend(**padded, **beams, blocked_items=own, cache=cache)
-            ranks[batch] = target_ranks(best.item_indices.tolist(), targets.tolist())
+            best = model.recommend(**inputs, **beams, blocked_items=own, cache=cache)
+            ranks[rows] = target_ranks(best.item_indices.tolist(), targets.tolist())
         if is_ranked:
-            ranking = model.rank(**padded, candidates=targets[:, None], cache=cache, history_states=states)
+            ranking = model.rank(**inputs, candidates=targets[:, None], cache=cache, history_states=states)
             # Of any of the behaviors that are likes.
-            scores[batch] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
+            scores[rows] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
     found = {}
     for k in (10, 50):  # where one item is to be found, HR is recall
         of_users = recall_and_ndcg(ranks, [k])
@@ -234,7 +230,8 @@ class LeaveOneOutTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
         found = self.measure()
-        found["score"] = sum(found[name] for name in self.chosen_by)
+        chosen_by = {"ndcg@10": self.model.config.generation_loss_weight, "auc": self.model.config.ranking_loss_weight}
+        found["score"] = sum(found[name] for name, weight in chosen_by.items() if weight)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -242,15 +239,101 @@ class LeaveOneOutTrainer(Trainer):
         return logs
 
 
-def run(args: ReproduceArguments) -> None:
-    """Trains one row and writes `result.json` into its folder."""
-    if args.data is None:
-        raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
-    one_process()
-    if args.behaviors == "rating" and ROWS[args.row].get("enhancer"):
+def build_config(args: ReproduceArguments, tokenizer: SemanticIdTokenizer, embedding_dim: int) -> UniGRFConfig:
+    """Build the config of a row; raise `ValueError` if `--config_fields` changes what the row trains."""
+    fields = {name: value for name, value in ROWS[args.row].items() if name not in MODULES}
+    if args.ids == "atomic":
+        fields |= {"code_similarity": args.code_similarity, "code_temperature": args.code_temperature}
+        fields["tie_word_embeddings"] = True
+    if embedding_dim:
+        fields |= {"content_embedding_dim": embedding_dim, "embedding_table_size": tokenizer.num_items}
+        fields["history_item_representations"] = True
+    is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
+    config = UniGRFConfig(
+        **tokenizer.config_fields(),
+        text_config=BACKBONES[args.backbone],
+        max_items=MAX_ITEMS,
+        **{
+            "code_negatives": args.code_negatives,
+            "ranking_targets": liked_behaviors(args, tokenizer),
+            "ranking_weight": 0.0,
+            "ranking_dropout": 0.1,
+            "embedding_dropout": 0.0 if is_hstu else 0.2,
+            "ranking_loss_weight": args.ranking_loss_weight,
+            **fields,
+            **named(args.config_fields or "{}", CONFIG_FIELDS, "config_fields"),
+        },
+    )
+    trained = (config.generation_loss_weight > 0, config.ranking_loss_weight > 0)
+    if trained != (args.row != "ranking", args.row != "retrieval"):
         raise ValueError(
-            "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two are likes."
+            f"Expected weights of the losses that --row {args.row} trains, found {config.generation_loss_weight} of "
+            f"generation and {config.ranking_loss_weight} of ranking. Take --row retrieval or ranking for a task alone."
         )
+    return config
+
+
+def liked_behaviors(args: ReproduceArguments, tokenizer: SemanticIdTokenizer) -> list[str]:
+    """Return the behaviors that are likes."""
+    return list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])
+
+
+def build_callbacks(
+    args: ReproduceArguments, model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, histories: Dataset
+) -> tuple[list[TrainerCallback], Callable]:
+    """Build the callbacks of a row, and a collator for its training rows."""
+    callbacks, collator = [LossParts(model), Stopwatch()], TrainingCollator()
+    if ROWS[args.row].get("weighter"):
+        options = named(args.weighter_options or "{}", WEIGHTER_OPTIONS, "weighter_options")
+        callbacks.append(AdaptiveWeighter(form=args.form, **options))
+    if ROWS[args.row].get("enhancer"):
+        options = EnhancerOptions(
+            relabel=args.relabel,
+            target=liked_behaviors(args, tokenizer)[-1],
+            max_items=MAX_ITEMS,
+            seed=args.seed,
+            pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
+            **named(args.enhancer_options or "{}", OPEN_OPTIONS - {"pool"}, "enhancer_options"),
+        )
+        columns = [histories[name][:] for name in columns_read(histories, model.config.reads_times)]
+        callbacks.append(RankingDrivenEnhancer(model, tokenizer, *columns, options=options))
+        collator = callbacks[-1].collator(collator)
+    return callbacks, collator
+
+
+def training_arguments(args: ReproduceArguments, folder: Path, steps_per_epoch: int) -> TrainingArguments:
+    """Build the Trainer's arguments, which all rows of a backbone share."""
+    return TrainingArguments(
+        str(folder),
+        seed=args.seed,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps_per_epoch,
+        adam_beta2=0.98,
+        train_sampling_strategy="group_by_length",
+        logging_strategy="epoch",
+        eval_strategy="no" if args.refit else "epoch",
+        # A ranker alone may over-fit from its first epochs on.
+        eval_delay=0 if args.row == "ranking" else args.epochs // 2,
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=not args.refit,
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
+        remove_unused_columns=False,
+        restore_callback_states_from_checkpoint=True,
+        bf16=args.bf16,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def run(args: ReproduceArguments) -> None:
+    """Train one row and write `result.json` into its folder."""
+    check_arguments(args)
+    one_process()
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
     name = "-".join(filter(None, (args.backbone, args.ids, args.row, args.variant, str(args.seed))))
     folder = Path(args.output_dir) / name
@@ -260,116 +343,48 @@ def run(args: ReproduceArguments) -> None:
         return
     begin(folder, work, file)
     set_seed(args.seed)
+
+    # Data and model
     splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
-    liked = list(tokenizer.behaviors[-BEHAVIORS[args.behaviors][1] :])
+    liked = liked_behaviors(args, tokenizer)
     unseen = check_targets(splits, tokenizer, liked, is_ranked=args.row != "retrieval")
-    options = dict(ROWS[args.row])
-    weighter, enhancer = options.pop("weighter", False), options.pop("enhancer", False)
-    if args.ids == "atomic":
-        options |= {"code_similarity": args.code_similarity, "code_temperature": args.code_temperature}
-        options["tie_word_embeddings"] = True
     embeddings = None
     if args.ids == "semantic-vectors":
         embeddings = torch.from_numpy(np.load(Path(args.output_dir) / EMBEDDINGS))
-        options |= {"content_embedding_dim": embeddings.shape[1], "embedding_table_size": tokenizer.num_items}
-        options["history_item_representations"] = True
-    is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
-    config = UniGRFConfig(
-        **tokenizer.config_fields(),
-        text_config=BACKBONES[args.backbone],
-        max_items=MAX_ITEMS,
-        **{
-            "code_negatives": args.code_negatives,
-            "ranking_targets": liked,
-            "ranking_weight": 0.0,
-            "ranking_dropout": 0.1,
-            "embedding_dropout": 0.0 if is_hstu else 0.2,
-            "ranking_loss_weight": args.ranking_loss_weight,
-            **options,
-            **named(args.config_fields or "{}", CONFIG_FIELDS, "config_fields"),
-        },
-    )
-    trained = (config.generation_loss_weight > 0, config.ranking_loss_weight > 0)
-    if trained != (args.row != "ranking", args.row != "retrieval"):
-        raise ValueError(
-            f"Expected weights of the losses that --row {args.row} trains, found {config.generation_loss_weight} of generation and "
-            f"{config.ranking_loss_weight} of ranking. Take --row retrieval or ranking for a task alone."
-        )
+    config = build_config(args, tokenizer, 0 if embeddings is None else embeddings.shape[1])
     times = {"with_times": config.reads_times}
     # What precedes a user's test target ends in the validation target.
     histories = splits["test"].remove_columns(list(TARGETS.values())) if args.refit else splits["train"]
     train_rows = history_rows(histories, tokenizer, MAX_ITEMS, crops_per_epoch=1, **times)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
-    model = UniGRFForCausalLM(config)
-    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
-    collate = DataCollatorForSeq2Seq(tokenizer)
-    callbacks = [LossParts(model), Stopwatch()]
-    if weighter:
-        more = named(args.weighter_options or "{}", WEIGHTER_OPTIONS, "weighter_options")
-        callbacks.append(AdaptiveWeighter(form=args.form, **more))
-    if enhancer:
-        callbacks.append(
-            RankingDrivenEnhancer(
-                model,
-                tokenizer,
-                *(histories[name][:] for name in columns_read(histories, **times)),
-                relabel=args.relabel,
-                target=liked[-1],
-                max_items=MAX_ITEMS,
-                seed=args.seed,
-                pool=args.pool or ("uniform" if args.ids == "atomic" else "beam"),
-                **named(args.enhancer_options or "{}", ENHANCER_OPTIONS - {"pool"}, "enhancer_options"),
-            )
-        )
-        collate = callbacks[-1].collator(collate)
-    steps = math.ceil(len(train_rows) / args.batch_size)
+    model = create_model(config, torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
+
+    # Training
+    callbacks, collator = build_callbacks(args, model, tokenizer, histories)
+    steps_per_epoch = math.ceil(len(train_rows) / args.batch_size)
     trainer = LeaveOneOutTrainer(
         model,
-        TrainingArguments(
-            str(folder),
-            seed=args.seed,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps,
-            adam_beta2=0.98,
-            train_sampling_strategy="group_by_length",
-            logging_strategy="epoch",
-            eval_strategy="no" if args.refit else "epoch",
-            # A ranker alone may over-fit from its first epochs on.
-            eval_delay=0 if args.row == "ranking" else args.epochs // 2,
-            save_strategy="epoch",
-            save_total_limit=1,
-            load_best_model_at_end=not args.refit,
-            metric_for_best_model="eval_score",
-            greater_is_better=True,
-            remove_unused_columns=False,
-            restore_callback_states_from_checkpoint=True,
-            bf16=args.bf16,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        data_collator=collate,
+        training_arguments(args, folder, steps_per_epoch),
+        data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=held_out["validation"],
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    chosen = [("generation_loss_weight", "ndcg@10"), ("ranking_loss_weight", "auc")]
-    trainer.chosen_by = [name for weight, name in chosen if getattr(config, weight)]
     one_device(trainer.args)
-    trainer.measure = lambda: measure(model, tokenizer, splits["validation"], held_out["validation"])
+    trainer.measure = lambda: measure(model, tokenizer, splits["validation"])
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))
+
+    # Result
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
     tested = trainer.state.global_step if args.refit else trainer.state.best_global_step
     result = {
         "arguments": work,
-        "epoch": tested / steps,
+        "epoch": tested / steps_per_epoch,
         # None for a refit, which has seen these targets.
         "validation": next((e for e in history if e.get("step") == tested and "eval_score" in e), None),
-        "test": measure(model.eval(), tokenizer, splits["test"], held_out["test"]),
+        "test": measure(model.eval(), tokenizer, splits["test"]),
         "seconds": history[-1]["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "targets never in training": unseen,
@@ -381,8 +396,19 @@ def run(args: ReproduceArguments) -> None:
     print({name: round(value, 4) for name, value in result["test"].items()})
 
 
+def check_arguments(args: ReproduceArguments) -> None:
+    """Raise `ValueError` if there is no data, or if the row cannot have the behaviors."""
+    if args.data is None:
+        raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
+    if args.behaviors == "rating" and ROWS[args.row].get("enhancer"):
+        raise ValueError(
+            "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two are "
+            "likes."
+        )
+
+
 if __name__ == "__main__":
-    arguments = HfArgumentParser(ReproduceArguments).parse_args_into_dataclasses()[0]
+    (arguments,) = parse_arguments(ReproduceArguments)
     if arguments.collect:
         collect(Path(arguments.output_dir))
     else:

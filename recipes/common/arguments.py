@@ -1,0 +1,74 @@
+"""Parse the command line of every recipe."""
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+# Flags of version 0.1 and what they are called now. Version 0.3 drops them.
+RENAMED_FLAGS = {
+    "beams_kept_epochs": "candidate_refresh_epochs",
+    "beams_kept_steps": "candidate_refresh_steps",
+    "catalogues": "catalogs",
+    "detach_history": "stop_gradient_history",
+    "history_item_vectors": "history_item_representations",
+    "item_loss_weight": "dense_loss_weight",
+    "item_table_size": "embedding_table_size",
+    "item_weights": "dense_weights",
+    "num_ranked_beams": "rerank_top_k",
+    "passes": "crops_per_epoch",
+    "read_item_embeddings": "project_content_embeddings",
+    "union_items": "num_dense_candidates",
+}
+# Flags of version 0.1 that are gone, and why.
+REMOVED_FLAGS = {"exclude_candidate": "it changed no result beyond the deviation over seeds"}
+TRAINER_GROUP = "Options of transformers.TrainingArguments"
+
+
+def parse_arguments(
+    *dataclass_types: Any, defaults: Mapping[str, Any] | None = None, arguments: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """
+    Parse the command line into dataclasses, and group the options in `--help` by dataclass.
+
+    Args:
+        dataclass_types: Dataclasses of the options. The first line of a docstring is the title of its group, so name
+            `TrainingArguments` last: it has some hundred options.
+        defaults: Values that replace the defaults of the dataclasses.
+        arguments: Words of the command line; None: those of the process.
+
+    Returns:
+        One instance of each dataclass, in their order.
+    """
+    for dataclass_type in dataclass_types:
+        is_trainer = issubclass(dataclass_type, TrainingArguments)
+        # transformers reads the title of a group from this attribute.
+        dataclass_type._argument_group_name = TRAINER_GROUP if is_trainer else title_of(dataclass_type)
+    parser = HfArgumentParser(list(dataclass_types))
+    parser.set_defaults(**(defaults or {}))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return parser.parse_args_into_dataclasses([current_flag(word, parser) for word in words])
+
+
+def title_of(dataclass_type: type) -> str:
+    """Return the first line of a dataclass's docstring, without its period."""
+    return (dataclass_type.__doc__ or dataclass_type.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def current_flag(word: str, parser: HfArgumentParser) -> str:
+    """Replace a flag of version 0.1 by its name of today, with a warning; stop at a flag that is gone."""
+    old, *value = word.removeprefix("--").split("=", 1)
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    if not word.startswith("--") or old in known:
+        return word
+    if old in REMOVED_FLAGS:
+        parser.error(f"`--{old}` is gone since version 0.2: {REMOVED_FLAGS[old]}. Leave it out.")
+    new = RENAMED_FLAGS.get(old)
+    if new not in known:
+        return word
+    warnings.warn(
+        f"`--{old}` is called `--{new}` since version 0.2. Version 0.3 drops the old name.", FutureWarning, 2
+    )
+    return "=".join([f"--{new}", *value])

@@ -1,0 +1,40 @@
+"""Choose the training and validation rows that a training needs."""
+
+from datasets import Dataset
+
+from recipes.data.prepared import PreparedData
+from recipes.data.training_datasets import held_out_rows, history_rows, packed_rows, second_stage_rows
+from recipes.training.arguments import DataArguments, ModelArguments
+
+
+def build_datasets(
+    model_args: ModelArguments, data_args: DataArguments, data: PreparedData, seed: int, with_times: bool
+) -> tuple[Dataset, Dataset]:
+    """
+    Build the training rows, and the validation rows whose target alone has a loss.
+
+    Rows are packed windows; with the enhancer one window each; in stage II one history and the item after it.
+    """
+    train, tokenizer = data.dataset["train"], data.tokenizer
+    cut = (data_args.max_items, data_args.crops_per_epoch)
+    max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
+    excludes_history = data_args.exclude_history and model_args.second_stage
+    if model_args.enhancer:
+        train_rows = history_rows(train, tokenizer, *cut, data_args.stride, with_times=with_times)
+    elif model_args.second_stage:
+        train_rows = second_stage_rows(
+            train, tokenizer, *cut, max_long_items, data_args.stride, excludes_history, with_times=with_times
+        )
+    else:
+        train_rows = packed_rows(train, tokenizer, *cut, seed, data_args.stride, with_times=with_times)
+    if model_args.caches_candidates:
+        train_rows = train_rows.add_column("row", range(len(train_rows)))
+    validation_rows = held_out_rows(
+        data.dataset["validation"],
+        tokenizer,
+        data_args.max_items,
+        max_long_items,
+        excludes_history,
+        with_times=with_times,
+    )
+    return train_rows, validation_rows
