@@ -166,6 +166,10 @@ class UniGRFConfig(PreTrainedConfig):
             Standard deviation of the heads' initial weights.
         training_config (`dict` or `UniGRFTrainingConfig`, *optional*):
             Losses and negatives of the training. None: the defaults of `UniGRFTrainingConfig`.
+        pad_token_id, bos_token_id, eos_token_id (`int`, defaults to 0, 1, 2):
+            Ids of the special tokens, different ones below 4.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Share the weights of the token embeddings and the code head `lm_head`.
 
     Raises:
         ValueError: for unknown names, numbers out of range, missing parts, and losses that exclude each other.

@@ -2,12 +2,15 @@
 
     python -m recipes.evaluate --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --output_dir runs/demo
 
-Leave-one-out, the whole catalog, items are scored (never ids), a user's own history is left out inside the search (not so
+Leave-one-out, the whole catalog, items are scored (never ids), a user's own history is left out inside the search
+(not so
 where users come back to items: `--exclude_history False`).
 A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
-Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with the other
+Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with
+the other
 arguments that change the lists (`SERVED`), into the checkpoint's own config, so that `recommend`, the pipeline and
-recipes.recommend serve what was measured. A model without a ranking loss is measured without ranking. Writes `metrics.json`.
+recipes.recommend serve what was measured. A model without a ranking loss is measured without ranking. Writes
+`metrics.json`.
 """
 
 import json
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
 from recipes.common.arguments import parse_arguments
@@ -86,13 +89,15 @@ class EvaluateArguments:
 
 def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | None:
     """
-    The behavior whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behavior or
-    users all behaved alike; `ValueError` if one is named that is none, or that the model was not trained to rank by.
+    The behavior whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behavior
+    or users all behaved alike; `ValueError` if one is named that is none, or that the model was not trained to rank
+    by.
     """
     known = [name for name in tokenizer.behaviors if name in model.config.ranking_targets]
     if like is not None and like not in known:
         raise ValueError(
-            f"Expected --like to be a behavior that the model ranks by, among {known}, found {like!r}. Name one of these."
+            f"Expected --like to be a behavior that the model ranks by, among {known}, found {like!r}. Name one of "
+            "these."
         )
     like = "like" if like is None else like
     if like not in known:
@@ -119,27 +124,28 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
 
     Args:
         args (`EvaluateArguments`): The options of the recipe.
-        baselines (`dict`, *optional*): Results of `baseline_results` that were measured before; None: measure them now.
+        baselines (`dict`, *optional*): Results of `baseline_results` that were measured before; None: measure them
+            now.
 
     Returns:
         The content of `metrics.json`.
     """
     record, tokenizer, model = load_checkpoint(args)
-    args = with_defaults(args, model.config)
+    args = with_defaults(args, model)
     how = Measurement(**{option.name: getattr(args, option.name) for option in fields(Measurement)})
     trained_on = interactions_of(args.checkpoint, record)
     if trained_on == OTHER_INTERACTIONS:
         print(
-            f"{args.checkpoint} was trained on other interactions than those of {args.data_dir}, with what is held out "
-            "perhaps"
+            f"{args.checkpoint} was trained on other interactions than those of {args.data_dir}, with what is held "
+            "out perhaps"
         )
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
     test = dataset["test"]
-    is_ranker = model.config.ranking_loss_weight > 0
+    is_ranker = model.config.training_config.ranking_loss_weight > 0
     like = auc_behavior(model, tokenizer, test, args.like) if is_ranker else None
 
     # Validation chooses
-    has_dense_score = model.ranking_head.history_query is not None
+    has_dense_score = model.config.has_dense_scores
     dense_weights = args.dense_weights if has_dense_score else [0.0]
     tried = try_settings(args, model, tokenizer, dataset["validation"], how, dense_weights)
     chosen = choose(args, tried, dense_weights, is_ranker)
@@ -185,8 +191,8 @@ def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
     """Load the record of the prepared folder, the tokenizer and the model; raise `ValueError` if they do not fit."""
     if args.rerank_top_k and args.num_dense_candidates:
         raise ValueError(
-            f"Expected rerank_top_k or num_dense_candidates, found {args.rerank_top_k} and {args.num_dense_candidates}: "
-            "results do not record which candidates are beams. Measure one at a time."
+            f"Expected rerank_top_k or num_dense_candidates, found {args.rerank_top_k} and "
+            f"{args.num_dense_candidates}: results do not record which candidates are beams. Measure one at a time."
         )
     if not (Path(args.checkpoint) / "config.json").is_file():
         raise ValueError(
@@ -200,14 +206,15 @@ def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
     return record, tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def with_defaults(args: EvaluateArguments, config: PretrainedConfig) -> EvaluateArguments:
+def with_defaults(args: EvaluateArguments, model: Any) -> EvaluateArguments:
     """Fill in the checkpoint's own values; raise `ValueError` if an option does not fit the model."""
-    is_ranker = config.ranking_loss_weight > 0
+    config, options = model.config, model.serving_options()
+    is_ranker = config.training_config.ranking_loss_weight > 0
     args = replace(
         args,
-        max_items=args.max_items or config.max_items or config.max_history_items,
-        max_long_items=args.max_long_items or config.max_long_items,
-        ranking_target=args.ranking_target or config.ranking_target or config.ranking_targets[0],
+        max_items=args.max_items or options.max_items or config.max_history_items,
+        max_long_items=args.max_long_items or options.max_long_items,
+        ranking_target=args.ranking_target or options.ranking_target,
         ranking_weights=[weight for weight in args.ranking_weights if weight] if is_ranker else [],
     )
     if args.max_items and config.max_history_items and args.max_items > config.max_history_items:
@@ -236,7 +243,9 @@ def try_settings(
 
 
 def choose(args: EvaluateArguments, tried: list[dict], dense_weights: list[float], is_ranker: bool) -> dict:
-    """Choose the setting with the best NDCG@10; of a ranker, one that ranks. Print which values are the largest tried."""
+    """
+    Choose the setting with the best NDCG@10; of a ranker, one that ranks. Print which values are the largest tried.
+    """
     best = max((row for row in tried if row["ranking_weight"] or not is_ranker), key=lambda row: row["ndcg@10"])
     values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "dense_weight": dense_weights}
     for name, choices in values.items():

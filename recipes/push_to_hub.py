@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
 from recipes.common.arguments import parse_arguments
 from recipes.common.hashing import weights_hash
 from recipes.evaluation.report import COLUMNS
@@ -96,16 +96,16 @@ def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
         model=UniGRFForCausalLM.from_pretrained(folder), tokenizer=SemanticIdTokenizer.from_pretrained(folder)
     )
     model, selection = recommender.model, metrics["selection"]
-    served = {field.name: getattr(model.config, field.name) for field in fields(UniGRFConfig)}
-    served["num_beams"] = model.generation_config.num_beams
+    served = asdict(model.serving_options())
     if changed := [name for name in selection if name in served and served[name] != selection[name]]:
         raise ValueError(
-            f"Expected the metrics of this checkpoint, found { ({name: served[name] for name in changed}) } in the checkpoint and "
-            f"{ ({name: selection[name] for name in changed}) } in metrics.json. Run recipes.evaluate."
+            f"Expected the metrics of this checkpoint, found { ({name: served[name] for name in changed}) } in the "
+            f"checkpoint and { ({name: selection[name] for name in changed}) } in metrics.json. Run recipes.evaluate."
         )
     if weights_hash(model) != metrics["weights"]:
         raise ValueError(
-            f"Expected the metrics of this checkpoint, found those of other weights than in {folder}. Run recipes.evaluate."
+            f"Expected the metrics of this checkpoint, found those of other weights than in {folder}. Run "
+            "recipes.evaluate."
         )
     return recommender
 
@@ -184,7 +184,7 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         training=json.loads(log.read_text(encoding="utf-8"))["metrics"] if log.is_file() else {},
         pictures=pictures,
         history=history,
-        list_length=min(10, model.max_return_sequences()),
+        list_length=min(10, model.serving_options().max_return_sequences),
     )
     card.save(folder / "README.md")
     check_files(folder)

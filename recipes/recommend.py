@@ -1,20 +1,22 @@
 """Recommends to everybody: a data set of histories in, Parquet files of ranked items out, in the user's own ids.
 
     python -m recipes.recommend --checkpoint runs/demo/checkpoint --histories histories.parquet --output_dir runs/lists
-    torchrun --nproc_per_node 8 -m recipes.recommend ...     # several processes, each on a GPU of its own or on the CPU
+    torchrun --nproc_per_node 8 -m recipes.recommend ...     # several processes, each on a GPU of its own or on the
+    CPU
 
 `recipes/data/histories.py` says what histories are and how to make them. All rows are checked before the model runs.
 `--unknown error` refuses unknown items and empty histories; `--unknown skip` drops unknown items, and a row without a
-known item gets empty lists. So does, with `--exclude_history`, a history of all items that there are. Rows of empty lists
-are counted and reported. The output folder, which `datasets.load_dataset("parquet", data_dir=...)` and pandas read, has a
-file for every `--shard_size` rows; rows keep their order:
+known item gets empty lists. So does, with `--exclude_history`, a history of all items that there are. Rows of empty
+lists are counted and reported. The output folder, which `datasets.load_dataset("parquet", data_dir=...)` and pandas
+read, has a file for every `--shard_size` rows; rows keep their order:
 
-    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores[, dense_scores]: list<float>;
-                                  best first, shorter where there are fewer items than asked for
+    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores[,
+                                  dense_scores]: list<float>; best first, shorter where there are fewer items than
+                                  asked for
     .recommend.json               what was asked of what; hidden, since readers of a folder read all that they see
 
-A second run of the same command makes the files that are missing, in any number of processes; one that would give other
-lists is refused there.
+A second run of the same command makes the files that are missing, in any number of processes; one that would give
+other lists is refused there.
 """
 
 import hashlib
@@ -42,6 +44,8 @@ from tokenization import SemanticIdTokenizer
 
 # The last one, if the model has such a score.
 SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores")
+# Settings that are serving options of the model.
+SERVED = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "max_items", "exclude_history")
 
 
 @dataclass
@@ -81,35 +85,26 @@ class RecommendSettings:
 
 def resolved(settings: RecommendSettings, model) -> RecommendSettings:
     """The settings with the model's own for those that are None; `ValueError` if one is out of range."""
-    config, most = model.config, model.max_return_sequences(settings.num_beams)
-    defaults = {
-        "num_beams": model.generation_config.num_beams,
-        "num_return_sequences": min(10, most),
-        "ranking_weight": config.ranking_weight,
-        "ranking_target": config.ranking_target or config.ranking_targets[0],
-        "exclude_history": config.exclude_history,
-        "max_items": config.max_items or config.max_history_items or sys.maxsize,
-    }
-    new = replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
-    limited = {"num_return_sequences": most, "max_items": config.max_history_items or sys.maxsize}
-    for name in (*limited, "num_beams", "batch_size", "shard_size"):
-        if not 1 <= getattr(new, name) <= limited.get(name, sys.maxsize):
-            limits = f"from 1 to {limited[name]}" if name in limited else "of 1 or more"
-            raise ValueError(f"Expected {name} {limits}, found {getattr(new, name)}. Choose another.")
-    for name, choices in (("unknown", ["error", "skip"]), ("ranking_target", config.ranking_targets)):
-        if getattr(new, name) not in choices:
-            raise ValueError(f"Expected {name} among {choices}, found {getattr(new, name)!r}. Choose one of them.")
-    return new
+    if settings.unknown not in ("error", "skip"):
+        raise ValueError(f"`unknown` must be 'error' or 'skip', got {settings.unknown!r}. Choose one of them.")
+    for name in ("batch_size", "shard_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"`{name}` must be 1 or more, got {getattr(settings, name)}. Choose another number.")
+    options = asdict(model.serving_options(**{name: getattr(settings, name) for name in SERVED}))
+    options["max_items"] = options["max_items"] or model.config.max_history_items or sys.maxsize
+    return replace(settings, **{name: options[name] for name in SERVED})
 
 
 def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings) -> dict:
     """What the lists are made of, as JSON; the model by what it computes, wherever it was loaded from."""
     config = model.config.to_dict()
+    del config["training_config"]
     for part in (config, config["text_config"]):
-        told = ("ranking_weight", "ranking_target", "exclude_history")  # by the settings
-        for name in ("_name_or_path", "transformers_version", "dtype", *told):  # or of a file, or by the weights
+        for name in ("_name_or_path", "transformers_version", "dtype"):  # facts of a file, or told by the weights
             part.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    options = asdict(model.serving_options())
+    served = {name: value for name, value in options.items() if name not in SERVED}  # the settings hold the others
+    digest = hashlib.sha256(json.dumps([config, served], sort_keys=True, default=str).encode())
     digest.update(weights_hash(model).encode())
     asked = asdict(settings)
     del asked["batch_size"]  # changes nothing but rounding
@@ -123,8 +118,8 @@ def check_same_work(record: dict, file: Path) -> None:
     changed = [name for name in record if name not in found or found[name] != record[name]]
     if changed and any(file.parent.glob("part-*.parquet")):
         raise ValueError(
-            f"Expected a new output_dir, or the model, histories and settings of the lists in {file.parent}; found other "
-            f"values of {changed}. Name another output_dir, or remove this one."
+            f"Expected a new output_dir, or the model, histories and settings of the lists in {file.parent}; found "
+            f"other values of {changed}. Name another output_dir, or remove this one."
         )
 
 
@@ -135,13 +130,13 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
     order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once or never
     order = order[: np.count_nonzero(lengths)]
     shape = (len(lengths), settings.num_return_sequences)
-    names = SCORES if model.ranking_head.history_query is not None else SCORES[:-1]
+    names = SCORES if model.config.has_dense_scores else SCORES[:-1]
     best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in names}
     bar.update(len(lengths) - len(order))
     encoder = HistoryEncoder(
         tokenizer,
         settings.max_items,
-        model.config.max_long_items if model.config.num_retrieved_items else 0,  # also what is not read
+        model.generation_config.max_long_items if model.config.num_retrieved_items else 0,  # also what is not read
     )
     columns = {"items": histories.items, "behaviors": histories.behaviors, "timestamps": histories.timestamps}
     columns["query_time"] = histories.query_time
@@ -175,14 +170,15 @@ def recommend_dataset(
     model, tokenizer: SemanticIdTokenizer, dataset: Dataset, output_dir: str | Path, settings: RecommendSettings
 ) -> Path:
     """
-    Writes the lists of all histories of `dataset` into `output_dir`, both as in the module's docstring, and returns it.
+    Writes the lists of all histories of `dataset` into `output_dir`, both as in the module's docstring, and returns
+    it.
 
-    The model runs in eval mode, on the device where it is. Of several processes each makes this call with its own model,
-    and returns when its own share is written.
+    The model runs in eval mode, on the device where it is. Of several processes each makes this call with its own
+    model, and returns when its own share is written.
 
     Raises:
-        ValueError: before the model runs; on settings out of range, missing columns, rows with problems (all are counted),
-            model and tokenizer of different catalogs, or an `output_dir` with other lists.
+        ValueError: before the model runs; on settings out of range, missing columns, rows with problems (all are
+            counted), model and tokenizer of different catalogs, or an `output_dir` with other lists.
     """
     state, output_dir = PartialState(cpu=model.device.type == "cpu"), Path(output_dir)
     settings = resolved(settings, model.eval())

@@ -1,17 +1,20 @@
 """Beam search, ranking and the trie against their peers, all in one run: one table, one picture.
 
-    python -m recipes.benchmarks.decoding                      # an hour on two CPU cores; what is measured is kept and skipped
-    python -m recipes.benchmarks.decoding --parts ranking      # minutes: what ranking adds (recipes/benchmarks/ranking_cost.py), anew
+    python -m recipes.benchmarks.decoding                      # an hour on two CPU cores; what is measured is kept
+    and skipped python -m recipes.benchmarks.decoding --parts ranking      # minutes: what ranking adds
+    (recipes/benchmarks/ranking_cost.py), anew
 
-A Llama of four layers, d = 256, with random weights, over made-up catalogs of 4 x 256 codes. Every figure is the median of
-`--repeats` runs, in turn with the other contenders, after a warm-up; a contender that has taken ten seconds is not run
-again, and a peer that would run more than `--stock_tokens` tokens at once is not run at all (on all catalogs but the
+A Llama of four layers, d = 256, with random weights, over made-up catalogs of 4 x 256 codes. Every figure is the
+median of `--repeats` runs, in turn with the other contenders, after a warm-up; a contender that has taken ten seconds
+is not run again, and a peer that would run more than `--stock_tokens` tokens at once is not run at all (on all
+catalogs but the
 first, a sixth of it: the catalog is not what a peer's time depends on). CPU time is of all threads;
 memory is what the run adds to the process at its peak (resident set on Linux, allocated bytes on CUDA).
 
-The peers run in float32. Contenders of the search: transformers' `generate` with `prefix_allowed_tokens_fn` over nested
-dicts, the same with our logits processor, ours. Of the ranking of as many candidates as beams, on a history that was read:
-transformers over the whole sequences, the cache repeated for every candidate, ours. Of both: `generate` and whole sequences
+The peers run in float32. Contenders of the search: transformers' `generate` with `prefix_allowed_tokens_fn` over
+nested dicts, the same with our logits processor, ours. Of the ranking of as many candidates as beams, on a history
+that was read: transformers over the whole sequences, the cache repeated for every candidate, ours. Of both:
+    `generate` and whole sequences
 (their sum), ours. Floors: the prefill, and nothing but the matmuls of the tokens that both must run behind it.
 """
 
@@ -112,11 +115,20 @@ def measure(contenders: dict[str, Callable], repeats: int, seconds: float = 10.0
 
 
 def build_model(codes: torch.Tensor, codebook_sizes: list[int], **config) -> UniGRFForCausalLM:
-    """The benchmark's model, random weights (and item embeddings, if asked for), float32, on the GPU if there is one."""
+    """
+    The benchmark's model, random weights (and item embeddings, if asked for), float32, on the GPU if there is one.
+    """
     torch.manual_seed(0)
-    config |= {"num_items": len(codes), "exclude_history": False}
+    config = {
+        "num_items": len(codes),
+        "embedding_table_size": 0,
+        "history_item_representations": False,
+        "training_config": {"dense_loss_weight": 0.0},
+        **config,
+    }
     config = UniGRFConfig(text_config=LLAMA, codebook_sizes=codebook_sizes, **config)
     model = UniGRFForCausalLM(config).eval()
+    model.generation_config.exclude_history = False
     with torch.no_grad():  # a spread as after training, so that beams are not all alike
         model.lm_head.weight.mul_(20)
     width = config.content_embedding_dim
@@ -227,7 +239,9 @@ def repeat(call: Callable, count: int) -> None:
 
 
 def trie_rows(size: int, repeats: int) -> list[dict]:
-    """The trie alone, 256 beams: a step from log-probabilities to the best children, for each level below the first."""
+    """
+    The trie alone, 256 beams: a step from log-probabilities to the best children, for each level below the first.
+    """
     codes, num_beams = random_catalog(size), 256
     seconds, tries = {}, {}
     for name, build in (
@@ -291,7 +305,9 @@ def trie_rows(size: int, repeats: int) -> list[dict]:
 
 
 def many_codes(size: int) -> tuple[torch.Tensor, list[int]]:
-    """Items of 17 codes, as long as a candidate with a sub-history of its own: the same, with 13 codes that say nothing."""
+    """
+    Items of 17 codes, as long as a candidate with a sub-history of its own: the same, with 13 codes that say nothing.
+    """
     codes = random_catalog(size)
     return nn.functional.pad(codes, (0, 13)), [*SIZES, *[1] * 13]
 
@@ -403,7 +419,10 @@ def run_candidates(args: BenchmarkArguments, figures: Figures, dtypes: list[str]
 
 
 def run_ranking(args: BenchmarkArguments, figures: Figures, dtypes: list[str]) -> None:
-    """What ranking adds to the search on a short window, and what long histories cost (`recipes.benchmarks.ranking_cost`)."""
+    """
+    What ranking adds to the search on a short window, and what long histories cost
+        (`recipes.benchmarks.ranking_cost`).
+    """
     size = args.catalogs[0]
     codes = random_catalog(size)
     for retrieved, length in tqdm(ranking_cost.CELLS, desc="ranking beside generation", unit="cell"):

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -23,7 +24,10 @@ RENAMED_FLAGS = {
     "union_items": "num_dense_candidates",
 }
 # Flags of version 0.1 that are gone, and why.
-REMOVED_FLAGS = {"exclude_candidate": "it changed no result beyond the deviation over seeds"}
+REMOVED_FLAGS = {
+    "exclude_candidate": "it changed no result beyond the deviation over seeds",
+    "config_fields": "each field of the config has a flag of its own",
+}
 TRAINER_GROUP = "Options of transformers.TrainingArguments"
 
 
@@ -31,7 +35,7 @@ def parse_arguments(
     *dataclass_types: Any, defaults: Mapping[str, Any] | None = None, arguments: Sequence[str] | None = None
 ) -> tuple[Any, ...]:
     """
-    Parse the command line into dataclasses, and group the options in `--help` by dataclass.
+    Parse the command line into dataclasses, and group the options in `--help` by the dataclass that defines them.
 
     Args:
         dataclass_types: Dataclasses of the options. The first line of a docstring is the title of its group, so name
@@ -46,10 +50,28 @@ def parse_arguments(
         is_trainer = issubclass(dataclass_type, TrainingArguments)
         # transformers reads the title of a group from this attribute.
         dataclass_type._argument_group_name = TRAINER_GROUP if is_trainer else title_of(dataclass_type)
-    parser = HfArgumentParser(list(dataclass_types))
+    parser = HfArgumentParser(list(dataclass_types), usage="%(prog)s [options]")  # the options' list follows anyway
+    for dataclass_type in dataclass_types:
+        if not issubclass(dataclass_type, TrainingArguments):
+            move_inherited_options(parser, dataclass_type)
     parser.set_defaults(**(defaults or {}))
     words = sys.argv[1:] if arguments is None else list(arguments)
     return parser.parse_args_into_dataclasses([current_flag(word, parser) for word in words])
+
+
+def move_inherited_options(parser: HfArgumentParser, dataclass_type: type) -> None:
+    """Give the options of each base class of a dataclass a group of their own."""
+    groups = [group for group in parser._action_groups if group.title == title_of(dataclass_type)]
+    for base in dataclass_type.__mro__[1:]:
+        names = {entry.name for entry in fields(base)} if is_dataclass(base) else set()
+        options = [option for group in groups for option in group._group_actions if option.dest in names]
+        inherited = {entry.name for other in base.__bases__ if is_dataclass(other) for entry in fields(other)}
+        options = [option for option in options if option.dest not in inherited]
+        if not options:
+            continue
+        parser.add_argument_group(title_of(base))._group_actions.extend(options)
+        for group in groups:
+            group._group_actions[:] = [option for option in group._group_actions if option not in options]
 
 
 def title_of(dataclass_type: type) -> str:

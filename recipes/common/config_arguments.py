@@ -3,6 +3,7 @@
 import inspect
 import re
 import types
+from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from functools import partial
 from typing import Any, Union, get_args, get_origin
@@ -53,7 +54,7 @@ def _with_help(default: Any, text: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def arguments_from_config(name: str, doc: str, config_class: type, names: list[str], are_optional: bool) -> type:
+def arguments_from_config(name: str, doc: str, config_class: type, names: Sequence[str], are_optional: bool) -> type:
     """
     Make a dataclass of arguments, one for each of the config's fields `names`.
 

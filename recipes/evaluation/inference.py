@@ -1,10 +1,9 @@
 """What a model finds for the users of a split, and how its scores order it: for every recipe that measures a model.
 
-Leave-one-out, the whole catalog. Candidates are searched for once, with all their scores, and any weights of the fusion then
-tried on them; `keep_choice` writes the chosen ones into the checkpoint.
+Leave-one-out, the whole catalog. Candidates are searched for once, with all their scores, and any weights of the
+fusion then tried on them; `keep_choice` writes the chosen ones into the checkpoint.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM
 from recipes.common.files import whole_file
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.leave_one_out import columns_read
@@ -63,8 +62,8 @@ def batches(
     model, tokenizer, split: Dataset, how: Measurement, desc: str, long_histories: bool = True
 ) -> Iterator[tuple[np.ndarray, list[dict], dict[str, torch.Tensor]]]:
     """
-    Yield users with histories of similar length, under a progress bar: their rows `[b]`, the users themselves, and the inputs of
-    `recommend` and `rank` on the model's device.
+    Yield users with histories of similar length, under a progress bar: their rows `[b]`, the users themselves, and
+    the inputs of `recommend` and `rank` on the model's device.
 
     A model that reads times is asked at the time of the target. `generate` takes no `long_histories`.
     """
@@ -83,9 +82,12 @@ def batches(
 
 
 def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measurement) -> dict[str, torch.Tensor]:
-    """All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `dense_scores` if there are some."""
+    """
+    All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `dense_scores` if there are
+    some.
+    """
     names = ["item_indices", "generation_scores", "ranking_scores"]
-    if model.ranking_head.history_query is not None:
+    if model.config.has_dense_scores:
         names.append("dense_scores")
     columns = {name: [None] * len(split) for name in names}
     for rows, users, inputs in batches(model, tokenizer, split, how, f"beams of {num_beams}"):
@@ -111,11 +113,12 @@ def fused_lists(
     found: dict[str, torch.Tensor], weight: float, length: int, dense_weight: float = 0.0, num_ranked: int = 0
 ) -> list[list[int]]:
     """
-    Items of every user by the fused score, best first, cut to `length` and padded by -1. `num_ranked`: as if `recommend` had
-    ranked only so many, the best by the other scores; generation alone, without weights, lists all that it found.
+    Items of every user by the fused score, best first, cut to `length` and padded by -1. `num_ranked`: as if
+    `recommend` had ranked only so many, the best by the other scores; generation alone, without weights, lists all
+    that it found.
 
-    The fusion of `recommend` a second time, which a test holds equal to it: a hundred pairs of weights are tried on candidates
-    that were searched for once.
+    The fusion of `recommend` a second time, which a test holds equal to it: a hundred pairs of weights are tried on
+    candidates that were searched for once.
     """
     num_ranked = num_ranked if weight or dense_weight else 0
     scores = found["generation_scores"]
@@ -165,15 +168,13 @@ def invalid_items(model, tokenizer, split: Dataset, num_beams: int, how: Measure
     return {"checked": checked, "invalid": invalid}
 
 
-def keep_choice(checkpoint: str | Path, num_beams: int, **chosen: float | str | None) -> None:
+def keep_choice(checkpoint: str | Path, **chosen: float | str | None) -> None:
     """
-    Writes what was chosen into the checkpoint's own config, of which `chosen` are fields: the defaults of `recommend` and of
-    the pipeline.
+    Write the serving options that were chosen into the checkpoint's generation_config.json, where `recommend` and the
+    pipeline read them. Raises `ValueError` for options that the model cannot serve.
     """
-    UniGRFConfig.from_pretrained(checkpoint, **chosen).check_training()
-    # The JSON alone: `save_pretrained` would put this code's configuration beside the folder's own model.
-    file = Path(checkpoint) / "config.json"
-    text = json.dumps(json.loads(file.read_text()) | chosen, indent=2, sort_keys=True) + "\n"
-    with whole_file(file) as unfinished:
-        unfinished.write_text(text)
-    GenerationConfig.from_pretrained(checkpoint, num_beams=num_beams).save_pretrained(checkpoint)
+    generation_config = GenerationConfig.from_pretrained(checkpoint)
+    generation_config.update(**chosen, allow_custom_entries=True)
+    ServingOptions.from_generation_config(generation_config, UniGRFConfig.from_pretrained(checkpoint), {})
+    with whole_file(Path(checkpoint) / "generation_config.json") as unfinished:
+        unfinished.write_text(generation_config.to_json_string())

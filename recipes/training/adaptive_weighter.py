@@ -13,27 +13,28 @@ from recipes.training.loss_parts import check_finite
 
 class AdaptiveWeighter(TrainerCallback, ExportableState):
     """
-    Weighs generation and ranking by how slowly each converges (UniGRF's gradient-guided adaptive weighter, in our reading:
-    dynamic weight averaging). With the mean losses of the last two windows, `r = last / the one before`, clamped to `bounds`,
+    Weighs generation and ranking by how slowly each converges (UniGRF's gradient-guided adaptive weighter, in our
+    reading: dynamic weight averaging). With the mean losses of the last two windows, `r = last / the one before`,
+        clamped to `bounds`,
     and `weights = 2 * softmax(r / temperature)` hold for the next window; the first two have weights of 1. With
-    `form="gradient_norm"` the weights are proportional to `r / (mean gradient norm)`, and sum to 2, so that the weighted
-    gradients of both losses toward the backbone's output are as long as their losses are slow (GradNorm, Chen et al. 2018,
-    arXiv 1711.02257, section 3, solved for the weights instead of descended to).
+    `form="gradient_norm"` the weights are proportional to `r / (mean gradient norm)`, and sum to 2, so that the
+    weighted gradients of both losses toward the backbone's output are as long as their losses are slow (GradNorm,
+    Chen et al. 2018, arXiv 1711.02257, section 3, solved for the weights instead of descended to).
 
     The weights are the same on all processes, are logged (those of the last step), and are saved with the Trainer's
     checkpoints: train with `restore_callback_states_from_checkpoint=True` to resume them.
 
     Args:
         window_steps (`int`, *optional*): Optimizer steps of a window; an epoch by default.
-        temperature (`float`): Lower: further apart. At 2, a usual value, losses that fall by 5 % and not at all get weights
-            of 0.99 and 1.01; at 0.1, of 0.76 and 1.24. Not used by `gradient_norm`.
-        bounds (`tuple[float, float]`): Of the ratios: a loss that jumps, as when an enhancer is switched on, is not to rule the
-            weights.
+        temperature (`float`): Lower: further apart. At 2, a usual value, losses that fall by 5 % and not at all get
+            weights of 0.99 and 1.01; at 0.1, of 0.76 and 1.24. Not used by `gradient_norm`.
+        bounds (`tuple[float, float]`): Of the ratios: a loss that jumps, as when an enhancer is switched on, is not
+            to rule the weights.
         form (`str`): `"loss_ratio"` or `"gradient_norm"`, which takes a second backward through the heads.
 
     Raises:
-        ValueError: on arguments that are not positive, a training that ends before the third window and, in training, if a loss
-            is not finite, not computed or, for `gradient_norm`, has no gradient at the backbone's output.
+        ValueError: on arguments that are not positive, a training that ends before the third window and, in training,
+            if a loss is not finite, not computed or, for `gradient_norm`, has no gradient at the backbone's output.
     """
 
     names = ("generation_loss", "ranking_loss")
@@ -56,8 +57,8 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
                 f"Expected bounds of a ratio, the lower in (0, 1] and the upper from 1 on, found {bounds}."
             )
         self.window_steps, self.temperature, self.form, self.bounds = window_steps, temperature, form, tuple(bounds)
-        # Of the two losses, for gradient_norm of the two norms, and of batches: in the window, by all processes; and in the
-        # step that is not over, by this one.
+        # Of the two losses, for gradient_norm of the two norms, and of batches: in the window, by all processes; and
+        # in the step that is not over, by this one.
         self.sums, self.step, self.previous, self.weights = [0.0] * 5, [0.0] * 5, None, [1.0, 1.0]
         self.used = self.weights  # of the last step: what is logged with its loss
         self.model = self.hook = None
@@ -70,17 +71,19 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         return {"args": arguments, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        trained = (model.config.generation_loss_weight, model.config.ranking_loss_weight)
+        objective = model.config.training_config
+        trained = (objective.generation_loss_weight, objective.ranking_loss_weight)
         if 0 in trained:
             raise ValueError(
-                f"Expected two losses to weigh, found generation_loss_weight and ranking_loss_weight {trained}. Train without "
-                "adaptive weights, or both losses."
+                f"Expected two losses to weigh, found generation_loss_weight and ranking_loss_weight {trained}. "
+                "Train without adaptive weights, or both losses."
             )
         windows = state.num_train_epochs if self.window_steps is None else state.max_steps / self.window_steps
         if windows <= 2:
             raise ValueError(
-                f"Expected more than two windows of training, found {windows:g} (window_steps={self.window_steps}; None: an epoch): "
-                "the first two have weights of 1, so that nothing would be weighed. Set window_steps lower, or train for longer."
+                f"Expected more than two windows of training, found {windows:g} (window_steps={self.window_steps}; "
+                "None: an epoch): the first two have weights of 1, so that nothing would be weighed. Set "
+                "window_steps lower, or train for longer."
             )
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model.task_weights = tuple(self.weights)
@@ -106,8 +109,8 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             self._close_window()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Not at an epoch's end, which a training that is resumed from there does not come by. One that is resumed within an
-        # epoch comes by the beginning of that epoch again.
+        # Not at an epoch's end, which a training that is resumed from there does not come by. One that is resumed
+        # within an epoch comes by the beginning of that epoch again.
         if self.window_steps is None and self.sums[-1] and (self.has_stepped or float(state.epoch).is_integer()):
             self._close_window()
 
@@ -126,9 +129,9 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
                 norms = torch.tensor([generation_norm, ranking_norm])
                 if not norms.all():
                     raise ValueError(
-                        f"Expected a gradient of both losses toward the backbone's output, found norms of {norms.tolist()} for "
-                        f"{self.names}: one of them does not reach the histories' states, as the candidates of stage II with "
-                        "stop_gradient_history. Use the form loss_ratio."
+                        "Expected a gradient of both losses toward the backbone's output, found norms of "
+                        f"{norms.tolist()} for {self.names}: one of them does not reach the histories' states, as "
+                        "the candidates of stage II with stop_gradient_history. Use the form loss_ratio."
                     )
                 shares = torch.tensor(ratios) / norms
                 shares = shares / shares.sum()

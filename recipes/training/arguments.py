@@ -4,22 +4,42 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
+from typing import Any
 
 import torch
 
-from modeling_unigrf import UniGRFConfig
+from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
+from recipes.common.config_arguments import arguments_from_config
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 1024,
-}
+# Fields of `UniGRFConfig` that do not follow from the data.
+ARCHITECTURE = (
+    "text_config",
+    "code_similarity",
+    "code_temperature",
+    "ranking_targets",
+    "project_content_embeddings",
+    "embedding_table_size",
+    "history_item_representations",
+    "rank_by_dense_score",
+    "ranking_dropout",
+    "embedding_dropout",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+OBJECTIVE = (
+    "generation_loss_weight",
+    "ranking_loss_weight",
+    "dense_loss_weight",
+    "code_negatives",
+    "negatives_per_item",
+    "num_train_beams",
+    "inject_target",
+    "stop_gradient_history",
+    "stop_gradient_dense_score",
+    "retrieval_behaviors",
+)
 ADAPTIVE = ("adaptive_temperature", "adaptive_form", "adaptive_window")
 ENHANCING = ("enhancer_target", "relabel", "enhancer_options")
-CONFIG_FIELDS = [config_field.name for config_field in dataclass_fields(UniGRFConfig)]
 # Defaults of `TrainingArguments` for a small model that is trained from scratch.
 TRAINER_DEFAULTS = {
     "learning_rate": 2e-3,  # the Trainer's own 5e-5 is for large models that are fine-tuned
@@ -35,80 +55,86 @@ TRAINER_DEFAULTS = {
 }
 
 
+ArchitectureArguments: Any = arguments_from_config(
+    "ArchitectureArguments", "Parts of the model.", UniGRFConfig, ARCHITECTURE, are_optional=True
+)
+ObjectiveArguments: Any = arguments_from_config(
+    "ObjectiveArguments", "Losses, and what each item is compared with.", UniGRFTrainingConfig, OBJECTIVE, False
+)
+SubHistoryArguments: Any = arguments_from_config(
+    "SubHistoryArguments", "Sub-histories of candidates.", UniGRFConfig, ("num_retrieved_items",), False
+)
+
+
 @dataclass
-class ModelArguments:
-    """What is trained."""
+class StageTwoArguments(SubHistoryArguments):
+    """Stage II of RecoChain: num_train_beams or num_retrieved_items."""
+
+    candidate_refresh_epochs: int = field(
+        default=0,
+        metadata={"help": "Reuse a row's cached beam candidates for this many epochs. 0: search in every step."},
+    )
+    candidate_refresh_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Reuse a row's cached beam candidates for this many optimizer steps. 0: search in every step."
+        },
+    )
+    freeze_base_model: bool = field(
+        default=False,
+        metadata={"help": "Freeze everything but the candidate block and the ranking head. Needs init_from."},
+    )
+
+
+@dataclass
+class MechanismArguments:
+    """Mechanisms of UniGRF: adaptive weighter and enhancer."""
+
+    adaptive_weights: bool = field(
+        default=False, metadata={"help": "Weigh the losses of retrieval and ranking by how slowly each converges."}
+    )
+    adaptive_temperature: float = field(
+        default=0.1, metadata={"help": "Temperature of the adaptive weights' softmax. Lower: weights further apart."}
+    )
+    adaptive_form: str = field(
+        default="loss_ratio",
+        metadata={
+            "help": "Measure of convergence of the adaptive weights.",
+            "choices": ["loss_ratio", "gradient_norm"],
+        },
+    )
+    adaptive_window: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of a window of the adaptive weights. None: an epoch."}
+    )
+    enhancer: bool = field(
+        default=False,
+        metadata={"help": "Correct the negatives of retrieval by what ranking knows (UniGRF's enhancer)."},
+    )
+    enhancer_target: str = field(
+        default="like", metadata={"help": "Ranking target whose probability the enhancer reads."}
+    )
+    relabel: bool = field(
+        default=False, metadata={"help": "Train the enhancer's first favorite as a user's next item, too."}
+    )
+    enhancer_options: str = field(
+        default="{}", metadata={"help": "Fields of EnhancerOptions as JSON, e.g. '{\"num_negatives\": 8}'."}
+    )
+
+
+@dataclass
+class ModelArguments(ArchitectureArguments, ObjectiveArguments, StageTwoArguments, MechanismArguments):
+    """Checkpoint to start from."""
 
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint to start from, of these items or the first of them; it brings its own backbone."
+            "help": "Checkpoint to start from; it must hold the items of data_dir or the first of them. None: random weights."
         },
     )
-    num_retrieved_items: int = field(
-        default=0, metadata={"help": "Items of the long history that a candidate is ranked with."}
-    )
-    num_train_beams: int = field(default=0, metadata={"help": "Own beams that are ranked in training, for `next`."})
-    candidate_refresh_epochs: int = field(
-        default=0, metadata={"help": "Epochs that a row keeps its beams; 0: they are searched for in every step."}
-    )
-    candidate_refresh_steps: int = field(
-        default=0, metadata={"help": "The same in steps: searched for when the row comes."}
-    )
-    stop_gradient_history: bool = field(default=False, metadata={"help": "Their gradient does not reach the history."})
-    freeze_base_model: bool = field(
-        default=False,
-        metadata={
-            "help": "Of init_from, what ranks alone is trained; generation and item-level score stay as they are."
-        },
-    )
-    text_config: str = field(
-        default=json.dumps(LLAMA), metadata={"help": "The backbone's config as JSON, as `AutoConfig` takes it."}
-    )
-    negatives_per_item: float = field(
-        default=1.0, metadata={"help": "Random candidates an item, for target `next`; none in stage II."}
-    )
-    generation_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the generation loss; 0: ranking alone."}
-    )
-    ranking_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the ranking loss; 0: generation alone."}
-    )
-    adaptive_weights: bool = field(default=False, metadata={"help": "Weigh the losses by how slowly they converge."})
-    adaptive_temperature: float = field(
-        default=0.1, metadata={"help": "Of the adaptive weights; lower: further apart."}
-    )
-    adaptive_form: str = field(
-        default="loss_ratio", metadata={"help": "Of the adaptive weights.", "choices": ["loss_ratio", "gradient_norm"]}
-    )
-    adaptive_window: int | None = field(default=None, metadata={"help": "Steps of their windows; default: an epoch."})
-    enhancer: bool = field(
-        default=False, metadata={"help": "Correct the negatives of retrieval by what ranking says (UniGRF)."}
-    )
-    enhancer_target: str = field(default="like", metadata={"help": "The ranking target that says it."})
-    relabel: bool = field(default=False, metadata={"help": "Its favorites become positives, too."})
-    enhancer_options: str = field(
-        default="{}",
-        metadata={"help": "More arguments of RankingDrivenEnhancer, as JSON: num_negatives, threshold, ..."},
-    )
-    dense_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the softmax over items."})
-    ranking_dropout: float = field(default=0.1, metadata={"help": "Dropout in the ranking head."})
-    embedding_dropout: float = field(default=0.2, metadata={"help": "Dropout on the token embeddings."})
-    project_content_embeddings: bool = field(
-        default=True, metadata={"help": "Item vectors are made of item embeddings, too."}
-    )
-    embedding_table_size: int | None = field(
-        default=None, metadata={"help": "Learned rows of items for the ranking head; default: one an item. 0: none."}
-    )
-    history_item_representations: bool = field(
-        default=True,
-        metadata={"help": "Histories are read by the items' vectors, too; a model without any needs False."},
-    )
-    config_fields: str = field(default="{}", metadata={"help": "More fields of UniGRFConfig, as JSON."})
 
     @property
     def second_stage(self) -> bool:
-        """Whether candidates are ranked for the last item of a row alone."""
+        """Whether candidates of a row's last item are ranked."""
         return self.num_retrieved_items > 0 or self.num_train_beams > 0
 
     @property
@@ -116,42 +142,61 @@ class ModelArguments:
         """Whether the beam candidates of a row serve several epochs or steps."""
         return self.num_train_beams > 0 and bool(self.candidate_refresh_epochs or self.candidate_refresh_steps)
 
+    def architecture(self) -> dict:
+        """The fields of `UniGRFConfig` that are given; `text_config` as a dict."""
+        fields = {name: getattr(self, name) for name in ARCHITECTURE if getattr(self, name) is not None}
+        if self.text_config is not None:
+            fields["text_config"] = from_json(self.text_config, "text_config")
+        return fields | {"num_retrieved_items": self.num_retrieved_items}
+
+    def objective(self) -> dict:
+        """The fields of `UniGRFTrainingConfig`."""
+        return {name: getattr(self, name) for name in OBJECTIVE}
+
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """Data, and the folder of the result."""
 
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
-    checkpoint_dir: str | None = field(default=None, metadata={"help": "Where the finished model goes."})
-    max_items: int = field(default=50, metadata={"help": "Items of a history that the model reads."})
+    checkpoint_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the finished model. None: output_dir/checkpoint."}
+    )
+    max_items: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
     crops_per_epoch: int = field(
-        default=1, metadata={"help": "Passes over the data in one epoch, each cut at other places."}
+        default=1, metadata={"help": "Passes over the histories in one epoch, each cut at other places."}
     )
     stride: int | None = field(
-        default=None, metadata={"help": "Instead: windows that begin so many items apart and overlap; 1: all of them."}
+        default=None,
+        metadata={
+            "help": "Begin a window every so many items, so that windows overlap. None: crops_per_epoch decides."
+        },
     )
-    max_long_items: int = field(default=1000, metadata={"help": "Items of a long history, for num_retrieved_items."})
+    max_long_items: int = field(
+        default=1000,
+        metadata={"help": "Most recent items that sub-histories are retrieved from (num_retrieved_items)."},
+    )
     exclude_history: bool = field(
-        default=False,
-        metadata={"help": "A user's own items are no beams of stage II, as they are none when it is asked."},
+        default=False, metadata={"help": "Keep a user's own items out of the beams of stage II (num_train_beams)."}
     )
 
 
 def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
     """Reject options that exclude each other or have no effect together; raises `ValueError`."""
-    if model_args.candidate_refresh_epochs and model_args.candidate_refresh_steps:
-        raise ValueError("Expected candidate_refresh_epochs or candidate_refresh_steps, found both. Leave one out.")
-    if model_args.freeze_base_model and model_args.adaptive_weights:
-        raise ValueError(
-            "Expected freeze_base_model or adaptive_weights, found both: of two losses only one is trained then."
-        )
-    if model_args.enhancer and model_args.second_stage:
-        raise ValueError("Expected the enhancer or stage II, found both: each says which items a row is set against.")
+    pairs = {
+        ("candidate_refresh_epochs", "candidate_refresh_steps"): model_args.candidate_refresh_epochs
+        and model_args.candidate_refresh_steps,
+        ("freeze_base_model", "adaptive_weights"): model_args.freeze_base_model and model_args.adaptive_weights,
+        ("enhancer", "num_train_beams or num_retrieved_items"): model_args.enhancer and model_args.second_stage,
+    }
+    for (first, second), are_both in pairs.items():
+        if are_both:
+            raise ValueError(f"`{first}` must not be set together with {second}, got both. Leave one of them out.")
     for name, needed, is_there in needed_options(model_args, data_args):
         if not is_there:
             raise ValueError(
-                f"Expected {needed} with {name}, which does nothing in training without it. Add it, or leave {name} "
-                "out."
+                f"`{name}` must come with {needed}, got it alone, without effect in training. Add {needed}, or leave "
+                f"{name} out."
             )
 
 
@@ -170,27 +215,33 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
         "enhancer": [("ranking_loss_weight", has_ranking)],
     }
     values = {**asdict(data_args), **asdict(model_args)}
-    defaults = {
-        option.name: option.default for owner in (DataArguments, ModelArguments) for option in dataclass_fields(owner)
-    }
+    options = (*dataclass_fields(DataArguments), *dataclass_fields(ModelArguments))
+    defaults = {option.name: option.default for option in options}
     is_set = [name for name in needs if values[name] != defaults[name]]
     return [(name, needed, is_there) for name in is_set for needed, is_there in needs[name]]
 
 
 def from_json(text: str, argument: str) -> dict:
-    """A dict; `ValueError` if the text is none."""
+    """Read a JSON object. Raises `ValueError` if the text is none."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"Expected {argument} as JSON, found {text!r} ({error}). Is it in single quotes?") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"Expected {argument} as a JSON object, found {text!r}. Write it in braces.")
-    return found
+        raise ValueError(f"`{argument}` must be JSON, got {text!r} ({error}). Put it in single quotes.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"`{argument}` must be a JSON object, got {text!r}. Write it in braces.")
+    return value
 
 
 def named(options: str, known: Iterable[str], argument: str) -> dict:
-    """A dict from JSON; `ValueError` if a name in it is not among those that are known."""
-    found = from_json(options, argument)
-    if strange := sorted(set(found).difference(known)):
-        raise ValueError(f"Expected {argument} among {sorted(known)}, found {strange}. Is one misspelt?")
-    return found
+    """Read a JSON object whose names are among `known`. Raises `ValueError` for others."""
+    value = from_json(options, argument)
+    if strange := sorted(set(value).difference(known)):
+        raise ValueError(f"`{argument}` must have names among {sorted(known)}, got {strange}. Is one misspelled?")
+    return value
+
+
+def split_config_fields(fields: dict) -> dict:
+    """Nest the fields of `UniGRFTrainingConfig` in `training_config`, as keyword arguments of `UniGRFConfig`."""
+    training = {name: value for name, value in fields.items() if name in OBJECTIVE}
+    model = {name: value for name, value in fields.items() if name not in OBJECTIVE}
+    return {**model, "training_config": training}

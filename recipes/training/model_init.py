@@ -5,9 +5,18 @@ import torch
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.data.prepared import PreparedData, check_same_spelling
-from recipes.training.arguments import CONFIG_FIELDS, DataArguments, ModelArguments, from_json, named
+from recipes.training.arguments import DataArguments, ModelArguments
 from tokenization import SemanticIdTokenizer
 
+# Fields that the weights of a checkpoint are made for.
+FIXED_PARTS = (
+    "text_config",
+    "ranking_targets",
+    "project_content_embeddings",
+    "embedding_table_size",
+    "history_item_representations",
+    "tie_word_embeddings",
+)
 SAME_ENCODER = 0.9  # median cosine of an item's embeddings, then and now: a few items' texts may change
 
 
@@ -16,14 +25,18 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, data: Prep
     Build a model for the items of a prepared folder, fresh or from `model_args.init_from`.
 
     Raises:
-        ValueError: if the checkpoint is of other items or has other parts than the arguments ask for, or if the backbone has
-            too few positions for `data_args.max_items`.
+        ValueError: if the checkpoint is of other items or has other parts than the arguments ask for, or if the
+            backbone has too few positions for `data_args.max_items`.
     """
-    fields = training_fields(model_args, data_args)
     if model_args.init_from is None:
-        model = fresh_model(model_args, fields, data)
+        model = fresh_model(model_args, data)
     else:
-        model = model_from_checkpoint(model_args, fields, data)
+        model = model_from_checkpoint(model_args, data)
+    serving = model.generation_config
+    serving.max_items = data_args.max_items
+    serving.max_long_items = (data_args.max_long_items if model_args.num_retrieved_items else None) or None
+    # Keep a weight that validation chose, but not the 0 of a model that did not rank yet.
+    serving.ranking_weight = (serving.ranking_weight or 1.0) if model_args.ranking_loss_weight else 0.0
     check_positions(model, data_args.max_items)
     if model_args.freeze_base_model:
         model.freeze_base_model()
@@ -39,52 +52,28 @@ def create_model(
     return model
 
 
-def training_fields(model_args: ModelArguments, data_args: DataArguments) -> dict:
-    """Collect the fields of the config that say how the model is trained and what it reads of a history."""
-    max_long_items = data_args.max_long_items if model_args.num_retrieved_items else None
-    fields = {"max_items": data_args.max_items, "max_long_items": max_long_items or None}
-    for name in (
-        "num_retrieved_items",
-        "num_train_beams",
-        "stop_gradient_history",
-        "generation_loss_weight",
-        "ranking_loss_weight",
-        "dense_loss_weight",
-        "ranking_dropout",
-        "embedding_dropout",
-    ):
-        fields[name] = getattr(model_args, name)
-    fields["negatives_per_item"] = 0.0 if model_args.second_stage else model_args.negatives_per_item
-    return fields
-
-
-def fresh_model(model_args: ModelArguments, fields: dict, data: PreparedData) -> UniGRFForCausalLM:
+def fresh_model(model_args: ModelArguments, data: PreparedData) -> UniGRFForCausalLM:
     """Create a model with random weights."""
-    table_size = model_args.embedding_table_size
-    fields = {**fields, "ranking_weight": 1.0 if model_args.ranking_loss_weight else 0.0}
     config = UniGRFConfig(
         **data.tokenizer.config_fields(),
-        text_config=from_json(model_args.text_config, "text_config"),
         content_embedding_dim=data.embeddings.shape[1],
-        project_content_embeddings=model_args.project_content_embeddings,
-        embedding_table_size=data.tokenizer.num_items if table_size is None else table_size,
-        history_item_representations=model_args.history_item_representations,
-        **{**fields, **named(model_args.config_fields, CONFIG_FIELDS, "config_fields")},
+        **model_args.architecture(),
+        training_config=model_args.objective(),
     )
     return create_model(config, torch.from_numpy(data.tokenizer.item_codes.copy()), data.embeddings)
 
 
-def model_from_checkpoint(model_args: ModelArguments, fields: dict, data: PreparedData) -> UniGRFForCausalLM:
+def model_from_checkpoint(model_args: ModelArguments, data: PreparedData) -> UniGRFForCausalLM:
     """Load the checkpoint `init_from`, check that it fits, and add the items that it does not have yet."""
     checkpoint = str(model_args.init_from)
-    # Keep a weight that validation chose, but not the 0 of a model that did not rank yet.
-    chosen = UniGRFConfig.from_pretrained(checkpoint).ranking_weight or 1.0
-    fields = {**fields, "ranking_weight": chosen if model_args.ranking_loss_weight else 0.0}
-    fields |= named(model_args.config_fields, CONFIG_FIELDS, "config_fields")
-    model = UniGRFForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **fields)
+    fields = model_args.architecture()
+    check_same_parts(UniGRFConfig.from_pretrained(checkpoint), fields, checkpoint)
+    fields = {name: value for name, value in fields.items() if name not in FIXED_PARTS}
+    model = UniGRFForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, **fields, training_config=model_args.objective()
+    )
     earlier = SemanticIdTokenizer.from_pretrained(checkpoint)
     check_first_items(model, earlier, data.tokenizer, checkpoint)
-    check_same_parts(model.config, model_args)
     reads_embeddings = model.config.content_embedding_dim > 0
     if reads_embeddings:
         check_same_encoder(model, earlier, data.embeddings, checkpoint)
@@ -98,32 +87,32 @@ def model_from_checkpoint(model_args: ModelArguments, fields: dict, data: Prepar
 def check_first_items(
     model: UniGRFForCausalLM, earlier: SemanticIdTokenizer, tokenizer: SemanticIdTokenizer, checkpoint: str
 ) -> None:
-    """Raise `ValueError` unless the checkpoint's items are the first of the tokenizer's, with the same ids and codes."""
+    """
+    Raise `ValueError` unless the checkpoint's items are the first of the tokenizer's, with the same ids and codes.
+    """
     check_same_spelling(earlier, tokenizer, "data_dir")
     count = len(earlier.item_ids)
     same = tokenizer.item_ids[:count] == earlier.item_ids
     if not same or not np.array_equal(model.catalog.item_codes, tokenizer.item_codes[:count]):
         raise ValueError(
-            f"Expected a checkpoint of the first of the {tokenizer.num_items} items in data_dir, found {count} items, or "
-            f"other ids or codes, in {checkpoint}. Start from a model that was trained on this data, or prepare the data "
-            f"with --tokenizer {checkpoint}."
+            f"Expected a checkpoint of the first of the {tokenizer.num_items} items in data_dir, found {count} "
+            f"items, or other ids or codes, in {checkpoint}. Start from a model that was trained on this data, or "
+            f"prepare the data with --tokenizer {checkpoint}."
         )
 
 
-def check_same_parts(config: UniGRFConfig, model_args: ModelArguments) -> None:
+def check_same_parts(config: UniGRFConfig, fields: dict, checkpoint: str) -> None:
     """Raise `ValueError` unless a checkpoint has the weights of the parts that are asked for."""
-    rows = config.embedding_table_size if model_args.embedding_table_size is None else model_args.embedding_table_size
-    asked = {
-        "project_content_embeddings": model_args.project_content_embeddings,
-        "history_item_representations": model_args.history_item_representations,
-        "embedding_table_size": rows,
-    }
-    if changed := [name for name, value in asked.items() if getattr(config, name) != value]:
+    backbone = config.text_config.to_dict()
+    asked = {name: fields[name] for name in FIXED_PARTS if name in fields and name != "text_config"}
+    stored = {name: getattr(config, name) for name in asked}
+    asked |= fields.get("text_config", {})
+    stored |= {name: backbone.get(name) for name in fields.get("text_config", {})}
+    if changed := [name for name, value in asked.items() if stored[name] != value]:
         raise ValueError(
-            f"Expected a checkpoint with { ({name: asked[name] for name in changed}) }, found "
-            f"{ ({name: getattr(config, name) for name in changed}) } in {model_args.init_from}, whose weights are made "
-            "for these. Ask for the same (project_content_embeddings, history_item_representations, "
-            "embedding_table_size)."
+            f"`init_from` must be a checkpoint with { ({name: asked[name] for name in changed}) }, got "
+            f"{ ({name: stored[name] for name in changed}) } in {checkpoint}, whose weights are made for these. Ask "
+            f"for the same, or leave {changed} out."
         )
 
 
@@ -131,7 +120,7 @@ def check_same_encoder(
     model: UniGRFForCausalLM, earlier: SemanticIdTokenizer, embeddings: torch.Tensor, checkpoint: str
 ) -> None:
     """Raise `ValueError` unless the content embeddings are of the kind that the checkpoint was trained with."""
-    stored = model.catalog.embeddings_of(torch.arange(earlier.num_items))
+    stored = model.scorer.content_embeddings(torch.arange(earlier.num_items))
     found = f"some of width {embeddings.shape[1]}"
     if stored.shape[1] == embeddings.shape[1]:
         now = embeddings[: earlier.num_items]
@@ -140,17 +129,17 @@ def check_same_encoder(
             return
         found = f"a cosine of {alike:.2f} between an item's then and now (median)"
     raise ValueError(
-        f"Expected embeddings of the kind that {checkpoint} was trained with, found {found}. Prepare the data with the same "
-        f"encoder, text template or embeddings; the tokenizer's provenance says which: {earlier.provenance}."
+        f"Expected embeddings of the kind that {checkpoint} was trained with, found {found}. Prepare the data with "
+        f"the same encoder, text template or embeddings; the tokenizer's provenance says which: {earlier.provenance}."
     )
 
 
 def check_positions(model: UniGRFForCausalLM, max_items: int) -> None:
     """Raise `ValueError` if the backbone has too few positions for a history and the item after it."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(model.config.text_config, "max_position_embeddings", None)
     needed = 1 + (max_items + 1) * (model.layout.num_levels + 1)
     if longest is not None and needed > longest:
         raise ValueError(
-            f"Expected positions for max_items={max_items} and the item after them, {needed}, found a backbone of {longest}. "
-            "Take fewer items, or more positions (max_position_embeddings)."
+            f"Expected positions for max_items={max_items} and the item after them, {needed}, found a backbone of "
+            f"{longest}. Take fewer items, or more positions (max_position_embeddings)."
         )

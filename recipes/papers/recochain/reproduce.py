@@ -1,14 +1,16 @@
 """RecoChain on prepared data: what ranking adds to the beams, one command a row of the table.
 
-    python -m recipes.papers.recochain.reproduce --data_dir data --row default --seed 0     # trains both stages, or goes on
-    python -m recipes.papers.recochain.reproduce --data_dir data --collect recochain    # recipes/papers/recochain/results/recochain.json and .png
+    python -m recipes.papers.recochain.reproduce --data_dir data --row default --seed 0     # trains both stages, or
+    goes on python -m recipes.papers.recochain.reproduce --data_dir data --collect recochain    #
+    recipes/papers/recochain/results/recochain.json and .png
 
 Our reading (arXiv 2604.25787): stage I on generation and the item-level score, stage II on the model's own beams with
 sub-histories. Leave-one-out, items are scored over the whole catalog; the weights of the fusion are chosen for every
-number of beams on validation by NDCG@10, test reports. `oracle` is what a perfect ranking of the candidates would reach.
-Where users come back to items (Taobao), their own may be listed (the default), recency is a baseline, and the results are
-also told for targets that are in the history (repeat) and that are not (explore); elsewhere `--exclude_history` keeps them
-out, of the beams of stage II as well. A stage I is trained once for all rows that share it.
+number of beams on validation by NDCG@10, test reports. `oracle` is what a perfect ranking of the candidates would
+reach. Where users come back to items (Taobao), their own may be listed (the default), recency is a baseline, and the
+results are also told for targets that are in the history (repeat) and that are not (explore); elsewhere
+`--exclude_history` keeps them out, of the beams of stage II as well. A stage I is trained once for all rows that
+share it.
 """
 
 import json
@@ -29,10 +31,16 @@ from recipes.common.run_tracking import command, made_by, one_process
 from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice, load_checkpoint
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.recochain.report import COLUMNS, RETIRED_ROWS, collect
-from recipes.training.arguments import LLAMA
 from tokenization import SemanticIdTokenizer
 
-SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 1024,
+}
 BASE = {
     "window": 7,
     "batch_share": 1.0,  # of stage I's rows a step
@@ -52,7 +60,8 @@ BASE = {
 ROWS: dict[str, dict] = {
     "default": {},
     **{f"k{count}": {"retrieved": count} for count in (0, 1, 5, 20)},
-    # As many items a step, and so as many steps, as with a window of 7 (the default's, unless `--window` gives it another).
+    # As many items a step, and so as many steps, as with a window of 7 (the default's, unless `--window` gives it
+    # another).
     **{f"window{items}": {"window": items, "batch_share": 8 / (items + 1)} for items in (7, 31, 127)},
     "history-detached": {"detach": True},
     "long": {"second_times": 3},
@@ -162,17 +171,15 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     ]
     for name in ("dense_loss_weight", "weight_decay"):
         shared += [] if getattr(args, name) is None else [f"--{name}={getattr(args, name)}"]
+    shared += ["--ranking_targets", NEXT_TARGET] if row["paper"] else []
     return [*shared, *([] if row["learned"] else ["--embedding_table_size=0"])]
 
 
-def config_fields(row: dict, stage: int) -> str:
-    """`--config_fields` of a stage: what of the model's config has no argument of its own."""
-    fields = {"ranking_targets": [NEXT_TARGET]} if row["paper"] else {}
-    if stage == 2:
-        fields |= {} if row["inject"] else {"inject_target": False}
-        fields |= {} if row["dense_score"] else {"rank_by_dense_score": False}
-        fields |= {"stop_gradient_dense_score": True} if row["stop_gradient_dense_score"] else {}
-    return f"--config_fields={json.dumps(fields)}"
+def stage_two_flags(row: dict) -> list[str]:
+    """Flags by which the ablations of stage II differ."""
+    flags = [] if row["inject"] else ["--inject_target=False"]
+    flags += [] if row["dense_score"] else ["--rank_by_dense_score=False"]
+    return flags + (["--stop_gradient_dense_score=True"] if row["stop_gradient_dense_score"] else [])
 
 
 def train_stage_one(args: ReproduceArguments) -> Path:
@@ -185,7 +192,6 @@ def train_stage_one(args: ReproduceArguments) -> Path:
     one = [
         *shared_arguments(args),
         f"--output_dir={Path(args.output_dir) / name}",
-        config_fields(row, stage=1),
         "--ranking_loss_weight=0",
         "--negatives_per_item=0",
         f"--num_train_epochs={args.epochs * row['first_times']}",
@@ -212,7 +218,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--stop_gradient_history={row['detach']}",
         f"--freeze_base_model={row['freeze']}",
         f"--num_train_beams={args.num_train_beams}",
-        config_fields(row, stage=2),
+        *stage_two_flags(row),
         # The paper sums its loss of codes over an item's levels; ours is their mean.
         *([f"--ranking_loss_weight={1 / tokenizer.num_levels}"] if row["paper"] else []),
         f"--max_long_items={args.max_long_items}",
@@ -244,7 +250,9 @@ def means(of_users: dict[str, np.ndarray], chosen: np.ndarray | slice = slice(No
 
 
 def gain(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """How much more the second list reaches for the same users, and the standard error of that difference over users."""
+    """
+    How much more the second list reaches for the same users, and the standard error of that difference over users.
+    """
     found = {}
     for name in COLUMNS:
         difference = second[name] - first[name]
@@ -258,9 +266,9 @@ def gain(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[st
 
 def calibration(found: dict[str, torch.Tensor], targets: torch.Tensor, num_bins: int = 10) -> dict:
     """
-    What the ranking says is the probability of a candidate to come next, and how often it did: means in bins of equally many
-    candidates, and their mean distance (expected calibration error). `held`: only of users whose target is a candidate, as in
-    training.
+    What the ranking says is the probability of a candidate to come next, and how often it did: means in bins of
+    equally many candidates, and their mean distance (expected calibration error). `held`: only of users whose target
+    is a candidate, as in training.
     """
     there = found["item_indices"] >= 0
     hits = (found["item_indices"] == targets[:, None]) & there
@@ -304,7 +312,9 @@ def measure(
     found: dict[str, dict[str, torch.Tensor]],
     num_ranked: int = 0,
 ) -> dict:
-    """Generation, ranked and oracle of what `search` returned, and what validation chose; `num_ranked` as `fused_lists`."""
+    """
+    Generation, ranked and oracle of what `search` returned, and what validation chose; `num_ranked` as `fused_lists`.
+    """
     targets = {name: torch.tensor(split["target"][:]).long() for name, split in splits.items()}
     repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
 
@@ -341,8 +351,8 @@ def measure(
 
 def run(args: ReproduceArguments) -> None:
     """
-    Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there already. What
-    validation chose of what was measured now becomes the checkpoint's own default.
+    Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there
+    already. What validation chose of what was measured now becomes the checkpoint's own default.
     """
     one_process()
     work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None

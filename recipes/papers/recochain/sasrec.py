@@ -1,12 +1,13 @@
-"""SASRec's task as a baseline: one code an item, a softmax of all items at every position, no ranking and no embeddings.
+"""SASRec's task as a baseline: one code an item, a softmax of all items at every position, no ranking and no
+embeddings.
 
-    python -m recipes.prepare --atomic True ... --output_dir runs/beauty/atomic        # of the tables of another folder
-    python -m recipes.papers.recochain.sasrec --data_dir runs/beauty/atomic --output_dir runs/beauty/sasrec
+    python -m recipes.prepare --atomic True ... --output_dir runs/beauty/atomic        # of the tables of another
+    folder python -m recipes.papers.recochain.sasrec --data_dir runs/beauty/atomic --output_dir runs/beauty/sasrec
 
-SASRec (Kang and McAuley 2018, arXiv 1808.09781) with the full cross-entropy that later work gives it, as this model without
-its other parts. Every setting is trained with the first seed and validation chooses by NDCG@10, the chosen one then with the
-others; test reports. A finished training is not run again. Writes `sasrec.json`, which `recipes.papers.recochain.reproduce --collect`
-puts beside its rows where it finds it in `OUTPUT_DIR/sasrec`.
+SASRec (Kang and McAuley 2018, arXiv 1808.09781) with the full cross-entropy that later work gives it, as this model
+without its other parts. Every setting is trained with the first seed and validation chooses by NDCG@10, the chosen
+one then with the others; test reports. A finished training is not run again. Writes `sasrec.json`, which
+`recipes.papers.recochain.reproduce --collect` puts beside its rows where it finds it in `OUTPUT_DIR/sasrec`.
 """
 
 import json
@@ -23,8 +24,6 @@ from recipes.common.run_tracking import command, made_by, one_process
 from recipes.evaluation.inference import Measurement, candidates, load_checkpoint, load_metric
 from recipes.papers.recochain.reproduce import SMALL
 from tokenization import SemanticIdTokenizer
-
-FIELDS = {"tie_word_embeddings": True}
 
 
 @dataclass
@@ -51,7 +50,7 @@ def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: i
         f"--data_dir={args.data_dir}",
         f"--output_dir={Path(args.output_dir) / name}",
         f"--text_config={args.text_config}",
-        f"--config_fields={json.dumps(FIELDS)}",
+        "--tie_word_embeddings=True",
         f"--max_items={args.max_items}",
         f"--num_train_epochs={args.epochs}",
         f"--per_device_train_batch_size={args.batch_size}",
@@ -89,8 +88,8 @@ def run(args: SasrecArguments) -> dict:
     tokenizer = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     if tokenizer.num_levels != 1:
         raise ValueError(
-            f"Expected one code an item, found {tokenizer.num_levels} in {args.data_dir}. Prepare the tables again with --atomic "
-            "True, into another folder."
+            f"Expected one code an item, found {tokenizer.num_levels} in {args.data_dir}. Prepare the tables again "
+            "with --atomic True, into another folder."
         )
     tried = []
     for learning_rate, dropout in product(args.learning_rates, args.embedding_dropouts):

@@ -1,23 +1,23 @@
 """Trains on the streamed rows of TAOBAO-MM with the stock `Trainer`, after `python -m recipes.papers.taobao.prepare`.
 
-    python -m recipes.papers.taobao.train --tables runs/taobao/tables --data_dir runs/taobao --output_dir runs/taobao/training \
-        --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
-    python -m recipes.papers.taobao.train --tables runs/taobao/tables --data_dir runs/taobao --output_dir runs/taobao/second \
-        --init_from runs/taobao/training/checkpoint --num_retrieved_items 10 --num_train_beams 20 \
-        --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
+    python -m recipes.papers.taobao.train --tables runs/taobao/tables --data_dir runs/taobao --output_dir
+        runs/taobao/training \ --max_steps 300 --per_device_train_batch_size 32 --learning_rate 2e-3 --logging_steps 25
+    python -m recipes.papers.taobao.train --tables runs/taobao/tables --data_dir runs/taobao --output_dir
+        runs/taobao/second \ --init_from runs/taobao/training/checkpoint --num_retrieved_items 10 --num_train_beams 20
+        \ --max_steps 300 --per_device_train_batch_size 32 --learning_rate 5e-4 --logging_steps 25
 
-Every argument of `transformers.TrainingArguments` is taken but `--num_train_epochs`: the stream has no end, `--max_steps`
-count. A row is the last `--max_items` items of a user and the clicked one (RecoChain reads 32 tokens: 6 items here). With
-`--num_retrieved_items` (the second command: RecoChain's stage II, from a stage I) it carries the last `--max_long_items`
-items as well, of which every candidate is ranked with its sub-history.
+Every argument of `transformers.TrainingArguments` is taken but `--num_train_epochs`: the stream has no end,
+`--max_steps` count. A row is the last `--max_items` items of a user and the clicked one (RecoChain reads 32 tokens: 6
+items here). With `--num_retrieved_items` (the second command: RecoChain's stage II, from a stage I) it carries the
+last `--max_long_items` items as well, of which every candidate is ranked with its sub-history.
 
 In memory are the model, with its catalog's codes and trie, pages of the user table and a buffer of `--shuffle_rows`
 rows; the item embeddings, of which item vectors are made, stay the mapped file. The learned table of items, the other
-part of those vectors, has `--embedding_table_size` rows, shared by hashing. After training, when the model is saved, the
-first `--eval_rows` rows of the test split are read: Recall@5 of beam search and ranking over the whole catalog beside
-that of the five last distinct items, each also for the clicks that repeat the history and those that explore. A second
-run of the same command resumes from the last checkpoint in `--output_dir` (one is kept; it holds the embeddings, too),
-evaluates what was trained, or does nothing if that is done; one with other arguments is refused.
+part of those vectors, has `--embedding_table_size` rows, shared by hashing. After training, when the model is saved,
+the first `--eval_rows` rows of the test split are read: Recall@5 of beam search and ranking over the whole catalog
+beside that of the five last distinct items, each also for the clicks that repeat the history and those that explore.
+A second run of the same command resumes from the last checkpoint in `--output_dir` (one is kept; it holds the
+embeddings, too), evaluates what was trained, or does nothing if that is done; one with other arguments is refused.
 """
 
 import json
@@ -52,13 +52,12 @@ from recipes.papers.taobao.tables import (
     table_shards,
     user_histories,
 )
-from recipes.training.arguments import CONFIG_FIELDS, from_json, named
+from recipes.training.arguments import ARCHITECTURE, OBJECTIVE, from_json, named, split_config_fields
 from recipes.training.collator import TrainingCollator
 from recipes.training.loss_parts import LossParts
 from recipes.training.model_init import create_model
 from tokenization import SemanticIdTokenizer
 from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
-from tokenization.vocabulary_layout import VocabularyLayout
 
 LLAMA = {
     "model_type": "llama",
@@ -122,33 +121,41 @@ def build_model(
     embeddings stays one. `ValueError` if the checkpoint is of other items.
     """
     second_stage = args.num_retrieved_items > 0 or args.num_train_beams > 0
-    fields = {
-        "num_retrieved_items": args.num_retrieved_items,
-        "num_train_beams": args.num_train_beams,
-        "max_items": args.max_items,
-        "max_long_items": args.long_items or None,
-        "exclude_history": False,  # users come back to items
-        "negatives_per_item": 0.0 if second_stage else args.negatives_per_item,
-        "dense_loss_weight": args.dense_loss_weight,
-        **named(args.config_fields, CONFIG_FIELDS, "config_fields"),
-    }
+    fields = split_config_fields(
+        {
+            "num_retrieved_items": args.num_retrieved_items,
+            "num_train_beams": args.num_train_beams,
+            "negatives_per_item": 0.0 if second_stage else args.negatives_per_item,
+            "dense_loss_weight": args.dense_loss_weight,
+            **named(args.config_fields, (*ARCHITECTURE, *OBJECTIVE), "config_fields"),
+        }
+    )
     codes, embeddings = torch.from_numpy(np.array(codes)), torch.from_numpy(embeddings)
+    model = model_of(args, codes, embeddings, codebook_sizes, fields)
+    serving = model.generation_config
+    serving.exclude_history = False  # users come back to items
+    serving.max_items, serving.max_long_items = args.max_items, args.long_items or None
+    return model
+
+
+def model_of(
+    args: TaobaoTrainArguments, codes: torch.Tensor, embeddings: torch.Tensor, codebook_sizes: list[int], fields: dict
+) -> UniGRFForCausalLM:
+    """Create the model with the config's `fields`, or load it from `args.init_from`."""
     if args.init_from is not None:
         model = UniGRFForCausalLM.from_pretrained(args.init_from, **fields)
         if not torch.equal(model.catalog.item_codes, codes):
             raise ValueError(
-                f"expected a checkpoint of the {len(codes):,} items in {args.data_dir}, found {model.config.num_items:,} items, "
-                f"or other codes, in {args.init_from}: start from one that was trained on this data"
+                f"expected a checkpoint of the {len(codes):,} items in {args.data_dir}, found "
+                f"{model.config.num_items:,} items, or other codes, in {args.init_from}: start from one that was "
+                "trained on this data"
             )
         model.set_catalog(codes, embeddings)
         return model
-    layout = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes))
     config = UniGRFConfig(
         text_config=from_json(args.text_config, "text_config"),
         codebook_sizes=codebook_sizes,
-        code_offsets=list(layout.code_offsets),
         behaviors=list(BEHAVIORS),
-        behavior_token_ids=list(layout.behavior_token_ids),
         num_items=len(codes),
         content_embedding_dim=embeddings.shape[1],
         int8_content_embeddings=True,
@@ -161,19 +168,26 @@ def build_model(
 
 
 def keep_embeddings(catalog: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
-    """A hook before loading: a checkpoint's embeddings are the same, and would be written over the map, into private memory."""
+    """
+    A hook before loading: a checkpoint's embeddings are the same, and would be written over the map, into private
+    memory.
+    """
     state_dict[f"{prefix}content_embeddings"] = catalog.content_embeddings
 
 
 def item_map(data_dir: Path, codes: np.ndarray) -> Path | None:
-    """The tokenizer's folder, if recipes.papers.taobao.prepare made one. `ValueError` if it does not spell items by these codes `[N, 4]`."""
+    """
+    The tokenizer's folder, if recipes.papers.taobao.prepare made one. `ValueError` if it does not spell items by
+    these codes `[N, 4]`.
+    """
     folder = data_dir / "tokenizer"
     if "tokenizer" not in json.loads((data_dir / "stages.json").read_text()):
         return None  # what lies there may be of codes that were made again
     if not np.array_equal(read_tensors(folder / SEMANTIC_IDS_FILE)[0].get("item_codes"), codes):
         raise ValueError(
-            f"expected a tokenizer of the {len(codes):,} items and their codes in {data_dir}, found another in {folder}: take the "
-            "stage tokenizer out of stages.json and run recipes.papers.taobao.prepare --tokenizer again"
+            f"expected a tokenizer of the {len(codes):,} items and their codes in {data_dir}, found another in "
+            f"{folder}: take the stage tokenizer out of stages.json and run recipes.papers.taobao.prepare "
+            "--tokenizer again"
         )
     return folder
 
@@ -217,23 +231,25 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
     stages = data_dir / "stages.json"
     if not stages.exists() or "test rows" not in json.loads(stages.read_text()):
         raise ValueError(
-            f"expected a finished run of recipes.papers.taobao.prepare in {data_dir}, found none: run it, or go on with it"
+            f"expected a finished run of recipes.papers.taobao.prepare in {data_dir}, found none: run it, or go on "
+            "with it"
         )
     measured = json.loads((data_dir / "measured.json").read_text())
     if training_args.num_train_epochs:
         rows, batch = measured["train rows"]["rows"], rows_a_step(training_args)
         steps = math.ceil(training_args.num_train_epochs * rows / batch)
         raise ValueError(
-            f"expected --max_steps, found --num_train_epochs {training_args.num_train_epochs}: the stream has no end. An epoch is "
-            f"{rows:,} rows, {batch} a step, so pass --max_steps {steps} instead"
+            f"expected --max_steps, found --num_train_epochs {training_args.num_train_epochs}: the stream has no "
+            f"end. An epoch is {rows:,} rows, {batch} a step, so pass --max_steps {steps} instead"
         )
     one_device(training_args)
     if training_args.world_size > 1:
         raise ValueError(
-            f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared out"
+            f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared "
+            "out"
         )
-    # How long a stage took is no part of what is trained on. The tokenizer is saved beside the model, if there is one: to make
-    # it later changes no training.
+    # How long a stage took is no part of what is trained on. The tokenizer is saved beside the model, if there is
+    # one: to make it later changes no training.
     done = json.loads(stages.read_text()).items()
     made = {name: stage["arguments"] for name, stage in done if name != "tokenizer"}
     asked = {"model": asdict(args), "training": training_args.to_dict(), "stages": made}
@@ -274,7 +290,9 @@ def rows_a_step(training_args: TrainingArguments) -> int:
 def fit(
     model: UniGRFForCausalLM, args: TaobaoTrainArguments, training_args: TrainingArguments, codebook_sizes: list[int]
 ) -> dict:
-    """Trains the model, resuming where the last run stopped, and saves it; returns what `training_log.json` keeps of it."""
+    """
+    Trains the model, resuming where the last run stopped, and saves it; returns what `training_log.json` keeps of it.
+    """
     data_dir, out = Path(args.data_dir), Path(training_args.output_dir)
     tokenizer = item_map(data_dir, model.catalog.item_codes.numpy(force=True))
     rows = stream_rows(args.tables, data_dir, "train", codebook_sizes, args.max_items, args.long_items)
@@ -305,7 +323,8 @@ def fit(
         recommender.save_pretrained(out / "checkpoint")
     else:
         print(
-            "the checkpoint has no item map: `recipes.papers.taobao.prepare --tokenizer` makes one, to be saved into the same folder"
+            "the checkpoint has no item map: `recipes.papers.taobao.prepare --tokenizer` makes one, to be saved into "
+            "the same folder"
         )
         trainer.save_model(str(out / "checkpoint"))
     return {

@@ -1,14 +1,16 @@
 """UniGRF on MovieLens-1M: retrieval alone, ranking alone, both, and both with each module, one command a row.
 
-    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone llama --seed 0    # trains, or goes on
-    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone hstu-time         # as hstu, with times
-    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --refit True --epochs 13 --variant refit
-    python -m recipes.papers.unigrf.reproduce --collect          # recipes/papers/unigrf/results/unigrf_ml1m.json and .png, then recipes.results.tables
+    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone llama --seed 0    # trains,
+    or goes on python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone hstu-time
+    # as hstu, with times python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --refit True --epochs 13
+    --variant refit python -m recipes.papers.unigrf.reproduce --collect          #
+    recipes/papers/unigrf/results/unigrf_ml1m.json and .png, then recipes.results.tables
 
-Leave-one-out over the rated movies, items are scored over the whole catalog without the user's own; a like is a rating of 4
-or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC on validation (of
-what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a run that broke off goes on
-from its last checkpoint, a finished one is not run again. `--refit` trains on what was held out for validation too,
+Leave-one-out over the rated movies, items are scored over the whole catalog without the user's own; a like is a
+rating of 4 or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC
+on validation (of what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a
+run that broke off goes on from its last checkpoint, a finished one is not run again. `--refit` trains on what was
+held out for validation too,
 with settings that a run without it has chosen: nothing is chosen then, the last epoch is tested.
 """
 
@@ -38,7 +40,7 @@ from recipes.evaluation.inference import Measurement, batches, load_metric
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.unigrf.report import collect
 from recipes.training.adaptive_weighter import AdaptiveWeighter
-from recipes.training.arguments import CONFIG_FIELDS, named
+from recipes.training.arguments import ARCHITECTURE, OBJECTIVE, named, split_config_fields
 from recipes.training.collator import TrainingCollator
 from recipes.training.enhancer import OPEN_OPTIONS, EnhancerOptions, RankingDrivenEnhancer
 from recipes.training.loss_parts import LossParts
@@ -150,8 +152,8 @@ def check_targets(
     splits: DatasetDict, tokenizer: SemanticIdTokenizer, liked: list[str], is_ranked: bool
 ) -> dict[str, int]:
     """
-    How many held-out items never occur in training, by split. Raises `ValueError`, before anything is trained, if all held-out
-    items of a split are liked, or none, so that a ranker could not be measured.
+    How many held-out items never occur in training, by split. Raises `ValueError`, before anything is trained, if all
+    held-out items of a split are liked, or none, so that a ranker could not be measured.
     """
     unseen = {}
     for name in ("validation", "test"):
@@ -159,8 +161,8 @@ def check_targets(
         behaviors = {tokenizer.behaviors[behavior] for behavior in splits[name].unique("target_behavior")}
         if is_ranked and (behaviors <= set(liked) or not behaviors & set(liked)):
             raise ValueError(
-                f"Expected liked and disliked items among those held out for {name}, found only {sorted(behaviors)}: there is no "
-                "AUC. Take more users, or --row retrieval."
+                f"Expected liked and disliked items among those held out for {name}, found only {sorted(behaviors)}: "
+                "there is no AUC. Take more users, or --row retrieval."
             )
     users, (validation, test) = len(splits["train"]), unseen.values()
     print(f"{users:,} users, {tokenizer.num_items:,} movies; held out and never in training: {validation} and {test}")
@@ -171,18 +173,19 @@ def check_targets(
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset) -> dict:
     """
     HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split. With one code
-    an item the output before the target scores every item, which is all of `generate`, and one that scores as others do stands
-    in their middle; else the beams of `recommend` do, and what is none of them counts nothing. One cache serves the ranking.
+    an item the output before the target scores every item, which is all of `generate`, and one that scores as others
+    do stands in their middle; else the beams of `recommend` do, and what is none of them counts nothing. One cache
+    serves the ranking.
     """
     layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
-    liked, is_ranked = model.config.ranking_targets, model.config.ranking_loss_weight > 0
+    liked, is_ranked = model.config.ranking_targets, model.config.training_config.ranking_loss_weight > 0
     how = Measurement(max_items=MAX_ITEMS, batch_size=128 if layout.num_levels == 1 else 32)
     for rows, users, inputs in batches(model, tokenizer, split, how, "measuring"):
         targets = torch.tensor([user["target"] for user in users], device=model.device)
         cache, own = DynamicCache(), [user["items"] for user in users]
         states = model.prefill(**inputs, cache=cache)
         if layout.num_levels == 1:
-            logits = model.code_logits(states, layout.level_slice(0)).float()
+            logits = model.scorer.code_logits(states, layout.level_slices[0]).float()
             score = logits.gather(1, targets[:, None])
             for row, items in enumerate(own):
                 logits[row, items] = -torch.inf
@@ -230,7 +233,8 @@ class LeaveOneOutTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self.model.eval()
         found = self.measure()
-        chosen_by = {"ndcg@10": self.model.config.generation_loss_weight, "auc": self.model.config.ranking_loss_weight}
+        objective = self.model.config.training_config
+        chosen_by = {"ndcg@10": objective.generation_loss_weight, "auc": objective.ranking_loss_weight}
         found["score"] = sum(found[name] for name, weight in chosen_by.items() if weight)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(logs)
@@ -248,27 +252,26 @@ def build_config(args: ReproduceArguments, tokenizer: SemanticIdTokenizer, embed
     if embedding_dim:
         fields |= {"content_embedding_dim": embedding_dim, "embedding_table_size": tokenizer.num_items}
         fields["history_item_representations"] = True
+    else:
+        fields |= {"embedding_table_size": 0, "history_item_representations": False}
     is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
-    config = UniGRFConfig(
-        **tokenizer.config_fields(),
-        text_config=BACKBONES[args.backbone],
-        max_items=MAX_ITEMS,
-        **{
-            "code_negatives": args.code_negatives,
-            "ranking_targets": liked_behaviors(args, tokenizer),
-            "ranking_weight": 0.0,
-            "ranking_dropout": 0.1,
-            "embedding_dropout": 0.0 if is_hstu else 0.2,
-            "ranking_loss_weight": args.ranking_loss_weight,
-            **fields,
-            **named(args.config_fields or "{}", CONFIG_FIELDS, "config_fields"),
-        },
-    )
-    trained = (config.generation_loss_weight > 0, config.ranking_loss_weight > 0)
-    if trained != (args.row != "ranking", args.row != "retrieval"):
+    fields = {
+        "code_negatives": args.code_negatives,
+        "ranking_targets": liked_behaviors(args, tokenizer),
+        "embedding_dropout": 0.0 if is_hstu else 0.2,
+        "ranking_loss_weight": args.ranking_loss_weight,
+        "dense_loss_weight": 0.0,
+        "negatives_per_item": 0.0,
+        **fields,
+        **named(args.config_fields or "{}", (*ARCHITECTURE, *OBJECTIVE), "config_fields"),
+    }
+    text_config = BACKBONES[args.backbone]
+    config = UniGRFConfig(**tokenizer.config_fields(), text_config=text_config, **split_config_fields(fields))
+    weights = (config.training_config.generation_loss_weight, config.training_config.ranking_loss_weight)
+    if tuple(weight > 0 for weight in weights) != (args.row != "ranking", args.row != "retrieval"):
         raise ValueError(
-            f"Expected weights of the losses that --row {args.row} trains, found {config.generation_loss_weight} of "
-            f"generation and {config.ranking_loss_weight} of ranking. Take --row retrieval or ranking for a task alone."
+            f"`--config_fields` must have weights of the losses that --row {args.row} trains, got {weights[0]} of "
+            f"generation and {weights[1]} of ranking. Take --row retrieval or ranking for a task alone."
         )
     return config
 
@@ -358,6 +361,8 @@ def run(args: ReproduceArguments) -> None:
     train_rows = history_rows(histories, tokenizer, MAX_ITEMS, crops_per_epoch=1, **times)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
     model = create_model(config, torch.from_numpy(tokenizer.item_codes.copy()), embeddings)
+    model.generation_config.max_items = MAX_ITEMS
+    model.generation_config.ranking_weight = 0.0
 
     # Training
     callbacks, collator = build_callbacks(args, model, tokenizer, histories)
@@ -402,8 +407,8 @@ def check_arguments(args: ReproduceArguments) -> None:
         raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
     if args.behaviors == "rating" and ROWS[args.row].get("enhancer"):
         raise ValueError(
-            "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two are "
-            "likes."
+            "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two "
+            "are likes."
         )
 
 
