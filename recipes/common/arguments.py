@@ -54,6 +54,7 @@ def parse_arguments(
     for dataclass_type in dataclass_types:
         if not issubclass(dataclass_type, TrainingArguments):
             move_inherited_options(parser, dataclass_type)
+    parser._action_groups.sort(key=lambda group: group.title == TRAINER_GROUP)  # its hundred options come last
     parser.set_defaults(**(defaults or {}))
     words = sys.argv[1:] if arguments is None else list(arguments)
     return parser.parse_args_into_dataclasses([current_flag(word, parser) for word in words])
