@@ -1,8 +1,9 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The model: a decoder-only backbone, one head that generates items and one that ranks them.
+"""The model: a decoder-only backbone, a head that generates items and a head that ranks them.
 
-Where to look: `scoring_unigrf.py` (heads and scores), `objective_unigrf.py` (training), `recommendation_unigrf.py`
-(rank and recommend), `generation_unigrf.py` (generate), `shared_prefix_unigrf.py` (beams and candidates on one cache).
+Heads and scores are in `scoring_unigrf.py`, training in `objective_unigrf.py`, `rank` and `recommend` in
+`recommendation_unigrf.py`, `generate` in `generation_unigrf.py`. Beams and candidates share a history's cache by
+`shared_prefix_unigrf.py`.
 """
 
 import inspect
@@ -44,22 +45,24 @@ from .trie_unigrf import CatalogTrie
 @dataclass
 class UniGRFCausalLMOutput(CausalLMOutputWithPast):
     """
+    The output of `UniGRFForCausalLM`. Losses that are not computed are None.
+
     Args:
-        loss (`torch.FloatTensor` of shape `()`): The weighted sum of the losses below (`config.training_config`), in
-            training times `model.task_weights` (retrieval, ranking).
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the next token. A code's
-            probability is the softmax over its own level's slice. None in training with labels, where they would cost
-            more than the loss.
-        cache, hidden_states, attentions: As in every causal model of transformers. In training they also cover the
-            negatives behind the sequence.
+        loss (`torch.FloatTensor` of shape `()`): The weighted sum of the losses below (`config.training_config`). In
+            training, `model.task_weights` multiply the losses of retrieval and of ranking.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Logits of the next token. A
+            code's probability is the softmax over the slice of its level. None in training with labels, where logits
+            would cost more than the loss.
+        cache, hidden_states, attentions: The same as in every causal model of transformers. In training they also
+            cover the negatives behind the sequence.
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
         dense_loss (`torch.FloatTensor` of shape `()`): Sampled-softmax loss of the next item among all items (or
             8,192 of them).
         contrastive_loss (`torch.FloatTensor` of shape `()`): Contrastive sequence loss of each row's last item among
             itself and the row's hard negatives.
-        gradient_norms (`torch.FloatTensor` of shape `(2,)`): Of generation and ranking loss, at the backbone's
-            output; in training with `model.measures_gradients`.
+        gradient_norms (`torch.FloatTensor` of shape `(2,)`): Gradient norms of generation and ranking loss at the
+            backbone's output; in training with `model.measures_gradients`.
     """
 
     generation_loss: torch.FloatTensor | None = None
@@ -70,13 +73,14 @@ class UniGRFCausalLMOutput(CausalLMOutputWithPast):
 
 
 class UniGRFPreTrainedModel(PreTrainedModel):
-    """Initial weights, and what transformers must know of all UniGRF models."""
+    """The initial weights of all UniGRF models, and their properties for transformers."""
 
     config_class = UniGRFConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = False  # packed candidates need 4-D masks
+    # Packed candidates need 4-D masks.
+    _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = False
@@ -97,15 +101,21 @@ class UniGRFPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as every model of transformers; also takes 0.1's names of weights (until 0.3)."""
+        """Load a model as every model of transformers; also accept 0.1's names of weights (until 0.3)."""
         kwargs["key_mapping"] = OLD_WEIGHTS | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = []  # else `save_pretrained` would write the old names again
+        # Else `save_pretrained` would write the old names again.
+        model._weight_conversions = []
         return loaded
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
-        """Resize as every model of transformers. Raises `ValueError` if tokens of items would be left out."""
+        """
+        Resize the token embeddings as every model of transformers.
+
+        Raises:
+            ValueError: if the new embeddings would lack tokens of items.
+        """
         needed = self.config.num_item_tokens
         if new_num_tokens is not None and new_num_tokens < needed:
             raise ValueError(
@@ -115,18 +125,18 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-# Backbones that take position_ids and go by a token's place in its row all the same.
+# These backbones take position_ids, but go by places in a row.
 PLACED_BY_ROW = ("gpt_neo", "opt")
-# Config fields of backbones that go by places in a row, or that see later tokens.
+# Backbones with these fields go by places, or see later tokens.
 REFUSED = {"alibi": (True,), "is_decoder": (False,), "use_bidirectional_attention": (True, "all")}
 
 
 class UniGRFModel(UniGRFPreTrainedModel):
-    """The backbone alone: hidden states and cache of a token sequence."""
+    """The backbone alone: token sequence -> hidden states and cache."""
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
-        # By type: a copy of this code that was loaded from a folder has an HSTU class of its own.
+        # Compare types: code loaded from a folder has its own HSTU class.
         is_hstu = config.text_config.model_type == HSTUConfig.model_type
         self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
         self._check_backbone()
@@ -147,7 +157,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
             )
 
     def get_input_embeddings(self):
-        """The backbone's token embeddings."""
+        """Return the backbone's token embeddings."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
@@ -169,20 +179,20 @@ class UniGRFModel(UniGRFPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
-        Run the backbone as every decoder of transformers. Position ids that are not given are counted on the 2-D
-        `attention_mask`, so that a left-padded row is read as if it were alone.
+        Run the backbone as every decoder of transformers.
+
+        Without `position_ids`, positions count the tokens of a 2-D `attention_mask`: padding takes no position.
 
         Args:
-            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of each
-                token's event in seconds, -1 where not known; for a backbone that reads times.
-            item_representations (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`,
-                *optional*): Added to the embeddings. A model with `config.history_item_representations` needs them
-                where `input_ids` hold behaviors:
-                `UniGRFForCausalLM` makes them (`scorer.history_representations(input_ids)`).
+            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Times in seconds; -1: unknown.
+            item_representations (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`, *optional*): Added to
+                the embeddings. With `config.history_item_representations`, `input_ids` with behaviors need them.
+                `UniGRFForCausalLM` makes them by `scorer.history_representations(input_ids)`.
 
         Raises:
             ValueError: for timestamps that the backbone does not read, and without needed item representations.
         """
+        # Times and positions.
         if timestamps is not None:
             if not self.config.reads_times:
                 raise ValueError(
@@ -193,6 +203,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        # Embeddings, with the item representations.
         if self.config.history_item_representations and input_ids is not None and item_representations is None:
             behaviors = input_ids.new_tensor(self.config.behavior_token_ids)
             if torch.isin(input_ids, behaviors).any():
@@ -218,10 +229,11 @@ class UniGRFModel(UniGRFPreTrainedModel):
 
 
 class UniGRFItemModel(UniGRFPreTrainedModel):
-    """The parts of the model: backbone, heads and the catalog of items, which is saved with the weights."""
+    """The parts of the model: backbone, heads, and the catalog of items, which is saved with the weights."""
 
     def __init__(self, config: UniGRFConfig):
-        config.check()  # again: `from_pretrained(..., num_retrieved_items=10)` changes a checked config
+        # `from_pretrained(..., num_retrieved_items=10)` changes a checked config.
+        config.check()
         super().__init__(config)
         self.model = UniGRFModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -237,20 +249,22 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
 
     @property
     def scorer(self) -> ItemScorer:
-        """What turns states into scores of codes and items."""
+        """The functions that turn states into scores of codes and items."""
         return ItemScorer(self.config, self.layout, self.catalog, self.lm_head, self.item_encoder, self.ranking_head)
 
     @property
     def _embeddings_name(self) -> str:
-        """Name of the token embeddings, which each backbone calls in its own way."""
+        """Name of the token embeddings, which differs between backbones."""
         embeddings = self.get_input_embeddings()
         return next(name for name, module in self.named_modules() if module is embeddings)
 
     @property
     def modules_to_save(self) -> list[str]:
         """
-        For `peft.LoraConfig(modules_to_save=...)`: all that is task-specific, that is heads, token embeddings and
-        item encoder. An adapter of a trained model may leave a large item encoder out.
+        The task-specific modules, for `peft.LoraConfig(modules_to_save=...)`.
+
+        These are the heads, the token embeddings and the item encoder. An adapter of a trained model may leave a large
+        item encoder out.
         """
         encoder = ["item_encoder"] if self.config.has_item_representations else []
         block = [] if self.candidate_block is None else ["candidate_block"]
@@ -258,8 +272,10 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
 
     def freeze_base_model(self) -> None:
         """
-        Freeze everything but the candidate block and the ranking head without its dense-retrieval score: a stage II
-        then leaves generation and dense retrieval as they are.
+        Freeze all weights but those of the candidate block and of the ranking head.
+
+        The head's dense-retrieval score is frozen, too: a stage II then leaves generation and dense retrieval as they
+        are.
         """
         for name, parameter in self.named_parameters():
             ranks = name.startswith(("ranking_head.", "candidate_block."))
@@ -270,13 +286,13 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         Set the items that exist. Call it once, before training, with the tokenizer's `item_codes`.
 
         Args:
-            item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): A row is an item index.
+            item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Codes of each item; row i is item i.
             content_embeddings (`torch.FloatTensor` of shape `(num_items, config.content_embedding_dim)`, *optional*):
-                As int8 with `config.int8_content_embeddings`; may then be a mapped file, which is read where items
-                are looked up.
+                Content embeddings of the items, int8 with `config.int8_content_embeddings`. An int8 tensor may be a
+                mapped file, which the model reads item by item. None: for `content_embedding_dim=0`.
 
         Raises:
-            ValueError: for shared or impossible codes, wrong shapes, NaN. Nothing changes then.
+            ValueError: for shared or impossible codes, wrong shapes and NaN. The catalog stays unchanged then.
         """
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
         self.catalog.replace(torch.as_tensor(item_codes), content_embeddings)
@@ -286,17 +302,21 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         """
         Add items behind the existing ones. The model generates and ranks them without training.
 
-        The last codebook grows if a code asks for it: its new tokens start at the mean of the level's rows. Only then
-        do generation scores of old items change, since the level's softmax has more alternatives. With a sampling
-        bias the `"next"` logits of all items fall: one of more items comes next.
+        The last codebook grows if a new code exceeds it. Its new tokens start at the mean of the level's rows.
+        Generation scores of old items change in this case alone, since the level's softmax has further alternatives.
+        With a sampling bias, the `"next"` logits of all items fall, since the catalog is larger.
 
         Args:
-            item_codes (`torch.IntTensor` of shape `(n, num_levels)`): As `tokenizer.add_items` returns them.
-            content_embeddings (`torch.FloatTensor` of shape `(n, config.content_embedding_dim)`, *optional*)
+            item_codes (`torch.IntTensor` of shape `(n, num_levels)`): Codes of the new items, from
+                `tokenizer.add_items`.
+            content_embeddings (`torch.FloatTensor` of shape `(n, config.content_embedding_dim)`, *optional*): Content
+                embeddings of the new items. None: for `content_embedding_dim=0`.
 
         Raises:
-            ValueError: as `set_catalog`, and for new rows in a layer that an adapter holds. Nothing changes then.
+            ValueError: for the reasons of `set_catalog`, and for new rows in a layer that an adapter holds. The model
+                stays unchanged then.
         """
+        # The catalog with the new items.
         item_codes = torch.as_tensor(item_codes)
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
         catalog, config = self.catalog, self.config
@@ -306,10 +326,11 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         if content_embeddings is not None:
             new_embeddings = content_embeddings.to(catalog.content_embeddings)
             all_embeddings = torch.cat([catalog.content_embeddings, new_embeddings])
+
+        # The layers that grow.
         sizes = [*config.codebook_sizes[:-1], max(config.codebook_sizes[-1], int(item_codes[:, -1].max()) + 1)]
-        has_row_per_item = (
-            config.embedding_table_size == config.num_items
-        )  # hashing shares the rows of a smaller table
+        # Hashing shares the rows of a smaller table.
+        has_row_per_item = config.embedding_table_size == config.num_items
         grown = [self.item_encoder, self.item_encoder.table] if has_row_per_item else []
         grown += [self.get_input_embeddings(), self.lm_head] if sizes != config.codebook_sizes else []
         if not all(isinstance(layer, nn.Embedding | nn.Linear | UniGRFItemEncoder) for layer in grown):
@@ -318,7 +339,9 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
                 f"{[type(layer).__name__ for layer in grown]}. Merge the adapter first (`merge_and_unload()`), then "
                 "add the items."
             )
-        trie = CatalogTrie(all_codes, sizes)  # raises before anything changes
+
+        # The trie raises errors before the model changes.
+        trie = CatalogTrie(all_codes, sizes)
         if sizes != config.codebook_sizes:
             self._grow_last_level(sizes)
         if has_row_per_item:
@@ -342,16 +365,16 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
 
 
 class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
-    """Generate and rank items with one backbone."""
+    """The whole model, which generates and ranks items with a single backbone."""
 
-    # Factors of the losses of retrieval and of ranking, which a callback may change during training.
+    # Factors of the retrieval and ranking losses; a callback may change them.
     task_weights: tuple[float, float] = (1.0, 1.0)
-    # Whether a forward in training returns `gradient_norms`, at a second backward through the heads.
+    # Whether training returns `gradient_norms`, by a second backward through the heads.
     measures_gradients: bool = False
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
-        # Explicit, so that nothing comes from a backbone's own file; transformers drops a derived one on save.
+        # transformers would derive one from the backbone and drop it on save.
         self.generation_config = GenerationConfig()
         defaults = generation_defaults(config) | getattr(config, "old_serving_fields", {})
         self.generation_config.update(**defaults, allow_custom_entries=True)
@@ -375,38 +398,39 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         **kwargs,
     ) -> UniGRFCausalLMOutput:
         """
-        Predict the next token; with `labels`, compute the losses of `config.training_config`. A row may then hold
-        several histories, each with its `<bos>`, which are read as if each were alone. With `num_retrieved_items` or
-        `num_train_beams`, candidates of each row's last item are ranked (RecoChain, stage II).
+        Predict the next token; with `labels`, compute the losses of `config.training_config`.
+
+        With labels, a row may hold several histories, each with its `<bos>` and read as if it were alone. With
+        `num_retrieved_items` or `num_train_beams`, the loss ranks candidates of each row's last item (RecoChain, stage
+        II).
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): `input_ids` with -100
-                where nothing is to be learned; shifted inside. Not with `label_smoothing_factor`, by which `Trainer`
-                replaces the loss.
-            timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): As `UniGRFModel`
-                takes them. `target_timestamps`, the same, gives the times of the events that the outputs predict; by
-                default the next tokens'.
-            long_history (`dict`, *optional*): With labels and `num_retrieved_items`: `items`, `behaviors`,
-                `timestamps` as in `recommend`, of what the user did BEFORE the last supervised item. Later items
-                would leak the answer.
-            item_sets (`dict`, *optional*): With labels: `hard_negatives`, `excluded_positives`, `candidates`,
-                `blocked_items`, each `[batch_size, n]` item indices, -1 for none. `ItemSets` says what they do.
-            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): Positions of `logits`: the last ones, or
-                these; 0: all.
-            num_items_in_batch (`int`, *optional*): Supervised tokens of the whole accumulated batch, as `Trainer`
-                passes it. The loss is this micro-batch's share of it. (Candidates are weighted by that share: exactly
-                as without accumulation where micro-batches have equally many supervised tokens a row.)
+            labels (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): `input_ids`, with -100 at tokens that
+                are no targets; shifted inside. Do not set `label_smoothing_factor`: `Trainer` would replace the loss.
+            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Times in seconds; -1: unknown.
+                `target_timestamps`, of the same shape, are the times of the events that the outputs predict. Without
+                them: the times of the next tokens.
+            long_history (`dict`, *optional*): With labels and `num_retrieved_items`: `items`, `behaviors` and
+                `timestamps` of `recommend`, from BEFORE the last supervised item. Later items would leak the answer.
+            item_sets (`dict`, *optional*): With labels: the fields of `ItemSets`, each `[batch_size, n]` item indices,
+                -1 for none.
+            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): Number of last positions with `logits`, or the
+                positions themselves. 0: all positions.
+            num_items_in_batch (`int`, *optional*): Supervised tokens of an accumulated batch, from `Trainer`. The loss
+                is this micro-batch's share of them. The share also weights candidates: results equal those without
+                accumulation if micro-batches have equally many supervised tokens a row. None: no accumulation.
 
         Raises:
-            ValueError: if a supervised item is not in the catalog, or the other inputs do not fit labels, config and
-                each other.
+            ValueError: for a supervised item outside the catalog, and inputs that do not fit labels or config.
         """
+        # The arguments, by today's names.
         kwargs = convert_old_inputs(kwargs) if kwargs else kwargs
         long_history = kwargs.pop("long_history", long_history)
         item_sets = kwargs.pop("item_sets", item_sets)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         target_timestamps = kwargs.pop("target_timestamps", None)
-        targets = kwargs.pop("shift_labels", None)  # given where the sequence is spread over devices
+        # A sequence that is spread over devices comes with `shift_labels`.
+        targets = kwargs.pop("shift_labels", None)
         if labels is not None and targets is None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
@@ -429,12 +453,14 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         if "input_ids" in inputs:
             inputs["item_representations"] = scorer.history_representations(inputs["input_ids"])
 
+        # The output: losses, and logits where they are cheap.
         outputs = self.model(**inputs, **kwargs)
         losses = {}
         if supervision is not None:
             losses = objective.losses(outputs.last_hidden_state, supervision, num_items_in_batch)
             if supervision.cache is not None:
-                outputs.cache = None  # Do not return the internal training cache.
+                # Do not return the internal training cache.
+                outputs.cache = None
         logits = None
         if not (losses and self.training):
             states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)
@@ -457,8 +483,9 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         query_time: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         """
-        Run what the cache lacks of the histories, for `rank` or `recommend` to go on with. Arguments as of
-        `recommend`.
+        Run the tokens of the histories that the cache lacks; `rank` or `recommend` continue on this cache.
+
+        The arguments are those of `recommend`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`: the output at the last tokens.
@@ -484,27 +511,26 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         **kwargs,
     ) -> torch.FloatTensor:
         """
-        Rank candidates that see the history and themselves, never each other; with `config.num_retrieved_items`, also
-        their sub-histories. Inputs that are not named here are as of `recommend`.
+        Rank candidates; each sees the history, its sub-history (`config.num_retrieved_items`) and itself.
+
+        Arguments without an entry here are those of `recommend`.
 
         Args:
-            candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
-            cache (`DynamicCache`, *optional*): Of exactly these histories, e.g. from `prefill`. Only the candidates'
-                tokens run then, and the cache is cropped back.
-            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): With `cache`: what
-                `prefill` returned. None: the last token runs again, if the ranking head needs it.
-            candidates_per_pack (`int`, *optional*): Candidates of a history that run at a time: memory grows with it.
-                None: 64 on a CPU, 1,024 elsewhere.
+            candidates (`torch.LongTensor` of shape `(batch_size, N)`): Item indices of the candidates.
+            cache (`DynamicCache`, *optional*): A cache of exactly these histories, e.g. from `prefill`. Only the
+                candidates' tokens run then, and the cache is cropped back. None: the histories run, too.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): With `cache`: the
+                result of `prefill`. None: the last token runs again, if the ranking head needs it.
+            candidates_per_pack (`int`, *optional*): Candidates of a history that run at a time; memory grows with
+                this number. None: 64 on a CPU, 1,024 elsewhere.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
-            `config.ranking_targets`. `sigmoid` gives the probability that the item, of all items (of the beams, after
-            a stage II on these), comes next
-            (`"next"`), or that the behavior follows if the item is shown.
+            `config.ranking_targets`. For `"next"`, `sigmoid` gives the probability that this of all items comes next
+            (this of the beams, after a stage II on beams). For a behavior: that it follows if the item is shown.
 
         Raises:
-            ValueError: if a candidate is not in the catalog, the cache is not of these histories, or as `recommend`
-                does.
+            ValueError: for candidates outside the catalog, another cache, and the reasons of `recommend`.
         """
         inputs = {"query_time": query_time, "long_history": long_history, **convert_old_inputs(kwargs)}
         if strange := sorted(set(inputs) - {"query_time", "long_history"}):
@@ -516,9 +542,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         return rank_candidates(*parts, history, candidates, cache, history_states, candidates_per_pack)
 
     def serving_options(self, generation_config: GenerationConfig | None = None, **overrides) -> ServingOptions:
-        """
-        The options by which `recommend` serves: `generation_config` (None: the model's own), and `overrides` of it.
-        """
+        """Return the options of `recommend`: those of `generation_config` (None: the model's), with `overrides`."""
         generation_config = self.generation_config if generation_config is None else generation_config
         return ServingOptions.from_generation_config(generation_config, self.config, overrides)
 
@@ -538,38 +562,35 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         **overrides,
     ) -> UniGRFRecommendation:
         """
-        Recommend the next items of each history: one prefill, beams on its cache, ranking on the same cache, and the
-        fused score `log P(item | history) + ranking_weight * log sigmoid(rank) + dense_weight * dense score`
-        (RecoChain, inference). PEFT's prompt learning has no effect here and in `rank`: only its own `forward` and
-        `generate` add virtual tokens.
+        Recommend the next items of each history (RecoChain, inference).
+
+        Beams and their ranking run on the cache of one prefill. The list is sorted by the fused score, `log P(item |
+        history) + ranking_weight * log sigmoid(rank) + dense_weight * dense score`. PEFT's prompt learning has no
+        effect here and in `rank`: only its `forward` and `generate` add virtual tokens.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): None: all but the padding
-                tokens.
-            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): The time of each token's event,
-                for a backbone
-                that reads times (`hstu` with `num_time_buckets`), in seconds from any origin; -1 where not known.
-            query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): When the next item is asked for.
-                None: at the time of the last event.
-            long_history (`dict`, *optional*): With `config.num_retrieved_items`: all that each user did, oldest
-                first. `items` `[batch_size, H]`, item indices, -1 for none; `behaviors`, the same, indices into
-                `config.behaviors` (not needed if there is one); `timestamps`, the same, beside `timestamps`; -1, the
-                default, where not known.
-            allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): They
-                hold inside
-                the search: no beam is spent on an item that may not be shown.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): 1 at the tokens that exist.
+                None: all tokens but padding exist.
+            timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Event times in seconds from any
+                origin; -1: unknown. Only for a backbone that reads times (`hstu` with `num_time_buckets`).
+            query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): In seconds. None: the last event's.
+            long_history (`dict`, *optional*): With `config.num_retrieved_items`: the whole history of each user,
+                oldest first, as tensors `[batch_size, H]`. `items`: item indices, -1 for none. `behaviors`: indices
+                into `config.behaviors`, not needed for a single behavior. `timestamps`: seconds, -1 (the default):
+                unknown.
+            allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): The
+                only items to recommend, and items never to recommend. The search spends no beam on other items.
             catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
-                `model.catalog.subset(items)`. Histories may hold any item.
-            cache (`DynamicCache`, *optional*): Holds the first tokens of these histories, or none; holds all of them
-                afterwards.
-            generation_config (`GenerationConfig`, *optional*): None: the model's own.
-            overrides: Fields of `ServingOptions` (`num_beams`, `num_return_sequences`, `ranking_weight`, ...) for
-                this call.
+                `model.catalog.subset(items)`. Histories may hold any item. None: the whole catalog.
+            cache (`DynamicCache`, *optional*): A cache of the first tokens of these histories, or an empty cache. It
+                holds all tokens afterwards. None: a new cache.
+            generation_config (`GenerationConfig`, *optional*): None: the model's `generation_config`.
+            overrides: Fields of `ServingOptions` (`num_beams`, `ranking_weight`, ...) for this call.
 
         Raises:
-            ValueError: for histories that no item can follow, unknown items, options out of range, lists that leave
-                no item.
+            ValueError: for histories that no item can follow, unknown items, options out of range, and lists that
+                leave no item.
         """
         inputs = {"query_time": query_time, "long_history": long_history}
         if overrides:

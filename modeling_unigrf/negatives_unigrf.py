@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""What a batch with labels supervises, and the negatives that stand beside it."""
+"""The supervised items of a batch with labels, and their negatives."""
 
 from dataclasses import dataclass
 
@@ -19,10 +19,10 @@ class SupervisedItems:
     The n items of a batch whose behavior is a label, row by row.
 
     Args:
-        rows, positions (`torch.LongTensor` of shape `(n,)`): Row, and position of the item's last code.
+        rows, positions (`torch.LongTensor` of shape `(n,)`): Row and position of each item's last code.
         items (`torch.LongTensor` of shape `(n,)`): Item indices.
         history_ends (`torch.LongTensor` of shape `(n,)`): Position of the bos or behavior before the item.
-        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors that follow.
+        behaviors (`torch.LongTensor` of shape `(n,)`): Token ids of the behaviors on the items.
     """
 
     rows: torch.LongTensor
@@ -32,7 +32,7 @@ class SupervisedItems:
     behaviors: torch.LongTensor
 
     def select(self, mask: torch.BoolTensor) -> "SupervisedItems":
-        """The items where `mask [n]` is True."""
+        """Select the items where `mask [n]` is True."""
         return SupervisedItems(*(column[mask] for column in vars(self).values()))
 
 
@@ -42,11 +42,11 @@ class LastItems:
     The last supervised item of each of B rows.
 
     Args:
-        items (`torch.LongTensor` of shape `(batch_size,)`): -1 in a row without one.
-        history_ends (`torch.LongTensor` of shape `(batch_size,)`): Where the history before it ends; 0 in a row
-            without one.
-        behaviors (`torch.LongTensor` of shape `(batch_size,)`): Token id of the behavior on it; 0 in a row without
-            one.
+        items (`torch.LongTensor` of shape `(batch_size,)`): Item indices; -1 in a row without an item.
+        history_ends (`torch.LongTensor` of shape `(batch_size,)`): Positions at which the histories before the items
+            end; 0 in a row without an item.
+        behaviors (`torch.LongTensor` of shape `(batch_size,)`): Token ids of the behaviors on the items; 0 in a row
+            without an item.
     """
 
     items: torch.LongTensor
@@ -57,18 +57,22 @@ class LastItems:
 @dataclass
 class PackedNegatives:
     """
-    M items packed behind the histories of each row, each placed after some position of it: random negatives first,
-    then hard negatives, which stand before the row's last supervised item.
+    M items packed behind the histories of each row: random negatives, then hard negatives.
+
+    Each negative continues the history up to some position. Hard negatives continue the history before the row's last
+    supervised item.
 
     Args:
-        tokens, position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`)
-        attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`)
+        tokens, position_ids (`torch.LongTensor` of shape `(batch_size, M * L)`): Token ids and positions of the
+            negatives.
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, M * L, T + M * L)`): True at the tokens that each
+            token of a negative sees.
         items (`torch.LongTensor` of shape `(batch_size, M)`): Item indices.
-        history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each is placed.
-        is_random (`torch.BoolTensor` of shape `(batch_size, M)`): The random negatives that count. Left out are draws
-            of the true next item or an excluded positive, and the excess in rows with fewer items than the fullest
-            one.
-        is_hard (`torch.BoolTensor` of shape `(batch_size, M)`): The hard negatives that exist.
+        history_ends (`torch.LongTensor` of shape `(batch_size, M)`): Position after which each negative stands.
+        is_random (`torch.BoolTensor` of shape `(batch_size, M)`): True at the random negatives that count. Draws of
+            the true next item or an excluded positive do not count. Excess draws in rows with fewer items than the
+            fullest row do not count, either.
+        is_hard (`torch.BoolTensor` of shape `(batch_size, M)`): True at the hard negatives that exist.
     """
 
     tokens: torch.LongTensor
@@ -83,19 +87,22 @@ class PackedNegatives:
 @dataclass
 class Supervision:
     """
-    What the losses need beside the backbone's output.
+    The inputs of the losses beside the backbone's output.
 
     Args:
         targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
-        items (`SupervisedItems`)
-        sequence_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Which history of its
-            row a token belongs to, and which tokens exist. None with a mask, positions or cache of the caller's own.
-        item_sets (`ItemSets`, *optional*), negatives (`PackedNegatives`, *optional*)
-        cache (`DynamicCache`, *optional*): Of the histories, where candidates of the last items are ranked.
-        long_history (`LongHistory`, *optional*)
-        target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*)
+        items (`SupervisedItems`): The supervised items.
+        sequence_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): The number of each
+            token's history in its row, and 1 at tokens that exist. None with the caller's mask, positions or cache.
+        item_sets (`ItemSets`, *optional*): Further items of the rows. None: the caller has none.
+        negatives (`PackedNegatives`, *optional*): The packed negatives. None: no negatives are packed.
+        cache (`DynamicCache`, *optional*): The histories' cache, for candidates of the last items. None: no
+            candidates are ranked.
+        long_history (`LongHistory`, *optional*): Source of the candidates' sub-histories. None: no sub-histories.
+        target_timestamps (`torch.LongTensor` of shape `(batch_size, >= T)`, *optional*): The times of the events that
+            the outputs predict, in seconds. None: no times.
         trie (`CatalogTrie`, *optional*): The items that exist.
-        negatives_per_item (`float`): Random negatives of each supervised item.
+        negatives_per_item (`float`, defaults to 0.0): Random negatives of each supervised item.
     """
 
     targets: torch.LongTensor
@@ -115,17 +122,23 @@ def supervised_items(
     layout: ItemLayout, trie: CatalogTrie, tokens: torch.LongTensor, targets: torch.LongTensor
 ) -> SupervisedItems:
     """
-    Find the supervised items of `tokens [B, T]`, whose next tokens are `targets [B, T]` (-100: not supervised): the
-    last codes whose target is a behavior.
+    Find the supervised items of `tokens [B, T]`: their last codes have a behavior as target.
+
+    Args:
+        layout (`ItemLayout`): The order of the tokens.
+        trie (`CatalogTrie`): The items that exist.
+        tokens (`torch.LongTensor` of shape `(batch_size, T)`): Token ids.
+        targets (`torch.LongTensor` of shape `(batch_size, T)`): The next tokens; -100: not supervised.
 
     Raises:
-        ValueError: if one of them is not in the catalog.
+        ValueError: if a supervised item is not in the catalog, or a row begins with it.
     """
     is_behavior = torch.isin(targets, targets.new_tensor(layout.behavior_token_ids))
     is_behavior &= layout.token_levels(tokens) == layout.num_levels - 1
     places = is_behavior.nonzero()
     rows, positions = places.unbind(dim=1)
-    ends = positions - layout.num_levels  # negative: no token before the item
+    # A negative end: the row has no token before the item.
+    ends = positions - layout.num_levels
     if (ends < 0).any():
         raise ValueError(
             "`labels` must supervise items that follow a <bos> or a behavior, got row "
@@ -152,8 +165,8 @@ def retrieval_positives(
     Select the next tokens `targets [B, T]` and the items that retrieval learns: those of `retrieval_behaviors`.
 
     Returns:
-        The targets, -100 at the codes of other items; the items; the share of the codes that is left. (A mean over
-        what is left times the share is a mean over all, so that gradient accumulation does not change the loss.)
+        The targets, -100 at the codes of other items; the selected items; their share of all codes. (The mean over
+        the selected codes times the share is a mean over all codes: gradient accumulation does not change the loss.)
     """
     names = config.training_config.retrieval_behaviors
     ids = dict(zip(config.behaviors, layout.behavior_token_ids, strict=True))
@@ -165,7 +178,7 @@ def retrieval_positives(
 
 
 def last_items(supervised: SupervisedItems, batch_size: int) -> LastItems:
-    """The last supervised item of each row."""
+    """Find the last supervised item of each row."""
     is_last = torch.ones_like(supervised.rows, dtype=torch.bool)
     is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
     rows = supervised.rows[is_last]
@@ -188,13 +201,20 @@ def pack_negatives(
     generator: torch.Generator | None = None,
 ) -> PackedNegatives:
     """
-    Draw uniform items, as many as a row has supervised items times `negatives_per_item`, and place them behind the
-    histories together with the hard negatives (those of semantic IDs: atomic ids have theirs in the generation loss).
+    Draw random negatives and pack them, with the hard negatives, behind the histories.
+
+    A row has `negatives_per_item` uniform items for each of its supervised items. Hard negatives of semantic IDs are
+    packed; those of atomic ids are in the generation loss.
 
     Args:
-        item_codes (`torch.IntTensor` of shape `(num_items, L)`)
-        position_ids (`torch.LongTensor` of shape `(batch_size, T)`), visible (`torch.BoolTensor` of shape
-            `(batch_size, T, T)`): Of the histories, from the layout.
+        layout (`ItemLayout`): The order of the tokens.
+        item_codes (`torch.IntTensor` of shape `(num_items, L)`): Codes of all items.
+        supervised (`SupervisedItems`): The supervised items.
+        position_ids (`torch.LongTensor` of shape `(batch_size, T)`): Positions of the histories' tokens.
+        visible (`torch.BoolTensor` of shape `(batch_size, T, T)`): Mask of the histories, from `history_mask`.
+        negatives_per_item (`float`): Random negatives of each supervised item. 0: none.
+        item_sets (`ItemSets`): Hard negatives and excluded positives.
+        generator (`torch.Generator`, *optional*): Draws the negatives. None: the global generator.
     """
     batch_size, length = position_ids.shape
     device = position_ids.device
@@ -203,8 +223,9 @@ def pack_negatives(
     next_item[supervised.rows, supervised.history_ends] = supervised.items
     has_next = next_item >= 0
     wanted = (has_next.sum(dim=1) * negatives_per_item).ceil().long()
-    count = max(1, int(wanted.max())) if negatives_per_item else 0  # 1 also in a batch without a supervised item
-    # A row without a supervised item draws anything: `is_random` leaves it out.
+    # A batch without a supervised item has a negative, too.
+    count = max(1, int(wanted.max())) if negatives_per_item else 0
+    # Rows without a supervised item draw, too: `is_random` leaves them out.
     weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
     ends = torch.multinomial(weights, max(1, count), replacement=True, generator=generator)[:, :count]
     items = torch.randint(len(item_codes), (batch_size, count), device=device, generator=generator)
@@ -230,7 +251,7 @@ def pack_negatives(
 def inject_targets(
     candidates: torch.LongTensor, targets: torch.LongTensor, generator: torch.Generator | None = None
 ) -> torch.LongTensor:
-    """Replace a random one of the candidates `[B, N]` by the row's target `[B]` (-1: none), where it is missing."""
+    """Replace a random candidate `[B, N]` by the row's target `[B]` (-1: none), if it is not among them."""
     place = torch.randint(candidates.shape[1], (len(targets), 1), device=targets.device, generator=generator)
     is_missing = (targets >= 0) & (candidates != targets[:, None]).all(dim=1)
     current = candidates.gather(1, place)

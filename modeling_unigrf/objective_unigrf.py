@@ -1,9 +1,9 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """The objective: from a batch with labels to the joint loss that `config.training_config` names.
 
-`Objective.prepare` packs negatives behind the histories; the caller runs the backbone; `Objective.losses` computes
-all losses from its output. With `num_retrieved_items` or `num_train_beams`, the ranking loss is that of RecoChain's
-stage II: candidates of the last item of each row, read on the cache of the histories.
+`Objective.prepare` packs negatives behind the histories. The caller runs the backbone. `Objective.losses` computes all
+losses from its output. With `num_retrieved_items` or `num_train_beams`, the ranking loss is that of RecoChain's stage
+II. It ranks candidates of each row's last item on the cache of the histories.
 """
 
 import math
@@ -25,14 +25,16 @@ from .stage_two_unigrf import last_item_ranking_loss
 
 logger = logging.get_logger(__name__)
 
-CONTRASTIVE_LOSS_WEIGHT = 10.0  # the last item counts as so many codes
+# The last item counts as so many codes.
+CONTRASTIVE_LOSS_WEIGHT = 10.0
 
 
 def sampling_bias(num_items: int, negatives_per_item: float) -> float:
     """
-    Compute the log-odds that random negatives add to the `"next"` logit: how much rarer the next item is among all
-    items than among its negatives. 0 without negatives. (Prior correction for case-control sampling: King and Zeng
-    2001, section 4.1.)
+    Compute the sampling bias: the log-odds that random negatives add to the `"next"` logit.
+
+    The next item is rarer among all items than among its negatives. The bias is 0 without negatives. (Prior correction
+    for case-control sampling: King and Zeng 2001, section 4.1.)
     """
     return math.log(max(1, num_items - 1) / negatives_per_item) if negatives_per_item else 0.0
 
@@ -43,13 +45,11 @@ class Objective:
     The joint loss of a model.
 
     Args:
-        config (`UniGRFConfig`)
-        backbone (`UniGRFModel`), scorer (`ItemScorer`), candidate_block (`UniGRFCandidateBlock`, *optional*): The
-            model's parts.
-        task_weights (`tuple[float, float]`): Factors of the losses of retrieval and of ranking in training, beside
-            the config's weights.
-        measures_gradients (`bool`): Whether training also returns `gradient_norms`, at a second backward through the
-            heads.
+        config (`UniGRFConfig`), backbone (`UniGRFModel`), scorer (`ItemScorer`): Parts of the model.
+        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes candidate blocks. None: without sub-histories.
+        task_weights (`tuple[float, float]`): Factors of the retrieval and ranking losses in training, beside the
+            config's weights.
+        measures_gradients (`bool`): Whether training also returns `gradient_norms`, by a second backward.
     """
 
     config: UniGRFConfig
@@ -65,7 +65,7 @@ class Objective:
         return self.backbone.training
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """The global generator in training. In evaluation a fixed one: its loss must not depend on what ran before."""
+        """Return None (the global generator) in training, a fixed generator in evaluation: its loss must not vary."""
         return None if self.is_training else torch.Generator(device).manual_seed(0)
 
     def prepare(
@@ -77,26 +77,26 @@ class Objective:
         item_sets: dict | None,
     ) -> tuple[dict, Supervision]:
         """
-        Pack the batch.
+        Pack negatives behind the histories of a batch.
 
         Args:
             inputs (`dict`): The backbone's inputs.
-            tokens, targets (`torch.LongTensor` of shape `(batch_size, T)`): The tokens, and the next ones (-100: not
-                supervised).
-            long_history, item_sets: As `UniGRFForCausalLM.forward` takes them.
+            tokens, targets (`torch.LongTensor` of shape `(batch_size, T)`): Tokens and next tokens (-100: no target).
+            long_history, item_sets (`dict`, *optional*): The arguments of `UniGRFForCausalLM.forward`.
 
         Returns:
-            The backbone's inputs as they are to be run, and what `losses` needs.
+            The backbone's new inputs, and the inputs of `losses`.
 
         Raises:
-            ValueError: as `UniGRFForCausalLM.forward` does.
+            ValueError: for the reasons of `UniGRFForCausalLM.forward`.
         """
         layout, trie, training = self.scorer.layout, self.scorer.catalog.trie, self.config.training_config
         items = supervised_items(layout, trie, tokens, targets)
         has_candidates = (item_sets or {}).get("candidates") is not None
         ranks_last = training.ranking_loss_weight > 0 and (has_candidates or self.config.ranks_last_items)
         per_item = 0.0 if ranks_last else self.config.random_negatives_per_item
-        if ranks_last or (long_history and not self.config.num_retrieved_items):  # a model that reads none refuses it
+        # The check rejects a long history that the model does not read.
+        if ranks_last or (long_history and not self.config.num_retrieved_items):
             long_history = check_long_history(
                 self.config, trie.num_items, len(tokens), long_history, "timestamps" in inputs
             )
@@ -126,7 +126,7 @@ class Objective:
 
     @staticmethod
     def _refuse_packing(item_sets: dict | None, packs: bool) -> None:
-        """Raises `ValueError` if something is to be packed behind histories that have places of the caller's own."""
+        """Raise `ValueError` if tokens must be packed behind histories with the caller's mask, positions or cache."""
         names = [name for name in ("hard_negatives", "excluded_positives") if (item_sets or {}).get(name) is not None]
         if packs or names:
             raise ValueError(
@@ -137,14 +137,16 @@ class Objective:
 
     def _pack(self, inputs: dict, supervision: Supervision, position_ids: torch.LongTensor) -> dict:
         """
-        Pack several histories a row, and negatives behind them, into one forward: 4-D mask, position ids, times. Rows
-        of one history without negatives need neither.
+        Make the 4-D mask, the positions and the times of packed histories and negatives.
+
+        Rows of a single history without negatives need no mask.
         """
         layout, sequence_ids = self.scorer.layout, supervision.sequence_ids
         sets, per_item = supervision.item_sets, supervision.negatives_per_item
         if sets is None:
             empty = sequence_ids.new_empty(len(sequence_ids), 0)
             sets = ItemSets(empty, empty)
+        # Mask and positions.
         packs_negatives = per_item or (sets.hard_negatives.shape[1] and layout.num_levels > 1)
         if packs_negatives or sequence_ids.max() > 1:
             mask = layout.history_mask(sequence_ids, supervision.attention_mask)
@@ -162,6 +164,7 @@ class Objective:
             config = self.backbone.language_model.config
             mask = attention_mask_4d(config, mask, position_ids, position_ids, self.backbone.dtype)
             inputs = inputs | {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        # Times.
         if "timestamps" in inputs:
             times, target_times = inputs["timestamps"], inputs.get("target_timestamps")
             if target_times is None:
@@ -176,7 +179,7 @@ class Objective:
         return inputs
 
     def _append(self, inputs: dict, tokens: torch.LongTensor) -> dict:
-        """The token ids or embeddings of `inputs`, with `tokens [B, M * L]` behind them."""
+        """Append `tokens [B, M * L]` to the token ids or embeddings of `inputs`."""
         if "input_ids" in inputs:
             return {"input_ids": torch.cat([inputs["input_ids"], tokens], dim=1)}
         embeddings = self.backbone.get_input_embeddings()(tokens)
@@ -189,11 +192,12 @@ class Objective:
         num_items_in_batch: int | torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """
-        Compute all losses from the backbone's output `[batch_size, T (+ M * L), hidden_size]`. In training, store the
-        sampling bias of this ranking in `config.next_logit_bias`, for inference to take off.
+        Compute all losses from the backbone's output `[batch_size, T (+ M * L), hidden_size]`.
+
+        Training stores the sampling bias in `config.next_logit_bias`, which `rank` subtracts.
 
         Returns:
-            The losses by their names in `UniGRFCausalLMOutput`, detached, and `loss`, the weighted sum.
+            `loss`, the weighted sum; the other losses by their names in `UniGRFCausalLMOutput`, without gradient.
         """
         config, training = self.config, self.config.training_config
         targets, sets = supervision.targets, supervision.item_sets
@@ -202,11 +206,13 @@ class Objective:
         if training.retrieval_behaviors is not None:
             code_targets, positives, share = retrieval_positives(config, self.scorer.layout, targets, positives)
         losses = {}
+        # Generation.
         if training.generation_loss_weight:
             code_negatives, sets_of_codes = (training.code_negatives, sets) if self.is_training else (0, None)
             losses["generation_loss"] = share * generation_loss(
                 self.scorer, of_histories, code_targets, code_negatives, sets_of_codes, self.measures_gradients
             )
+        # Ranking.
         if supervision.cache is not None:
             losses["ranking_loss"] = last_item_ranking_loss(
                 self.backbone,
@@ -218,6 +224,7 @@ class Objective:
             )
         elif training.ranking_loss_weight:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision)
+        # Dense retrieval.
         if training.dense_loss_weight:
             states = hidden_states[positives.rows, positives.history_ends]
             queries = self.scorer.ranking_head.history_query(states)
@@ -247,7 +254,7 @@ class Objective:
         return {"loss": loss, **{name: value.detach() for name, value in losses.items()}, **norms}
 
     def _weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The joint loss. Task weights count in training only, so that evaluation losses can be compared."""
+        """Compute the joint loss; task weights count in training only, so that evaluation losses stay comparable."""
         training = self.config.training_config
         weights = {
             "generation_loss": training.generation_loss_weight,
@@ -263,7 +270,7 @@ class Objective:
         return loss
 
     def _gradient_norms(self, losses: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
-        """Norms of the generation and the ranking loss's gradients at the backbone's output, `[2]`."""
+        """Compute the norms `[2]` of the generation and ranking losses' gradients at the backbone's output."""
         norms = []
         for name in ("generation_loss", "ranking_loss"):
             gradient = None
@@ -273,7 +280,7 @@ class Objective:
         return torch.stack(norms)
 
     def _ranking_loss(self, hidden_states: torch.Tensor, supervision: Supervision) -> torch.Tensor:
-        """The ranking loss of all supervised items and of the random negatives behind them."""
+        """Compute the ranking loss of all supervised items and of the random negatives behind them."""
         supervised, negatives = supervision.items, supervision.negatives
         head, representations = self.scorer.ranking_head, self.scorer.representations
         logits = head(

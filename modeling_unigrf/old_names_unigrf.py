@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The names of version 0.1, which are accepted with a warning until 0.3: delete this file then."""
+"""The names of version 0.1. The model accepts them, with a warning, until 0.3: delete this file then."""
 
 from math import log
 
@@ -40,7 +40,7 @@ SERVING_FIELDS = {
 }
 # Token ids follow from the other fields now.
 DERIVED_FIELDS = ("code_offsets", "behavior_token_ids")
-# Options that are gone, and the value that the code has in their place.
+# Removed options, with the values that the code now has.
 REMOVED_FIELDS = {
     "share_code_negatives": True,
     "given_negative_weight": 30.0,
@@ -70,13 +70,15 @@ OLD_WEIGHTS = {
 
 
 def warn_of_old_names(names: list[str], instead: str) -> None:
-    logger.warning_once(f"{', '.join(names)}: names of unigrf 0.1, which 0.3 will refuse. {instead}")
+    """Log a warning of old `names`, with the advice `instead`."""
+    logger.warning_once(f"{', '.join(names)}: names of unigrf 0.1, which 0.3 will reject. {instead}")
 
 
 def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
     """
-    Takes the fields of a 0.1 config out of `fields`, and sets `config` and its `training_config` by them. Serving
-    fields wait in `config.old_serving_fields` for the model, which has the `generation_config`.
+    Take the fields of a 0.1 config out of `fields`, and set `config` and its `training_config` by them.
+
+    Serving fields wait in `config.old_serving_fields` for the model, which has the `generation_config`.
 
     Raises:
         ValueError: for token ids that do not follow from behaviors and codebook sizes.
@@ -105,12 +107,12 @@ def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
             )
     for name, value in REMOVED_FIELDS.items():
         if old.get(name, value) != value:
-            logger.warning_once(f"{name}={old[name]} has no effect any more: the model does as with {value}.")
+            logger.warning_once(f"{name}={old[name]} has no effect any more: the model always uses {value}.")
     config.old_serving_fields = {new_name: old[name] for name, new_name in SERVING_FIELDS.items() if name in old}
 
 
 def convert_old_overrides(fields: dict) -> dict:
-    """What `from_pretrained` was given to change a config: 0.1's training fields go to `training_config`."""
+    """Convert the fields that `from_pretrained` changes: those of 0.1's training go to `training_config`."""
     training = {new_name: fields[name] for name, new_name in TRAINING_FIELDS.items() if name in fields}
     old_model_fields = [name for name in MODEL_FIELDS if name in fields]
     if not (training or old_model_fields):

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""`pipeline("recommendation")`: histories in the user's own item ids in, recommended items in the same ids out."""
+"""`pipeline("recommendation")`: histories of the user's item ids in, recommended items with the same ids out."""
 
 import torch
 from transformers import AutoModelForCausalLM, Pipeline
@@ -18,7 +18,7 @@ FORWARD = (
     "rerank_top_k",
     "catalog",
 )
-# Scores of `recommend`, and their names in a row of the list.
+# Scores of `recommend`, and their names in an item of the list.
 SCORES = {
     "scores": "score",
     "generation_scores": "generation_score",
@@ -30,21 +30,24 @@ LONG_HISTORY = {"items": "long_items", "behaviors": "long_behaviors", "timestamp
 
 class RecommendationPipeline(Pipeline):
     """
-    Recommend items from histories. Model, codebooks and item map come from one folder or Hub repository.
+    Recommend items from histories. Model, codebooks and item map come from a folder or Hub repository.
 
         recommender = pipeline("recommendation", model=folder, trust_remote_code=True)
         recommender({"items": ["50", "172"], "behaviors": ["like", "like"]})
 
     Parameters, of the constructor or of a call:
-        max_items (`int`, *optional*): Most recent items of a history to encode. None: as `generation_config` says, or
-            as many as fit.
-        unknown (`"error"` or `"skip"`): What to do with an item id that the item map does not have.
-        exclude_history (`bool`, *optional*): Recommend no item of the history. None: as `generation_config` says.
+        max_items (`int`, *optional*): Most recent items of a history to encode. None: the number in
+            `generation_config`, or as many items as fit.
+        unknown (`"error"` or `"skip"`, defaults to `"error"`): Reject or skip item ids that the item map lacks.
+        exclude_history (`bool`, *optional*): Recommend no item of the history. None: the choice in
+            `generation_config`.
         num_beams, num_return_sequences, ranking_weight, ranking_target, dense_weight, num_dense_candidates,
-            rerank_top_k: As in `ServingOptions`.
-        catalog (`CatalogTrie`, *optional*): As in `UniGRFForCausalLM.recommend`.
+            rerank_top_k: The fields of `ServingOptions`. None: the values in `generation_config`.
+        catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
+            `model.catalog.subset(items)`. None: the whole catalog.
 
-    A model with `num_retrieved_items` also searches the history beyond `max_items` (`max_long_items` of it).
+    A model with `num_retrieved_items` also searches the history beyond `max_items`, up to `max_long_items` of its
+    items.
     """
 
     _load_processor = False
@@ -56,7 +59,7 @@ class RecommendationPipeline(Pipeline):
         kwargs = convert_old_inputs(kwargs)
         if strange := sorted(set(kwargs) - {*PREPROCESS, *FORWARD}):
             raise ValueError(
-                f"Parameters must be among {[*PREPROCESS, *FORWARD]}, got {strange}. Is one of them misspelled?"
+                f"Parameters must be among {[*PREPROCESS, *FORWARD]}, got {strange}. Correct or remove them."
             )
         return (
             {name: kwargs[name] for name in PREPROCESS if name in kwargs},
@@ -66,35 +69,37 @@ class RecommendationPipeline(Pipeline):
 
     def __call__(self, inputs, **kwargs):
         """
-        Recommend items for one history or for many.
+        Recommend items for a history or for many histories.
 
         Args:
-            inputs: One history or a list of them (or a torch `Dataset` or generator of them). A history is a list of
-                item ids or a dict with `items` and, if the model knows several behaviors, `behaviors`; for a model
-                that reads times also `timestamps` and `query_time`, seconds. `allowed_items` and `blocked_items`,
-                lists of item ids, restrict the request.
-            batch_size (`int`, *optional*): Histories that run together.
+            inputs: A history or a list of histories (or a torch `Dataset` or generator of histories). A history is a
+                list of item ids, or a dict with `items`. A model of several behaviors also needs `behaviors`. A model
+                that reads times also takes `timestamps` and `query_time`, in seconds. The lists of item ids
+                `allowed_items` and `blocked_items` restrict the request.
+            batch_size (`int`, *optional*): Histories that run together. None: 1.
 
         Returns:
-            A list of dicts for each history, best first: `item_id`, `title` (None without titles), `score` (fused),
-            `generation_score` (log P), `ranking_score` (log sigmoid) and, of a model that has one, `dense_score`. A
-            list of such lists for several histories.
+            A list of dicts for each history, best first, with `item_id`, `title` (None without titles), `score`
+            (fused), `generation_score` (log P) and `ranking_score` (log sigmoid). Models with dense-retrieval scores
+            add `dense_score`. Several histories have a list of such lists.
 
         Raises:
-            ValueError: for unknown items or behaviors, empty histories, misspelled parameters, an allow-list without
-                items.
+            ValueError: for unknown items or behaviors, empty histories, misspelled parameters, and an allow-list
+                without items.
         """
         if isinstance(inputs, (list, tuple)):
             if not inputs:
                 raise ValueError(
                     "`inputs` must be a history or a list of histories, got an empty list. Pass item ids."
                 )
-            is_batch = isinstance(inputs[0], (list, tuple, dict)) or getattr(inputs[0], "ndim", 0) > 0  # an array
+            # A history may be an array.
+            is_batch = isinstance(inputs[0], (list, tuple, dict)) or getattr(inputs[0], "ndim", 0) > 0
             inputs = list(inputs) if is_batch else {"items": list(inputs)}
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=None):
-        """One request -> the inputs of `recommend`."""
+        """Turn a request into the inputs of `recommend`."""
+        # The history.
         request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
         items, config = list(request["items"]), self.model.config
         options = self.model.serving_options(max_items=max_items, exclude_history=exclude_history)
@@ -111,12 +116,16 @@ class RecommendationPipeline(Pipeline):
                 f"A request must hold one history, got {len(encoded['input_ids'])}. Pass a list of histories, each a "
                 "list of ids."
             )
-        if config.reads_times and "timestamps" not in encoded:  # others of the batch may have some
+
+        # Times: other requests of the batch may have some.
+        if config.reads_times and "timestamps" not in encoded:
             encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
         if request.get("query_time") is not None:
             encoded["query_time"] = torch.tensor([request["query_time"]]).long()
         elif "timestamps" in encoded:
             encoded["query_time"] = encoded["timestamps"][:, -1]
+
+        # Item lists, and the long history.
         allowed, blocked = (list(request.get(name) or []) for name in ("allowed_items", "blocked_items"))
         allowed_indices = self._indices(allowed, unknown)
         if request.get("allowed_items") is not None and not allowed_indices.any():
@@ -124,7 +133,8 @@ class RecommendationPipeline(Pipeline):
                 f"`allowed_items` must hold an item that the item map has, got {request['allowed_items']!r}. Leave "
                 "it out to allow all items."
             )
-        if options.exclude_history:  # also what is beyond `max_items`
+        # Block the items beyond `max_items`, too.
+        if options.exclude_history:
             blocked += items
         if config.num_retrieved_items:
             encoded |= self._long_history(request, unknown, options.max_long_items)
@@ -135,18 +145,19 @@ class RecommendationPipeline(Pipeline):
         request = convert_old_request(request)
         if set(request) - set(REQUEST_KEYS) or "items" not in request:
             raise ValueError(
-                f"A history must have `items` and keys among {list(REQUEST_KEYS)}, got {list(request)}. Is one of "
-                "them misspelled?"
+                f"A history must have `items` and keys among {list(REQUEST_KEYS)}, got {list(request)}. Correct or "
+                "remove the others."
             )
         for name in ("items", "allowed_items", "blocked_items"):
-            if isinstance(request.get(name), str):  # Python would read it as a list of one-letter ids
+            # Python would read a string as a list of one-letter ids.
+            if isinstance(request.get(name), str):
                 raise ValueError(
                     f"`{name}` must be a list of item ids, got the string {request[name]!r}. Put it in a list."
                 )
         return request
 
     def _long_history(self, request: dict, unknown: str, max_long_items: int | None) -> dict[str, torch.LongTensor]:
-        """Known items, their behaviors and times, each shifted as `_indices` does, so that padding is no item."""
+        """Return known items, their behaviors and times, each plus one as in `_indices`: padding is no item."""
         encoded = self.tokenizer.encode_history(
             list(request["items"]),
             request.get("behaviors"),
@@ -160,7 +171,8 @@ class RecommendationPipeline(Pipeline):
         behavior_tokens = tokens[1:].view(len(indices), -1)[:, -1:]
         behavior_ids = tokens.new_tensor(self.model.config.behavior_token_ids)
         columns = {"items": indices, "behaviors": (behavior_tokens == behavior_ids).int().argmax(dim=1)}
-        if self.model.config.reads_times:  # others of the batch may have times
+        # Other requests of the batch may have times.
+        if self.model.config.reads_times:
             times = encoded.get("timestamps", torch.full_like(encoded["input_ids"], -1))
             columns["timestamps"] = times[0, 1:].view(len(indices), -1)[:, -1]
         return {
@@ -169,8 +181,10 @@ class RecommendationPipeline(Pipeline):
 
     def _indices(self, item_ids: list, unknown: str) -> torch.LongTensor:
         """
-        A zero, then item indices plus one, `[1, 1 + n]`: the zeros that pad a batch are no items then. `Pipeline`
-        cannot pad a row of no elements, hence the first zero.
+        Return a zero, then item indices plus one, `[1, 1 + n]`.
+
+        The zeros that pad a batch are no items then. `Pipeline` cannot pad a row without elements, hence the first
+        zero.
         """
         indices = torch.as_tensor(self.tokenizer.item_indices(item_ids, unknown=unknown)).long()
         return torch.nn.functional.pad(indices + 1, (1, 0))[None]
@@ -181,17 +195,18 @@ class RecommendationPipeline(Pipeline):
             rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
             if any(len(row) for row in rows):
                 lists[name] = rows
-        if "allowed_items" in lists:  # a request without a list, beside one that has one
+        # A request without a list stands beside a request with a list.
+        if "allowed_items" in lists:
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
         long_history = {name: model_inputs.pop(key) - 1 for name, key in LONG_HISTORY.items() if key in model_inputs}
-        # `preprocess` blocked the whole history, of which the model reads a part.
+        # `preprocess` has blocked the whole history.
         return self.model.recommend(
             **model_inputs, **lists, long_history=long_history or None, **parameters, exclude_history=False
         )
 
     def postprocess(self, model_outputs):
-        """The output of `recommend` for one request -> a list of dicts, best first."""
+        """Turn the output of `recommend` for a request into a list of dicts, best first."""
         item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
         scores = {name: model_outputs[key][0].tolist() for key, name in SCORES.items() if key in model_outputs}
         return [
@@ -205,8 +220,7 @@ class RecommendationPipeline(Pipeline):
         ]
 
 
-# Registration sets this on the installed class. A class from a repository needs it, too: without it, a pipeline that
-# is saved again would name code that it does not bring.
+# A repository's class needs this to save a pipeline with its code.
 RecommendationPipeline._registered_impl = {
     "recommendation": {"impl": RecommendationPipeline, "pt": (AutoModelForCausalLM,)}
 }

@@ -1,7 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""
-Recommendation: candidates from a search, ranked on the search's own cache, their scores fused (RecoChain, inference).
-"""
+"""Recommendation: candidates of a search, ranked on the search's cache, with fused scores (RecoChain, inference)."""
 
 from dataclasses import asdict, dataclass, fields
 
@@ -24,21 +22,27 @@ from .trie_unigrf import CatalogTrie
 @dataclass
 class ServingOptions:
     """
-    How a model is served: fields of `generation_config`, saved in generation_config.json. `recommend` and the
-    pipeline read them there, and take each of them as an argument, too.
+    The options of serving: fields of `generation_config`, saved in generation_config.json.
+
+    `recommend` and the pipeline read them there, and take each of them as an argument, too.
 
     Args:
         num_beams (`int`, defaults to 10): Candidates that the beam search finds for each request.
-        num_return_sequences (`int`, *optional*): Length of the list. None: ten, or as many candidates as are ranked.
-        max_items (`int`, *optional*): Most recent items of a history that the pipeline encodes. None: as many as fit.
+        num_return_sequences (`int`, *optional*): Length of the list. None: ten, or fewer if fewer candidates are
+            ranked.
+        max_items (`int`, *optional*): Most recent items of a history that the pipeline encodes. None: all that fit.
         max_long_items (`int`, *optional*): Most recent items of a long history that the pipeline passes on. None: all.
-        exclude_history (`bool`, defaults to `True`): Recommend no item of the user's own history.
-        ranking_target (`str`, *optional*): The ranking target that orders the list. None: the config's first.
-        ranking_weight (`float`, defaults to 1.0): Weight of the ranking score. 0: leave it out.
-        dense_weight (`float`, defaults to 0.0): Weight of the dense-retrieval score. 0: leave it out.
+        exclude_history (`bool`, defaults to `True`): Recommend no item of the user's history.
+        ranking_target (`str`, *optional*): The ranking target that orders the list. None: the first of the config's
+            `ranking_targets`.
+        ranking_weight (`float`, defaults to 1.0): Weight of the ranking score in the fused score. 0: leave the
+            ranking score out.
+        dense_weight (`float`, defaults to 0.0): Weight of the dense-retrieval score in the fused score. 0: leave the
+            dense-retrieval score out.
         num_dense_candidates (`int`, defaults to 0): Items of the best dense-retrieval score that are ranked beside
-            the beams, by one pass over the whole catalog. 0: beams alone.
-        rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned, the best by the other scores. 0: all.
+            the beams. They cost a pass over the whole catalog. 0: beams alone.
+        rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned: the best by generation and
+            dense-retrieval scores. 0: all beams.
     """
 
     num_beams: int = 10
@@ -64,7 +68,7 @@ class ServingOptions:
         """
         names = [field.name for field in fields(cls)]
         if strange := sorted(set(overrides) - set(names)):
-            raise ValueError(f"Serving options must be among {names}, got {strange}. Is one of them misspelled?")
+            raise ValueError(f"Serving options must be among {names}, got {strange}. Correct or remove them.")
         values = {name: getattr(generation_config, name, None) for name in names}
         values |= {name: value for name, value in overrides.items() if value is not None}
         options = cls(**{name: value for name, value in values.items() if value is not None})
@@ -76,7 +80,7 @@ class ServingOptions:
 
     @property
     def num_ranked_beams(self) -> int:
-        """How many beams are ranked."""
+        """Number of beams that are ranked."""
         return min(self.num_beams, self.rerank_top_k) if self.rerank_top_k else self.num_beams
 
     @property
@@ -85,7 +89,12 @@ class ServingOptions:
         return self.num_ranked_beams + self.num_dense_candidates
 
     def check(self, config: UniGRFConfig) -> None:
-        """Raises `ValueError` for options out of range, or that the model cannot serve."""
+        """
+        Check the options.
+
+        Raises:
+            ValueError: for options out of range, or that the model cannot serve.
+        """
         if self.ranking_target not in config.ranking_targets:
             raise ValueError(
                 f"`ranking_target` must be among {config.ranking_targets}, got {self.ranking_target!r}. Leave it out "
@@ -101,10 +110,9 @@ class ServingOptions:
             )
         if (self.dense_weight or self.num_dense_candidates) and not config.has_dense_scores:
             raise ValueError(
-                f"`dense_weight={self.dense_weight}` and `num_dense_candidates={self.num_dense_candidates}` must be "
-                "0 for a model "
-                f"`dense_weight={self.dense_weight}` and `num_dense_candidates={self.num_dense_candidates}` must be "
-                "embedding_table_size."
+                "`dense_weight` and `num_dense_candidates` must be 0 for a model without a dense-retrieval score, got "
+                f"{self.dense_weight} and {self.num_dense_candidates}. Leave both out, or train a model with the "
+                "ranking target 'next' and content_embedding_dim or embedding_table_size."
             )
         for name in ("max_items", "max_long_items"):
             value = getattr(self, name)
@@ -119,23 +127,24 @@ class ServingOptions:
 
 
 def serving_defaults() -> dict:
-    """The serving options and their defaults, those of None left out."""
+    """Return the serving options whose default is not None, with their defaults."""
     return {name: value for name, value in asdict(ServingOptions()).items() if value is not None}
 
 
 @dataclass
 class UniGRFRecommendation(ModelOutput):
     """
-    The best items of each request, best first. A request with fewer items than asked for is filled up with item -1
-    and scores of -inf.
+    The best items of each request, best first.
+
+    A request with too few items is filled up with item -1 and scores of -inf.
 
     Args:
-        item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Rows of the catalog.
-        scores (`torch.FloatTensor` of shape `(batch_size, R)`): The fused score, `generation_scores + ranking_weight
-            *` `ranking_scores + dense_weight * dense_scores`.
+        item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Item indices.
+        scores (`torch.FloatTensor` of shape `(batch_size, R)`): The fused scores, `generation_scores +
+            ranking_weight * ranking_scores + dense_weight * dense_scores`.
         generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
         ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target's logit.
-        dense_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The dense-retrieval score. None
+        dense_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The dense-retrieval scores. None
             without item representations or the target `"next"`.
     """
 
@@ -148,7 +157,7 @@ class UniGRFRecommendation(ModelOutput):
 
 @dataclass
 class Candidates:
-    """Items `[B, N]`, their log P `[B, N]` (-inf: no item), and the states `[B, N, hidden_size]` that rank them."""
+    """Candidates `[B, N]`, their log P `[B, N]` (-inf: no item), and states `[B, N, hidden_size]` that rank them."""
 
     items: torch.LongTensor
     log_probs: torch.FloatTensor
@@ -156,7 +165,7 @@ class Candidates:
 
 
 def check_catalog_device(catalog: CatalogTrie, device: torch.device) -> None:
-    """Raises `ValueError` for a part of the catalog that was made before the model moved."""
+    """Raise `ValueError` for a part of the catalog on another device, made before the model moved."""
     if catalog.leaf_items.device != device:
         raise ValueError(
             f"`catalog` must be on the model's device {device}, got {catalog.leaf_items.device}. Make it with "
@@ -173,12 +182,18 @@ def make_search_space(
     blocked_items: list | None,
 ) -> SearchSpace:
     """
-    Make the space of a call: a catalog, the call's lists and, with `exclude_history`, nothing of the user's own
-    history.
+    Make the space of a call: a catalog, less the items that the call's lists or the history exclude.
+
+    Args:
+        scorer (`ItemScorer`): The model's heads and whole catalog.
+        catalog (`CatalogTrie`): The catalog to search, or a part of it.
+        history (`History`): The checked histories.
+        exclude_history (`bool`): Exclude the items of each user's history.
+        allowed_items, blocked_items (`list`, *optional*): A list of item indices for each request. None: no lists.
 
     Raises:
-        ValueError: as `ItemFilter` does, for another number of lists than requests, and for a catalog of another
-            device.
+        ValueError: for the reasons of `ItemFilter`, for another number of lists than requests, and for a catalog on
+            another device.
     """
     item_codes, batch_size = scorer.catalog.item_codes, len(history.input_ids)
     check_catalog_device(catalog, item_codes.device)
@@ -209,11 +224,12 @@ def recommend_items(
     options: ServingOptions,
 ) -> UniGRFRecommendation:
     """Recommend the next items of checked histories: see `UniGRFForCausalLM.recommend`."""
+    # Prefill.
     representations = scorer.history_representations(history.input_ids)
     history_states = prefill(backbone, history, representations, cache)
     context = CandidateContext(history.attention_mask.bool(), cache, history.long_history, history.query_time)
     with cache_rollback(cache):
-        # Beams: the search has run all of their codes but the last.
+        # Beams.
         beams = beam_search(
             backbone,
             scorer,
@@ -232,8 +248,9 @@ def recommend_items(
             best = first_scores.topk(options.num_ranked_beams, dim=1).indices
             items, log_probs = items.gather(1, best), log_probs.gather(1, best)
             keys = keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2]))
+        # Their states: the search has run all codes but the last.
         states = read_candidates(backbone, scorer, candidate_block, context, items, keys)[:, :, -1]
-        # Dense candidates: items that the beams do not hold.
+        # Dense candidates: items that are no beams.
         if options.num_dense_candidates:
             dense_items = scorer.top_dense_items(
                 history_states, options.num_dense_candidates, space.trie, space.item_filter
@@ -253,6 +270,7 @@ def fuse(
     scorer: ItemScorer, candidates: Candidates, history_states: torch.FloatTensor, options: ServingOptions
 ) -> UniGRFRecommendation:
     """Rank candidates at history ends `[B, hidden_size]` and list the best by the fused score."""
+    # The three scores.
     target = scorer.config.ranking_targets.index(options.ranking_target)
     logits = scorer.ranking_logits(candidates.states, history_states, candidates.items)[..., target]
     columns = {
@@ -262,17 +280,20 @@ def fuse(
     dense_scores = scorer.dense_scores(history_states, candidates.items)
     if dense_scores is not None:
         columns["dense_scores"] = dense_scores
+
+    # Their fusion: a weight of 0 leaves out even infinite scores.
     weights = {
         "generation_scores": 1.0,
         "ranking_scores": options.ranking_weight,
         "dense_scores": options.dense_weight,
     }
-    # A weight of 0 leaves a score out, also one that is not finite.
     scores = sum(weights[name] * column for name, column in columns.items() if weights[name])
     is_item = candidates.log_probs > -torch.inf
     columns = {
         name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()
     }
+
+    # The list.
     count = options.num_return_sequences
     best_scores, best = columns["scores"].topk(min(count, candidates.items.shape[1]), dim=1)
     best_items = candidates.items.gather(1, best).masked_fill(best_scores == -torch.inf, -1)
@@ -309,7 +330,7 @@ def rank_candidates(
     if is_new or (history_states is None and scorer.has_dense_scores):
         history_states = prefill(backbone, history, scorer.history_representations(history.input_ids), cache)
     if candidates_per_pack is None:
-        # A CPU keeps 64 candidates in its own caches; elsewhere a pack costs its launches.
+        # A CPU's caches hold 64 candidates; elsewhere a pack costs its launches.
         candidates_per_pack = 64 if candidates.device.type == "cpu" else 1024
     context = CandidateContext(history.attention_mask.bool(), cache, history.long_history, history.query_time)
     num_targets = len(scorer.config.ranking_targets)

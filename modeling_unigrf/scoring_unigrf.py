@@ -17,15 +17,18 @@ from .item_lists_unigrf import ItemFilter
 from .layout_unigrf import ItemLayout
 from .trie_unigrf import CatalogTrie
 
-ITEM, RETRIEVED, CANDIDATE = range(3)  # segments of a candidate block
-MAX_LEAVES = 2**16  # items whose representations are in memory at a time
+# Segments of a candidate block.
+ITEM, RETRIEVED, CANDIDATE = range(3)
+# Items whose representations are in memory at a time.
+MAX_LEAVES = 2**16
 
 
 class UniGRFItemEncoder(nn.Module):
     """
-    The representation of an item: its projected content embedding plus a learned row of the embedding table
-    (RecoChain's item token, section 1: a multimodal and a learned part). Items share codes; their representations are
-    their own.
+    The representation of an item: its projected content embedding plus a learned row of the embedding table.
+
+    RecoChain's item token (section 1) also has a multimodal and a learned part. Items share codes, but no
+    representations.
     """
 
     def __init__(self, config: UniGRFConfig):
@@ -33,16 +36,27 @@ class UniGRFItemEncoder(nn.Module):
         width, dim, num_rows = config.hidden_size, config.content_embedding_dim, config.embedding_table_size
         self.proj = nn.Linear(dim, width) if dim and config.project_content_embeddings else None
         self.table = nn.Embedding(num_rows, width) if num_rows else None
-        self.num_rows = num_rows  # an adapter's wrapper of the table has no such number
+        # An adapter's wrapper of the table has no such number.
+        self.num_rows = num_rows
 
     def forward(self, items: torch.LongTensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
         """
-        Item indices `[...]` and content embeddings `[..., D]` -> `[..., hidden_size]`; None if there is neither part.
+        Make the representations of items from their indices and content embeddings.
+
+        The projection may be quantized. Its bias then is a float tensor (bitsandbytes) or a method (torch), which
+        leaves the input as it is.
+
+        Args:
+            items (`torch.LongTensor` of shape `(...)`): Item indices.
+            embeddings (`torch.Tensor` of shape `(..., D)`, *optional*): Content embeddings, floats. None: the items
+                have none.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., hidden_size)`; None if there is neither part.
         """
         representations = None
         if self.proj is not None:
-            # A quantized weight (bitsandbytes) has an integer dtype; its bias has a float one. In torch's own
-            # quantized layers the bias is a method, and the input stays as it is.
+            # Cast to the bias's dtype: a quantized weight's dtype is an integer.
             representations = self.proj(embeddings.to(getattr(self.proj.bias, "dtype", embeddings.dtype)))
         if self.table is None:
             return representations
@@ -61,7 +75,7 @@ class UniGRFItemEncoder(nn.Module):
 
 
 class UniGRFCandidateBlock(nn.Module):
-    """The embeddings behind a candidate's codes: `ITEM(c) R_1 .. R_k CAND(c)`, the R_i being its sub-history."""
+    """The embeddings behind a candidate's codes, `ITEM(c) R_1 .. R_k CAND(c)`; the R_i are its sub-history."""
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
@@ -69,13 +83,18 @@ class UniGRFCandidateBlock(nn.Module):
 
     def forward(self, candidates: torch.Tensor, retrieved: torch.Tensor, behaviors: torch.Tensor) -> torch.Tensor:
         """
+        Make the blocks' embeddings.
+
         Args:
-            candidates (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): Item representations.
-            retrieved (`torch.FloatTensor` of shape `(batch_size, N, k, hidden_size)`): Item representations.
-            behaviors (the same): Embeddings of the behaviors on the retrieved items.
+            candidates (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): Representations of the
+                candidates.
+            retrieved (`torch.FloatTensor` of shape `(batch_size, N, k, hidden_size)`): Representations of the
+                retrieved items.
+            behaviors (`torch.FloatTensor` of shape `(batch_size, N, k, hidden_size)`): Embeddings of the behaviors on
+                the retrieved items.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, N, k + 2, hidden_size)`
+            `torch.FloatTensor` of shape `(batch_size, N, k + 2, hidden_size)`.
         """
         segments = self.segments.weight
         return torch.cat(
@@ -90,8 +109,9 @@ class UniGRFCandidateBlock(nn.Module):
 
 class UniGRFRankingHead(nn.Module):
     """
-    Logits of the ranking targets, from the state that has read the item and from the item's representation. The
-    `"next"` logit also adds (with `config.rank_by_dense_score`) the dense-retrieval score, which a softmax over items
+    The logits of the ranking targets, from the state that has read an item and from the item's representation.
+
+    With `config.rank_by_dense_score`, the `"next"` logit adds the dense-retrieval score, which a softmax over items
     can train.
     """
 
@@ -109,24 +129,28 @@ class UniGRFRankingHead(nn.Module):
         self.adds_dense_score = config.rank_by_dense_score and config.has_dense_scores
 
     def dense_scores(self, history_states: torch.Tensor, representations: torch.Tensor) -> torch.Tensor:
-        """States at the history's end and item representations, both `[..., hidden_size]` -> scores `[...]`."""
+        """Compute scores `[...]` of states at the history's end and representations, both `[..., hidden_size]`."""
         return (self.history_query(history_states) * representations).sum(dim=-1)
 
     def forward(
         self, hidden_states: torch.Tensor, history_states: torch.Tensor, representations: torch.Tensor | None
     ) -> torch.Tensor:
         """
+        Compute the logits of the ranking targets.
+
         Args:
-            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): At the last codes of the items.
-            history_states (the same, or broadcast to it): At the end of the history before each item.
-            representations (the same, *optional*): Of the items.
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): States at the last codes of the items.
+            history_states (`torch.FloatTensor` that broadcasts to this shape): States at the end of the history before
+                each item.
+            representations (`torch.FloatTensor` of shape `(..., hidden_size)`, *optional*): Representations of the
+                items. None: the items have none.
 
         Returns:
             `torch.FloatTensor` of shape `(..., num_ranking_targets)`: logits.
         """
         if self.query is None:
             return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
-        # A perceptron on the sum, and a dot product for each target, which a perceptron is slow to learn.
+        # Add a dot product, which a perceptron is slow to learn.
         queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
         match = (queries * representations[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
         mixed = nn.functional.silu(self.dense(hidden_states + representations))
@@ -141,13 +165,15 @@ class UniGRFRankingHead(nn.Module):
 @dataclass
 class ItemScorer:
     """
-    All that turns states into scores of codes and items: the catalog, and the heads of a model.
+    The functions that turn states into scores of codes and items, by the catalog and the heads of a model.
 
     Args:
-        config (`UniGRFConfig`)
-        layout (`ItemLayout`), catalog (`UniGRFCatalog`)
-        code_head (`nn.Module`): `lm_head`, a linear layer without bias, one row a token.
-        item_encoder (`UniGRFItemEncoder`), ranking_head (`UniGRFRankingHead`)
+        config (`UniGRFConfig`): Configuration of the model.
+        layout (`ItemLayout`): The order of the tokens.
+        catalog (`UniGRFCatalog`): Codes and content embeddings of all items.
+        code_head (`nn.Module`): `lm_head`, a linear layer without bias, with a row for each token.
+        item_encoder (`UniGRFItemEncoder`): Makes item representations.
+        ranking_head (`UniGRFRankingHead`): Makes logits of the ranking targets.
     """
 
     config: UniGRFConfig
@@ -164,7 +190,7 @@ class ItemScorer:
 
     @property
     def code_vectors(self) -> torch.Tensor:
-        """Rows of `code_head`. Raises `ValueError` if an adapter changes its output and not its rows."""
+        """Rows of `code_head`. An adapter that changes its output, but not its rows, raises a `ValueError`."""
         if hasattr(self.code_head, "base_layer"):
             raise ValueError(
                 "`lm_head` must be a plain layer where its weight is read, got an adapter on it (code_similarity="
@@ -174,14 +200,19 @@ class ItemScorer:
         return self.code_head.weight
 
     def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
-        """States `[..., hidden_size]` -> logits of a slice of the tokens `[..., n]`, and of no others."""
-        if type(self.code_head) is not nn.Linear and self.config.code_similarity == "dot":  # an adapter's wrapper
+        """Compute logits `[..., n]` of a slice of the tokens, and of no others, from states `[..., hidden_size]`."""
+        # Run an adapter's wrapper whole.
+        if type(self.code_head) is not nn.Linear and self.config.code_similarity == "dot":
             return self.code_head(states)[..., codes] / self.config.code_temperature
         return self.code_similarity(states, self.code_vectors[codes].T)
 
     def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """
-        States `[..., n, hidden_size]`, rows of `code_head` as columns `[..., hidden_size, m]` -> logits `[..., n, m]`.
+        Compute logits `[..., n, m]` of states and rows of `code_head`.
+
+        Args:
+            states (`torch.Tensor` of shape `(..., n, hidden_size)`): States.
+            vectors (`torch.Tensor` of shape `(..., hidden_size, m)`): Rows of `code_head`, as columns.
         """
         states, vectors = self.comparable(states, vectors, dim=-2)
         return states @ vectors
@@ -194,22 +225,23 @@ class ItemScorer:
         return (states if self.config.code_temperature == 1.0 else states / self.config.code_temperature), vectors
 
     def code_log_probs(self, states: torch.Tensor, level: int) -> torch.FloatTensor:
-        """States `[..., hidden_size]` -> log-probabilities of the codes of a level `[..., num_codes]`, float32."""
+        """Compute log-probabilities `[..., num_codes]` of a level's codes at states `[..., hidden_size]`, float32."""
         return self.code_logits(states, self.layout.level_slices[level]).float().log_softmax(dim=-1)
 
     def item_log_probs(
         self, items: torch.LongTensor, history_states: torch.FloatTensor, states: torch.FloatTensor
     ) -> torch.FloatTensor:
         """
-        Compute `log P(item | history)`.
+        Compute `log P(item | history)`, the generation score.
 
         Args:
-            items (`torch.LongTensor` of shape `(batch_size, N)`)
-            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
-            states (`torch.FloatTensor` of shape `(batch_size, N, >= L - 1, hidden_size)`): At the items' codes.
+            items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): States at the ends of the
+                histories.
+            states (`torch.FloatTensor` of shape `(batch_size, N, >= L - 1, hidden_size)`): States at the items' codes.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, N)`.
+            `torch.FloatTensor` of shape `(batch_size, N)`: sums of log-probabilities.
         """
         codes = self.catalog.item_codes[items].long()
         total = history_states.new_zeros(items.shape, dtype=torch.float32)
@@ -220,23 +252,23 @@ class ItemScorer:
         return total
 
     def content_embeddings(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """
-        Item indices `[...]` -> content embeddings, floats `[..., content_embedding_dim]`; None if the items have none.
-        """
+        """Look up the content embeddings `[..., D]` of items `[...]`, as floats; None if the items have none."""
         if self.catalog.content_embeddings is None:
             return None
         rows = self.catalog.content_embeddings[items]
         return rows / INT8_ONE if rows.dtype == torch.int8 else rows
 
     def representations(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """Item indices `[...]` -> item representations `[..., hidden_size]`; None if the model has none."""
+        """Make the representations `[..., hidden_size]` of items `[...]`; None if the model has none."""
         return self.item_encoder(items, self.content_embeddings(items))
 
     def history_representations(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
         """
-        What `UniGRFModel` adds to the embeddings of `input_ids [B, T]`, `[B, T, hidden_size]`: at every behavior the
-        representation of the item before it, zeros if the catalog lacks it. None without
-        `config.history_item_representations`.
+        Make the item representations that `UniGRFModel` adds to the embeddings of `input_ids [B, T]`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, T, hidden_size)`: at every behavior the representation of the item before
+            it, zeros if the catalog lacks the item. None without `config.history_item_representations`.
 
         Raises:
             ValueError: if a row begins behind an item's codes.
@@ -251,8 +283,9 @@ class ItemScorer:
 
     def dense_scores(self, history_states: torch.FloatTensor, items: torch.LongTensor) -> torch.FloatTensor | None:
         """
-        Dense-retrieval scores of `items [B, N]` at history ends `[B, hidden_size]`: `[B, N]`, float32; None: no such
-        score.
+        Compute the dense-retrieval scores `[B, N]` of `items [B, N]` at history ends `[B, hidden_size]`, float32.
+
+        The result is None for a model without this score.
         """
         if not self.has_dense_scores:
             return None
@@ -262,13 +295,18 @@ class ItemScorer:
         self, history_states: torch.FloatTensor, count: int, trie: CatalogTrie, item_filter: ItemFilter | None
     ) -> torch.LongTensor:
         """
-        The items of a catalog with the best dense-retrieval score, among those that the filter allows.
+        Find the items of a catalog with the best dense-retrieval score, among those that the filter allows.
 
         Args:
-            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): States at the ends of the
+                histories.
+            count (`int`): Most items of each request.
+            trie (`CatalogTrie`): The catalog, or a part of it.
+            item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks. None: allow all
+                items.
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, count)`, or as many as there are; -1 for none.
+            `torch.LongTensor` of shape `(batch_size, min(count, trie.num_items))`: item indices, -1 for none.
         """
         last_level = len(trie.levels) - 1
         queries = self.ranking_head.history_query(history_states)
@@ -290,16 +328,17 @@ class ItemScorer:
         self, states: torch.FloatTensor, history_states: torch.FloatTensor | None, items: torch.LongTensor
     ) -> torch.FloatTensor:
         """
-        Logits of the ranking targets, with the sampling bias of training taken off `"next"`.
+        Compute the logits of the ranking targets, less the sampling bias of `"next"`.
 
         Args:
-            states (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): At the items' last codes, or at the
-                ends of their candidate blocks.
-            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): At the ends of the histories.
-            items (`torch.LongTensor` of shape `(batch_size, N)`)
+            states (`torch.FloatTensor` of shape `(batch_size, N, hidden_size)`): States at the items' last codes, or
+                at the ends of their candidate blocks.
+            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*): States at the ends
+                of the histories. None: for a model without dense-retrieval scores.
+            items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`.
+            `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`, float32.
         """
         ends = None if history_states is None else history_states[:, None]
         logits = self.ranking_head(states, ends, self.representations(items)).float()

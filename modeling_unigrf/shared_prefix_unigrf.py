@@ -1,15 +1,15 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The shared prefix: reading histories once, and many short branches behind each of them on the same cache.
+"""The shared prefix: the backbone reads a history once, and many short branches behind it on the same cache.
 
-Beams and candidates are branches: short sequences after one history, none of which sees another. The branches of a
-history are packed behind it in one row, so that it is read and stored once. `read_branches` attends in one of two
-ways, with equal results:
+Beams and candidates are branches: short sequences that continue a history and do not see each other. They are packed
+behind their history in a single row, so the backbone reads and stores the history once. `read_branches` attends in one
+of two ways, with equal results:
 
-- *Shared prefix (cascade)*: all queries of a request attend its history in one product and each branch its own few
-  tokens in another; their log-sum-exp merges the two. The backbone must hand its keyword arguments down to the
-  attention, which a trial shows.
-- *Packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the branches. For eager
-  attention, training, histories longer than a sliding window, and backbones that hand nothing down.
+- *Shared prefix (cascade)*: all queries of a request attend the history in a single product. A second product attends
+  the few tokens of each branch. Their log-sum-exp merges the two. The backbone must hand its keyword arguments down to
+  the attention, which a trial shows.
+- *Packed mask*: plain attention under a 4-D mask, whose cost grows with the square of the branches. It serves eager
+  attention, training, histories longer than a sliding window, and backbones that hand no arguments down.
 """
 
 from collections.abc import Iterator
@@ -27,25 +27,28 @@ from transformers.masking_utils import sdpa_mask
 
 from .inputs_unigrf import History
 
-MAX_SCORES = 2**24  # attention scores in memory at a time: 64 MiB
-# Named after this module: code loaded from a repository must not replace an installed package's, or the reverse.
+# Attention scores in memory at a time: 64 MiB.
+MAX_SCORES = 2**24
+# Named after the module: a repository's code must not replace installed functions.
 SHARED_PREFIX = f"shared_prefix@{__name__}"
+# The trial of `shares_prefix` switches the attention implementation temporarily.
 TRIAL = Lock()
 
 
 @dataclass
 class Branches:
     """
-    What the attention must know of the branches.
+    The description of the branches that the attention reads.
 
     Args:
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): Which of the cache's first T tokens the branches
-            see.
-        keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache the tokens of each branch are, in
-            order. The last ones are the queries of this forward.
-        mask (`torch.BoolTensor` of shape `(batch_size, N, m)`, *optional*): Which of these tokens the queries see;
-            None: all.
-        reached_attention (`bool`): Set by the attention, where the backbone hands its keyword arguments down.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): True at the tokens that branches see, among the
+            cache's first T.
+        keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Cache positions of each branch's tokens, in order. The
+            last tokens are the queries of this forward.
+        mask (`torch.BoolTensor` of shape `(batch_size, N, m)`, *optional*): True at the branch tokens that queries
+            see. None: they see all.
+        reached_attention (`bool`, defaults to `False`): The attention sets it to True. It stays False if the backbone
+            hands no keyword arguments down.
     """
 
     history_mask: torch.BoolTensor
@@ -68,18 +71,21 @@ def shared_prefix_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attend from branches to a history that they share, exactly. Without `branches` this is sdpa.
+    Attend from branches to the history that they share, exactly. Without `branches` this is sdpa.
 
     Args:
-        query (`torch.FloatTensor` of shape `(batch_size, num_heads, N * s, head_dim)`)
-        key, value (`torch.FloatTensor` of shape `(batch_size, num_key_value_heads, T + branch tokens, head_dim)`)
+        query (`torch.FloatTensor` of shape `(batch_size, num_heads, N * s, head_dim)`): Queries of the branches.
+        key, value (`torch.FloatTensor` of shape `(batch_size, num_key_value_heads, S, head_dim)`): The cache, whose
+            first T tokens are the history and whose others are branch tokens.
+        branches (`Branches`, *optional*): The branches. None: plain attention.
 
     Returns:
-        `(output [batch_size, N * s, num_heads, head_dim], None)`, as transformers' attention functions do.
+        `(output [batch_size, N * s, num_heads, head_dim], None)`, like transformers' attention functions.
     """
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     branches.reached_attention = True
+    # Queries, keys and values, by branch.
     batch_size, num_heads, _, dim = query.shape
     kv_heads, length = key.shape[1], branches.history_mask.shape[1]
     _, count, size = branches.keys.shape
@@ -127,7 +133,7 @@ def shared_prefix_attention(
 
 
 def branch_states(states: torch.Tensor, keys: torch.LongTensor) -> torch.Tensor:
-    """Select, of keys or values `[B, H, S, D]`, those at `keys [B, N, m]`: `[B, H, 1, N, m, D]`."""
+    """Select the states `[B, H, 1, N, m, D]` at `keys [B, N, m]`, among keys or values `[B, H, S, D]`."""
     batch_size, heads, size, dim = states.shape
     rows = torch.arange(batch_size * heads, device=states.device).view(batch_size, heads, 1) * size
     flat = (rows + keys.flatten(1)[:, None]).flatten()
@@ -139,7 +145,7 @@ AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """The window beyond which some layer of a backbone does not see; None: every layer sees everything."""
+    """Return the window beyond which some layer of a backbone does not see; None: no layer has a window."""
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         return None
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -153,14 +159,18 @@ def attention_mask_4d(
     dtype: torch.dtype,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    Make the 4-D mask that a backbone takes: boolean for sdpa, additive for eager attention. A 4-D mask replaces the
-    backbone's sliding window, so it includes the window; if layers differ in it, the result has one mask for each
-    type of layer.
+    Make the 4-D mask that a backbone takes: boolean for sdpa, additive for eager attention.
+
+    A 4-D mask replaces the backbone's sliding window, so it includes the window. If layers differ in their window, the
+    result is a dict with a mask for each type of layer.
 
     Args:
-        config (`PreTrainedConfig`): The backbone's.
-        visible (`torch.BoolTensor` of shape `(batch_size, Q, K)`)
-        query_positions, key_positions (`torch.LongTensor` of shape `(batch_size, Q)` and `(batch_size, K)`)
+        config (`PreTrainedConfig`): The backbone's config.
+        visible (`torch.BoolTensor` of shape `(batch_size, Q, K)`): True at the keys that a query sees, without the
+            window.
+        query_positions (`torch.LongTensor` of shape `(batch_size, Q)`): Positions of the queries.
+        key_positions (`torch.LongTensor` of shape `(batch_size, K)`): Positions of the keys.
+        dtype (`torch.dtype`): Dtype of an additive mask.
     """
 
     def prepared(mask: torch.BoolTensor) -> torch.Tensor:
@@ -179,19 +189,18 @@ def attention_mask_4d(
 
 
 def check_cache(cache: Cache) -> None:
-    """Raises `ValueError` unless tokens can be appended to the cache and taken off again."""
+    """Raise `ValueError` unless tokens can be appended to the cache and cropped off again."""
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
             f"`cache` must be a `DynamicCache()` with plain layers, got {type(cache).__name__} with layers {kinds}. "
-            "Beams and candidates are appended to it and taken off again: pass `DynamicCache()`, or leave the cache "
-            "out."
+            "Pass `DynamicCache()`, or leave the cache out: beams and candidates are appended and cropped off again."
         )
 
 
 @contextmanager
 def cache_rollback(cache: Cache, only_on_error: bool = False) -> Iterator[Cache]:
-    """Crops the cache back to its length on exit; with `only_on_error`, only where an exception is raised."""
+    """Crop the cache back to its length on exit; with `only_on_error`, only after an exception."""
     lengths = [layer.get_seq_length() for layer in cache.layers]
     completed = False
     try:
@@ -199,14 +208,14 @@ def cache_rollback(cache: Cache, only_on_error: bool = False) -> Iterator[Cache]
         completed = True
     finally:
         if not (completed and only_on_error):
-            # Layer by layer: a forward that failed has not reached the last ones.
+            # Layer by layer: a failed forward has not reached the last layers.
             for layer, length in zip_longest(cache.layers, lengths, fillvalue=0):
                 if excess := layer.get_seq_length() - length:
                     layer.crop(-excess)
 
 
 def without_gradient(cache: DynamicCache) -> DynamicCache:
-    """Copies the cache: the same keys and values, into which no gradient flows."""
+    """Copy the cache: the same keys and values, which stop the gradient."""
     copy = DynamicCache()
     for index, layer in enumerate(cache.layers):
         copy.update(layer.keys.detach(), layer.values.detach(), index)
@@ -214,7 +223,7 @@ def without_gradient(cache: DynamicCache) -> DynamicCache:
 
 
 def embed(backbone: PreTrainedModel, token_ids: torch.LongTensor) -> torch.FloatTensor:
-    """Token ids `[...]` -> the backbone's embeddings `[..., hidden_size]`. `backbone`: a `UniGRFModel`."""
+    """Look up the embeddings `[..., hidden_size]` of token ids `[...]` in a backbone, a `UniGRFModel`."""
     return backbone.language_model.get_input_embeddings()(token_ids)
 
 
@@ -225,18 +234,18 @@ def prefill(
     Run the tokens of the histories that the cache lacks. If it lacks none, the last token runs again, on a branch.
 
     Args:
-        backbone (`UniGRFModel`)
-        history (`History`): Of T tokens.
-        representations (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`, *optional*): Added to the
-            embeddings.
-        cache (`DynamicCache`): Holds the first tokens, or none; holds all of them afterwards, unless an exception is
-            raised.
+        backbone (`UniGRFModel`): The model's backbone.
+        history (`History`): The checked histories, of T tokens.
+        representations (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`, *optional*): Item representations
+            that are added to the embeddings. None: no addition.
+        cache (`DynamicCache`): A cache of the first tokens, or an empty cache. It holds all tokens afterwards, except
+            after an exception.
 
     Returns:
-        The output at the last token, `[batch_size, hidden_size]`.
+        `torch.FloatTensor` of shape `(batch_size, hidden_size)`: the output at the last token.
 
     Raises:
-        ValueError: if the cache holds more tokens, or cannot be cropped.
+        ValueError: if the cache holds more than T tokens, or cannot be cropped.
     """
     check_cache(cache)
     input_ids, attention_mask = history.input_ids, history.attention_mask
@@ -249,6 +258,7 @@ def prefill(
     times = None
     if history.timestamps is not None:
         times = torch.cat([history.timestamps, history.query_time[:, None]], dim=1)
+    # Tokens that the cache lacks.
     if num_cached < length:
         inputs = {} if representations is None else {"item_representations": representations[:, num_cached:]}
         if times is not None:
@@ -256,6 +266,7 @@ def prefill(
         with cache_rollback(cache, only_on_error=True):
             outputs = backbone(input_ids[:, num_cached:], attention_mask, cache=cache, use_cache=True, **inputs)
         return outputs.last_hidden_state[:, -1]
+    # The last token again.
     mask = attention_mask.bool().clone()
     mask[:, -1] = False
     last = embed(backbone, input_ids[:, -1:])
@@ -282,25 +293,26 @@ def read_branches(
     Run the next tokens of N branches of each history, and leave their keys and values on the cache.
 
     Args:
-        backbone (`UniGRFModel`)
-        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, N, s, hidden_size)`)
-        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): Which of the cache's first T tokens the branches
-            see.
-        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Where on the cache each branch's earlier
-            tokens are.
+        backbone (`UniGRFModel`): The model's backbone.
+        token_ids (`torch.LongTensor` of shape `(batch_size, N, s - t)`): The next tokens.
+        history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): True at the tokens that branches see, among the
+            cache's first T.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Cache positions of each branch's tokens.
+        cache (`DynamicCache`): Keys and values of the histories and of the branches' tokens.
         times (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): The time of these tokens' event, and of the
-            event that their outputs predict, in seconds.
-        block (`torch.FloatTensor` of shape `(batch_size, N, t, hidden_size)`, *optional*): Embeddings of t more
-            tokens, behind `token_ids`; s counts them, too, from here on.
-        token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): Which of the tokens exist; None:
-            all. No other token sees those that do not, and they take no position; their own outputs mean nothing.
-        token_times (`torch.LongTensor` of shape `(batch_size, N, s)`, *optional*): Each token's time, in place of the
-            first of `times`.
+            event that their outputs predict, in seconds. None: no times.
+        block (`torch.FloatTensor` of shape `(batch_size, N, t, hidden_size)`, *optional*): Embeddings of t tokens
+            behind `token_ids`. None: t = 0.
+        token_mask (`torch.BoolTensor` of shape `(batch_size, N, s)`, *optional*): True at the tokens that exist. Other
+            tokens take no position, no token sees them, and their outputs are void. None: all exist.
+        token_times (`torch.LongTensor` of shape `(batch_size, N, s)`, *optional*): The time of each token in seconds.
+            None: the first of `times`.
 
     Returns:
-        The output `[batch_size, N, s, hidden_size]`, and where on the cache each branch's tokens are now,
-        `[batch_size, N, m + s]`.
+        The output `[batch_size, N, s, hidden_size]`; the cache positions of each branch's tokens, `[batch_size, N, m +
+        s]`.
     """
+    # The backbone's inputs.
     language_model = backbone.language_model
     config = language_model.config
     inputs_embeds = embed(backbone, token_ids)
@@ -322,10 +334,11 @@ def read_branches(
         event_times, target_times = times[:, :, None].expand(-1, -1, count * steps).unbind(dim=1)
         event_times = event_times if token_times is None else token_times.flatten(1)
         arguments |= {"timestamps": event_times, "target_timestamps": target_times}
+    # The attention: shared prefix or packed mask.
     window = sliding_window(config)
     sees_whole_history = window is None or history_mask.shape[1] + earlier + steps <= window
     if sees_whole_history and not torch.is_grad_enabled() and shares_prefix(language_model):
-        # Pass a trivial mask so that the backbone does not build its own.
+        # Pass a trivial mask so the backbone does not build its own.
         branches = Branches(history_mask, keys, branch_mask)
         outputs = language_model(attention_mask=history_mask[:, None, None], branches=branches, **arguments)
     else:
@@ -342,9 +355,7 @@ def _place_branches(
     cache: DynamicCache,
     token_mask: torch.BoolTensor | None,
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor | None]:
-    """
-    Of all tokens of the branches: where on the cache they are, their positions, and which exist, `[B, N, m + s]` each.
-    """
+    """Compute, for all branch tokens, cache positions, positions and a mask of those that exist, `[B, N, m + s]`."""
     batch_size, count, steps = inputs_embeds.shape[:3]
     earlier, device = earlier_keys.shape[2], inputs_embeds.device
     new_keys = cache.get_seq_length() + torch.arange(count * steps, device=device)
@@ -366,8 +377,11 @@ def _packed_mask(
     cache: DynamicCache,
 ) -> tuple[torch.BoolTensor, torch.LongTensor]:
     """
-    What the branches' last `steps` tokens see of the cache and of themselves, `[B, N * s, K]`; positions of it, `[B,
-    K]`.
+    Make the mask of the branches' last `steps` tokens.
+
+    Returns:
+        `(visible [B, N * s, K], key_positions [B, K])`: True at the keys that a token sees, among the cache and these
+        tokens; positions of the keys.
     """
     batch_size, count, size = keys.shape
     length, device = history_mask.shape[1], keys.device
@@ -387,19 +401,20 @@ def _packed_mask(
 @torch.no_grad()
 def shares_prefix(language_model: PreTrainedModel) -> bool:
     """
-    Whether the language model attends by `shared_prefix_attention`. A model that uses sdpa is switched over at first
-    use, for good, if a trial shows that its keyword arguments reach the attention. (Without branches the attention is
-    sdpa, and to switch to and fro would not be safe in threads.)
+    Return whether the language model attends by `shared_prefix_attention`.
+
+    The first use switches a model with sdpa over for good, if a trial shows that its keyword arguments reach the
+    attention. (Without branches the attention is sdpa. To switch to and fro would not be safe in threads.)
     """
     config = language_model.config
-    with TRIAL:  # Hold the lock: the attention implementation is switched temporarily.
+    with TRIAL:
         if config._attn_implementation == "sdpa" and getattr(language_model, "hands_down_arguments", True):
             token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
             mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=language_model.device)
             cache = DynamicCache()
             trial = Branches(mask[:, 0, 0, :1], torch.ones_like(token)[None])
             succeeded = False
-            # Dropout draws random numbers in training: a resumed run must not see other ones.
+            # Restore the random state: in training, dropout draws from it.
             with torch.random.fork_rng([language_model.device] if language_model.device.type == "cuda" else []):
                 language_model(input_ids=token, cache=cache, use_cache=True)
                 config._attn_implementation = SHARED_PREFIX

@@ -13,7 +13,8 @@ from .negatives_unigrf import Supervision, inject_targets, last_items
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, without_gradient
 
-CANDIDATES_PER_PACK = 64  # in training the attention of a pack grows with its square
+# In training, the attention of a pack grows with its square.
+CANDIDATES_PER_PACK = 64
 
 
 def last_item_ranking_loss(
@@ -27,17 +28,19 @@ def last_item_ranking_loss(
     """
     Compute the ranking loss of candidates of each row's last supervised item.
 
-    The candidates are those of `item_sets` or the model's own beams, with the true item among them unless
-    `inject_target` leaves it to the search. All of their tokens run here. The search has the dropout of training, but
-    for that of attention weights where branches share the history.
+    The candidates are those of `item_sets`, or the model's beams. With `inject_target`, the true item is among them.
+    All of their tokens run here. The search has the dropout of training, except for attention weights of shared
+    prefixes.
 
     Args:
-        backbone (`UniGRFModel`)
-        supervision (`Supervision`): With the cache of the histories.
-        hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The backbone's output.
+        backbone (`UniGRFModel`), scorer (`ItemScorer`): The model's backbone, heads and catalog.
+        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes candidate blocks. None: no sub-histories.
+        supervision (`Supervision`): The inputs of the losses, with the histories' cache.
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): Output at the histories.
+        generator (`torch.Generator`, *optional*): Draws positions of true items. None: the global generator.
 
     Raises:
-        ValueError: if positions do not suffice, nothing is on the cache, or there is nothing to learn `"next"` from.
+        ValueError: for too few positions, an empty cache, and a target `"next"` without negatives.
     """
     config, training = scorer.config, scorer.config.training_config
     sequence_ids, cache = supervision.sequence_ids, supervision.cache
@@ -46,6 +49,7 @@ def last_item_ranking_loss(
             f"The cache must hold the {sequence_ids.shape[1]} tokens of the histories, got {cache.get_seq_length()}. "
             "Train candidates without activation checkpointing, which keeps no cache."
         )
+    # The histories before the last items.
     last = last_items(supervision.items, len(sequence_ids))
     history_mask = scorer.layout.history_up_to(last.history_ends, sequence_ids, supervision.attention_mask)
     longest = int(history_mask.sum(dim=1).max())
@@ -92,8 +96,10 @@ def find_candidates(
     context: CandidateContext,
 ) -> torch.LongTensor | None:
     """
-    Find candidates of the last items, `[B, N]` (-1: none): the caller's, or the model's own beams; None: the true
-    items.
+    Find candidates of the last items: the caller's, or the model's beams.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, N)`: item indices, -1 for none. None: the true items alone.
 
     Raises:
         ValueError: if the target `"next"` would see no item that did not come next.

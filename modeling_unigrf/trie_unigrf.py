@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The trie: which code sequences encode an item of the catalog, in compressed sparse rows."""
+"""The trie of the code sequences that encode the items of a catalog, in compressed sparse rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,24 +7,29 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-DENSE_ENTRIES = 2**17  # a level's table of ranks may have this many entries, however few its nodes
+# A level's table of ranks may always have this many entries.
+DENSE_ENTRIES = 2**17
 
 
 @dataclass
 class TrieLevel:
     """
-    The nodes of one level. A node's id is its rank among the level's prefixes in lexicographic order: the children of
-    a node are neighbors, so that no table of next states is needed.
+    The nodes of a level.
+
+    A node's id is its rank among the level's prefixes in lexicographic order. The children of a node are neighbors, so
+    the trie needs no table of next states.
 
     Args:
         num_codes (`int`): Size of the level's codebook.
-        num_nodes (`int`)
+        num_nodes (`int`): Number of nodes.
         max_children (`int`): Most children that a parent has.
-        child_start (`torch.IntTensor` of shape `(num_parents + 1,)`): Where the children of each parent begin.
+        child_start (`torch.IntTensor` of shape `(num_parents + 1,)`): First child of each parent, then `num_nodes`.
         codes (`torch.Tensor` of shape `(num_nodes,)`, *optional*): Code of each node, in the smallest integer type.
-        ranks (`torch.FloatTensor` of shape `(num_parents, num_codes)`, *optional*): In place of `codes` on small or
-            well-filled levels (in practice the first two): which child of its parent has each code, -inf for none.
-            The minimum of a rank and zero is what a score adds, hence floats.
+            None: the level has `ranks`.
+        ranks (`torch.FloatTensor` of shape `(num_parents, num_codes)`, *optional*): Number of the child with each
+            code, among its parent's children; -inf: no child. Only small or well-filled levels have `ranks`, in
+            practice the first two. A score adds the minimum of rank and zero, hence floats. None: the level has
+            `codes`.
     """
 
     num_codes: int
@@ -62,7 +67,7 @@ class TrieLevel:
         if self.ranks is not None:
             rank = self.ranks[parents, codes]
             return torch.where(rank >= 0, start + rank.clamp(min=0).long(), -1)
-        # Binary search in all lists of children at once: each is sorted by code.
+        # Search all lists of children at once: each is sorted by code.
         end = self.child_start[parents + 1].long()
         last = self.num_nodes - 1
         low = start
@@ -80,10 +85,10 @@ class TrieLevel:
         List the children that exist.
 
         Args:
-            parents (`torch.LongTensor` of shape `(n,)`)
+            parents (`torch.LongTensor` of shape `(n,)`): Nodes of the level above.
 
         Returns:
-            `(parent, child, code)`, each `[m]`: index into `parents`, node, and its code; ordered by parent and code.
+            `(parent, child, code)`, each `[m]`: index into `parents`, node, and its code; sorted by parent and code.
         """
         # `index_select` costs less than half of indexing.
         start = self.child_start.index_select(0, parents)
@@ -99,8 +104,10 @@ class TrieLevel:
 
 def top(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.LongTensor]:
     """
-    Take `scores.topk(count)` of `[B, n]`. One long row takes half of topk's time: the `count`-th best maximum of its
-    blocks of 32 is a bound that few scores reach.
+    Compute `scores.topk(count)` of `[B, n]`.
+
+    A single long row takes half of topk's time. The `count`-th best maximum of its blocks of 32 is a bound that few
+    scores reach.
     """
     if len(scores) > 1 or scores.shape[1] % 32 or scores.shape[1] < 128 * count:
         return scores.topk(count, dim=1)
@@ -115,7 +122,8 @@ def lexicographic_order(item_codes: torch.Tensor, codebook_sizes: Sequence[int])
     keys = torch.zeros(len(item_codes), dtype=torch.long, device=item_codes.device)
     bound = 1
     for level, size in enumerate(codebook_sizes):
-        if bound * size >= 2**63:  # too many sequences for one integer: number those that occur
+        # Too many sequences for an integer: number those that occur.
+        if bound * size >= 2**63:
             keys = keys.unique(return_inverse=True)[1]
             bound = len(item_codes)
         keys = keys * size + item_codes[:, level]
@@ -125,19 +133,20 @@ def lexicographic_order(item_codes: torch.Tensor, codebook_sizes: Sequence[int])
 
 class CatalogTrie:
     """
-    The semantic IDs of a catalog, sorted: levels of nodes, and under each node one contiguous range of leaves.
+    The semantic IDs of a catalog, sorted: levels of nodes, and under each node a contiguous range of leaves.
 
     Args:
-        item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`):
-            Codes of each item; row = item index.
+        item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Codes of each item; row i is item i.
         codebook_sizes (`Sequence[int]`): Number of codes of each level.
-        items (`torch.LongTensor` of shape `(n,)`, *optional*): Only these items, known by the same indices.
+        items (`torch.LongTensor` of shape `(n,)`, *optional*): Hold these items only, with unchanged indices. None:
+            all items.
 
     Raises:
         ValueError: if two items share a semantic ID, a code is outside its codebook, or there is no item.
     """
 
     def __init__(self, item_codes: torch.Tensor, codebook_sizes: Sequence[int], items: torch.LongTensor | None = None):
+        # Checks.
         self.codebook_sizes = list(codebook_sizes)
         if items is not None:
             items = items.unique()
@@ -153,6 +162,8 @@ class CatalogTrie:
                 f"`item_codes` must lie in codebooks of {self.codebook_sizes} codes, got {item_codes[row].tolist()} "
                 f"for item {row}. Take codes and config from the same tokenizer."
             )
+
+        # Levels of nodes.
         order = lexicographic_order(item_codes, self.codebook_sizes)
         item_codes = item_codes[order]
         self.levels: list[TrieLevel] = []
@@ -184,9 +195,7 @@ class CatalogTrie:
         return {"nodes": sum(level.nbytes for level in self.levels), "items": self.leaf_items.nbytes}
 
     def nodes_of(self, codes: torch.Tensor) -> torch.LongTensor:
-        """
-        Codes `[..., L]` -> the nodes on their path `[..., L]`, the last one the leaf; -1 where no item begins so.
-        """
+        """Find the nodes `[..., L]` on the paths of codes `[..., L]`, down to the leaf; -1 if no item begins so."""
         codes = codes.long()
         inside = (codes >= 0) & (codes < codes.new_tensor(self.codebook_sizes))
         path = []
@@ -200,12 +209,12 @@ class CatalogTrie:
         return torch.stack(path, dim=-1)
 
     def lookup(self, codes: torch.Tensor) -> torch.LongTensor:
-        """Codes `[..., L]` -> item indices `[...]`, -1 where no item has these codes."""
+        """Find the item indices `[...]` of codes `[..., L]`; -1 if no item has these codes."""
         leaves = self.nodes_of(codes)[..., -1]
         return torch.where(leaves >= 0, self.leaf_items[leaves.clamp(min=0)].long(), -1)
 
     def num_leaves(self, level: int, nodes: torch.LongTensor) -> torch.LongTensor:
-        """Nodes of a level, of any shape -> the number of items below each."""
+        """Count the items below each node of a level, of any shape."""
         start = nodes
         end = nodes + 1
         for below in self.levels[level + 1 :]:
@@ -215,11 +224,10 @@ class CatalogTrie:
 
     def descend(self, prefix: torch.LongTensor, length: int) -> torch.LongTensor:
         """
-        Find the nodes of prefixes: codes `[B, >= length]` -> node ids `[B]` at level `length - 1` (zeros for length
-        0).
+        Find the nodes `[B]` at level `length - 1` of prefixes `[B, >= length]`; zeros for length 0.
 
         Raises:
-            ValueError: if no item begins with one of them.
+            ValueError: if no item begins with a prefix.
         """
         nodes = torch.zeros(len(prefix), dtype=torch.long, device=prefix.device)
         for level in range(length):
@@ -247,19 +255,20 @@ class CatalogTrie:
         Args:
             level (`int`): Level of the children.
             nodes (`torch.LongTensor` of shape `(batch_size, K)`): The beams' nodes.
-            scores (`torch.FloatTensor` of shape `(batch_size, K)`): Their scores.
-            log_probs (`torch.FloatTensor` of shape `(batch_size, K, num_codes)`): Of the codes of `level`.
-            count (`int`): Children of a request to take at most.
-            item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks.
+            scores (`torch.FloatTensor` of shape `(batch_size, K)`): The beams' scores.
+            log_probs (`torch.FloatTensor` of shape `(batch_size, K, num_codes)`): Those of the level's codes.
+            count (`int`): Most children of a request to take.
+            item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks. None: allow all.
 
         Returns:
-            `(scores, parent, child, code)`, each `[batch_size, K']`, best first, K' <= `count`: as many as the
-            request with most children has; the others are filled up with -inf. `parent` is the beam of each child.
+            `(scores, parent, child, code)`, each `[batch_size, K']`, best first. `parent` is the beam of each child.
+            K' <= `count` is the number of children of the fullest request; other rows are filled up with -inf.
         """
         trie_level = self.levels[level]
         batch_size, width = nodes.shape
         num_codes = trie_level.num_codes
-        if trie_level.ranks is not None:  # a dense level: all codes of all beams
+        # A dense level: all codes of all beams.
+        if trie_level.ranks is not None:
             ranks = trie_level.ranks.index_select(0, nodes.flatten()).view(batch_size, width, num_codes)
             table = torch.clamp(ranks, max=0).add_(log_probs).add_(scores[..., None]).flatten(1)
             if item_filter is not None and item_filter.concerns(level):
@@ -270,7 +279,8 @@ class CatalogTrie:
             child = (
                 trie_level.child_start[nodes.gather(1, parent)] + ranks.flatten(1).gather(1, best).clamp(min=0).long()
             )
-        else:  # a sparse level: the children that exist, request by request
+        # A sparse level: the children that exist, request by request.
+        else:
             parents, children, codes = trie_level.children(nodes.flatten())
             places = torch.add(codes, parents, alpha=num_codes)
             table = log_probs.flatten().index_select(0, places).add_(scores.flatten().index_select(0, parents))[None]
@@ -289,7 +299,8 @@ class CatalogTrie:
                 parents = parents % width
                 best = (best + first).clamp_(max=last)
             parent, child, code = parents.take(best), children.take(best), codes.take(best)
-        if float(best_scores[:, -1].max()) == -torch.inf:  # no request fills the last places
+        # Drop the last places, which no request fills.
+        if float(best_scores[:, -1].max()) == -torch.inf:
             count = max(1, int((best_scores > -torch.inf).sum(dim=1).max()))
             return best_scores[:, :count], parent[:, :count], child[:, :count], code[:, :count]
         return best_scores, parent, child, code

@@ -175,6 +175,18 @@ def test_added_items_are_generated_and_old_scores_stay():
     assert all({20, 21, 22} <= set(row) for row in best.item_indices.tolist())
 
 
+def test_the_sampling_bias_follows_the_number_of_items():
+    model = build_model(num_items=20, next_logit_bias=np.log(19 / 2.0))
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    old = model.rank(input_ids, mask, torch.tensor([[0], [5]]))
+    known = {tuple(code) for code in model.catalog.item_codes.tolist()}
+    free = [c for c in torch.cartesian_prod(*map(torch.arange, (4, 3, 3, 2))).tolist() if tuple(c) not in known][:3]
+    model.add_items(torch.tensor(free), torch.randn(3, 6))
+    assert model.config.next_logit_bias == pytest.approx(np.log(22 / 2.0))
+    shift = torch.tensor([np.log(22 / 19), 0.0, 0.0], dtype=torch.float32)
+    torch.testing.assert_close(model.rank(input_ids, mask, torch.tensor([[0], [5]])), old - shift)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_last_codebook_grows_when_a_group_outgrows_it(tied, tmp_path):
     model = build_model(codebook_sizes=(4, 3, 2), num_items=12, tie_word_embeddings=tied)
