@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, short_id
+from helpers import ROOT, TINY
 from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
@@ -63,7 +63,7 @@ def test_readme_commands_are_understood(file, monkeypatch):
         ("recochain_beauty", reproduce_recochain),
         ("recochain_beauty_llama", reproduce_recochain),
     ],
-    ids=short_id,
+    ids=["unigrf", "recochain", "beauty", "beauty-llama"],
 )
 def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
     file = Path(recipe.__file__).parent / "results" / f"{name}.json"
