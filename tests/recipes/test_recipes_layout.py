@@ -106,7 +106,7 @@ def test_imports_have_no_circle():
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("data/tables.py", "from recipes.training.collator import TrainingCollator"),
+        ("data/tables.py", "from recipes.training.collator import Collator"),
         ("data/tables.py", "from recipes import train"),
         ("evaluation/report.py", "from recipes.training import collator"),
         ("papers/unigrf/report.py", "import recipes.papers.recochain.report"),
