@@ -1,0 +1,1 @@
+"""Recipes of UniGRF: prepare data, train, evaluate, recommend, publish."""

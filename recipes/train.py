@@ -32,7 +32,7 @@ from modeling_unigrf import RecommendationPipeline
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_of
-from recipes.common.run_tracking import begin, last_checkpoint, one_device
+from recipes.common.run_tracking import begin, last_checkpoint, require_single_device
 from recipes.data.prepared import load_prepared, prepared
 from recipes.training.arguments import TRAINER_DEFAULTS, DataArguments, ModelArguments, check_together
 from recipes.training.callbacks import build_callbacks
@@ -43,7 +43,7 @@ from recipes.training.stateful_callback import StatefulCallback
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Train a model, resuming where the last run stopped, and return the folder of the finished model."""
-    one_device(training_args)
+    require_single_device(training_args)
     run = TrainingRun.begin(model_args, data_args, training_args)
     if run.is_finished():
         print(f"{run.folder} was trained with these arguments and data, reused")  # resuming it would train on

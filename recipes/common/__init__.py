@@ -1,0 +1,1 @@
+"""Common parts of all recipes: command lines, files, hashes, run tracking, profiling."""

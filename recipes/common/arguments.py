@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-# Flags of version 0.1 and what they are called now. Version 0.3 drops them.
+# Flags of version 0.1, and their names of today. Version 0.3 drops the old names.
 RENAMED_FLAGS = {
     "beams_kept_epochs": "candidate_refresh_epochs",
     "beams_kept_steps": "candidate_refresh_steps",
-    "catalogues": "catalogs",
+    "catalogues": "catalogs",  # typos: ignore
     "detach_history": "stop_gradient_history",
     "history_item_vectors": "history_item_representations",
     "item_loss_weight": "dense_loss_weight",
@@ -23,7 +23,7 @@ RENAMED_FLAGS = {
     "read_item_embeddings": "project_content_embeddings",
     "union_items": "num_dense_candidates",
 }
-# Flags of version 0.1 that are gone, and why.
+# Flags of version 0.1 that are gone, and the reason.
 REMOVED_FLAGS = {
     "exclude_candidate": "it changed no result beyond the deviation over seeds",
     "config_fields": "each field of the config has a flag of its own",
@@ -38,30 +38,30 @@ def parse_arguments(
     Parse the command line into dataclasses, and group the options in `--help` by the dataclass that defines them.
 
     Args:
-        dataclass_types: Dataclasses of the options. The first line of a docstring is the title of its group, so name
-            `TrainingArguments` last: it has some hundred options.
-        defaults: Values that replace the defaults of the dataclasses.
-        arguments: Words of the command line; None: those of the process.
+        dataclass_types: Dataclasses of the options. The first line of a docstring is the title of its group.
+        defaults: Values that replace the defaults of the dataclasses. None: no replacement.
+        arguments: Words of the command line. None: the words of the process's command line.
 
     Returns:
-        One instance of each dataclass, in their order.
+        One instance of each dataclass, in the order of `dataclass_types`.
     """
     for dataclass_type in dataclass_types:
         is_trainer = issubclass(dataclass_type, TrainingArguments)
         # transformers reads the title of a group from this attribute.
         dataclass_type._argument_group_name = TRAINER_GROUP if is_trainer else title_of(dataclass_type)
-    parser = HfArgumentParser(list(dataclass_types), usage="%(prog)s [options]")  # the options' list follows anyway
+    parser = HfArgumentParser(list(dataclass_types), usage="%(prog)s [options]")  # the list of options follows
     for dataclass_type in dataclass_types:
         if not issubclass(dataclass_type, TrainingArguments):
             move_inherited_options(parser, dataclass_type)
-    parser._action_groups.sort(key=lambda group: group.title == TRAINER_GROUP)  # its hundred options come last
+    # The hundred options of the Trainer come last.
+    parser._action_groups.sort(key=lambda group: group.title == TRAINER_GROUP)
     parser.set_defaults(**(defaults or {}))
     words = sys.argv[1:] if arguments is None else list(arguments)
     return parser.parse_args_into_dataclasses([current_flag(word, parser) for word in words])
 
 
 def move_inherited_options(parser: HfArgumentParser, dataclass_type: type) -> None:
-    """Give the options of each base class of a dataclass a group of their own."""
+    """Give the options of each base class of a dataclass their own group."""
     groups = [group for group in parser._action_groups if group.title == title_of(dataclass_type)]
     for base in dataclass_type.__mro__[1:]:
         names = {entry.name for entry in fields(base)} if is_dataclass(base) else set()
@@ -81,7 +81,7 @@ def title_of(dataclass_type: type) -> str:
 
 
 def current_flag(word: str, parser: HfArgumentParser) -> str:
-    """Replace a flag of version 0.1 by its name of today, with a warning; stop at a flag that is gone."""
+    """Replace a flag of version 0.1 by its name of today, with a warning; exit at a flag that is gone."""
     old, *value = word.removeprefix("--").split("=", 1)
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     if not word.startswith("--") or old in known:

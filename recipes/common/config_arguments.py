@@ -30,9 +30,9 @@ def help_texts(config_class: type) -> dict[str, str]:
 
 def argument_type(annotation: Any) -> Any:
     """
-    Turn a field's annotation into one that a command line can hold.
+    Turn a field's annotation into a type that the command line can parse.
 
-    Numbers become floats, a list or tuple a list, a dict a JSON text. None stays possible.
+    Numbers become `float`, lists and tuples become `list`, dicts become JSON text. None stays possible.
     """
     is_union = get_origin(annotation) in (Union, types.UnionType)
     options = list(get_args(annotation)) if is_union else [annotation]
@@ -59,12 +59,15 @@ def arguments_from_config(name: str, doc: str, config_class: type, names: Sequen
     Make a dataclass of arguments, one for each of the config's fields `names`.
 
     Args:
-        name, doc: Name and docstring of the dataclass. The docstring's first line is its title in `--help`.
-        are_optional: Whether the arguments are None by default, for a checkpoint's own values or the config's
-            defaults; else they have the config's defaults.
+        name: Name of the dataclass.
+        doc: Docstring of the dataclass. Its first line is the group's title in `--help`.
+        config_class: Config class, with a docstring that explains each field in its `Args:`.
+        names: Fields of the config.
+        are_optional: Make None the default of each argument; it stands for the checkpoint's value. False: copy the
+            config's defaults.
 
     Raises:
-        ValueError: for a name that the config does not have, or that its docstring does not explain.
+        ValueError: for a name that the config lacks, or that its docstring does not explain.
     """
     known = {entry.name: entry for entry in fields(config_class)}
     texts = help_texts(config_class)
@@ -77,11 +80,13 @@ def arguments_from_config(name: str, doc: str, config_class: type, names: Sequen
             )
         default: Any = known[argument].default
         default = None if default is MISSING else default
-        kind, text = argument_type(known[argument].type), texts[argument]
+        kind = argument_type(known[argument].type)
+        text = texts[argument]
         if are_optional:
-            text += f" Without it: the checkpoint's value, or {'that' if default is None else default}."
-            kind, default = kind | None, None
+            text += f" Default: the checkpoint's value, or {default} in a new model."
+            kind = kind | None
+            default = None
         columns.append((argument, kind, _with_help(default, text)))
-    made = make_dataclass(name, columns)
-    made.__doc__ = doc
-    return made
+    arguments_class = make_dataclass(name, columns)
+    arguments_class.__doc__ = doc
+    return arguments_class

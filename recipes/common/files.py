@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write whole files or none."""
 
 import json
 import os
@@ -9,13 +9,17 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A hidden name to write to, renamed to `path` when all is written: an interrupted run leaves no half file."""
+    """
+    Yield a hidden temporary path, and rename it to `path` at the end.
+
+    An interrupted run leaves no half-written `path`.
+    """
     unfinished = path.with_name(f".{path.name}.tmp")
     yield unfinished
     os.replace(unfinished, path)
 
 
 def write_json(path: Path, data: dict) -> None:
-    """The whole file, or the one that was there."""
+    """Write the whole file, or leave the earlier file as it is."""
     with whole_file(path) as file:
         file.write_text(json.dumps(data, indent=1))

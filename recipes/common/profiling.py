@@ -1,4 +1,4 @@
-"""What this machine is good at, and what a piece of work takes of it."""
+"""Measure the machine: its bfloat16 speed, and the peak memory of a piece of work."""
 
 import ctypes
 import gc
@@ -12,10 +12,13 @@ import torch
 
 def bf16_speed_up() -> float:
     """
-    How many times faster a matmul runs in bfloat16 than in float32 here, measured in milliseconds: 5 and more on CPUs with
-    AMX or AVX512-BF16 and on GPUs, but 0.01 on CPUs that emulate it, where nobody wants to train in it.
+    Measure how many times faster a matrix product is in bfloat16 than in float32; this takes milliseconds.
+
+    The result is 5 or more on GPUs and on CPUs with AMX or AVX512-BF16. It is about 0.01 on CPUs that emulate
+    bfloat16: do not train in bfloat16 there.
     """
-    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 512)  # a GPU takes no time for a small one
+    # On a GPU, only a large product is slow enough to be measured.
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 512)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(size, size, device=device, dtype=dtype)
@@ -30,24 +33,26 @@ def bf16_speed_up() -> float:
 
 class PeakMemory:
     """
-    Peak memory of this process inside a `with`, in bytes; None where nobody counts it, but on Linux and with CUDA.
+    Peak memory of this process inside a `with` block, in bytes. A figure that the system does not count is None.
 
-    - `added`: what the block adds: to the resident set or, with CUDA, to the allocated bytes of the GPU.
-    - `added_resident`: to the resident set, on Linux, also where there is a GPU: for work that is none of its.
-    - `resident`: of the process, on Linux.
-    - `private`: of that, without the pages of mapped files, which the system takes back when it needs them; sampled every
-      10 ms, on Linux.
+    - `added`: growth during the block: of the GPU's allocated bytes with CUDA, else of the resident set (Linux).
+    - `added_resident`: growth of the resident set (Linux), also on a machine with a GPU.
+    - `resident`: the resident set of the process (Linux).
+    - `private`: the resident set without the pages of mapped files, sampled every 10 ms (Linux). The system can take
+      those pages back at any time.
     """
 
     def __enter__(self):
         self.added = self.added_resident = self.resident = self.private = None
-        self._cuda, self._linux = torch.cuda.is_available(), sys.platform == "linux"
+        self._cuda = torch.cuda.is_available()
+        self._linux = sys.platform == "linux"
         gc.collect()
         if self._linux:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+            Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
             self._resident_before = self._status("VmRSS")
-            self.private, self._ended = 0, threading.Event()
+            self.private = 0
+            self._ended = threading.Event()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         if self._cuda:
@@ -65,7 +70,7 @@ class PeakMemory:
             self.added = torch.cuda.max_memory_allocated() - self._before
 
     def megabytes(self, name: str) -> int | None:
-        """`resident`, `private` or `added` in MiB; None where the system does not tell."""
+        """Return `resident`, `private` or `added` in MiB; None if the system does not count it."""
         value = getattr(self, name)
         return None if value is None else round(value / 2**20)
 

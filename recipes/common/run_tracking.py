@@ -1,8 +1,7 @@
-"""Runs: what one was asked for and which of its stages are done, in its folder; how and where it was made; and finished runs
-as the JSONs in `results/` beside a recipe keep them.
+"""
+Track runs: record the arguments of a run, skip its finished stages, resume it, and note how it was made.
 
-There each is a line, and a table is made from the lines. Collecting adds those of the runs that are there and leaves the
-others, whose folders may long be gone, as they are.
+A run's folder holds `arguments.json` (of a training) and `stages.json` (of a recipe of several stages).
 """
 
 import datetime
@@ -24,12 +23,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from recipes.common.files import write_json
 
-OF_A_PROCESS = ("local_rank", "use_cpu")  # of TrainingArguments: where it runs, no part of what is done
-FOLDERS = ("data_dir", "output_dir", "checkpoint_dir", "init_from")  # the same ones, from wherever they are named
+# Fields of `TrainingArguments` that do not change the result.
+PROCESS_FIELDS = ("local_rank", "use_cpu")
+# Compare these by their absolute paths: the working directory may differ.
+FOLDERS = ("data_dir", "output_dir", "checkpoint_dir", "init_from")
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
-    """A nested dict with its names joined by dots."""
+    """Flatten a nested dict; dots join the names."""
     parts = [
         flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
         for name, value in nested.items()
@@ -37,94 +38,139 @@ def flat(nested: dict, prefix: str = "") -> dict:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def one_process() -> None:
-    """Refuses `torchrun`, for what writes one result; raises `ValueError`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def require_single_process() -> None:
+    """
+    Check that `torchrun` did not start several processes, for a recipe that writes one result.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1:
         raise ValueError(
-            "Expected one process a run, found several: leave torchrun out, and run several rows beside each other."
+            f"A run must be a single process, got {num_processes} processes. Leave torchrun out, and start the runs "
+            "beside each other."
         )
 
 
-def one_device(training_args: TrainingArguments) -> None:
+def require_single_device(training_args: TrainingArguments) -> None:
     """
-    Refuses what spreads one process's model over devices, since callbacks and searches inside training need it whole; raises
-    `ValueError`.
+    Check that a process trains on a single device, for callbacks and searches that need the whole model.
+
+    Raises:
+        ValueError: if the Trainer would spread the model over several devices.
     """
     if training_args.n_gpu > 1:
         raise ValueError(
-            f"Expected one GPU a process, found {training_args.n_gpu}, over which the Trainer would spread copies of the model in "
-            "threads. Start with torchrun --nproc_per_node, one process a GPU, or name one GPU: CUDA_VISIBLE_DEVICES=0."
+            f"A process must have a single GPU, got {training_args.n_gpu}, over which the Trainer would spread copies "
+            "of the model in threads. Start with torchrun --nproc_per_node, one process a GPU, or choose a GPU: "
+            "CUDA_VISIBLE_DEVICES=0."
         )
     if training_args.fsdp or training_args.deepspeed:
         raise ValueError(
-            "Expected neither --fsdp nor --deepspeed, found one: the whole model is saved, and searched with in training. Use "
-            "torchrun without them."
+            f"`fsdp` and `deepspeed` must be unset, got {training_args.fsdp} and {training_args.deepspeed}; training "
+            "saves the whole model and searches with it. Use torchrun without them."
         )
 
 
-def begin(folder: Path, asked: dict, finished: Path, writes: bool = True) -> dict:
+def begin(folder: Path, arguments: dict, finished: Path, writes: bool = True) -> dict:
     """
-    Keeps what a training is asked for as `arguments.json` in its folder (one of several processes `writes`), and returns it as
-    JSON has it.
+    Record the arguments of a training as `arguments.json` in its folder.
+
+    Args:
+        folder: Folder of the Trainer's checkpoints.
+        arguments: Arguments of the training, as nested dicts.
+        finished: File that a finished training writes.
+        writes: Write the file. False: a process other than the first only compares.
+
+    Returns:
+        The arguments, as JSON stores them.
 
     Raises:
-        ValueError: if the folder holds checkpoints or the `finished` file of another, which resuming would mix with this one.
+        ValueError: if the folder holds checkpoints, or the `finished` file, of a training with other arguments.
     """
-    asked, file = json.loads(json.dumps(asked, default=str)), folder / "arguments.json"
-    for arguments in asked.values():
-        for name in FOLDERS if isinstance(arguments, dict) else ():
-            if arguments.get(name) and Path(arguments[name]).exists():
-                arguments[name] = str(Path(arguments[name]).resolve())
+    # The arguments of this training.
+    file = folder / "arguments.json"
+    arguments = json.loads(json.dumps(arguments, default=str))
+    for group in arguments.values():
+        for name in FOLDERS if isinstance(group, dict) else ():
+            if group.get(name) and Path(group[name]).exists():
+                group[name] = str(Path(group[name]).resolve())
+
+    # Those of the training in the folder.
     has_checkpoints = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
     is_begun = has_checkpoints or (file.exists() and finished.exists())
-    found = json.loads(file.read_text()) if is_begun and file.exists() else {}
-    for one in (asked, found):
-        for name in OF_A_PROCESS if isinstance(one, dict) else ():
-            one.get("training", {}).pop(name, None)
-    if is_begun and found != asked:
-        now, then = flat(asked), flat(found) if isinstance(found, dict) else {}
+    stored = json.loads(file.read_text()) if is_begun and file.exists() else {}
+    for record in (arguments, stored):
+        for name in PROCESS_FIELDS if isinstance(record, dict) else ():
+            record.get("training", {}).pop(name, None)
+
+    # Resuming would mix two trainings.
+    if is_begun and stored != arguments:
+        now = flat(arguments)
+        then = flat(stored) if isinstance(stored, dict) else {}
         changed = sorted(
             name for name in {*now, *then} if name not in now or name not in then or now[name] != then[name]
         )
         raise ValueError(
-            f"Expected a new output_dir, or the arguments and data of the training in {folder}; found other values of {changed}. "
-            "Name another output_dir, or remove this one."
+            f"`output_dir` must be new, or hold a training with the same arguments and data, got {folder} with other "
+            f"values of {changed}. Choose another output_dir, or remove this folder."
         )
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, asked)
-    return asked
+        write_json(file, arguments)
+    return arguments
 
 
 def last_checkpoint(folder: str | Path, files: Iterable[str] = ()) -> str | None:
     """
-    The newest of the Trainer's checkpoints that holds all `files` (of callbacks) beside the Trainer's state, to resume from;
-    None, if there is none. One that lacks some, since its training was killed while it saved, is told and passed over.
+    Return the newest complete checkpoint of the Trainer, to resume from; None if there is none.
+
+    A checkpoint is incomplete if its training was killed while it saved. A message reports each of them.
+
+    Args:
+        folder: Folder of the Trainer's checkpoints.
+        files: Names of the files that callbacks save beside the Trainer's state.
     """
     steps = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(steps, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         missing = [name for name in (TRAINER_STATE_NAME, *files) if not (path / name).is_file()]
         if not missing:
             return str(path)
-        print(f"{path} was not saved to its end and is passed over: it has no {missing}", flush=True)
+        print(f"skipped the incomplete checkpoint {path}: it lacks {missing}", flush=True)
     return None
 
 
 class Stages:
-    """Runs each stage once: what was done, with which arguments and in how many seconds, is kept in `stages.json`."""
+    """
+    Run each stage of a recipe once: `stages.json` stores the finished stages, with their arguments and seconds.
+
+    Args:
+        output_dir: Folder of `stages.json`.
+    """
 
     def __init__(self, output_dir: Path):
         self.file = output_dir / "stages.json"
         self.before = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.done: dict[str, dict] = {}
 
-    def __call__(self, name: str, arguments: dict, run: Callable[[], object], made: Iterable[Path] = ()) -> None:
-        """Runs `run()` unless it was done with the same `arguments`, what it `made` is there, and every stage before it stands."""
-        if self.before.get(name, {}).get("arguments") == arguments and all(path.exists() for path in made):
-            print(f"== {name}: done before, reused", flush=True)
+    def __call__(self, name: str, arguments: dict, run: Callable[[], object], outputs: Iterable[Path] = ()) -> None:
+        """
+        Run a stage, unless its result can be reused.
+
+        A result can be reused if the arguments are the same, the outputs exist, and no earlier stage ran again.
+
+        Args:
+            name: Name of the stage.
+            arguments: Arguments of the stage.
+            run: Function that does the work.
+            outputs: Files that the function writes.
+        """
+        if self.before.get(name, {}).get("arguments") == arguments and all(path.exists() for path in outputs):
+            print(f"== {name}: reused from an earlier run", flush=True)
             self.done[name] = self.before[name]
             return
-        self.before = {}  # what follows was made from what is made again now
+        self.before = {}  # later stages read the new result
         write_json(self.file, self.done)
         print(f"== {name}", flush=True)
         start = time.perf_counter()
@@ -136,12 +182,14 @@ class Stages:
 
 
 def made_by(command: str) -> dict[str, str]:
-    """How and where a figure was made: command, machine, versions, date."""
-    threads, packages = torch.get_num_threads(), ("torch", "transformers", "datasets", "accelerate", "faiss-cpu")
+    """Describe how and where a figure was measured: command, machine, versions, date."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "faiss-cpu")
+    threads = torch.get_num_threads()
+    processor = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    graphics = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": command,
-        "machine": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
+        "machine": f"{processor}, {threads} thread{'s' * (threads > 1)}, {graphics}",
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
         "date": datetime.date.today().isoformat(),
     }
@@ -149,13 +197,17 @@ def made_by(command: str) -> dict[str, str]:
 
 def command(module: str, args: Any, **paths: str) -> str:
     """
-    The command line of a run, as `HfArgumentParser` reads it: what the dataclass `args` says that differs from its defaults,
-    with `paths` instead of this machine's (data_dir="path/to/data") and not where it wrote to.
+    Write the command line of a run, for `HfArgumentParser`: the arguments that differ from their defaults.
+
+    Args:
+        module: Module of the recipe.
+        args: Dataclass of the arguments. The output folder is left out.
+        paths: Paths that replace those of this machine, such as data_dir="path/to/data".
     """
     words = ["python", "-m", module]
-    for one in fields(args):
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        value = paths.get(one.name, getattr(args, one.name))
-        if one.name not in ("output_dir", "output") and value != default:
-            words += [f"--{one.name}", *map(str, value if isinstance(value, list) else [value])]
+    for entry in fields(args):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        value = paths.get(entry.name, getattr(args, entry.name))
+        if entry.name not in ("output_dir", "output") and value != default:
+            words += [f"--{entry.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)

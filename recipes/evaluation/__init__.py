@@ -1,0 +1,1 @@
+"""Evaluation of a model: inference, metrics, baselines, report."""

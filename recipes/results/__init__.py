@@ -1,0 +1,1 @@
+"""Measured results, and the tables of the pages."""

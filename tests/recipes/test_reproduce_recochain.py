@@ -107,7 +107,7 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     ):
         assert sum(row.startswith(beginning) for row in rows) == 1
     entry = {"arguments": {"learning_rate": 3e-6}, "found": 0.1234567}
-    assert result_files.kept(entry) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
+    assert result_files.result_entry(entry) == {"arguments": {"learning_rate": 3e-6}, "found": 0.12346}
     several = [
         {"gain": {"ranked": {"recall@5": {"relative": gain, "standard error": 0.01}}}} for gain in (0.1, 0.2, 0.3)
     ]

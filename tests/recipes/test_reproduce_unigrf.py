@@ -161,7 +161,7 @@ def test_an_invalid_ablation_is_rejected_before_training(movielens, tmp_path, mo
 
     with pytest.raises(ValueError, match="behaviors like with the enhancer"):
         run(row="both", behaviors="rating")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="one process a run"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="a single process"):
         patch.setenv("WORLD_SIZE", "2")
         run(row="joint")
     monkeypatch.setattr(reproduce_unigrf, "LIKED_FROM", 1)

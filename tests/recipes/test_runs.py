@@ -19,13 +19,13 @@ def test_the_folder_of_another_training_is_rejected(tmp_path):
     assert runs.begin(tmp_path, named, finished) == {"data": {"data_dir": str(tmp_path.resolve())}}
     runs.begin(tmp_path, {**arguments, "model": {"seed": 1}}, finished)
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match=r"found other values of \['model.seed'\]"):
+    with pytest.raises(ValueError, match=r"other values of \['model.seed'\]"):
         runs.begin(tmp_path, arguments, finished)
     for text in ("[1, 2]", None):  # of an older version, and missing
         (tmp_path / "arguments.json").unlink()
         if text is not None:
             (tmp_path / "arguments.json").write_text(text)
-        with pytest.raises(ValueError, match=r"found other values of \['model.seed', 'path'\]"):
+        with pytest.raises(ValueError, match=r"other values of \['model.seed', 'path'\]"):
             runs.begin(tmp_path, arguments, finished)
         (tmp_path / "arguments.json").touch()
 
@@ -65,7 +65,7 @@ def test_a_training_resumes_from_the_newest_whole_checkpoint(tmp_path, capsys):
         for name in names:
             (folder / name).touch()
     assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-11 was not saved to its end" in capsys.readouterr().out
+    assert "checkpoint-11: it lacks" in capsys.readouterr().out
     assert runs.last_checkpoint(tmp_path, ["pools.safetensors"]) == str(tmp_path / "checkpoint-9")
 
 
@@ -82,10 +82,12 @@ def test_collected_runs_are_merged_and_never_mixed(tmp_path):
     stored = json.loads(file.read_text())
     assert stored == {"protocol": "one", "runs": [run("a", 0, 0.4), run("a", 1, 0.2), run("b", 0, 0.3)]}
     assert sum(line.startswith('  {"arguments"') for line in file.read_text().splitlines()) == 3, "one line a run"
-    rows = result_files.by_row(stored["runs"], lambda entry: key(entry)[:1])
+    rows = result_files.by_ablation(stored["runs"], lambda entry: key(entry)[:1])
     assert [[entry["value"] for entry in group] for group in rows.values()] == [[0.4, 0.2], [0.3]]
     with pytest.raises(ValueError, match=r"'a',\) .* differ in \['epochs'\]"):
-        result_files.by_row([run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda entry: key(entry)[:1])
+        result_files.by_ablation(
+            [run("a", 0, 0.4, epochs=1), run("a", 1, 0.2, epochs=2)], lambda entry: key(entry)[:1]
+        )
     fields = [("data_dir", str), ("row", str, "a"), ("beams", list, dataclasses.field(default_factory=lambda: [1]))]
     fields += [("seed", int, 0), ("output_dir", str, "runs")]
     args = dataclasses.make_dataclass("Arguments", fields)("mine", row="a b", beams=[2, 3], output_dir="mine")

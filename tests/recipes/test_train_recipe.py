@@ -93,7 +93,7 @@ def test_a_training_uses_one_device_and_resumes_on_another(prepared, tmp_path, m
         with pytest.raises(ValueError, match=message):
             train.train(*args)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process a run"):
+    with pytest.raises(ValueError, match="a single process"):
         reproduce_recochain.run(
             reproduce_recochain.ReproduceArguments(data_dir=str(prepared), output_dir=str(tmp_path))
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from datasets import load_from_disk
 
-from recipes.common.result_files import by_row, kept, merged, plus_minus, rounded, spread, write
+from recipes.common.result_files import by_ablation, merged, plus_minus, result_entry, rounded, spread, write
 from recipes.data.prepared import prepared
 from recipes.evaluation.baselines import baseline_results
 from tokenization import SemanticIdTokenizer
@@ -68,7 +68,7 @@ def collect(output_dir: Path, data_dir: Path, name: str) -> None:
     results = [json.loads(file.read_text()) for file in sorted(output_dir.glob("*/beams-*.json"))]
     file, trained = RESULTS / f"{name}.json", output_dir / "sasrec" / "sasrec.json"
     runs = merged(
-        file, [kept(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
+        file, [result_entry(_run(result)) for result in results], lambda run: (*row_of(run), run["arguments"]["seed"])
     )
     if not runs or not (results or trained.exists()):
         raise ValueError(f"Expected finished runs in folders of {output_dir}, found none. Run some rows first.")
@@ -116,7 +116,7 @@ def _run(result: dict) -> dict:
 def rows_of(data: dict) -> list[dict]:
     """The rows of the tables: means and deviations over the seeds of a row."""
     rows = []
-    for (_, row, beams, union, ranked), group in by_row(data["runs"], row_of).items():
+    for (_, row, beams, union, ranked), group in by_ablation(data["runs"], row_of).items():
         spreads = {
             one: {column: spread([run["test"][one][column] for run in group]) for column in COLUMNS} for one in LISTS
         }

@@ -27,7 +27,7 @@ from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
-from recipes.common.run_tracking import command, made_by, one_process
+from recipes.common.run_tracking import command, made_by, require_single_process
 from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice, load_checkpoint
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.recochain.report import COLUMNS, RETIRED_ROWS, collect
@@ -354,7 +354,7 @@ def run(args: ReproduceArguments) -> None:
     Trains one row and measures it: a `beams-*.json` in its folder for each number of beams, unless it is there
     already. What validation chose of what was measured now becomes the checkpoint's own default.
     """
-    one_process()
+    require_single_process()
     work, checkpoint = {name: value for name, value in vars(args).items() if name not in APART}, None
     measured = []
     for num_beams, num_dense_candidates in product(args.num_beams, sorted({0, args.num_dense_candidates})):

@@ -20,7 +20,7 @@ from datasets import load_from_disk
 from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import rounded
-from recipes.common.run_tracking import command, made_by, one_process
+from recipes.common.run_tracking import command, made_by, require_single_process
 from recipes.evaluation.inference import Measurement, candidates, load_checkpoint, load_metric
 from recipes.papers.recochain.reproduce import SMALL
 from tokenization import SemanticIdTokenizer
@@ -84,7 +84,7 @@ def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, floa
 
 def run(args: SasrecArguments) -> dict:
     """Trains, chooses and reports; returns what `sasrec.json` says, unrounded."""
-    one_process()
+    require_single_process()
     tokenizer = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     if tokenizer.num_levels != 1:
         raise ValueError(

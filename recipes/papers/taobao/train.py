@@ -38,7 +38,7 @@ from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_of
 from recipes.common.profiling import PeakMemory
-from recipes.common.run_tracking import begin, last_checkpoint, one_device
+from recipes.common.run_tracking import begin, last_checkpoint, require_single_device
 from recipes.evaluation.inference import Measurement, batches
 from recipes.papers.taobao.clicks import RECENT, last_distinct
 from recipes.papers.taobao.tables import (
@@ -242,7 +242,7 @@ def train(args: TaobaoTrainArguments, training_args: TrainingArguments) -> dict:
             f"expected --max_steps, found --num_train_epochs {training_args.num_train_epochs}: the stream has no "
             f"end. An epoch is {rows:,} rows, {batch} a step, so pass --max_steps {steps} instead"
         )
-    one_device(training_args)
+    require_single_device(training_args)
     if training_args.world_size > 1:
         raise ValueError(
             f"expected one process, found {training_args.world_size}: batches of different lengths cannot be shared "

@@ -31,7 +31,14 @@ from transformers.trainer_utils import set_seed
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
-from recipes.common.run_tracking import begin, command, last_checkpoint, made_by, one_device, one_process
+from recipes.common.run_tracking import (
+    begin,
+    command,
+    last_checkpoint,
+    made_by,
+    require_single_device,
+    require_single_process,
+)
 from recipes.data.leave_one_out import TARGETS, columns_read, leave_one_out, unseen_targets
 from recipes.data.movielens import LIKED_FROM, movielens_1m
 from recipes.data.text_encoders import encode_texts, minilm_folder
@@ -336,7 +343,7 @@ def training_arguments(args: ReproduceArguments, folder: Path, steps_per_epoch: 
 def run(args: ReproduceArguments) -> None:
     """Train one row and write `result.json` into its folder."""
     check_arguments(args)
-    one_process()
+    require_single_process()
     work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
     name = "-".join(filter(None, (args.backbone, args.ids, args.row, args.variant, str(args.seed))))
     folder = Path(args.output_dir) / name
@@ -376,7 +383,7 @@ def run(args: ReproduceArguments) -> None:
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    one_device(trainer.args)
+    require_single_device(trainer.args)
     trainer.measure = lambda: measure(model, tokenizer, splits["validation"])
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))
