@@ -65,8 +65,8 @@ def read_candidates(
     Args:
         backbone (`UniGRFModel`): The model's backbone.
         scorer (`ItemScorer`): The model's heads and catalog.
-        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes the blocks' embeddings; read with a long history
-            only.
+        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes the blocks' embeddings. None: without a long
+            history.
         context (`CandidateContext`): The histories behind which the candidates are read.
         items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices of the candidates.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`, *optional*): Cache positions of each

@@ -161,7 +161,8 @@ class HSTUModel(HSTUPreTrainedModel):
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of each
                 token's event in seconds from any origin; negative: unknown. None: no time bias.
             target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of
-                the event that each output predicts, in seconds. None: the time of the next token, or of the last.
+                the event that each output predicts, in seconds. None: the time of the next token; at the end, of the
+                last token.
 
         Raises:
             ValueError: for more positions than the config has, a cache that is no `DynamicCache`, and without exactly

@@ -374,7 +374,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
-        # transformers would derive one from the backbone and drop it on save.
+        # transformers would derive a config from the backbone, and not save it.
         self.generation_config = GenerationConfig()
         defaults = generation_defaults(config) | getattr(config, "old_serving_fields", {})
         self.generation_config.update(**defaults, allow_custom_entries=True)
@@ -526,8 +526,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
-            `config.ranking_targets`. For `"next"`, `sigmoid` gives the probability that this of all items comes next
-            (this of the beams, after a stage II on beams). For a behavior: that it follows if the item is shown.
+            `config.ranking_targets`. For `"next"`, `sigmoid` gives the probability that the item comes next, among all
+            items (among the beams, after a stage II on beams). For a behavior: that it follows if the item is shown.
 
         Raises:
             ValueError: for candidates outside the catalog, another cache, and the reasons of `recommend`.
@@ -580,12 +580,12 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
                 into `config.behaviors`, not needed for a single behavior. `timestamps`: seconds, -1 (the default):
                 unknown.
             allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): The
-                only items to recommend, and items never to recommend. The search spends no beam on other items.
+                items to choose from, and items to skip. The search spends no beam on excluded items. None: no lists.
             catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
                 `model.catalog.subset(items)`. Histories may hold any item. None: the whole catalog.
             cache (`DynamicCache`, *optional*): A cache of the first tokens of these histories, or an empty cache. It
                 holds all tokens afterwards. None: a new cache.
-            generation_config (`GenerationConfig`, *optional*): None: the model's `generation_config`.
+            generation_config (`GenerationConfig`, *optional*): Serving options. None: the model's `generation_config`.
             overrides: Fields of `ServingOptions` (`num_beams`, `ranking_weight`, ...) for this call.
 
         Raises:

@@ -42,7 +42,7 @@ class LastItems:
     The last supervised item of each of B rows.
 
     Args:
-        items (`torch.LongTensor` of shape `(batch_size,)`): Item indices; -1 in a row without an item.
+        items (`torch.LongTensor` of shape `(batch_size,)`): Item indices; -1 in a row without a supervised item.
         history_ends (`torch.LongTensor` of shape `(batch_size,)`): Positions at which the histories before the items
             end; 0 in a row without an item.
         behaviors (`torch.LongTensor` of shape `(batch_size,)`): Token ids of the behaviors on the items; 0 in a row
@@ -165,8 +165,9 @@ def retrieval_positives(
     Select the next tokens `targets [B, T]` and the items that retrieval learns: those of `retrieval_behaviors`.
 
     Returns:
-        The targets, -100 at the codes of other items; the selected items; their share of all codes. (The mean over
-        the selected codes times the share is a mean over all codes: gradient accumulation does not change the loss.)
+        The targets, -100 at the codes of other items; the selected items; the share of their codes among all. (The
+        mean over the selected codes times the share is a mean over all codes: gradient accumulation does not change
+        the loss.)
     """
     names = config.training_config.retrieval_behaviors
     ids = dict(zip(config.behaviors, layout.behavior_token_ids, strict=True))

@@ -25,7 +25,7 @@ from .stage_two_unigrf import last_item_ranking_loss
 
 logger = logging.get_logger(__name__)
 
-# The last item counts as so many codes.
+# The last item counts as this many codes.
 CONTRASTIVE_LOSS_WEIGHT = 10.0
 
 
@@ -33,8 +33,8 @@ def sampling_bias(num_items: int, negatives_per_item: float) -> float:
     """
     Compute the sampling bias: the log-odds that random negatives add to the `"next"` logit.
 
-    The next item is rarer among all items than among its negatives. The bias is 0 without negatives. (Prior correction
-    for case-control sampling: King and Zeng 2001, section 4.1.)
+    The bias says how much rarer the next item is among all items than among its negatives. It is 0 without negatives.
+    (Prior correction for case-control sampling: King and Zeng 2001, section 4.1.)
     """
     return math.log(max(1, num_items - 1) / negatives_per_item) if negatives_per_item else 0.0
 

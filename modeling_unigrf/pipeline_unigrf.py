@@ -195,7 +195,7 @@ class RecommendationPipeline(Pipeline):
             rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
             if any(len(row) for row in rows):
                 lists[name] = rows
-        # A request without a list stands beside a request with a list.
+        # Beside requests with a list, others may show all items.
         if "allowed_items" in lists:
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]

@@ -109,7 +109,7 @@ def shared_prefix_attention(
         # The history, for all branches at once.
         scores = (block.flatten(2, 4) @ history_keys).float()
         if branches.padding is not None:
-            # Not -inf: a row may see nothing of the history.
+            # Not -inf: a row may see no token of the history.
             scores.masked_fill_(branches.padding, torch.finfo(scores.dtype).min)
         top = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(top).exp_()
@@ -297,7 +297,7 @@ def read_branches(
         token_ids (`torch.LongTensor` of shape `(batch_size, N, s - t)`): The next tokens.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): True at the tokens that branches see, among the
             cache's first T.
-        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Cache positions of each branch's tokens.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Cache positions of each branch's first tokens.
         cache (`DynamicCache`): Keys and values of the histories and of the branches' tokens.
         times (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): The time of these tokens' event, and of the
             event that their outputs predict, in seconds. None: no times.
@@ -380,8 +380,8 @@ def _packed_mask(
     Make the mask of the branches' last `steps` tokens.
 
     Returns:
-        `(visible [B, N * s, K], key_positions [B, K])`: True at the keys that a token sees, among the cache and these
-        tokens; positions of the keys.
+        `(visible [B, N * s, K], key_positions [B, K])`: True at the keys that a token sees, and the keys' positions.
+        Keys are the cache and these tokens.
     """
     batch_size, count, size = keys.shape
     length, device = history_mask.shape[1], keys.device

@@ -262,7 +262,7 @@ class CatalogTrie:
 
         Returns:
             `(scores, parent, child, code)`, each `[batch_size, K']`, best first. `parent` is the beam of each child.
-            K' <= `count` is the number of children of the fullest request; other rows are filled up with -inf.
+            K' is `count`, or fewer if no request has as many children. Rows with fewer children end in -inf.
         """
         trie_level = self.levels[level]
         batch_size, width = nodes.shape
