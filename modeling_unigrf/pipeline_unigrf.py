@@ -126,7 +126,9 @@ class RecommendationPipeline(Pipeline):
             encoded["query_time"] = encoded["timestamps"][:, -1]
 
         # Item lists, and the long history.
-        allowed, blocked = (list(request.get(name) or []) for name in ("allowed_items", "blocked_items"))
+        allowed, blocked = (
+            [] if request.get(name) is None else list(request[name]) for name in ("allowed_items", "blocked_items")
+        )
         allowed_indices = self._indices(allowed, unknown)
         if request.get("allowed_items") is not None and not allowed_indices.any():
             raise ValueError(

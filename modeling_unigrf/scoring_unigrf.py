@@ -64,12 +64,16 @@ class UniGRFItemEncoder(nn.Module):
         return learned if representations is None else representations + learned
 
     def add_rows(self, count: int) -> None:
-        """Append rows for new items, each the mean of the others."""
+        """Append rows for new items to the embedding table, each the mean of the other rows."""
         rows = self.table.weight.data
-        self.set_rows(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
+        self._set_rows(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
 
-    def set_rows(self, rows: torch.Tensor) -> None:
-        """Replace the rows of the embedding table by `[n, hidden_size]`."""
+    def reset_rows(self, count: int, std: float) -> None:
+        """Replace the embedding table by `count` random rows of standard deviation `std`."""
+        rows = self.table.weight.data
+        self._set_rows(rows.new_empty(count, rows.shape[1]).normal_(std=std))
+
+    def _set_rows(self, rows: torch.Tensor) -> None:
         self.table.weight = nn.Parameter(rows, requires_grad=self.table.weight.requires_grad)
         self.table.num_embeddings = self.num_rows = len(rows)
 

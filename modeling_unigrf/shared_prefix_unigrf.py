@@ -106,19 +106,8 @@ def shared_prefix_attention(
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
         block = queries[:, :, :, part]
-        # The history, for all branches at once.
-        scores = (block.flatten(2, 4) @ history_keys).float()
-        if branches.padding is not None:
-            # Not -inf: a row may see no token of the history.
-            scores.masked_fill_(branches.padding, torch.finfo(scores.dtype).min)
-        top = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        norm = weights.sum(dim=-1, keepdim=True)
-        # Divide first: float16 could not hold the sum.
-        from_history = (weights.div_(norm).to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
-        top, norm = (column.view(*block.shape[:-1], 1) for column in (top, norm))
-
-        # Each branch's own tokens, and the merge of the two.
+        from_history, top, norm = _attend_to_history(block, history_keys, history_values, branches.padding)
+        # Merge with the branches' own tokens by log-sum-exp.
         branch_scores = (block @ branch_keys[:, :, :, part].transpose(-1, -2)).float()
         if hidden is not None:
             branch_scores = branch_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
@@ -130,6 +119,23 @@ def shared_prefix_attention(
         outputs.append(torch.addcmul(from_branch, from_history, norm / total).to(value.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     return output.reshape(batch_size, num_heads, count * steps, -1).transpose(1, 2).contiguous(), None
+
+
+def _attend_to_history(
+    block: torch.Tensor, history_keys: torch.Tensor, history_values: torch.Tensor, padding: torch.BoolTensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attend from all branches at once: the output `[..., D]`, and the largest score and the norm `[..., 1]`."""
+    scores = (block.flatten(2, 4) @ history_keys).float()
+    if padding is not None:
+        # Not -inf: a row may see no token of the history.
+        scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    norm = weights.sum(dim=-1, keepdim=True)
+    # Divide first: float16 could not hold the sum.
+    output = weights.div_(norm).to(history_values.dtype) @ history_values
+    shape = block.shape[:-1]
+    return output.view(*shape, -1), top.view(*shape, 1), norm.view(*shape, 1)
 
 
 def branch_states(states: torch.Tensor, keys: torch.LongTensor) -> torch.Tensor:
