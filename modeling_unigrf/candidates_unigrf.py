@@ -144,7 +144,8 @@ def retrieve(
         return nn.functional.normalize(content_embeddings[items.clamp(min=0)].float(), dim=-1)
 
     batch_size, length = long_items.shape
-    count, width = candidates.shape[1], content_embeddings.shape[1]
+    count = candidates.shape[1]
+    width = content_embeddings.shape[1]
     places = candidates.new_empty(batch_size, count, min(num_retrieved, length))
     if places.numel() == 0:
         return places

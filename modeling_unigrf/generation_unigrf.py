@@ -311,7 +311,8 @@ def search_with_processors(
     Raises:
         ValueError: if the rows end in unfinished items of different lengths.
     """
-    layout, input_ids = scorer.layout, history.input_ids
+    layout = scorer.layout
+    input_ids = history.input_ids
     num_beams = generation_config.num_beams
     tries = [processor for processor in logits_processor if isinstance(processor, TrieLogitsProcessor)]
     others = [processor for processor in logits_processor if not isinstance(processor, TrieLogitsProcessor)]

@@ -132,7 +132,8 @@ def _sampled_softmax(
     count: int,
 ) -> torch.Tensor:
     """Sum the cross-entropy of `true [n]` at the positions `here`, each among `count` random codes and itself."""
-    queries, vectors = states[here], scorer.code_vectors[codes]
+    queries = states[here]
+    vectors = scorer.code_vectors[codes]
     logits = [_similarity(scorer, queries[:, None], vectors[true][:, :, None])[:, 0]]
     drawn = torch.randint(len(vectors), (count,), device=states.device)
     random_logits = _similarity(scorer, queries, vectors[drawn].T)

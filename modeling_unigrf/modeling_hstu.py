@@ -230,7 +230,8 @@ class HSTUModel(HSTUPreTrainedModel):
         output_attentions: bool | None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """Run the layers: the states before and after each of them, and the attention weights."""
-        all_states, all_weights = [hidden_states], []
+        all_states = [hidden_states]
+        all_weights = []
         for layer in self.layers:
             hidden_states, weights = layer(hidden_states, visible, distance, seconds, cache, output_attentions)
             all_states.append(hidden_states)

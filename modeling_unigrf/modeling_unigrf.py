@@ -296,7 +296,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         """
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
         self.catalog.replace(torch.as_tensor(item_codes), content_embeddings)
-        num_items, config = self.catalog.num_items, self.config
+        num_items = self.catalog.num_items
+        config = self.config
         # A table of one row an item follows the catalog.
         if config.embedding_table_size == config.num_items != num_items:
             self.item_encoder.reset_rows(num_items, config.initializer_range)
@@ -324,7 +325,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         # The catalog with the new items.
         item_codes = torch.as_tensor(item_codes)
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
-        catalog, config = self.catalog, self.config
+        catalog = self.catalog
+        config = self.config
         catalog.check(item_codes, content_embeddings)
         all_codes = torch.cat([catalog.item_codes, item_codes.to(catalog.item_codes)])
         all_embeddings = None
@@ -597,7 +599,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
             catalog = overrides.pop("catalog", catalog)
         generation_config = self.generation_config if generation_config is None else generation_config
         options = ServingOptions.from_generation_config(generation_config, self.config, overrides)
-        trie, scorer = self.catalog.trie, self.scorer
+        trie = self.catalog.trie
+        scorer = self.scorer
         history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)
         space = make_search_space(
             scorer,

@@ -101,7 +101,8 @@ class RecommendationPipeline(Pipeline):
         """Turn a request into the inputs of `recommend`."""
         # The history.
         request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
-        items, config = list(request["items"]), self.model.config
+        items = list(request["items"])
+        config = self.model.config
         options = self.model.serving_options(max_items=max_items, exclude_history=exclude_history)
         encoded = self.tokenizer.encode_history(
             items,
@@ -209,7 +210,8 @@ class RecommendationPipeline(Pipeline):
 
     def postprocess(self, model_outputs):
         """Turn the output of `recommend` for a request into a list of dicts, best first."""
-        item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
+        item_ids = self.tokenizer.item_ids
+        titles = self.tokenizer.titles
         scores = {name: model_outputs[key][0].tolist() for key, name in SCORES.items() if key in model_outputs}
         return [
             {

@@ -33,7 +33,9 @@ class UniGRFItemEncoder(nn.Module):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
-        width, dim, num_rows = config.hidden_size, config.content_embedding_dim, config.embedding_table_size
+        width = config.hidden_size
+        dim = config.content_embedding_dim
+        num_rows = config.embedding_table_size
         self.proj = nn.Linear(dim, width) if dim and config.project_content_embeddings else None
         self.table = nn.Embedding(num_rows, width) if num_rows else None
         # An adapter's wrapper of the table has no such number.
@@ -121,7 +123,8 @@ class UniGRFRankingHead(nn.Module):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
-        width, num_targets = config.hidden_size, len(config.ranking_targets)
+        width = config.hidden_size
+        num_targets = len(config.ranking_targets)
         self.dense = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.ranking_dropout)
         self.out_proj = nn.Linear(width, num_targets)

@@ -87,12 +87,15 @@ def shared_prefix_attention(
     branches.reached_attention = True
     # Queries, keys and values, by branch.
     batch_size, num_heads, _, dim = query.shape
-    kv_heads, length = key.shape[1], branches.history_mask.shape[1]
+    kv_heads = key.shape[1]
+    length = branches.history_mask.shape[1]
     _, count, size = branches.keys.shape
-    steps, groups = query.shape[2] // count, num_heads // kv_heads
+    steps = query.shape[2] // count
+    groups = num_heads // kv_heads
     queries = query * (dim**-0.5 if scaling is None else scaling)
     queries = queries.reshape(batch_size, kv_heads, groups, count, steps, dim)
-    history_keys, history_values = key[:, :, :length].transpose(2, 3), value[:, :, :length]
+    history_keys = key[:, :, :length].transpose(2, 3)
+    history_values = value[:, :, :length]
     branch_keys, branch_values = (branch_states(states, branches.keys) for states in (key, value))
     hidden = None
     if steps > 1:
@@ -254,8 +257,10 @@ def prefill(
         ValueError: if the cache holds more than T tokens, or cannot be cropped.
     """
     check_cache(cache)
-    input_ids, attention_mask = history.input_ids, history.attention_mask
-    num_cached, length = cache.get_seq_length(), input_ids.shape[1]
+    input_ids = history.input_ids
+    attention_mask = history.attention_mask
+    num_cached = cache.get_seq_length()
+    length = input_ids.shape[1]
     if num_cached > length:
         raise ValueError(
             f"`cache` must hold at most the {length} tokens of input_ids, got {num_cached}. Pass the cache of these "
@@ -363,7 +368,8 @@ def _place_branches(
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor | None]:
     """Compute, for all branch tokens, cache positions, positions and a mask of those that exist, `[B, N, m + s]`."""
     batch_size, count, steps = inputs_embeds.shape[:3]
-    earlier, device = earlier_keys.shape[2], inputs_embeds.device
+    earlier = earlier_keys.shape[2]
+    device = inputs_embeds.device
     new_keys = cache.get_seq_length() + torch.arange(count * steps, device=device)
     keys = torch.cat([earlier_keys, new_keys.view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
     positions = torch.arange(earlier + steps, device=device).expand(batch_size, count, -1)
@@ -390,7 +396,8 @@ def _packed_mask(
         Keys are the cache and these tokens.
     """
     batch_size, count, size = keys.shape
-    length, device = history_mask.shape[1], keys.device
+    length = history_mask.shape[1]
+    device = keys.device
     num_keys = cache.get_seq_length() + count * steps
     visible = torch.zeros(batch_size, count, steps, num_keys, dtype=torch.bool, device=device)
     visible[..., :length] = history_mask[:, None, None]
