@@ -93,7 +93,8 @@ def beam_search(
     Raises:
         ValueError: if no item begins with a prefix.
     """
-    layout, trie = scorer.layout, space.trie
+    layout = scorer.layout
+    trie = space.trie
     times = None if query_time is None else query_time[:, None].expand(-1, 2)
     first_level = space.num_prefix_codes
     last_level = layout.num_levels

@@ -65,8 +65,8 @@ def read_candidates(
     Args:
         backbone (`UniGRFModel`): The model's backbone.
         scorer (`ItemScorer`): The model's heads and catalog.
-        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes the blocks' embeddings; read with a long history
-            only.
+        candidate_block (`UniGRFCandidateBlock`, *optional*): Makes the blocks' embeddings. None: without a long
+            history.
         context (`CandidateContext`): The histories behind which the candidates are read.
         items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices of the candidates.
         earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`, *optional*): Cache positions of each
@@ -144,7 +144,8 @@ def retrieve(
         return nn.functional.normalize(content_embeddings[items.clamp(min=0)].float(), dim=-1)
 
     batch_size, length = long_items.shape
-    count, width = candidates.shape[1], content_embeddings.shape[1]
+    count = candidates.shape[1]
+    width = content_embeddings.shape[1]
     places = candidates.new_empty(batch_size, count, min(num_retrieved, length))
     if places.numel() == 0:
         return places

@@ -107,7 +107,8 @@ class UniGRFCatalog(nn.Module):
                 f"`item_codes` must be integers of shape (num_items, {num_levels}) with num_items >= 1, got "
                 f"{item_codes.dtype} of shape {shape}. Pass `tokenizer.item_codes`."
             )
-        least, most = int(item_codes.min()), int(item_codes.max())
+        least = int(item_codes.min())
+        most = int(item_codes.max())
         # The buffer is int32.
         if least < 0 or most >= 2**31:
             raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""The configuration: what the model is (`UniGRFConfig`) and what it is trained for (`UniGRFTrainingConfig`).
+"""The configurations of a model (`UniGRFConfig`) and of its training (`UniGRFTrainingConfig`).
 
 The options of serving (`num_beams`, `ranking_weight`, ...) belong to `generation_config`: see `ServingOptions`.
 """
@@ -155,7 +155,7 @@ class UniGRFConfig(PreTrainedConfig):
             Items of the user's long history that each candidate is ranked with (RecoChain, section 1). Their content
             embeddings have the greatest cosine to the candidate's. 0: candidates have no sub-history.
         rank_by_dense_score (`bool`, defaults to `True`):
-            Add the dense-retrieval score to the `"next"` logit. False: the score stands beside the ranking score only.
+            Add the dense-retrieval score to the `"next"` logit. False: leave it out of the ranking score.
         next_logit_bias (`float`, defaults to 0.0):
             Sampling-bias (logQ) correction that `rank` subtracts from the `"next"` logit. Training sets it.
         ranking_dropout (`float`, defaults to 0.1):
@@ -268,7 +268,7 @@ class UniGRFConfig(PreTrainedConfig):
 
     @property
     def num_levels(self) -> int:
-        """Number of codes of one item."""
+        """Number of codes of an item."""
         return len(self.codebook_sizes)
 
     @property
@@ -404,13 +404,13 @@ class UniGRFConfig(PreTrainedConfig):
             )
         if not (self.rank_by_dense_score or training.dense_loss_weight):
             raise ValueError(
-                "`rank_by_dense_score=False` must come with dense_loss_weight, got 0: nothing would train the "
+                "`rank_by_dense_score=False` must come with dense_loss_weight, got 0: no loss would train the "
                 "dense-retrieval score. Set one of the two."
             )
         if training.stop_gradient_dense_score and not (self.rank_by_dense_score and training.dense_loss_weight):
             raise ValueError(
                 "`stop_gradient_dense_score=True` must come with rank_by_dense_score and dense_loss_weight, got "
-                "neither or one of them: nothing would train the score. Set both, or leave the field out."
+                "neither or one of them: no loss would train the score. Set both, or leave the field out."
             )
         if training.negatives_per_item and self.ranks_last_items:
             raise ValueError(

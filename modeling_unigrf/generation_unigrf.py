@@ -162,7 +162,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         self.generation_config._from_model_config = False
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        """Put the trie's processor first: that of the argument `catalog`, if there is a `catalog`."""
+        """Put the trie's processor first: that of `generate(catalog=...)`, or of the whole catalog."""
         processors = super()._get_logits_processor(*args, **kwargs)
         tries = [processor for processor in processors if isinstance(processor, TrieLogitsProcessor)]
         others = [processor for processor in processors if not isinstance(processor, TrieLogitsProcessor)]
@@ -282,7 +282,7 @@ class UniGRFGenerationMixin(GenerationMixin):
 
 
 def _unsupported(model: nn.Module, stopping_criteria, cache, synced_gpus: bool) -> list[str]:
-    """List what else of a call the search lacks, beside `STOCK_OPTIONS`: names for a warning."""
+    """List the parts of a call that the search lacks, beside `STOCK_OPTIONS`, as names for a warning."""
     reasons = []
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     # PEFT expects an adapter's name for each beam.
@@ -311,7 +311,8 @@ def search_with_processors(
     Raises:
         ValueError: if the rows end in unfinished items of different lengths.
     """
-    layout, input_ids = scorer.layout, history.input_ids
+    layout = scorer.layout
+    input_ids = history.input_ids
     num_beams = generation_config.num_beams
     tries = [processor for processor in logits_processor if isinstance(processor, TrieLogitsProcessor)]
     others = [processor for processor in logits_processor if not isinstance(processor, TrieLogitsProcessor)]

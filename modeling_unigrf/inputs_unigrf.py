@@ -101,7 +101,7 @@ def check_history(
         timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): The time of each token's event in
             seconds; -1: unknown. None: no times.
         query_time (`torch.LongTensor` of shape `(batch_size,)`, *optional*): In seconds. None: the last token's time.
-        long_history (`dict`, *optional*): `items`, `behaviors` and `timestamps`, as `recommend` takes them.
+        long_history (`dict`, *optional*): `items`, `behaviors` and `timestamps` of `recommend`. None: no history.
         may_be_unfinished (`bool`, defaults to `False`): Whether a row may end in the first codes of an item. True is
             for `generate`, which reads no long history.
 

@@ -85,7 +85,8 @@ class ItemFilter:
             blocked_request, blocked_path = self._paths(trie, item_codes, blocked)
             leaf = request * trie.num_items + path[:, -1]
             is_left = ~torch.isin(leaf, blocked_request * trie.num_items + blocked_path[:, -1])
-            request, path = request[is_left], path[is_left]
+            request = request[is_left]
+            path = path[is_left]
         is_empty = request.bincount(minlength=batch_size) == (0 if self.is_allow_list else trie.num_items)
         if is_empty.any():
             name, content = ("allowed_items", "none") if self.is_allow_list else ("blocked_items", "all of them")

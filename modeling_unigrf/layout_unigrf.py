@@ -45,7 +45,7 @@ class UnfinishedItems:
 
 
 class ItemLayout:
-    """The reader and writer of the token sequences of a `UniGRFConfig`: the config's numbers, without a state."""
+    """The order of a `UniGRFConfig`'s tokens: the class reads and writes token sequences, and holds no state."""
 
     def __init__(self, config):
         self.codebook_sizes = list(config.codebook_sizes)
@@ -177,8 +177,8 @@ class ItemLayout:
         """
         Return the time of the event that each output predicts, `[B, T]`.
 
-        That is the time of the next token of its history; for the last token of a history, the token's time.
-        `timestamps` and `sequence_ids` have the shape `[B, T]`.
+        The time is that of the next token of the history, or of the token itself at the history's end. `timestamps`
+        and `sequence_ids` have the shape `[B, T]`.
         """
         after = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
         is_last = torch.ones_like(sequence_ids[:, :1], dtype=torch.bool)
@@ -200,7 +200,7 @@ class ItemLayout:
     def history_up_to(
         self, ends: torch.LongTensor, sequence_ids: torch.LongTensor, attention_mask: torch.LongTensor
     ) -> torch.BoolTensor:
-        """Make the mask `[B, T]` of the tokens that positions `ends [B]` of packed histories see, with themselves."""
+        """Make the mask `[B, T]` of the tokens that positions `ends [B]` of packed histories see."""
         is_before = torch.arange(sequence_ids.shape[1], device=sequence_ids.device) <= ends[:, None]
         return is_before & (sequence_ids == sequence_ids.gather(1, ends[:, None])) & attention_mask.bool()
 

@@ -39,7 +39,7 @@ def generation_loss(
             all positions, without a correction (as HSTU's public code samples items). Draws of the code itself do not
             count. 0, or at least the size of the level: compare with the whole level.
         item_sets (`ItemSets`, *optional*): Read for atomic ids only. A row's hard negatives replace as many random
-            codes, or count 30 times in the whole level (UniGRF has 8 of them among 120 of 3,706 items). Its excluded
+            codes, or count 30 times in the whole level. (UniGRF has 8 of them among 120 of 3,706 items.) Its excluded
             positives are no negatives. None: no sets.
         retain_graph (`bool`, defaults to `False`): Whether several backward passes go through the loss.
     """
@@ -132,7 +132,8 @@ def _sampled_softmax(
     count: int,
 ) -> torch.Tensor:
     """Sum the cross-entropy of `true [n]` at the positions `here`, each among `count` random codes and itself."""
-    queries, vectors = states[here], scorer.code_vectors[codes]
+    queries = states[here]
+    vectors = scorer.code_vectors[codes]
     logits = [_similarity(scorer, queries[:, None], vectors[true][:, :, None])[:, 0]]
     drawn = torch.randint(len(vectors), (count,), device=states.device)
     random_logits = _similarity(scorer, queries, vectors[drawn].T)
@@ -160,7 +161,7 @@ def contrastive_loss(
     """
     Compute the contrastive sequence loss of each row's last supervised item.
 
-    It is the cross-entropy of the item among itself and the row's hard negatives, by their log-probabilities as
+    This loss is the cross-entropy of the item among itself and the row's hard negatives, by their log-probabilities as
     sequences. The cross-entropy of single codes compares no item as a whole. The sum over rows is divided by the
     number of codes, like the cross-entropy of the codes. (A mean over rows would outweigh all codes of an item about
     a hundred times, and undo their training.)

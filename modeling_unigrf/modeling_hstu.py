@@ -161,7 +161,8 @@ class HSTUModel(HSTUPreTrainedModel):
             timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of each
                 token's event in seconds from any origin; negative: unknown. None: no time bias.
             target_timestamps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The time of
-                the event that each output predicts, in seconds. None: the time of the next token, or of the last.
+                the event that each output predicts, in seconds. None: the time of the next token; at the end, of the
+                last token.
 
         Raises:
             ValueError: for more positions than the config has, a cache that is no `DynamicCache`, and without exactly
@@ -176,17 +177,15 @@ class HSTUModel(HSTUPreTrainedModel):
         batch_size, length = inputs_embeds.shape[:2]
 
         # Defaults of the options, and the cache.
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if use_cache and cache is None:
-            cache = DynamicCache()
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        cache = DynamicCache() if use_cache and cache is None else cache
         if cache is not None:
             check_cache(cache)
             # A cache made from a config lacks the layer of positions.
-            if len(cache.layers) == self.config.num_hidden_layers:
+            if len(cache.layers) == config.num_hidden_layers:
                 cache.layers.append(DynamicLayer())
 
         # Positions, mask and times.
@@ -210,20 +209,34 @@ class HSTUModel(HSTUPreTrainedModel):
         position_ids = position_ids.expand(batch_size, -1)
         distance, seconds = self._distances(position_ids, timestamps, target_timestamps, visible, cache)
 
-        # The layers.
         hidden_states = inputs_embeds * self.config.hidden_size**0.5 + self.embed_positions(position_ids)
-        hidden_states = self.dropout(hidden_states)
-        all_states, all_weights = [hidden_states], []
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, visible, distance, seconds, cache, output_attentions)
-            all_states.append(hidden_states)
-            all_weights.append(weights)
+        all_states, all_weights = self._run_layers(
+            self.dropout(hidden_states), visible, distance, seconds, cache, output_attentions
+        )
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
+            last_hidden_state=all_states[-1],
             cache=cache if use_cache else None,
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
+
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        visible: torch.BoolTensor,
+        distance: torch.LongTensor,
+        seconds: torch.LongTensor | None,
+        cache: Cache | None,
+        output_attentions: bool | None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Run the layers: the states before and after each of them, and the attention weights."""
+        all_states = [hidden_states]
+        all_weights = []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, visible, distance, seconds, cache, output_attentions)
+            all_states.append(hidden_states)
+            all_weights.append(weights)
+        return all_states, all_weights
 
     def _distances(
         self,

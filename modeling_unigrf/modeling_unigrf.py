@@ -296,7 +296,13 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         """
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
         self.catalog.replace(torch.as_tensor(item_codes), content_embeddings)
-        self.config.num_items = self.catalog.num_items
+        num_items = self.catalog.num_items
+        config = self.config
+        # A table of one row an item follows the catalog.
+        if config.embedding_table_size == config.num_items != num_items:
+            self.item_encoder.reset_rows(num_items, config.initializer_range)
+            config.embedding_table_size = num_items
+        config.num_items = num_items
 
     def add_items(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None = None) -> None:
         """
@@ -319,7 +325,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         # The catalog with the new items.
         item_codes = torch.as_tensor(item_codes)
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
-        catalog, config = self.catalog, self.config
+        catalog = self.catalog
+        config = self.config
         catalog.check(item_codes, content_embeddings)
         all_codes = torch.cat([catalog.item_codes, item_codes.to(catalog.item_codes)])
         all_embeddings = None
@@ -374,7 +381,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__(config)
-        # transformers would derive one from the backbone and drop it on save.
+        # transformers would derive a config from the backbone, and not save it.
         self.generation_config = GenerationConfig()
         defaults = generation_defaults(config) | getattr(config, "old_serving_fields", {})
         self.generation_config.update(**defaults, allow_custom_entries=True)
@@ -416,62 +423,55 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
                 -1 for none.
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): Number of last positions with `logits`, or the
                 positions themselves. 0: all positions.
-            num_items_in_batch (`int`, *optional*): Supervised tokens of an accumulated batch, from `Trainer`. The loss
-                is this micro-batch's share of them. The share also weights candidates: results equal those without
-                accumulation if micro-batches have equally many supervised tokens a row. None: no accumulation.
+            num_items_in_batch (`int`, *optional*): Supervised tokens of an accumulated batch, from `Trainer`; the loss
+                is this micro-batch's share of them. Candidates have that share, too. None: no accumulation.
 
         Raises:
             ValueError: for a supervised item outside the catalog, and inputs that do not fit labels or config.
         """
-        # The arguments, by today's names.
         kwargs = convert_old_inputs(kwargs) if kwargs else kwargs
         long_history = kwargs.pop("long_history", long_history)
         item_sets = kwargs.pop("item_sets", item_sets)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        target_timestamps = kwargs.pop("target_timestamps", None)
         # A sequence that is spread over devices comes with `shift_labels`.
         targets = kwargs.pop("shift_labels", None)
         if labels is not None and targets is None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
-        inputs |= {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "cache": cache,
-            "use_cache": kwargs.pop("use_cache", None),
-        }
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        inputs["use_cache"] = kwargs.pop("use_cache", None)
+        target_timestamps = kwargs.pop("target_timestamps", None)
         if timestamps is not None:
             inputs |= {"timestamps": timestamps, "target_timestamps": target_timestamps}
-        scorer, supervision = self.scorer, None
+        supervision = None
         if targets is not None:
-            objective = Objective(
-                self.config, self.model, scorer, self.candidate_block, self.task_weights, self.measures_gradients
-            )
             tokens = labels if input_ids is None else input_ids
-            inputs, supervision = objective.prepare(inputs, tokens, targets, long_history, item_sets)
+            inputs, supervision = self._objective.prepare(inputs, tokens, targets, long_history, item_sets)
         if "input_ids" in inputs:
-            inputs["item_representations"] = scorer.history_representations(inputs["input_ids"])
-
-        # The output: losses, and logits where they are cheap.
+            inputs["item_representations"] = self.scorer.history_representations(inputs["input_ids"])
         outputs = self.model(**inputs, **kwargs)
         losses = {}
         if supervision is not None:
-            losses = objective.losses(outputs.last_hidden_state, supervision, num_items_in_batch)
-            if supervision.cache is not None:
-                # Do not return the internal training cache.
-                outputs.cache = None
+            losses = self._objective.losses(outputs.last_hidden_state, supervision, num_items_in_batch)
         logits = None
         if not (losses and self.training):
             states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)
-            logits = scorer.code_logits(states)
+            logits = self.scorer.code_logits(states)
         return UniGRFCausalLMOutput(
             logits=logits,
-            cache=outputs.cache,
+            # Do not return the internal training cache.
+            cache=None if supervision is not None and supervision.cache is not None else outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **losses,
         )
+
+    @property
+    def _objective(self) -> Objective:
+        """The joint loss of `config.training_config`."""
+        parts = (self.config, self.model, self.scorer, self.candidate_block)
+        return Objective(*parts, self.task_weights, self.measures_gradients)
 
     @torch.no_grad()
     def prefill(
@@ -526,8 +526,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, num_ranking_targets)`: logits, in the order of
-            `config.ranking_targets`. For `"next"`, `sigmoid` gives the probability that this of all items comes next
-            (this of the beams, after a stage II on beams). For a behavior: that it follows if the item is shown.
+            `config.ranking_targets`. For `"next"`, `sigmoid` gives the probability that the item comes next, among all
+            items (among the beams, after a stage II on beams). For a behavior: that it follows if the item is shown.
 
         Raises:
             ValueError: for candidates outside the catalog, another cache, and the reasons of `recommend`.
@@ -580,12 +580,12 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
                 into `config.behaviors`, not needed for a single behavior. `timestamps`: seconds, -1 (the default):
                 unknown.
             allowed_items, blocked_items (`list` of `batch_size` lists or tensors of item indices, *optional*): The
-                only items to recommend, and items never to recommend. The search spends no beam on other items.
+                items to choose from, and items to skip. The search spends no beam on excluded items. None: no lists.
             catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
                 `model.catalog.subset(items)`. Histories may hold any item. None: the whole catalog.
             cache (`DynamicCache`, *optional*): A cache of the first tokens of these histories, or an empty cache. It
                 holds all tokens afterwards. None: a new cache.
-            generation_config (`GenerationConfig`, *optional*): None: the model's `generation_config`.
+            generation_config (`GenerationConfig`, *optional*): Serving options. None: the model's `generation_config`.
             overrides: Fields of `ServingOptions` (`num_beams`, `ranking_weight`, ...) for this call.
 
         Raises:
@@ -599,7 +599,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
             catalog = overrides.pop("catalog", catalog)
         generation_config = self.generation_config if generation_config is None else generation_config
         options = ServingOptions.from_generation_config(generation_config, self.config, overrides)
-        trie, scorer = self.catalog.trie, self.scorer
+        trie = self.catalog.trie
+        scorer = self.scorer
         history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)
         space = make_search_space(
             scorer,

@@ -42,7 +42,7 @@ class LastItems:
     The last supervised item of each of B rows.
 
     Args:
-        items (`torch.LongTensor` of shape `(batch_size,)`): Item indices; -1 in a row without an item.
+        items (`torch.LongTensor` of shape `(batch_size,)`): Item indices; -1 in a row without a supervised item.
         history_ends (`torch.LongTensor` of shape `(batch_size,)`): Positions at which the histories before the items
             end; 0 in a row without an item.
         behaviors (`torch.LongTensor` of shape `(batch_size,)`): Token ids of the behaviors on the items; 0 in a row
@@ -165,13 +165,15 @@ def retrieval_positives(
     Select the next tokens `targets [B, T]` and the items that retrieval learns: those of `retrieval_behaviors`.
 
     Returns:
-        The targets, -100 at the codes of other items; the selected items; their share of all codes. (The mean over
-        the selected codes times the share is a mean over all codes: gradient accumulation does not change the loss.)
+        The targets, -100 at the codes of other items; the selected items; the share of their codes among all. (The
+        mean over the selected codes times the share is a mean over all codes: gradient accumulation does not change
+        the loss.)
     """
     names = config.training_config.retrieval_behaviors
     ids = dict(zip(config.behaviors, layout.behavior_token_ids, strict=True))
     is_positive = torch.isin(supervised.behaviors, targets.new_tensor([ids[name] for name in names]))
-    rows, ends = supervised.rows[~is_positive], supervised.history_ends[~is_positive]
+    rows = supervised.rows[~is_positive]
+    ends = supervised.history_ends[~is_positive]
     positives = targets.index_put((rows[:, None], layout.code_positions(ends)), targets.new_tensor(-100))
     num_positive, num_all = ((layout.token_levels(tokens) >= 0).sum() for tokens in (positives, targets))
     return positives, supervised.select(is_positive), num_positive / num_all.clamp(min=1)
@@ -183,7 +185,8 @@ def last_items(supervised: SupervisedItems, batch_size: int) -> LastItems:
     is_last[:-1] = supervised.rows[1:] != supervised.rows[:-1]
     rows = supervised.rows[is_last]
     items = supervised.rows.new_full((batch_size,), -1)
-    ends, behaviors = torch.zeros_like(items), torch.zeros_like(items)
+    ends = torch.zeros_like(items)
+    behaviors = torch.zeros_like(items)
     items[rows] = supervised.items[is_last]
     ends[rows] = supervised.history_ends[is_last]
     behaviors[rows] = supervised.behaviors[is_last]

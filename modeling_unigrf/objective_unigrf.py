@@ -18,14 +18,21 @@ from transformers.utils import logging
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .inputs_unigrf import ItemSets, check_item_sets, check_long_history
 from .loss_unigrf import contrastive_loss, generation_loss, ranking_loss, sampled_softmax_loss
-from .negatives_unigrf import Supervision, last_items, pack_negatives, retrieval_positives, supervised_items
+from .negatives_unigrf import (
+    SupervisedItems,
+    Supervision,
+    last_items,
+    pack_negatives,
+    retrieval_positives,
+    supervised_items,
+)
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import attention_mask_4d
 from .stage_two_unigrf import last_item_ranking_loss
 
 logger = logging.get_logger(__name__)
 
-# The last item counts as so many codes.
+# The last item counts as this many codes.
 CONTRASTIVE_LOSS_WEIGHT = 10.0
 
 
@@ -33,8 +40,8 @@ def sampling_bias(num_items: int, negatives_per_item: float) -> float:
     """
     Compute the sampling bias: the log-odds that random negatives add to the `"next"` logit.
 
-    The next item is rarer among all items than among its negatives. The bias is 0 without negatives. (Prior correction
-    for case-control sampling: King and Zeng 2001, section 4.1.)
+    The bias says how much rarer the next item is among all items than among its negatives. It is 0 without negatives.
+    (Prior correction for case-control sampling: King and Zeng 2001, section 4.1.)
     """
     return math.log(max(1, num_items - 1) / negatives_per_item) if negatives_per_item else 0.0
 
@@ -90,7 +97,9 @@ class Objective:
         Raises:
             ValueError: for the reasons of `UniGRFForCausalLM.forward`.
         """
-        layout, trie, training = self.scorer.layout, self.scorer.catalog.trie, self.config.training_config
+        layout = self.scorer.layout
+        trie = self.scorer.catalog.trie
+        training = self.config.training_config
         items = supervised_items(layout, trie, tokens, targets)
         has_candidates = (item_sets or {}).get("candidates") is not None
         ranks_last = training.ranking_loss_weight > 0 and (has_candidates or self.config.ranks_last_items)
@@ -141,8 +150,10 @@ class Objective:
 
         Rows of a single history without negatives need no mask.
         """
-        layout, sequence_ids = self.scorer.layout, supervision.sequence_ids
-        sets, per_item = supervision.item_sets, supervision.negatives_per_item
+        layout = self.scorer.layout
+        sequence_ids = supervision.sequence_ids
+        sets = supervision.item_sets
+        per_item = supervision.negatives_per_item
         if sets is None:
             empty = sequence_ids.new_empty(len(sequence_ids), 0)
             sets = ItemSets(empty, empty)
@@ -166,7 +177,8 @@ class Objective:
             inputs = inputs | {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         # Times.
         if "timestamps" in inputs:
-            times, target_times = inputs["timestamps"], inputs.get("target_timestamps")
+            times = inputs["timestamps"]
+            target_times = inputs.get("target_timestamps")
             if target_times is None:
                 target_times = layout.target_timestamps(times, sequence_ids)
             if supervision.negatives is not None:
@@ -199,10 +211,14 @@ class Objective:
         Returns:
             `loss`, the weighted sum; the other losses by their names in `UniGRFCausalLMOutput`, without gradient.
         """
-        config, training = self.config, self.config.training_config
-        targets, sets = supervision.targets, supervision.item_sets
+        config = self.config
+        training = self.config.training_config
+        targets = supervision.targets
+        sets = supervision.item_sets
         of_histories = hidden_states[:, : targets.shape[1]]
-        code_targets, positives, share = targets, supervision.items, 1.0
+        code_targets = targets
+        positives = supervision.items
+        share = 1.0
         if training.retrieval_behaviors is not None:
             code_targets, positives, share = retrieval_positives(config, self.scorer.layout, targets, positives)
         losses = {}
@@ -226,12 +242,7 @@ class Objective:
             losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision)
         # Dense retrieval.
         if training.dense_loss_weight:
-            states = hidden_states[positives.rows, positives.history_ends]
-            queries = self.scorer.ranking_head.history_query(states)
-            num_items, generator = len(self.scorer.catalog.item_codes), self.generator(states.device)
-            losses["dense_loss"] = share * sampled_softmax_loss(
-                queries, positives.items, self.scorer.representations, num_items, generator
-            )
+            losses["dense_loss"] = share * self._dense_loss(hidden_states, positives)
         if sets is not None and sets.hard_negatives.shape[1] and self.scorer.layout.num_levels > 1:
             last = last_items(supervision.items, len(targets))
             num_hard = sets.hard_negatives.shape[1]
@@ -279,10 +290,20 @@ class Objective:
             norms.append(hidden_states.new_zeros(()).float() if gradient is None else gradient.norm().float())
         return torch.stack(norms)
 
+    def _dense_loss(self, hidden_states: torch.Tensor, positives: SupervisedItems) -> torch.Tensor:
+        """Compute the sampled-softmax loss of the items that retrieval learns."""
+        states = hidden_states[positives.rows, positives.history_ends]
+        queries = self.scorer.ranking_head.history_query(states)
+        num_items = len(self.scorer.catalog.item_codes)
+        generator = self.generator(states.device)
+        return sampled_softmax_loss(queries, positives.items, self.scorer.representations, num_items, generator)
+
     def _ranking_loss(self, hidden_states: torch.Tensor, supervision: Supervision) -> torch.Tensor:
         """Compute the ranking loss of all supervised items and of the random negatives behind them."""
-        supervised, negatives = supervision.items, supervision.negatives
-        head, representations = self.scorer.ranking_head, self.scorer.representations
+        supervised = supervision.items
+        negatives = supervision.negatives
+        head = self.scorer.ranking_head
+        representations = self.scorer.representations
         logits = head(
             hidden_states[supervised.rows, supervised.positions],
             hidden_states[supervised.rows, supervised.history_ends],

@@ -101,7 +101,8 @@ class RecommendationPipeline(Pipeline):
         """Turn a request into the inputs of `recommend`."""
         # The history.
         request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
-        items, config = list(request["items"]), self.model.config
+        items = list(request["items"])
+        config = self.model.config
         options = self.model.serving_options(max_items=max_items, exclude_history=exclude_history)
         encoded = self.tokenizer.encode_history(
             items,
@@ -126,7 +127,9 @@ class RecommendationPipeline(Pipeline):
             encoded["query_time"] = encoded["timestamps"][:, -1]
 
         # Item lists, and the long history.
-        allowed, blocked = (list(request.get(name) or []) for name in ("allowed_items", "blocked_items"))
+        allowed, blocked = (
+            [] if request.get(name) is None else list(request[name]) for name in ("allowed_items", "blocked_items")
+        )
         allowed_indices = self._indices(allowed, unknown)
         if request.get("allowed_items") is not None and not allowed_indices.any():
             raise ValueError(
@@ -195,7 +198,7 @@ class RecommendationPipeline(Pipeline):
             rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
             if any(len(row) for row in rows):
                 lists[name] = rows
-        # A request without a list stands beside a request with a list.
+        # Beside requests with a list, others may show all items.
         if "allowed_items" in lists:
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
@@ -207,7 +210,8 @@ class RecommendationPipeline(Pipeline):
 
     def postprocess(self, model_outputs):
         """Turn the output of `recommend` for a request into a list of dicts, best first."""
-        item_ids, titles = self.tokenizer.item_ids, self.tokenizer.titles
+        item_ids = self.tokenizer.item_ids
+        titles = self.tokenizer.titles
         scores = {name: model_outputs[key][0].tolist() for key, name in SCORES.items() if key in model_outputs}
         return [
             {

@@ -195,7 +195,8 @@ def make_search_space(
         ValueError: for the reasons of `ItemFilter`, for another number of lists than requests, and for a catalog on
             another device.
     """
-    item_codes, batch_size = scorer.catalog.item_codes, len(history.input_ids)
+    item_codes = scorer.catalog.item_codes
+    batch_size = len(history.input_ids)
     check_catalog_device(catalog, item_codes.device)
     for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
         if lists is not None and len(lists) != batch_size:
@@ -240,13 +241,16 @@ def recommend_items(
             options.num_beams,
             history.query_time,
         )
-        items, keys, log_probs = space.trie.leaf_items[beams.nodes].long(), beams.keys, beams.scores
+        items = space.trie.leaf_items[beams.nodes].long()
+        keys = beams.keys
+        log_probs = beams.scores
         if options.num_ranked_beams < items.shape[1]:
             first_scores = log_probs
             if options.dense_weight:
                 first_scores = first_scores + options.dense_weight * scorer.dense_scores(history_states, items)
             best = first_scores.topk(options.num_ranked_beams, dim=1).indices
-            items, log_probs = items.gather(1, best), log_probs.gather(1, best)
+            items = items.gather(1, best)
+            log_probs = log_probs.gather(1, best)
             keys = keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2]))
         # Their states: the search has run all codes but the last.
         states = read_candidates(backbone, scorer, candidate_block, context, items, keys)[:, :, -1]

@@ -33,7 +33,9 @@ class UniGRFItemEncoder(nn.Module):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
-        width, dim, num_rows = config.hidden_size, config.content_embedding_dim, config.embedding_table_size
+        width = config.hidden_size
+        dim = config.content_embedding_dim
+        num_rows = config.embedding_table_size
         self.proj = nn.Linear(dim, width) if dim and config.project_content_embeddings else None
         self.table = nn.Embedding(num_rows, width) if num_rows else None
         # An adapter's wrapper of the table has no such number.
@@ -64,12 +66,16 @@ class UniGRFItemEncoder(nn.Module):
         return learned if representations is None else representations + learned
 
     def add_rows(self, count: int) -> None:
-        """Append rows for new items, each the mean of the others."""
+        """Append rows for new items to the embedding table, each the mean of the other rows."""
         rows = self.table.weight.data
-        self.set_rows(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
+        self._set_rows(torch.cat([rows, rows.mean(dim=0, keepdim=True).expand(count, -1)]))
 
-    def set_rows(self, rows: torch.Tensor) -> None:
-        """Replace the rows of the embedding table by `[n, hidden_size]`."""
+    def reset_rows(self, count: int, std: float) -> None:
+        """Replace the embedding table by `count` random rows of standard deviation `std`."""
+        rows = self.table.weight.data
+        self._set_rows(rows.new_empty(count, rows.shape[1]).normal_(std=std))
+
+    def _set_rows(self, rows: torch.Tensor) -> None:
         self.table.weight = nn.Parameter(rows, requires_grad=self.table.weight.requires_grad)
         self.table.num_embeddings = self.num_rows = len(rows)
 
@@ -117,7 +123,8 @@ class UniGRFRankingHead(nn.Module):
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
-        width, num_targets = config.hidden_size, len(config.ranking_targets)
+        width = config.hidden_size
+        num_targets = len(config.ranking_targets)
         self.dense = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.ranking_dropout)
         self.out_proj = nn.Linear(width, num_targets)

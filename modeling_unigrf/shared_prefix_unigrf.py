@@ -87,12 +87,15 @@ def shared_prefix_attention(
     branches.reached_attention = True
     # Queries, keys and values, by branch.
     batch_size, num_heads, _, dim = query.shape
-    kv_heads, length = key.shape[1], branches.history_mask.shape[1]
+    kv_heads = key.shape[1]
+    length = branches.history_mask.shape[1]
     _, count, size = branches.keys.shape
-    steps, groups = query.shape[2] // count, num_heads // kv_heads
+    steps = query.shape[2] // count
+    groups = num_heads // kv_heads
     queries = query * (dim**-0.5 if scaling is None else scaling)
     queries = queries.reshape(batch_size, kv_heads, groups, count, steps, dim)
-    history_keys, history_values = key[:, :, :length].transpose(2, 3), value[:, :, :length]
+    history_keys = key[:, :, :length].transpose(2, 3)
+    history_values = value[:, :, :length]
     branch_keys, branch_values = (branch_states(states, branches.keys) for states in (key, value))
     hidden = None
     if steps > 1:
@@ -106,19 +109,8 @@ def shared_prefix_attention(
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
         block = queries[:, :, :, part]
-        # The history, for all branches at once.
-        scores = (block.flatten(2, 4) @ history_keys).float()
-        if branches.padding is not None:
-            # Not -inf: a row may see nothing of the history.
-            scores.masked_fill_(branches.padding, torch.finfo(scores.dtype).min)
-        top = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        norm = weights.sum(dim=-1, keepdim=True)
-        # Divide first: float16 could not hold the sum.
-        from_history = (weights.div_(norm).to(value.dtype) @ history_values).view(*block.shape[:-1], -1)
-        top, norm = (column.view(*block.shape[:-1], 1) for column in (top, norm))
-
-        # Each branch's own tokens, and the merge of the two.
+        from_history, top, norm = _attend_to_history(block, history_keys, history_values, branches.padding)
+        # Merge with the branches' own tokens by log-sum-exp.
         branch_scores = (block @ branch_keys[:, :, :, part].transpose(-1, -2)).float()
         if hidden is not None:
             branch_scores = branch_scores.masked_fill(hidden[:, :, :, part], -torch.inf)
@@ -130,6 +122,23 @@ def shared_prefix_attention(
         outputs.append(torch.addcmul(from_branch, from_history, norm / total).to(value.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     return output.reshape(batch_size, num_heads, count * steps, -1).transpose(1, 2).contiguous(), None
+
+
+def _attend_to_history(
+    block: torch.Tensor, history_keys: torch.Tensor, history_values: torch.Tensor, padding: torch.BoolTensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attend from all branches at once: the output `[..., D]`, and the largest score and the norm `[..., 1]`."""
+    scores = (block.flatten(2, 4) @ history_keys).float()
+    if padding is not None:
+        # Not -inf: a row may see no token of the history.
+        scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    norm = weights.sum(dim=-1, keepdim=True)
+    # Divide first: float16 could not hold the sum.
+    output = weights.div_(norm).to(history_values.dtype) @ history_values
+    shape = block.shape[:-1]
+    return output.view(*shape, -1), top.view(*shape, 1), norm.view(*shape, 1)
 
 
 def branch_states(states: torch.Tensor, keys: torch.LongTensor) -> torch.Tensor:
@@ -248,8 +257,10 @@ def prefill(
         ValueError: if the cache holds more than T tokens, or cannot be cropped.
     """
     check_cache(cache)
-    input_ids, attention_mask = history.input_ids, history.attention_mask
-    num_cached, length = cache.get_seq_length(), input_ids.shape[1]
+    input_ids = history.input_ids
+    attention_mask = history.attention_mask
+    num_cached = cache.get_seq_length()
+    length = input_ids.shape[1]
     if num_cached > length:
         raise ValueError(
             f"`cache` must hold at most the {length} tokens of input_ids, got {num_cached}. Pass the cache of these "
@@ -297,7 +308,7 @@ def read_branches(
         token_ids (`torch.LongTensor` of shape `(batch_size, N, s - t)`): The next tokens.
         history_mask (`torch.BoolTensor` of shape `(batch_size, T)`): True at the tokens that branches see, among the
             cache's first T.
-        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Cache positions of each branch's tokens.
+        earlier_keys (`torch.LongTensor` of shape `(batch_size, N, m)`): Cache positions of each branch's first tokens.
         cache (`DynamicCache`): Keys and values of the histories and of the branches' tokens.
         times (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*): The time of these tokens' event, and of the
             event that their outputs predict, in seconds. None: no times.
@@ -357,7 +368,8 @@ def _place_branches(
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor | None]:
     """Compute, for all branch tokens, cache positions, positions and a mask of those that exist, `[B, N, m + s]`."""
     batch_size, count, steps = inputs_embeds.shape[:3]
-    earlier, device = earlier_keys.shape[2], inputs_embeds.device
+    earlier = earlier_keys.shape[2]
+    device = inputs_embeds.device
     new_keys = cache.get_seq_length() + torch.arange(count * steps, device=device)
     keys = torch.cat([earlier_keys, new_keys.view(1, count, steps).expand(batch_size, -1, -1)], dim=2)
     positions = torch.arange(earlier + steps, device=device).expand(batch_size, count, -1)
@@ -380,11 +392,12 @@ def _packed_mask(
     Make the mask of the branches' last `steps` tokens.
 
     Returns:
-        `(visible [B, N * s, K], key_positions [B, K])`: True at the keys that a token sees, among the cache and these
-        tokens; positions of the keys.
+        `(visible [B, N * s, K], key_positions [B, K])`: True at the keys that a token sees, and the keys' positions.
+        Keys are the cache and these tokens.
     """
     batch_size, count, size = keys.shape
-    length, device = history_mask.shape[1], keys.device
+    length = history_mask.shape[1]
+    device = keys.device
     num_keys = cache.get_seq_length() + count * steps
     visible = torch.zeros(batch_size, count, steps, num_keys, dtype=torch.bool, device=device)
     visible[..., :length] = history_mask[:, None, None]

@@ -42,8 +42,10 @@ def last_item_ranking_loss(
     Raises:
         ValueError: for too few positions, an empty cache, and a target `"next"` without negatives.
     """
-    config, training = scorer.config, scorer.config.training_config
-    sequence_ids, cache = supervision.sequence_ids, supervision.cache
+    config = scorer.config
+    training = scorer.config.training_config
+    sequence_ids = supervision.sequence_ids
+    cache = supervision.cache
     if cache.get_seq_length() < sequence_ids.shape[1]:
         raise ValueError(
             f"The cache must hold the {sequence_ids.shape[1]} tokens of the histories, got {cache.get_seq_length()}. "
@@ -104,7 +106,8 @@ def find_candidates(
     Raises:
         ValueError: if the target `"next"` would see no item that did not come next.
     """
-    item_sets, trie = supervision.item_sets, supervision.trie
+    item_sets = supervision.item_sets
+    trie = supervision.trie
     if item_sets is not None and item_sets.candidates is not None:
         return item_sets.candidates
     num_beams = scorer.config.training_config.num_train_beams

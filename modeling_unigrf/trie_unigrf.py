@@ -262,7 +262,7 @@ class CatalogTrie:
 
         Returns:
             `(scores, parent, child, code)`, each `[batch_size, K']`, best first. `parent` is the beam of each child.
-            K' <= `count` is the number of children of the fullest request; other rows are filled up with -inf.
+            K' is `count`, or fewer if no request has as many children. Rows with fewer children end in -inf.
         """
         trie_level = self.levels[level]
         batch_size, width = nodes.shape
@@ -275,7 +275,8 @@ class CatalogTrie:
                 child = trie_level.child_start[nodes][..., None] + ranks.clamp(min=0).long()
                 table.masked_fill_(~item_filter.alive(level, child.flatten(1)), -torch.inf)
             best_scores, best = top(table, min(count, table.shape[1]))
-            parent, code = best // num_codes, best % num_codes
+            parent = best // num_codes
+            code = best % num_codes
             child = (
                 trie_level.child_start[nodes.gather(1, parent)] + ranks.flatten(1).gather(1, best).clamp(min=0).long()
             )
@@ -298,7 +299,9 @@ class CatalogTrie:
             if batch_size > 1:
                 parents = parents % width
                 best = (best + first).clamp_(max=last)
-            parent, child, code = parents.take(best), children.take(best), codes.take(best)
+            parent = parents.take(best)
+            child = children.take(best)
+            code = codes.take(best)
         # Drop the last places, which no request fills.
         if float(best_scores[:, -1].max()) == -torch.inf:
             count = max(1, int((best_scores > -torch.inf).sum(dim=1).max()))

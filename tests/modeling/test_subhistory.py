@@ -18,6 +18,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM, candidates_unigrf, scoring_unigrf
 from modeling_unigrf.candidates_unigrf import retrieve
@@ -121,6 +122,24 @@ def test_rank_with_sub_histories_equals_each_candidate_alone(backbone, attention
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+@pytest.mark.parametrize("retrieved", [0, 3])
+def test_rank_and_recommend_go_on_after_a_prefill(backbone, retrieved):
+    model = build_model(backbone, num_retrieved_items=retrieved)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    longer = long_histories(model, [12, 2]) if retrieved else {}
+    candidates = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    cache = DynamicCache()
+    history_states = model.prefill(input_ids, mask, cache=cache)
+    for states in (history_states, None):
+        actual = model.rank(input_ids, mask, candidates, cache=cache, history_states=states, **longer)
+        torch.testing.assert_close(actual, model.rank(input_ids, mask, candidates, **longer), atol=3e-5, rtol=1e-4)
+    again = model.prefill(input_ids, mask, cache=cache)
+    torch.testing.assert_close(again, history_states, atol=3e-5, rtol=1e-4)
+    assert cache.get_seq_length() == input_ids.shape[1]
+    actual = model.recommend(input_ids, mask, cache=cache, **longer)
+    torch.testing.assert_close(actual.scores, model.recommend(input_ids, mask, **longer).scores, atol=3e-5, rtol=1e-4)
 
 
 def test_retrieved_items_have_their_own_times():

@@ -77,8 +77,10 @@ class UniGRFModelTester:
             num_items=20,
             content_embedding_dim=5,
             embedding_table_size=7,
-            negatives_per_item=0.5,
-            dense_loss_weight=0.5,
+            history_item_representations=False,  # `UniGRFModel` alone cannot make them
+            ranking_dropout=0.0,
+            embedding_dropout=0.0,
+            training_config={"negatives_per_item": 0.5, "dense_loss_weight": 0.5},
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -112,5 +114,5 @@ class UniGRFModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
         # The test ends with 4 tokens, fewer than the semantic-ID tokens.
         for model_class in (UniGRFModel, UniGRFForCausalLM):
             self.all_model_classes = (model_class,)
-            with self.assertRaisesRegex(ValueError, r"at least.* 26 tokens .*found .*=4\b"):
+            with self.assertRaisesRegex(ValueError, r"at least.* 26 tokens .*got 4\b"):
                 super().test_resize_tokens_embeddings()
