@@ -1,0 +1,1 @@
+"""Reproduce papers: one package per paper, with its ablations, results and report."""

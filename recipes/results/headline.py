@@ -29,7 +29,7 @@ def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
     # What validation chose; a refit has none.
     joint = [
         row
-        for row in unigrf_report.rows_of(data)
+        for row in unigrf_report.ablations_of(data)
         if row["arguments"]["row"] == "joint" and row["runs"][0]["validation"]
     ]
     best = max(joint, key=lambda row: row["runs"][0]["validation"]["ndcg@10"])

@@ -159,13 +159,13 @@ def test_an_invalid_ablation_is_rejected_before_training(movielens, tmp_path, mo
             )
         )
 
-    with pytest.raises(ValueError, match="behaviors like with the enhancer"):
+    with pytest.raises(ValueError, match="must be like with the enhancer"):
         run(row="both", behaviors="rating")
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="a single process"):
         patch.setenv("WORLD_SIZE", "2")
         run(row="joint")
     monkeypatch.setattr(reproduce_unigrf, "LIKED_FROM", 1)
-    with pytest.raises(ValueError, match=r"held out for validation, found only \['like'\]"):
+    with pytest.raises(ValueError, match=r"held out for validation, got only \['like'\]"):
         run(row="joint")
     run(row="retrieval")
     result = json.loads((tmp_path / "llama-atomic-retrieval-0" / "result.json").read_text())

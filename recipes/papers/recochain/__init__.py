@@ -1,0 +1,1 @@
+"""RecoChain on prepared data: ablations, the SASRec baseline, report and results."""

@@ -1,0 +1,1 @@
+"""TAOBAO-MM in bounded memory: preparation, streamed training, extrapolation and report."""

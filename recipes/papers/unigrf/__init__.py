@@ -1,0 +1,1 @@
+"""UniGRF on MovieLens-1M: ablations, report and results."""

@@ -1,17 +1,20 @@
-"""UniGRF on MovieLens-1M: retrieval alone, ranking alone, both, and both with each module, one command a row.
+"""Train one ablation of UniGRF on MovieLens-1M: retrieval, ranking, or both with the modules of the paper.
 
-    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone llama --seed 0    # trains,
-    or goes on python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone hstu-time
-    # as hstu, with times python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --refit True --epochs 13
-    --variant refit python -m recipes.papers.unigrf.reproduce --collect          #
-    recipes/papers/unigrf/results/unigrf_ml1m.json and .png, then recipes.results.tables
+    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone llama --seed 0
+    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --row both --backbone hstu-time
+    python -m recipes.papers.unigrf.reproduce --data path/to/ml-1m --refit True --epochs 13 --variant refit
+    python -m recipes.papers.unigrf.reproduce --collect
+    python -m recipes.results.tables
 
-Leave-one-out over the rated movies, items are scored over the whole catalog without the user's own; a like is a
-rating of 4 or 5, and its AUC is pooled over the users' held-out interactions. The epoch with the best NDCG@10 + AUC
-on validation (of what the row trains) is tested. All rows of a backbone share learning rate, epochs and batches; a
-run that broke off goes on from its last checkpoint, a finished one is not run again. `--refit` trains on what was
-held out for validation too,
-with settings that a run without it has chosen: nothing is chosen then, the last epoch is tested.
+The first three commands each train one ablation and write `result.json` into its folder. The same command resumes an
+interrupted run from its last checkpoint, and skips a finished one. `--collect` adds the finished runs to
+`recipes/papers/unigrf/results/unigrf_ml1m.json` and draws the picture beside it. The last command writes the tables.
+
+The split is leave-one-out over the rated movies, and a list ranks the whole catalog without the user's own items. A
+like is a rating of 4 or 5, and its AUC is pooled over the users' held-out interactions. Validation chooses the epoch
+that is tested, by NDCG@10, AUC or their sum: the metrics of the trained tasks. All ablations of a backbone share
+learning rate, epochs and batches. `--refit` also trains on the validation targets and tests the last epoch, so choose
+its settings in a run without it.
 """
 
 import json
@@ -56,8 +59,10 @@ from recipes.training.stateful_callback import StatefulCallback
 from tokenization import ResidualKMeans, SemanticIdTokenizer
 
 MAX_ITEMS = 200
-EMBEDDINGS = "movies.npy"  # of the movies' texts, in the output folder
-BEAMS = 100  # of semantic ids, in evaluation
+# Content embeddings of the movies' texts, in the output folder.
+EMBEDDINGS = "movies.npy"
+# Beams of the evaluation, with semantic IDs.
+BEAMS = 100
 SMALL = {"hidden_size": 50, "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 1024}
 WIDE = {**SMALL, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 384}
 BACKBONES = {
@@ -68,14 +73,16 @@ BACKBONES = {
     "llama-wide": {"model_type": "llama", **WIDE},
     "llama-deep": {"model_type": "llama", **WIDE, "num_hidden_layers": 4},
 }
-# What follows a movie in a history, from the least to the best, and how many of the best are likes.
+# Behaviors from worst to best, and how many of them are likes.
 BEHAVIORS = {"like": (["dislike", "like"], 1), "rating": (["1", "2", "3", "4", "5"], 2)}
-# One code an item; four; four and, in histories and ranking, the item's own vector of its text and a learned row.
+# Codes per item: one; four; four, and item representations beside them.
 IDS = ("atomic", "semantic", "semantic-vectors")
-WEIGHTER_OPTIONS = ("window_steps", "temperature", "bounds")  # of AdaptiveWeighter
-# What a row trains, beside naive joint training.
-MODULES = ("weighter", "enhancer")  # beside the fields of the config
-ROWS: dict[str, dict] = {
+# Arguments of `AdaptiveWeighter` that `--weighter_options` accepts.
+WEIGHTER_OPTIONS = ("window_steps", "temperature", "bounds")
+# Settings of an ablation that are no fields of the config.
+MODULES = ("weighter", "enhancer")
+# Changes of each ablation to joint training without modules.
+ABLATIONS: dict[str, dict] = {
     "retrieval": {"ranking_loss_weight": 0.0},
     "ranking": {"generation_loss_weight": 0.0},
     "joint": {},
@@ -87,49 +94,97 @@ ROWS: dict[str, dict] = {
 
 @dataclass
 class ReproduceArguments:
-    """One row of the table, or the table."""
+    """Options of an ablation."""
 
-    data: str | None = field(default=None, metadata={"help": "GroupLens's ml-1m folder."})
-    behaviors: str = field(
-        default="like", metadata={"help": "Likes and dislikes, or ratings.", "choices": list(BEHAVIORS)}
+    data: str | None = field(
+        default=None, metadata={"help": "Folder of GroupLens's ml-1m. None: only with --collect True."}
     )
-    row: str = field(default="both", metadata={"help": "What is trained.", "choices": list(ROWS)})
-    backbone: str = field(default="llama", metadata={"help": "Size and kind.", "choices": list(BACKBONES)})
-    ids: str = field(default="atomic", metadata={"help": "What stands for an item.", "choices": list(IDS)})
-    seed: int = field(default=0, metadata={"help": "Of weights, batches and negatives."})
-    epochs: int = field(default=10, metadata={"help": "Epochs; the rate falls to zero by a cosine."})
+    behaviors: str = field(
+        default="like",
+        metadata={
+            "help": "Behavior token of an interaction: dislike or like, or the rating.",
+            "choices": [*BEHAVIORS],
+        },
+    )
+    row: str = field(
+        default="both", metadata={"help": "Ablation: tasks and modules that are trained.", "choices": [*ABLATIONS]}
+    )
+    backbone: str = field(
+        default="llama", metadata={"help": "Kind and size of the backbone.", "choices": [*BACKBONES]}
+    )
+    ids: str = field(
+        default="atomic",
+        metadata={
+            "help": "Item IDs: one code (atomic), four codes (semantic), or four codes with item representations.",
+            "choices": [*IDS],
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the weights, the batches and the negatives."})
+    epochs: int = field(
+        default=10, metadata={"help": "Epochs of the training. The learning rate falls to zero by a cosine."}
+    )
     learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate."})
-    batch_size: int = field(default=16, metadata={"help": "Histories of a step."})
-    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16, where the hardware has it."})
-    code_negatives: int = field(default=0, metadata={"help": "Negatives that all positions share; 0: all items."})
-    code_similarity: str = field(default="dot", metadata={"help": "Of atomic ids.", "choices": ["cosine", "dot"]})
-    code_temperature: float = field(default=1.0, metadata={"help": "Of atomic ids."})
-    ranking_loss_weight: float = field(default=1.0, metadata={"help": "Where both losses are trained."})
-    form: str = field(default="loss_ratio", metadata={"help": "Of the weighter."})
+    batch_size: int = field(default=16, metadata={"help": "Histories per optimizer step."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16, on hardware that has it."})
+    code_negatives: int = field(
+        default=0, metadata={"help": "Negative codes that all positions share. 0: compare with all codes."}
+    )
+    code_similarity: str = field(
+        default="dot",
+        metadata={"help": "Similarity of states and codes, for atomic IDs.", "choices": ["cosine", "dot"]},
+    )
+    code_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the similarity of states and codes, for atomic IDs."}
+    )
+    ranking_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the ranking loss, in ablations that train both tasks."}
+    )
+    form: str = field(
+        default="loss_ratio",
+        metadata={"help": "Measure of convergence of the adaptive weighter: loss_ratio or gradient_norm."},
+    )
     pool: str | None = field(
-        default=None, metadata={"help": "Of the enhancer: uniform or beam; default: uniform for atomic ids."}
+        default=None,
+        metadata={"help": "Pool of the enhancer: uniform or beam. None: uniform for atomic IDs, else beam."},
     )
     weighter_options: str | None = field(
-        default=None, metadata={"help": "More arguments of AdaptiveWeighter, as JSON: temperature, ..."}
+        default=None,
+        metadata={"help": "Arguments of AdaptiveWeighter as JSON: temperature, ... None: its defaults."},
     )
     enhancer_options: str | None = field(
         default=None,
-        metadata={"help": "More arguments of RankingDrivenEnhancer, as JSON: num_negatives, threshold, ..."},
+        metadata={"help": "Fields of EnhancerOptions as JSON: num_negatives, threshold, ... None: their defaults."},
     )
-    config_fields: str | None = field(default=None, metadata={"help": "More fields of UniGRFConfig, as JSON."})
-    refit: bool = field(default=False, metadata={"help": "Train on the validation targets too, and choose nothing."})
-    relabel: bool = field(default=False, metadata={"help": "The enhancer's favorites become positives, too."})
+    config_fields: str | None = field(
+        default=None, metadata={"help": "Fields of UniGRFConfig as JSON. None: those of the ablation."}
+    )
+    refit: bool = field(
+        default=False, metadata={"help": "Train on the validation targets, too, and test the last epoch."}
+    )
+    relabel: bool = field(default=False, metadata={"help": "Train the enhancer's favorites as positives, too."})
     variant: str = field(
-        default="", metadata={"help": "A name, and so a folder, for runs with other values of the arguments above."}
+        default="",
+        metadata={"help": "Name in the folder's name, for runs with other options. Empty: no such name."},
     )
-    output_dir: str = field(default="runs/unigrf", metadata={"help": "One folder a run."})
-    collect: bool = field(default=False, metadata={"help": "Only put finished runs together."})
+    output_dir: str = field(default="runs/unigrf", metadata={"help": "Folder that receives a folder for each run."})
+    collect: bool = field(
+        default=False, metadata={"help": "Train nothing; add the finished runs to the results and draw the picture."}
+    )
 
 
 def load_data(
     path: str, ids_kind: str, cache_dir: Path, behaviors_kind: str = "like"
 ) -> tuple[DatasetDict, SemanticIdTokenizer]:
-    """Leave-one-out splits of the rated movies, and a tokenizer; embeddings of their texts are kept in `cache_dir`."""
+    """
+    Load the leave-one-out splits of the rated movies, and build a tokenizer.
+
+    Args:
+        path: Folder of GroupLens's ml-1m.
+        ids_kind: Kind of item IDs, one of `IDS`.
+        cache_dir: Folder that stores the content embeddings of the movies' texts.
+        behaviors_kind: Kind of behaviors, a name in `BEHAVIORS`.
+    """
+    # Splits
     interactions, items = movielens_1m(path)
     items = items[items["item_id"].isin(interactions["item_id"])]
     ids = items["item_id"].to_numpy()
@@ -142,6 +197,8 @@ def load_data(
         timestamps=interactions["timestamp"].to_numpy(),
         positions=interactions.get("position", interactions["timestamp"]).to_numpy(),
     )
+
+    # Tokenizer
     titles = items["title"].tolist()
     if ids_kind == "atomic":
         codes = np.arange(len(ids))[:, None]
@@ -155,12 +212,22 @@ def load_data(
     return splits, tokenizer
 
 
+def load_embeddings(args: ReproduceArguments) -> torch.Tensor | None:
+    """Load the content embeddings that `load_data` stored; None for item IDs without item representations."""
+    if args.ids != "semantic-vectors":
+        return None
+    return torch.from_numpy(np.load(Path(args.output_dir) / EMBEDDINGS))
+
+
 def check_targets(
     splits: DatasetDict, tokenizer: SemanticIdTokenizer, liked: list[str], is_ranked: bool
 ) -> dict[str, int]:
     """
-    How many held-out items never occur in training, by split. Raises `ValueError`, before anything is trained, if all
-    held-out items of a split are liked, or none, so that a ranker could not be measured.
+    Count the held-out items that never occur in training, by split.
+
+    Raises:
+        ValueError: if a ranker could not be measured, since the held-out items of a split are all liked or all
+            disliked.
     """
     unseen = {}
     for name in ("validation", "test"):
@@ -168,36 +235,42 @@ def check_targets(
         behaviors = {tokenizer.behaviors[behavior] for behavior in splits[name].unique("target_behavior")}
         if is_ranked and (behaviors <= set(liked) or not behaviors & set(liked)):
             raise ValueError(
-                f"Expected liked and disliked items among those held out for {name}, found only {sorted(behaviors)}: "
-                "there is no AUC. Take more users, or --row retrieval."
+                f"`data` must have liked and disliked items among those held out for {name}, got only "
+                f"{sorted(behaviors)}, which have no AUC. Take more users, or --row retrieval."
             )
-    users, (validation, test) = len(splits["train"]), unseen.values()
-    print(f"{users:,} users, {tokenizer.num_items:,} movies; held out and never in training: {validation} and {test}")
+    users = len(splits["train"])
+    validation, test = unseen.values()
+    print(
+        f"{users:,} users, {tokenizer.num_items:,} movies; held-out items never in training: {validation} and {test}"
+    )
     return unseen
 
 
 @torch.no_grad()
 def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset) -> dict:
     """
-    HR and NDCG at 10 and 50, MRR and, of a ranker, AUC of a split. With one code
-    an item the output before the target scores every item, which is all of `generate`, and one that scores as others
-    do stands in their middle; else the beams of `recommend` do, and what is none of them counts nothing. One cache
-    serves the ranking.
+    Measure HR and NDCG at 10 and 50 and MRR of a split, and the AUC of a model that ranks.
+
+    With one code per item, the state at the history's end scores every item, as `generate` does with a beam for each.
+    With several codes, `recommend` searches `BEAMS` beams; a target outside them has an infinite rank.
     """
-    layout, ranks, scores = model.layout, np.zeros(len(split)), np.zeros(len(split))
-    liked, is_ranked = model.config.ranking_targets, model.config.training_config.ranking_loss_weight > 0
-    how = Measurement(max_items=MAX_ITEMS, batch_size=128 if layout.num_levels == 1 else 32)
-    for rows, users, inputs in batches(model, tokenizer, split, how, "measuring"):
+    layout = model.layout
+    liked = model.config.ranking_targets
+    is_ranked = model.config.training_config.ranking_loss_weight > 0
+    ranks = np.zeros(len(split))
+    scores = np.zeros(len(split))
+    measurement = Measurement(max_items=MAX_ITEMS, batch_size=128 if layout.num_levels == 1 else 32)
+
+    # Ranks and scores of the targets
+    for rows, users, inputs in batches(model, tokenizer, split, measurement, "measuring"):
         targets = torch.tensor([user["target"] for user in users], device=model.device)
-        cache, own = DynamicCache(), [user["items"] for user in users]
+        histories = [user["items"] for user in users]
+        # Generation and ranking share one cache.
+        cache = DynamicCache()
         states = model.prefill(**inputs, cache=cache)
         if layout.num_levels == 1:
             logits = model.scorer.code_logits(states, layout.level_slices[0]).float()
-            score = logits.gather(1, targets[:, None])
-            for row, items in enumerate(own):
-                logits[row, items] = -torch.inf
-            others = (logits == score).sum(dim=1).clamp(min=1) - 1
-            ranks[rows] = (1 + (logits > score).sum(dim=1) + others / 2).cpu().numpy()
+            ranks[rows] = ranks_by_logits(logits, targets, histories)
         else:
             beams = {
                 "num_beams": BEAMS,
@@ -205,45 +278,68 @@ def measure(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dat
                 "ranking_weight": 0.0,
                 "ranking_target": liked[0],
             }
-            best = model.recommend(**inputs, **beams, blocked_items=own, cache=cache)
+            best = model.recommend(**inputs, **beams, blocked_items=histories, cache=cache)
             ranks[rows] = target_ranks(best.item_indices.tolist(), targets.tolist())
         if is_ranked:
             ranking = model.rank(**inputs, candidates=targets[:, None], cache=cache, history_states=states)
-            # Of any of the behaviors that are likes.
+            # A like is any of the behaviors that are likes.
             scores[rows] = ranking[:, 0].sigmoid().sum(dim=-1).cpu().numpy()
-    found = {}
-    for k in (10, 50):  # where one item is to be found, HR is recall
-        of_users = recall_and_ndcg(ranks, [k])
-        found |= {name.replace("recall", "hr"): float(np.mean(values)) for name, values in of_users.items()}
-    found["mrr"] = float(np.mean(1 / ranks))
+
+    # Metrics
+    metrics = {}
+    for k in (10, 50):
+        # HR is recall with one relevant item.
+        by_user = recall_and_ndcg(ranks, [k])
+        metrics |= {name.replace("recall", "hr"): float(np.mean(values)) for name, values in by_user.items()}
+    metrics["mrr"] = float(np.mean(1 / ranks))
     if not is_ranked:
-        return found
+        return metrics
     likes = np.isin(split["target_behavior"][:], [tokenizer.behaviors.index(name) for name in liked]).astype(int)
     area = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=likes.tolist())["auc"]
-    return {**found, "auc": area}
+    return {**metrics, "auc": area}
+
+
+def ranks_by_logits(logits: torch.Tensor, targets: torch.Tensor, histories: list[list[int]]) -> np.ndarray:
+    """
+    Rank the targets `[b]` among all items but the user's own by their logits `[b, N]`, which are overwritten.
+
+    A target that ties with other items has the mean of their ranks.
+    """
+    score = logits.gather(1, targets[:, None])
+    for user, items in enumerate(histories):
+        logits[user, items] = -torch.inf
+    num_ties = (logits == score).sum(dim=1).clamp(min=1) - 1
+    return (1 + (logits > score).sum(dim=1) + num_ties / 2).cpu().numpy()
 
 
 class Stopwatch(TrainerCallback):
-    """Logs how many seconds a training took so far, in all its sessions."""
+    """Log the seconds of a training so far, over all its sessions."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock at the last logged seconds."""
         earlier = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
         self.start = time.perf_counter() - earlier
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the seconds to the log."""
         logs["seconds"] = state.log_history[-1]["seconds"] = time.perf_counter() - self.start
 
 
 class LeaveOneOutTrainer(Trainer):
-    """The stock Trainer, with an evaluation that scores items; a callback's values would not choose the best epoch."""
+    """
+    Train as the stock `Trainer` does, with an evaluation that ranks items.
+
+    A callback could measure, too, but its metrics would not choose the best epoch.
+    """
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Measure the model on validation; `score` is the sum of the metrics that choose the best epoch."""
         self.model.eval()
-        found = self.measure()
+        metrics = self.measure()
         objective = self.model.config.training_config
         chosen_by = {"ndcg@10": objective.generation_loss_weight, "auc": objective.ranking_loss_weight}
-        found["score"] = sum(found[name] for name, weight in chosen_by.items() if weight)
-        logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics["score"] = sum(metrics[name] for name, weight in chosen_by.items() if weight)
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self.model.train()
@@ -251,8 +347,14 @@ class LeaveOneOutTrainer(Trainer):
 
 
 def build_config(args: ReproduceArguments, tokenizer: SemanticIdTokenizer, embedding_dim: int) -> UniGRFConfig:
-    """Build the config of a row; raise `ValueError` if `--config_fields` changes what the row trains."""
-    fields = {name: value for name, value in ROWS[args.row].items() if name not in MODULES}
+    """
+    Build the config of an ablation.
+
+    Raises:
+        ValueError: if `--config_fields` changes the tasks that the ablation trains.
+    """
+    # Fields of the ablation and the IDs
+    fields = {name: value for name, value in ABLATIONS[args.row].items() if name not in MODULES}
     if args.ids == "atomic":
         fields |= {"code_similarity": args.code_similarity, "code_temperature": args.code_temperature}
         fields["tie_word_embeddings"] = True
@@ -261,6 +363,8 @@ def build_config(args: ReproduceArguments, tokenizer: SemanticIdTokenizer, embed
         fields["history_item_representations"] = True
     else:
         fields |= {"embedding_table_size": 0, "history_item_representations": False}
+
+    # Defaults of this recipe, and fields of the command line
     is_hstu = BACKBONES[args.backbone]["model_type"] == "hstu"
     fields = {
         "code_negatives": args.code_negatives,
@@ -277,8 +381,8 @@ def build_config(args: ReproduceArguments, tokenizer: SemanticIdTokenizer, embed
     weights = (config.training_config.generation_loss_weight, config.training_config.ranking_loss_weight)
     if tuple(weight > 0 for weight in weights) != (args.row != "ranking", args.row != "retrieval"):
         raise ValueError(
-            f"`--config_fields` must have weights of the losses that --row {args.row} trains, got {weights[0]} of "
-            f"generation and {weights[1]} of ranking. Take --row retrieval or ranking for a task alone."
+            f"`config_fields` must have positive weights of the losses that --row {args.row} trains, got "
+            f"{weights[0]} of generation and {weights[1]} of ranking. Take --row retrieval or ranking for one task."
         )
     return config
 
@@ -291,12 +395,13 @@ def liked_behaviors(args: ReproduceArguments, tokenizer: SemanticIdTokenizer) ->
 def build_callbacks(
     args: ReproduceArguments, model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, histories: Dataset
 ) -> tuple[list[TrainerCallback], Callable]:
-    """Build the callbacks of a row, and a collator for its training rows."""
-    callbacks, collator = [LossParts(model), Stopwatch()], TrainingCollator()
-    if ROWS[args.row].get("weighter"):
+    """Build the callbacks of an ablation, and the collator of its training rows."""
+    callbacks = [LossParts(model), Stopwatch()]
+    collator = TrainingCollator()
+    if ABLATIONS[args.row].get("weighter"):
         options = named(args.weighter_options or "{}", WEIGHTER_OPTIONS, "weighter_options")
         callbacks.append(AdaptiveWeighter(form=args.form, **options))
-    if ROWS[args.row].get("enhancer"):
+    if ABLATIONS[args.row].get("enhancer"):
         options = EnhancerOptions(
             relabel=args.relabel,
             target=liked_behaviors(args, tokenizer)[-1],
@@ -312,7 +417,7 @@ def build_callbacks(
 
 
 def training_arguments(args: ReproduceArguments, folder: Path, steps_per_epoch: int) -> TrainingArguments:
-    """Build the Trainer's arguments, which all rows of a backbone share."""
+    """Build the Trainer's arguments, which all ablations of a backbone share."""
     return TrainingArguments(
         str(folder),
         seed=args.seed,
@@ -325,7 +430,7 @@ def training_arguments(args: ReproduceArguments, folder: Path, steps_per_epoch: 
         train_sampling_strategy="group_by_length",
         logging_strategy="epoch",
         eval_strategy="no" if args.refit else "epoch",
-        # A ranker alone may over-fit from its first epochs on.
+        # Ranking alone may overfit from the first epochs on.
         eval_delay=0 if args.row == "ranking" else args.epochs // 2,
         save_strategy="epoch",
         save_total_limit=1,
@@ -341,29 +446,25 @@ def training_arguments(args: ReproduceArguments, folder: Path, steps_per_epoch: 
 
 
 def run(args: ReproduceArguments) -> None:
-    """Train one row and write `result.json` into its folder."""
+    """Train one ablation and write `result.json` into its folder, unless a finished run has written it."""
     check_arguments(args)
     require_single_process()
-    work = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
-    name = "-".join(filter(None, (args.backbone, args.ids, args.row, args.variant, str(args.seed))))
-    folder = Path(args.output_dir) / name
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir", "collect")}
+    folder = folder_of(args)
     file = folder / "result.json"
-    if file.exists() and json.loads(file.read_text())["arguments"] == work:
+    if file.exists() and json.loads(file.read_text())["arguments"] == settings:
         print(f"{folder} is finished")
         return
-    begin(folder, work, file)
+    begin(folder, settings, file)
     set_seed(args.seed)
 
     # Data and model
     splits, tokenizer = load_data(args.data, args.ids, Path(args.output_dir), args.behaviors)
-    liked = liked_behaviors(args, tokenizer)
-    unseen = check_targets(splits, tokenizer, liked, is_ranked=args.row != "retrieval")
-    embeddings = None
-    if args.ids == "semantic-vectors":
-        embeddings = torch.from_numpy(np.load(Path(args.output_dir) / EMBEDDINGS))
+    unseen = check_targets(splits, tokenizer, liked_behaviors(args, tokenizer), is_ranked=args.row != "retrieval")
+    embeddings = load_embeddings(args)
     config = build_config(args, tokenizer, 0 if embeddings is None else embeddings.shape[1])
     times = {"with_times": config.reads_times}
-    # What precedes a user's test target ends in the validation target.
+    # The history before a test target ends with the validation target.
     histories = splits["test"].remove_columns(list(TARGETS.values())) if args.refit else splits["train"]
     train_rows = history_rows(histories, tokenizer, MAX_ITEMS, crops_per_epoch=1, **times)
     held_out = {name: held_out_rows(splits[name], tokenizer, MAX_ITEMS, **times) for name in ("validation", "test")}
@@ -390,12 +491,9 @@ def run(args: ReproduceArguments) -> None:
 
     # Result
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
-    tested = trainer.state.global_step if args.refit else trainer.state.best_global_step
     result = {
-        "arguments": work,
-        "epoch": tested / steps_per_epoch,
-        # None for a refit, which has seen these targets.
-        "validation": next((e for e in history if e.get("step") == tested and "eval_score" in e), None),
+        "arguments": settings,
+        **tested_epoch(args, trainer, history, steps_per_epoch),
         "test": measure(model.eval(), tokenizer, splits["test"]),
         "seconds": history[-1]["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -409,14 +507,32 @@ def run(args: ReproduceArguments) -> None:
 
 
 def check_arguments(args: ReproduceArguments) -> None:
-    """Raise `ValueError` if there is no data, or if the row cannot have the behaviors."""
+    """
+    Check the arguments of an ablation.
+
+    Raises:
+        ValueError: if the data is missing, or the ablation cannot have the behaviors.
+    """
     if args.data is None:
-        raise ValueError("Expected --data, GroupLens's ml-1m folder, found none.")
-    if args.behaviors == "rating" and ROWS[args.row].get("enhancer"):
+        raise ValueError("`data` must be GroupLens's ml-1m folder, got None. Pass --data path/to/ml-1m.")
+    if args.behaviors == "rating" and ABLATIONS[args.row].get("enhancer"):
         raise ValueError(
-            "Expected --behaviors like with the enhancer, whose p is of one ranking target, found rating, where two "
-            "are likes."
+            "`behaviors` must be like with the enhancer, which reads one ranking target, got rating, with two ratings "
+            "that are likes. Pass --behaviors like, or take an ablation without the enhancer."
         )
+
+
+def folder_of(args: ReproduceArguments) -> Path:
+    """Return the folder of an ablation's run."""
+    parts = (args.backbone, args.ids, args.row, args.variant, str(args.seed))
+    return Path(args.output_dir) / "-".join(filter(None, parts))
+
+
+def tested_epoch(args: ReproduceArguments, trainer: Trainer, history: list[dict], steps_per_epoch: int) -> dict:
+    """Return the epoch that is tested and its validation metrics; None for a refit, which trained on their targets."""
+    step = trainer.state.global_step if args.refit else trainer.state.best_global_step
+    evaluations = (entry for entry in history if entry.get("step") == step and "eval_score" in entry)
+    return {"epoch": step / steps_per_epoch, "validation": next(evaluations, None)}
 
 
 if __name__ == "__main__":
