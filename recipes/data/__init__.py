@@ -1,0 +1,1 @@
+"""Read tables, encode histories, and build training rows."""

@@ -1,17 +1,18 @@
-"""Histories in the user's own ids, as `recipes.recommend` takes them: loaded, checked and looked up.
+"""Load, check and look up histories in the user's own ids, as `recipes.recommend` takes them.
 
-Columns: `user_id` (of any type), `items` (a list of item ids, strings or integers, oldest first) and, if the tokenizer
-knows several, `behaviors` (a list of as many names). From a table of interactions:
+Columns: `user_id` (any type), `items` (a list of item ids, strings or integers, oldest first) and `behaviors` (a list
+of as many names). A tokenizer with a single behavior needs no `behaviors`. These lines make histories from a table of
+interactions:
 
     table = pd.read_csv("interactions.csv", dtype={"user_id": str, "item_id": str})
     users = table.sort_values("timestamp", kind="stable").groupby("user_id")
     users.agg(items=("item_id", list), behaviors=("behavior", list)).reset_index().to_parquet("histories.parquet")
 
-A model that reads times also reads `timestamps` (a list of as many numbers: seconds, null where not known; above:
-`timestamps=("timestamp", list)`) and, if there is one, `query_time` (a number: when the next item is asked for, null
-where not known; without the column, when the last item was).
+A model that reads times also needs `timestamps`: a list of as many seconds, null for an unknown time. In the code
+above, add `timestamps=("timestamp", list)`. The optional column `query_time` holds the seconds at which the next item
+is requested. A null, or no such column, stands for the time of the last item.
 
-The `dataset/` of recipes.prepare is none: it holds catalog indices, and ends before the held-out interactions.
+The `dataset/` of recipes.prepare holds no such histories: its items are catalog indices, without the held-out ones.
 """
 
 import glob
@@ -33,21 +34,26 @@ from tokenization.vocabulary_layout import UNKNOWN_TIME
 COLUMNS = ("user_id", "items", "behaviors", "timestamps", "query_time")
 TIMES = COLUMNS[3:]
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-UNKNOWN, EMPTY = "with items that the catalog does not have", "without an item"
+# Problems of a row that `unknown="skip"` allows.
+UNKNOWN = "with items that the catalog does not have"
+EMPTY = "without an item"
 
 
 @dataclass
 class Histories:
     """
-    Some rows, looked up.
+    Histories of N users, looked up in the catalog.
 
     Args:
         items (`list` of int64 arrays): Catalog rows of each history's known items, oldest first.
-        behaviors (`list` of int64 arrays): Indices into `tokenizer.behaviors`, one an item.
-        timestamps (`list` of int64 arrays, *optional*): Seconds, one an item, -1 where not known.
-        query_time (int64 `[N]`, *optional*): When each list is asked for, -1 where not known.
-        answered (bool `[N]`): Whether there is an item to go by and, with `exclude_history`, one left to list.
-        problems (`dict[str, np.ndarray]`): Numbers of the rows that have a problem, for each kind.
+        behaviors (`list` of int64 arrays): Indices into `tokenizer.behaviors`, one per item.
+        timestamps (`list` of int64 arrays, *optional*): Seconds, one per item; -1: unknown. None: the table has no
+            times.
+        query_time (int64 `[N]`, *optional*): Seconds at which each list is requested; -1: unknown. None: the table has
+            none.
+        answered (bool `[N]`): Whether the history has a known item and, with `exclude_history`, leaves an item to
+        list.
+        problems (`dict[str, np.ndarray]`): Numbers of the rows with a problem, for each kind of problem.
     """
 
     items: list[np.ndarray]
@@ -60,20 +66,25 @@ class Histories:
 
 def load_histories(source: str, split: str | None = None) -> Dataset:
     """
-    What `Dataset.save_to_disk` wrote, a .parquet or .json(l) file, or what `datasets.load_dataset` makes of `source` (a
-    folder of such files, a data set of the Hub).
+    Load a data set of histories.
+
+    Args:
+        source: A folder that `Dataset.save_to_disk` wrote, a .parquet, .json or .jsonl file, a folder of such files,
+            or a data set of the Hub.
+        split: Name of the split. None: the only split.
 
     Raises:
-        ValueError: on other files, or if there are several splits and `split` is none of them.
+        ValueError: for other files, and for several splits of which `split` names none.
     """
     path = Path(source)
     if path.is_file():
         if path.suffix not in FILES:
             raise ValueError(
-                f"Expected histories in a file of {list(FILES)}, found {source}. A CSV file has no lists: the docstring of "
-                "recipes.data.histories shows how histories are made of a table of interactions."
+                f"`histories` must be a file of type {list(FILES)}, got {source}. Make it from the table of "
+                "interactions as the docstring of recipes.data.histories shows. A CSV file has no lists."
             )
-        data = load_dataset(FILES[path.suffix], data_files=glob.escape(source))  # a name with brackets is no pattern
+        # A name with brackets is no pattern.
+        data = load_dataset(FILES[path.suffix], data_files=glob.escape(source))
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         data = load_from_disk(source)
     else:
@@ -81,88 +92,125 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
     if isinstance(data, DatasetDict):
         name = next(iter(data)) if split is None and len(data) == 1 else split
         if name not in data:
-            raise ValueError(f"Expected a split among {list(data)}, found {split}. Name one of them.")
+            raise ValueError(f"`split` must be among {list(data)}, got {split}. Name one of these splits.")
         data = data[name]
     return data
 
 
 def check_columns(dataset: Dataset, tokenizer: SemanticIdTokenizer, with_times: bool) -> list[str]:
-    """The columns that are read. `ValueError` unless there are rows, with the columns and types of the module's docstring."""
+    """
+    Return the names of the columns to read.
+
+    Raises:
+        ValueError: unless there are rows, with the columns and types of the module's docstring.
+    """
     columns = [name for name in COLUMNS if with_times or name not in TIMES]
     optional = {"query_time", *(["behaviors"] if len(tokenizer.behaviors) == 1 else [])}
     missing = [name for name in columns if name not in {*dataset.column_names, *optional}]
     if missing or len(dataset) == 0:
         raise ValueError(
-            f"Expected rows with the columns {[name for name in columns if name not in optional]}, found {len(dataset)} rows "
-            f"with {dataset.column_names}. Rename or add {missing or 'rows'}."
+            f"`histories` must be rows with the columns {[name for name in columns if name not in optional]}, got "
+            f"{len(dataset)} rows with {dataset.column_names}. Rename or add {missing or 'rows'}."
         )
     columns = [name for name in columns if name in dataset.column_names]
     for name in columns[1:]:
-        found = dataset.features.arrow_schema.field(name).type
-        value = found if name == "query_time" else getattr(found, "value_type", pa.null())
-        of_names = pa.types.is_string(value) or pa.types.is_large_string(value)
-        of_numbers = pa.types.is_integer(value) or pa.types.is_floating(value)
-        if name in TIMES and not of_numbers:
-            raise ValueError(
-                f"Expected seconds in the columns timestamps (lists of numbers) and query_time (a number), found {name} "
-                f"of type {found}. Convert it."
-            )
-        if name not in TIMES and not (of_names or (name == "items" and pa.types.is_integer(value))):
-            raise ValueError(
-                f"Expected lists in the columns items (your item ids: strings or integers) and behaviors (names out of "
-                f"{tokenizer.behaviors}), found {name} of type {found}. The data set of recipes.prepare holds indices: the "
-                "docstring of recipes.data.histories shows how histories are made of a table of interactions."
-            )
+        check_type(name, dataset.features.arrow_schema.field(name).type, tokenizer)
     return columns
 
 
-def seconds(column: pa.Array) -> np.ndarray:
-    """Numbers as int64, -1 for what is none."""
-    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return np.where(np.isfinite(values), values, UNKNOWN_TIME).astype(np.int64)
+def check_type(name: str, column_type: pa.DataType, tokenizer: SemanticIdTokenizer) -> None:
+    """Raise `ValueError` unless a column of this name and type holds item ids, behaviors or seconds."""
+    value_type = column_type if name == "query_time" else getattr(column_type, "value_type", pa.null())
+    is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
+    is_number = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
+    if name in TIMES and not is_number:
+        raise ValueError(
+            f"`timestamps` must be lists of seconds and `query_time` a number of seconds, got {name} of type "
+            f"{column_type}. Convert the column."
+        )
+    if name not in TIMES and not (is_text or (name == "items" and pa.types.is_integer(value_type))):
+        raise ValueError(
+            "`items` must be lists of item ids (strings or integers) and `behaviors` lists of names out of "
+            f"{tokenizer.behaviors}, got {name} of type {column_type}. Make histories from the table of interactions "
+            "as the docstring of recipes.data.histories shows. The data set of recipes.prepare holds indices."
+        )
 
 
 def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_history: bool) -> Histories:
-    """Looks up the items and behaviors of some rows, and times if the table has them. What is wrong is told, not raised."""
-    column, count = table["items"].combine_chunks(), len(table)
-    ids, row = pc.list_flatten(column).cast(pa.string()), pc.list_parent_indices(column).to_numpy()
-    # The tokenizer looks up every id once and Arrow spreads what it found: a cost of these rows, not of the catalog.
-    found = tokenizer.item_indices(ids.unique().to_pylist(), unknown="skip")
-    names = pa.array([tokenizer.item_ids[item] for item in found], pa.string())
-    items = pa.array(found).take(pc.index_in(ids, value_set=names)).fill_null(-1).to_numpy()
-    behaviors, behavior_row = np.zeros_like(items), row
+    """
+    Look up the items and behaviors of some rows, and read their times if the table has them.
+
+    Problems of the rows are returned in `Histories.problems`, not raised.
+    """
+    # Values of all rows, and the row of each value.
+    ids, item_rows = flatten_lists(table["items"])
+    items = look_up_items(ids.cast(pa.string()), tokenizer)
+    behaviors = np.zeros_like(items)
+    behavior_rows = time_rows = item_rows
+    timestamps = query_time = None
     if "behaviors" in table.column_names:
-        column = table["behaviors"].combine_chunks()
-        names, behavior_row = pc.list_flatten(column).cast(pa.string()), pc.list_parent_indices(column).to_numpy()
-        behaviors = pc.index_in(names, value_set=pa.array(tokenizer.behaviors)).fill_null(-1).to_numpy()
-    timestamps, requests, time_row = None, None, row
+        names, behavior_rows = flatten_lists(table["behaviors"])
+        known_names = pa.array(tokenizer.behaviors)
+        behaviors = pc.index_in(names.cast(pa.string()), value_set=known_names).fill_null(-1).to_numpy()
     if "timestamps" in table.column_names:
-        column = table["timestamps"].combine_chunks()
-        timestamps, time_row = seconds(pc.list_flatten(column)), pc.list_parent_indices(column).to_numpy()
+        times, time_rows = flatten_lists(table["timestamps"])
+        timestamps = seconds(times)
     if "query_time" in table.column_names:
-        requests = seconds(table["query_time"].combine_chunks())
-    lengths = np.bincount(row, minlength=count)
-    uneven, uneven_times = (
-        np.flatnonzero(lengths != np.bincount(one, minlength=count)) for one in (behavior_row, time_row)
+        query_time = seconds(table["query_time"].combine_chunks())
+
+    # Problems
+    lengths, num_behaviors, num_times = (
+        np.bincount(rows, minlength=len(table)) for rows in (item_rows, behavior_rows, time_rows)
     )
+    uneven_behaviors = np.flatnonzero(lengths != num_behaviors)
+    uneven_times = np.flatnonzero(lengths != num_times)
     problems = {
-        UNKNOWN: np.unique(row[items < 0]),
+        UNKNOWN: np.unique(item_rows[items < 0]),
         EMPTY: np.flatnonzero(lengths == 0),
-        "with another number of behaviors than of items": uneven,
+        "with another number of behaviors than of items": uneven_behaviors,
         "with another number of timestamps than of items": uneven_times,
-        f"with behaviors that are none of {tokenizer.behaviors}": np.unique(behavior_row[behaviors < 0]),
+        f"with behaviors that are none of {tokenizer.behaviors}": np.unique(behavior_rows[behaviors < 0]),
     }
-    if len(uneven):  # which ends in an error, whatever stands here
+    # Uneven rows end in an error, so any values will do.
+    if len(uneven_behaviors):
         behaviors = np.zeros_like(items)
     if len(uneven_times):
         timestamps = np.zeros_like(items)
-    known = items >= 0
-    ends = np.bincount(row[known], minlength=count).cumsum()[:-1]
-    kept = np.split(items[known], ends)
-    times = None if timestamps is None else np.split(timestamps[known], ends)
-    everything = tokenizer.num_items if exclude_history else np.inf
-    answered = [len(one) > 0 and (len(one) < everything or len(np.unique(one)) < everything) for one in kept]
-    return Histories(kept, np.split(behaviors[known], ends), times, requests, np.array(answered), problems)
+
+    # Histories of known items.
+    is_known = items >= 0
+    ends = np.bincount(item_rows[is_known], minlength=len(table)).cumsum()[:-1]
+    histories = np.split(items[is_known], ends)
+    limit = tokenizer.num_items if exclude_history else np.inf
+    answered = [len(rows) > 0 and (len(rows) < limit or len(np.unique(rows)) < limit) for rows in histories]
+    return Histories(
+        histories,
+        np.split(behaviors[is_known], ends),
+        None if timestamps is None else np.split(timestamps[is_known], ends),
+        query_time,
+        np.array(answered),
+        problems,
+    )
+
+
+def flatten_lists(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """Flatten a column of lists into its n values and the row of each value, int64 `[n]`."""
+    lists = column.combine_chunks()
+    return pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+
+
+def look_up_items(ids: pa.StringArray, tokenizer: SemanticIdTokenizer) -> np.ndarray:
+    """Look up the catalog rows of n item ids: int64 `[n]`, -1 for an unknown id."""
+    # Distinct ids alone: the cost must not grow with the catalog.
+    catalog_rows = tokenizer.item_indices(ids.unique().to_pylist(), unknown="skip")
+    known_ids = pa.array([tokenizer.item_ids[item] for item in catalog_rows], pa.string())
+    return pa.array(catalog_rows).take(pc.index_in(ids, value_set=known_ids)).fill_null(-1).to_numpy()
+
+
+def seconds(column: pa.Array) -> np.ndarray:
+    """Convert numbers to int64; -1 for a null, NaN or infinity."""
+    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return np.where(np.isfinite(values), values, UNKNOWN_TIME).astype(np.int64)
 
 
 def check_rows(
@@ -173,30 +221,46 @@ def check_rows(
     unknown: Literal["error", "skip"],
 ) -> int:
     """
-    Reads all rows, each process its part of `shards` (the first rows of each), and returns how many have no answer.
+    Check all rows and count those without an answer.
+
+    Args:
+        dataset: Histories, in Arrow format.
+        tokenizer: Tokenizer of the model.
+        shards: First row of each shard. Each process checks its part of the shards.
+        exclude_history: Whether lists leave out the items of the history.
+        unknown: "error": reject unknown items and empty histories. "skip": allow both.
+
+    Returns:
+        Number of rows, over all processes, that get an empty list.
 
     Raises:
-        ValueError: with the number of rows that have a problem, for each kind, and the first users.
+        ValueError: with the number of rows that have a problem, for each kind of problem, and the first users.
     """
     state = PartialState()
     allowed = (UNKNOWN, EMPTY) if unknown == "skip" else ()
-    unanswered, found = 0, []
-    mine = shards[state.process_index :: state.num_processes]
-    for start in tqdm(mine, desc="checking", unit="shard", disable=not state.is_main_process):
+
+    # Problems in the shards of this process.
+    num_unanswered = 0
+    problems = []
+    own_shards = shards[state.process_index :: state.num_processes]
+    for start in tqdm(own_shards, desc="checking", unit="shard", disable=not state.is_main_process):
         table = dataset[start : start + shards.step]
         histories = read_histories(table, tokenizer, exclude_history)
-        unanswered += int((~histories.answered).sum())
+        num_unanswered += int((~histories.answered).sum())
         for kind, rows in histories.problems.items():
             if len(rows) and kind not in allowed:
-                found.append((start, kind, len(rows), table["user_id"].take(rows[:5]).to_pylist()))
+                problems.append((start, kind, len(rows), table["user_id"].take(rows[:5]).to_pylist()))
+
+    # Problems in all shards, in the order of the rows.
     kinds: dict[str, tuple[int, list]] = {}
-    for _, kind, count, users in sorted(gather_object(found), key=lambda one: one[0]):
-        before, first = kinds.get(kind, (0, []))
-        kinds[kind] = before + count, (first + users)[:5]
+    for _, kind, count, users in sorted(gather_object(problems), key=lambda problem: problem[0]):
+        earlier_count, first_users = kinds.get(kind, (0, []))
+        kinds[kind] = earlier_count + count, (first_users + users)[:5]
     if kinds:
         raise ValueError(
-            f"Expected {len(dataset):,} histories of known items with a behavior each, found "
+            f"`histories` must be {len(dataset):,} rows of known items with a behavior each, got "
             + "; ".join(f"{count:,} {kind} (the first user_id: {users})" for kind, (count, users) in kinds.items())
-            + ". Correct or drop these rows; unknown='skip' drops unknown items, and gives an empty list where none is left."
+            + ". Correct or drop these rows, or pass unknown='skip'. It drops unknown items, and rows without a "
+            "known item get an empty list."
         )
-    return sum(gather_object([unanswered]))
+    return sum(gather_object([num_unanswered]))

@@ -1,4 +1,7 @@
-"""Split interactions by leave-one-out: a user's last interaction is the test target, the one before is for validation."""
+"""Split interactions by leave-one-out.
+
+The last interaction of a user is the test target, and the interaction before it the validation target.
+"""
 
 from typing import Any
 
@@ -7,24 +10,32 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
-# Columns of a history, and of what comes after it in a held-out split.
+# Columns of a history, and of its target in a held-out split.
 TARGETS = {"items": "target", "behaviors": "target_behavior", "timestamps": "target_timestamp"}
 
 
 def leave_one_out(
     users: np.ndarray, items: np.ndarray, behaviors: np.ndarray, timestamps: np.ndarray, positions: np.ndarray
 ) -> DatasetDict:
-    """Splits of the module's docstring; users in the order of their first row, ties of position in the rows' order.
+    """
+    Split N interactions as the module's docstring describes.
+
+    Users keep the order of their first row; interactions at the same position keep the order of their rows.
 
     Args:
-        users: str `[N]`, each user at least 3 times.
+        users: str `[N]`; each user at least 3 times.
         items: int `[N]`, catalog indices.
         behaviors: int `[N]`, indices below 128.
-        timestamps: int or float `[N]`, -1 where not known; stored as int64.
-        positions: int or float `[N]`, by which each user's interactions are sorted.
+        timestamps: int or float `[N]`; -1: unknown. Stored as int64.
+        positions: int or float `[N]`, which sort the interactions of each user.
+
+    Returns:
+        `DatasetDict` with the splits `train`, `validation` and `test`.
     """
+    # Columns, sorted by user and position.
     user_codes, user_ids = pd.factorize(users)
-    order = np.lexsort((positions, user_codes))  # stable
+    # The sort is stable.
+    order = np.lexsort((positions, user_codes))
     columns: dict[str, np.ndarray] = {
         "items": items[order].astype(np.int32),
         "behaviors": behaviors[order].astype(np.int8),
@@ -32,35 +43,42 @@ def leave_one_out(
     }
     counts = np.bincount(user_codes)
     ends = np.cumsum(counts)
-    # How many interactions from a row to its user's last one: 0 for the last.
-    left = ends[user_codes[order]] - 1 - np.arange(len(order))
+    # Interactions between a row and its user's last one.
+    num_later = ends[user_codes[order]] - 1 - np.arange(len(order))
 
-    def split(held_out: int, with_target: bool) -> Dataset:
-        offsets = pa.array(np.r_[0, np.cumsum(counts - held_out)], pa.int32())
+    # Splits
+    def split(num_held_out: int, with_target: bool) -> Dataset:
+        offsets = pa.array(np.r_[0, np.cumsum(counts - num_held_out)], pa.int32())
         table: dict[str, Any] = {"user_id": pa.array(user_ids, pa.string())}
         for name, values in columns.items():
-            table[name] = pa.ListArray.from_arrays(offsets, pa.array(values[left >= held_out]))
+            table[name] = pa.ListArray.from_arrays(offsets, pa.array(values[num_later >= num_held_out]))
         if with_target:
             for name, target in TARGETS.items():
-                table[target] = pa.array(columns[name][ends - held_out])
+                table[target] = pa.array(columns[name][ends - num_held_out])
         return Dataset.from_dict(table)
 
     return DatasetDict(train=split(2, False), validation=split(2, True), test=split(1, True))
 
 
 def columns_read(split: Dataset, with_times: bool) -> dict[str, str]:
-    """The columns of a history that a model reads, and those of what came next; `ValueError` if the split lacks one."""
+    """
+    Return the columns of a history that a model reads, each with the column of its target.
+
+    Raises:
+        ValueError: if the split lacks a column.
+    """
     columns = {name: target for name, target in TARGETS.items() if with_times or name != "timestamps"}
     targets = [target for target in columns.values() if "target" in split.column_names]
     missing = {*columns, *targets}.difference(split.column_names)
     if missing:
         raise ValueError(
-            f"Expected a split with the columns {[*columns, *targets]}, found {split.column_names}, without "
+            f"`split` must have the columns {[*columns, *targets]}, got {split.column_names} without "
             f"{sorted(missing)}. Run recipes.prepare again, into another folder."
         )
     return columns
 
 
 def unseen_targets(train: Dataset, split: Dataset) -> int:
-    """How many targets of a split never occur in training."""
-    return int((~np.isin(split["target"][:], np.concatenate([np.array(row) for row in train["items"][:]]))).sum())
+    """Count the targets of a split that never occur in training."""
+    trained_items = np.concatenate([np.array(row) for row in train["items"][:]])
+    return int((~np.isin(split["target"][:], trained_items)).sum())

@@ -1,14 +1,15 @@
-"""MovieLens as the two plain tables that `recipes.prepare` reads.
-
-MovieLens-100K comes with the wheel `recbole` (`pip install --no-deps recbole==1.2.1`), equal to GroupLens's files row
-for row, so this runs on a machine that reaches PyPI alone:
+"""Write MovieLens as the two plain tables that `recipes.prepare` reads.
 
     python -m recipes.data.movielens --output_dir runs/demo/tables
-
-From GroupLens's own folders (https://grouplens.org/datasets/movielens; research use, no redistribution):
-
     python -m recipes.data.movielens --path ml-100k --output_dir runs/ml-100k/tables
     python -m recipes.data.movielens --dataset ml-1m --path ml-1m --output_dir runs/ml-1m/tables
+
+The output is `interactions.csv` and `items.csv`. The first command reads MovieLens-100K from the wheel `recbole`, so
+it
+needs PyPI alone (`pip install --no-deps recbole==1.2.1`). Its rows equal those of GroupLens's files.
+
+The other commands read GroupLens's folders (https://grouplens.org/datasets/movielens; research use, no
+redistribution).
 """
 
 from dataclasses import dataclass, field
@@ -25,31 +26,39 @@ ML_100K_GENRES = [
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 ]
 # fmt: on
-LIKED_FROM = 4  # a rating of 4 or 5 is a like, the usual threshold of studies that rank MovieLens by click-through
+# Lowest rating that is a like, as studies of click-through on MovieLens have it.
+LIKED_FROM = 4
 
 
 @dataclass
 class MovielensArguments:
-    """Which MovieLens to write, from where, and to where."""
+    """Source and output of the tables."""
 
-    output_dir: str = field(metadata={"help": "Folder that receives interactions.csv and items.csv."})
-    dataset: str = field(default="ml-100k", metadata={"help": "ml-100k or ml-1m.", "choices": ["ml-100k", "ml-1m"]})
+    output_dir: str = field(metadata={"help": "Folder that receives interactions.csv and items.csv. Required."})
+    dataset: str = field(
+        default="ml-100k",
+        metadata={"help": "MovieLens data set to write. Default: ml-100k.", "choices": ["ml-100k", "ml-1m"]},
+    )
     path: str | None = field(
-        default=None, metadata={"help": "GroupLens's folder; ml-100k does without, from the wheel recbole."}
+        default=None,
+        metadata={
+            "help": "Folder with GroupLens's files. None, the default: the wheel recbole, which has ml-100k only."
+        },
     )
 
 
 def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """MovieLens-100K: 100,000 ratings by 943 users, of 1,682 movies.
+    """
+    Read MovieLens-100K: 100,000 ratings by 943 users, of 1,682 movies.
 
     Args:
-        path: GroupLens's folder with `u.data` (or `u.data.gz`) and `u.item`; None reads the copy in the wheel
-            `recbole`.
+        path: Folder of GroupLens with `u.data` (or `u.data.gz`) and `u.item`. None, the default: the copy in the wheel
+            `recbole`, which gives equal tables.
 
     Returns:
-        `interactions` (`user_id`, `item_id`, `rating`: int; `timestamp`: int, Unix seconds; `behavior`: `like` for
-        ratings of 4 and 5, else `dislike`), in the file's order, and `items` (`item_id`: int; `title`, `genres`,
-        `text`: str). Both sources give equal tables.
+        `interactions`, in the file's order: `user_id`, `item_id`, `rating` (int), `timestamp` (int, Unix seconds) and
+        `behavior` (`like` for ratings of 4 and 5, else `dislike`). `items`: `item_id` (int), `title`, `genres` and
+        `text`.
 
     Raises:
         ValueError: if a file is missing.
@@ -59,7 +68,7 @@ def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]
         interactions.columns = ["user_id", "item_id", "rating", "timestamp"]
         items = pd.read_csv(_recbole_file("ml-100k.item"), sep="\t", dtype=str, keep_default_na=False)
         items.columns = ["item_id", "title", "year", "genres"]
-        # The wheel spells the one unknown movie "unkonwn" and moves the year out of the title: undo both.
+        # Undo two changes of the wheel: a misspelled title, and years in a column.
         items["title"] = items["title"].replace("unkonwn", "unknown")
         has_year = items["year"].str.fullmatch(r"\d{4}")
         items["title"] = items["title"].where(~has_year, items["title"] + " (" + items["year"] + ")")
@@ -76,16 +85,17 @@ def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]
 
 
 def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """MovieLens-1M: 1,000,209 ratings by 6,040 users; 3,883 movies in the catalog, 3,706 of them rated.
+    """
+    Read MovieLens-1M: 1,000,209 ratings by 6,040 users; 3,883 movies in the catalog, 3,706 of them rated.
 
     Args:
-        path: GroupLens's folder with `ratings.dat` and `movies.dat`; or one with `movies.dat` and `interactions.parquet`
-            (`user_id`, `item_id`, `rating`, `timestamp`, null where not known, `position`: 1 = a user's oldest), which stands in
-            for a `ratings.dat` whose times are not all known.
+        path: Folder of GroupLens with `ratings.dat` and `movies.dat`. Without `ratings.dat`, `interactions.parquet`
+            takes its place: `user_id`, `item_id`, `rating`, `timestamp` (null: unknown) and `position` (1: a user's
+            oldest).
 
     Returns:
-        `interactions` and `items` as [`movielens_100k`] describes them. Where times are not all known, `timestamp` is -1
-        for those that are not, and `position` orders a user's interactions.
+        `interactions` and `items` as [`movielens_100k`] describes them. From `interactions.parquet`, an unknown
+        `timestamp` is -1, and `position` orders the interactions of a user.
 
     Raises:
         ValueError: if a file is missing.
@@ -96,7 +106,7 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         interactions = pd.read_parquet(ordered).fillna({"timestamp": -1})
         positions = interactions["position"].astype("int64")
         return _interactions(interactions).assign(position=positions), _movies_1m(folder)
-    # Every other column is the empty one between the two colons: the C parser takes single-character separators only.
+    # "::" separates the columns, and the fast parser takes one character only.
     interactions = pd.read_csv(
         _existing(folder / "ratings.dat"),
         sep=":",
@@ -114,10 +124,10 @@ def _movies_1m(folder: Path) -> pd.DataFrame:
 
 
 def clean_titles(titles: pd.Series) -> pd.Series:
-    """`Matrix, The (1999)` -> `The Matrix (1999)`: a text encoder and a reader both know the second form."""
-    # "(V)" after the year marks a video in GroupLens's files only.
+    """Move articles to the front, as text encoders and readers know titles: `Matrix, The` -> `The Matrix`."""
+    # Only GroupLens marks a video by "(V)" after the year.
     titles = titles.str.replace(r"\s+", " ", regex=True).str.strip().str.removesuffix(" (V)")
-    # An article that ends the title, or a translated title in parentheses, goes before its name.
+    # An article may end the title, or a translated title in parentheses.
     articles = r"([^()]+), (The|A|An|La|Le|Les|Il|Das|Der|Die|El|Los)(?=$|\)| \()"
     titles = titles.str.replace(articles, r"\2 \1", regex=True)
     return titles.str.replace(r"([^()]+), L'(?=$|\)| \()", r"L'\1", regex=True)
@@ -143,8 +153,8 @@ def _items(item_ids: pd.Series, titles: pd.Series, genres: pd.Series) -> pd.Data
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise ValueError(
-            f"expected the MovieLens file {path.name} in {path.parent}, found none: unpack GroupLens's archive and "
-            "pass its folder as `path` (for ml-100k, path=None reads the wheel recbole instead)"
+            f"`path` must be a folder with the MovieLens file {path.name}, got {path.parent} without it. Unpack "
+            "GroupLens's archive and pass its folder. For ml-100k, path=None reads the wheel recbole."
         )
     return path
 
@@ -157,7 +167,7 @@ def main() -> None:
     """Write `interactions.csv` and `items.csv`."""
     (args,) = parse_arguments(MovielensArguments)
     if args.dataset == "ml-1m" and args.path is None:
-        raise ValueError("expected --path with GroupLens's ml-1m folder, found none: only ml-100k comes with a wheel")
+        raise ValueError("`path` must be GroupLens's folder for ml-1m, got None. Download it: no wheel has ml-1m.")
     interactions, items = movielens_1m(args.path) if args.dataset == "ml-1m" else movielens_100k(args.path)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,12 @@ from tokenization import SemanticIdTokenizer
 @dataclass
 class PreparedData:
     """
-    What `recipes.prepare` wrote, loaded.
+    Contents of a folder that `recipes.prepare` wrote.
 
     Args:
-        tokenizer (`SemanticIdTokenizer`): The tokenizer of the items.
+        tokenizer (`SemanticIdTokenizer`): Tokenizer of the items.
         dataset (`DatasetDict`): Splits `train`, `validation` and `test`.
-        embeddings (`torch.FloatTensor` of shape `(num_items, D)`): Content embeddings.
+        embeddings (`torch.FloatTensor` of shape `(num_items, D)`): Content embeddings of the items.
     """
 
     tokenizer: SemanticIdTokenizer
@@ -40,36 +40,62 @@ def load_prepared(folder: str | Path) -> PreparedData:
 
 
 def prepared(folder: str | Path) -> dict[str, Any]:
-    """The record of a prepared folder; `ValueError` if it is none, or not complete."""
+    """Read the record of a prepared folder; raise `ValueError` if preparation did not finish there."""
     file = Path(folder) / "prepare.json"
     if not file.is_file():
         raise ValueError(
-            f"expected a folder that recipes.prepare wrote, found no {file}: check the path, or prepare it"
+            f"`data_dir` must be a folder that recipes.prepare wrote, got no {file}. Check the path, or prepare the "
+            "folder."
         )
     return json.loads(file.read_text())
 
 
 def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None:
-    """`ValueError` unless a model's tokenizer spells the items and behaviors of a prepared folder by the same rows."""
-    ours = SemanticIdTokenizer.from_pretrained(Path(folder) / "tokenizer")
-    check_same_spelling(tokenizer, ours, folder)
-    same = tokenizer.item_ids[: ours.num_items] == ours.item_ids  # what was added to the model comes behind them
-    if not same or not np.array_equal(tokenizer.item_codes[: ours.num_items], ours.item_codes):
+    """
+    Check that the items of a prepared folder are the first items of a model.
+
+    Args:
+        tokenizer: Tokenizer of the model, which may have added items behind those of the folder.
+        folder: The prepared folder.
+
+    Raises:
+        ValueError: unless both have the same items, codes, behaviors and token ids, in the same rows.
+    """
+    folder_tokenizer = SemanticIdTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    check_same_encoding(tokenizer, folder_tokenizer, folder)
+    count = folder_tokenizer.num_items
+    has_same_ids = tokenizer.item_ids[:count] == folder_tokenizer.item_ids
+    if not has_same_ids or not np.array_equal(tokenizer.item_codes[:count], folder_tokenizer.item_codes):
         raise ValueError(
-            f"expected a model of the {ours.num_items} items of {folder}, found one of {tokenizer.num_items} items with other "
-            "ids or codes: its rows are not the rows of that folder, take the folder that it was trained on"
+            f"`data_dir` must hold the items of the model, got {count} items in {folder} and {tokenizer.num_items} "
+            "with other ids or codes in the model. Take the folder that the model was trained on."
         )
 
 
-def check_same_spelling(tokenizer: SemanticIdTokenizer, other: SemanticIdTokenizer, folder: str | Path) -> None:
+def check_same_encoding(tokenizer: SemanticIdTokenizer, other: SemanticIdTokenizer, folder: str | Path) -> None:
     """
-    `ValueError` unless both have the same behaviors, levels and token ids; `other` is that of the folder. The last level, at
-    the vocabulary's end, may differ in width: it grows where items are added to a group that fills it.
+    Check that two tokenizers encode histories alike.
+
+    The last level may differ in width, because it grows when items join a full group. It ends the vocabulary, so the
+    other token ids stay.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        other: Tokenizer of the prepared folder.
+        folder: The prepared folder, for the error message.
+
+    Raises:
+        ValueError: unless both have the same behaviors, levels and token ids.
     """
-    fields, others = ({**one.config_fields(), "codebook_sizes": one.codebook_sizes[:-1]} for one in (tokenizer, other))
-    grows = ("num_items", "vocab_size")
-    if changed := [name for name in fields if name not in grows and fields[name] != others[name]]:
+    fields, other_fields = (
+        {**each.config_fields(), "codebook_sizes": each.codebook_sizes[:-1]} for each in (tokenizer, other)
+    )
+    growing = ("num_items", "vocab_size")
+    changed = [name for name in fields if name not in growing and fields[name] != other_fields[name]]
+    if changed:
         raise ValueError(
-            f"expected a model that spells histories as {folder} does, found { ({name: fields[name] for name in changed}) } in the "
-            f"model and { ({name: others[name] for name in changed}) } there: take the folder that it was trained on"
+            "`data_dir` must encode histories as the model does, got "
+            f"{ ({name: other_fields[name] for name in changed}) } in {folder} and "
+            f"{ ({name: fields[name] for name in changed}) } in the model. Take the folder that the model was "
+            "trained on."
         )

@@ -1,77 +1,93 @@
-"""Tables that `recipes.prepare` reads, validated: whatever is wrong is said with its rows."""
+"""Read and validate the tables of `recipes.prepare`; errors name the rows."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-SECONDS, MILLISECONDS = (1e8, 1e10), 5e11  # Unix times from 1973 to 2286, and those after 1985
+# Unix times from 1973 to 2286 in seconds, and from 1985 in milliseconds.
+SECONDS = (1e8, 1e10)
+MILLISECONDS = 5e11
 
 
-def read_table(path: Path, ids: list[str]) -> pd.DataFrame:
-    """The table with columns `ids` present and not null; `user_id` and `item_id` become str."""
+def read_table(path: Path, required: list[str]) -> pd.DataFrame:
+    """
+    Read a table.
+
+    Args:
+        path: A .csv, .tsv or .parquet file.
+        required: Columns that must be present and have no null. Those that end in `_id` become str.
+
+    Raises:
+        ValueError: for a file that is missing, unreadable or empty, and for missing columns or values.
+    """
     separators = {".csv": ",", ".tsv": "\t"}
     if not path.is_file() or path.suffix not in (*separators, ".parquet"):
-        raise ValueError(f"expected an existing .csv, .tsv or .parquet file, found {path}: check path and suffix")
+        raise ValueError(f"`path` must be an existing .csv, .tsv or .parquet file, got {path}. Check path and suffix.")
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            # As text: an id "007" stays one, and a film called "NA" or "null" is no missing value.
+            # As text: id "007" keeps its zeros, and film "NA" is a title.
             table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
-    except (ValueError, OSError) as error:  # all of what pandas and Arrow raise on files that are none
+    except (ValueError, OSError) as error:
+        # pandas and Arrow raise no others for unreadable files.
         raise ValueError(
-            f"expected a whole {path.suffix} table (in UTF-8, if it is text), found {path}, which cannot be read: {error}"
+            f"`path` must be a whole {path.suffix} table (in UTF-8, if it is text), got {path}, which cannot be read: "
+            f"{error}. Write the file again."
         ) from error
     if path.suffix != ".parquet" and not isinstance(table.index, pd.RangeIndex):
         raise ValueError(
-            f"expected as many fields in a row as the header of {path} has, found more: does every row end in a separator?"
+            "`path` must be a table with as many fields in a row as in its header, got rows with more fields in "
+            f"{path}. Check whether every row ends in a separator."
         )
-    missing = [name for name in ids if name not in table]
+    missing = [name for name in required if name not in table]
     if missing:
-        raise ValueError(f"expected the columns {ids} in {path}, found {list(table.columns)}: rename or add {missing}")
+        raise ValueError(
+            f"`path` must be a table with the columns {required}, got {list(table.columns)} in {path}. Rename or add "
+            f"{missing}."
+        )
     if len(table) == 0:
-        raise ValueError(f"expected rows in {path}, found none below the header: check how the file was written")
-    for name in ids:
+        raise ValueError(f"`path` must be a table with rows, got only a header in {path}. Check how it was written.")
+    for name in required:
         check_rows(table[name].notna(), table[name], f"a {name} in every row", "an empty value", path)
-    return table.reset_index(drop=True).astype({name: "str" for name in ids if name.endswith("_id")})
+    return table.reset_index(drop=True).astype({name: "str" for name in required if name.endswith("_id")})
 
 
 def read_interactions(path: Path) -> pd.DataFrame:
-    """Validated interactions: `user_id`, `item_id`, `behavior` (str), `timestamp`, `position` (int64 or float64), in file order.
+    """
+    Read and validate interactions.
 
-    `position` is what orders a user's interactions: the file's, or else the timestamp. A file with positions may do without
-    timestamps: none is known then (-1).
+    Args:
+        path: A table with `user_id`, `item_id`, `timestamp` or `position`, and optionally `behavior`.
+
+    Returns:
+        `user_id`, `item_id` and `behavior` (str), `timestamp` and `position` (int64 or float64), in file order.
+        `position` orders the interactions of a user: the column of the file, or else the timestamp. Without a column
+        `timestamp`, all timestamps are -1 (unknown).
 
     Raises:
-        ValueError: missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates, positions that are
-            no numbers.
+        ValueError: for missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates, and
+            positions that are no numbers.
     """
     table = read_table(path, ["user_id", "item_id"])
     if "timestamp" not in table and "position" not in table:
         raise ValueError(
-            f"expected a column `timestamp`, or `position`, in {path}, found {list(table.columns)}: rename or add one"
+            f"`path` must be a table with a column `timestamp`, or `position`, got {list(table.columns)} in {path}. "
+            "Rename or add a column."
         )
-    given = table["timestamp"] if "timestamp" in table else pd.Series(-1, index=table.index)
-    numbers = given if pd.api.types.is_datetime64_any_dtype(given) else pd.to_numeric(given, errors="coerce")
-    if pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
-        timestamps = numbers
-    else:
-        dates = pd.to_datetime(given, utc=True, errors="coerce", format="ISO8601")
-        timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    valid = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
-    check_rows(valid, given, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path)
-    usable = (timestamps >= -1) & (timestamps < 2**63)
-    check_rows(usable, given, "timestamps of 0 or more (or -1, not known) below 2**63", "another", path)
-    is_fine = ~(timestamps.between(*SECONDS) & (timestamps > MILLISECONDS).any())
-    check_rows(is_fine, given, "timestamps in one unit", "seconds beside milliseconds or finer ones", path)
-    position = timestamps
-    if "position" not in table:
-        expected = "known timestamps, or a column `position` to order the interactions by,"
-        check_rows(timestamps != -1, given, expected, "an unknown one (-1)", path)
-    else:
+
+    # Order
+    timestamps = read_timestamps(table, path)
+    if "position" in table:
         position = pd.to_numeric(table["position"], errors="coerce")
         check_rows(position.notna(), table["position"], "a number as position in every row", "another value", path)
+    else:
+        position = timestamps
+        expected = "known timestamps, or a column `position` to order the interactions by,"
+        check_rows(timestamps != -1, table["timestamp"], expected, "an unknown one (-1)", path)
+
+    # Behaviors
     if "behavior" in table:
         check_rows(table["behavior"].notna(), table["behavior"], "a behavior in every row", "an empty behavior", path)
         behavior = table["behavior"].astype(str)
@@ -79,19 +95,51 @@ def read_interactions(path: Path) -> pd.DataFrame:
         behavior = pd.Series("interact", index=table.index, dtype="str")
     if behavior.nunique() > 127:
         raise ValueError(
-            f"expected at most 127 kinds of behavior, found {behavior.nunique()} in {path}: is the column `behavior` "
-            "a rating or a count? Map it to a few names such as like and dislike"
+            f"`behavior` must have at most 127 distinct values, got {behavior.nunique()} in {path}. Map a rating or a "
+            "count to a few names such as like and dislike."
         )
     return table[["user_id", "item_id"]].assign(timestamp=timestamps, position=position, behavior=behavior)
 
 
-def check_rows(valid: pd.Series, shown: pd.Series, expected: str, found: str, path: str | Path) -> None:
-    """`ValueError` that counts the rows that are not `valid` and shows the first three of them, by their row in the file."""
+def read_timestamps(table: pd.DataFrame, path: Path) -> pd.Series:
+    """Read numbers as they are and dates as Unix seconds; -1 without the column; raise `ValueError` for others."""
+    values = table["timestamp"] if "timestamp" in table else pd.Series(-1, index=table.index)
+    numbers = values if pd.api.types.is_datetime64_any_dtype(values) else pd.to_numeric(values, errors="coerce")
+    if pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
+        timestamps = numbers
+    else:
+        dates = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601")
+        timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    is_finite = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
+    check_rows(
+        is_finite, values, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path
+    )
+    is_in_range = (timestamps >= -1) & (timestamps < 2**63)
+    check_rows(is_in_range, values, "timestamps of 0 or more (or -1, not known) below 2**63", "another", path)
+    is_one_unit = ~(timestamps.between(*SECONDS) & (timestamps > MILLISECONDS).any())
+    check_rows(is_one_unit, values, "timestamps in one unit", "seconds beside milliseconds or finer ones", path)
+    return timestamps
+
+
+def check_rows(valid: pd.Series, shown: pd.Series, expected: str, problem: str, path: str | Path) -> None:
+    """
+    Check a condition on every row of a table.
+
+    Args:
+        valid: Whether each row fulfills the condition; its index numbers the rows of the file.
+        shown: Values that the error message shows.
+        expected: The condition, for the error message, as an object of "must have".
+        problem: Contents of the rows that fail, for the error message.
+        path: The file, for the error message.
+
+    Raises:
+        ValueError: with the number of rows that fail, and the first three of them.
+    """
     if valid.all():
         return
     rows = np.flatnonzero(~valid.to_numpy())
     first = ", ".join(f"row {valid.index[row]} ({shown.iloc[row]!r})" for row in rows[:3])
     raise ValueError(
-        f"expected {expected} in {path}, found {found} in {len(rows):,} of {len(valid):,} rows, first {first} "
-        "(rows counted from 0, without the header): correct or drop these rows"
+        f"`{path}` must have {expected}, got {problem} in {len(rows):,} of {len(valid):,} rows, first {first} (rows "
+        "counted from 0, without the header). Correct or drop these rows."
     )

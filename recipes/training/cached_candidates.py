@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf.beam_search_unigrf import propose_items
-from recipes.data.encoding import pad_tokens, padded, with_item_set
+from recipes.data.encoding import pad_rows, pad_tokens, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 
 
@@ -125,7 +125,7 @@ class CachedCandidates(StatefulCallback):
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         blocked = None
         if "blocked_items" in self.rows.column_names:
-            blocked = padded([row["blocked_items"] for row in rows]).to(model.device)
+            blocked = pad_rows([row["blocked_items"] for row in rows]).to(model.device)
         mask, cache = inputs["attention_mask"].bool(), DynamicCache()
         num_beams, was_training = self.items.shape[1], model.training
         model.eval()

@@ -7,8 +7,8 @@ from recipes.data.encoding import (
     LONG_HISTORY,
     TOKEN_PADDING,
     long_history_inputs,
+    pad_rows,
     pad_tokens,
-    padded,
     with_item_set,
 )
 
@@ -27,5 +27,5 @@ class TrainingCollator:
         batch |= long_history_inputs({name: column(long) for name, long in LONG_HISTORY.items() if long in rows[0]})
         for name in ITEM_SETS:
             if name in rows[0]:
-                batch = with_item_set(batch, name, padded(column(name)))
+                batch = with_item_set(batch, name, pad_rows(column(name)))
         return batch

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFConfig
-from recipes.data.encoding import HistoryEncoder, padded, with_item_set
+from recipes.data.encoding import HistoryEncoder, pad_rows, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 from tokenization import SemanticIdTokenizer
 
@@ -259,7 +259,7 @@ class RankingDrivenEnhancer(StatefulCallback):
         earlier = self.negatives[users, : 0 if self.made_at < 0 else None]
         more = (len(users), self.options.pool_size - earlier.shape[1])
         pool = torch.cat([earlier, torch.randint(model.catalog.num_items, more, generator=generator)], dim=1)
-        owned = padded(own)
+        owned = pad_rows(own)
         ordered, order = pool.sort(dim=1, stable=True)
         repeated = torch.zeros_like(pool, dtype=torch.bool)
         repeated.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])

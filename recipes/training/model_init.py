@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.data.prepared import PreparedData, check_same_spelling
+from recipes.data.prepared import PreparedData, check_same_encoding
 from recipes.training.arguments import DataArguments, ModelArguments
 from tokenization import SemanticIdTokenizer
 
@@ -90,7 +90,7 @@ def check_first_items(
     """
     Raise `ValueError` unless the checkpoint's items are the first of the tokenizer's, with the same ids and codes.
     """
-    check_same_spelling(earlier, tokenizer, "data_dir")
+    check_same_encoding(earlier, tokenizer, "data_dir")
     count = len(earlier.item_ids)
     same = tokenizer.item_ids[:count] == earlier.item_ids
     if not same or not np.array_equal(model.catalog.item_codes, tokenizer.item_codes[:count]):

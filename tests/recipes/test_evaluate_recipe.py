@@ -126,7 +126,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     names = (tokenizer.codebook_sizes, tokenizer.behaviors)
     SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, *names).save_pretrained(other / "tokenizer")
     measured = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(other), output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="take the folder that it was trained on"):
+    with pytest.raises(ValueError, match="Take the folder that the model was trained on"):
         evaluate_checkpoint(measured)
     with pytest.raises(ValueError, match=r"recipes\.prepare wrote"):
         evaluate_checkpoint(replace(measured, data_dir=str(tmp_path / "nowhere")))
@@ -240,7 +240,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         other = SemanticIdTokenizer.from_codes(ids, codes, sizes, behaviors)
         start_from_first(other)
     fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
-    with pytest.raises(ValueError, match="spells histories as"):
+    with pytest.raises(ValueError, match="encode histories as"):
         start_from_first(fewer)
     with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, found"):
         start_from_first(tokenizer, history_item_representations=False)

@@ -240,7 +240,7 @@ def test_the_text_template_joins_columns(arguments, encoder):
     templated = load_file(first / "item_embeddings.safetensors")["embeddings"].copy()
     plain = load_file(prepare(arguments(encoder=encoder)) / "item_embeddings.safetensors")["embeddings"]
     np.testing.assert_array_equal(templated, plain)
-    with pytest.raises(ValueError, match=r"found \['item_id', 'title', 'text'\] without \['genres'\]"):
+    with pytest.raises(ValueError, match=r"the columns \['item_id', 'title', 'text'\] without \['genres'\]"):
         prepare(arguments(encoder=encoder, text_template="{title}. {genres}"))
 
 
@@ -257,7 +257,7 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"interactions": interactions_table().drop(columns="item_id")}, r"rename or add \['item_id'\]"),
+        ({"interactions": interactions_table().drop(columns="item_id")}, r"Rename or add \['item_id'\]"),
         ({"interactions": interactions_table().drop(columns="timestamp")}, "a column `timestamp`, or `position`"),
         ({"interactions": changed(interactions_table(), 4, "user_id", None)}, "user_id in every row.*1 of 9.*row 4"),
         ({"interactions": changed(interactions_table(), 2, "timestamp", "soon")}, r"row 2 \('soon'\)"),
@@ -281,9 +281,9 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"interactions": changed(interactions_table(), 1, "behavior", "next")}, "behaviors other than 'next'"),
         ({"items": changed(items_table(), 3, "item_id", "001")}, r"duplicate item_id in 1 of 12.*row 3 \('001'\)"),
         ({"items": changed(items_table(), 6, "text", " ")}, r"an empty text in 1 of 12 rows.*row 6 \('006'\)"),
-        ({"items": items_table().drop(columns="text")}, "pass --text_template"),
+        ({"items": items_table().drop(columns="text")}, "Pass --text_template"),
         ({"embeddings": NAN_ROW}, r"NaN or infinity in 1 of 12 rows, first row 4 \('004'\)"),
-        ({"embeddings": np.ones((11, 8), np.float32)}, r"shape \[12, D\].*found \[11, 8\]"),
+        ({"embeddings": np.ones((11, 8), np.float32)}, r"shape \[12, D\].*got \[11, 8\]"),
         ({"items": items_table().assign(embedding="[1.0, 2.0]")}, "an embedding in every row, as a list.*12 of 12"),
         ({"min_interactions": 2}, "expected min_interactions of 3 or more, found 2"),
     ],
@@ -302,7 +302,7 @@ def test_invalid_tables_are_rejected_with_the_row(arguments, wrong, message):
         ("item_id,text\n1,caf\u00e9\n".encode("latin-1"), "in UTF-8.*items.csv, which cannot be read"),
         (b"item_id,text\n1,a\n2,b,c,d\n", "items.csv, which cannot be read.*line 3"),
         (b"", "items.csv, which cannot be read"),
-        (b"item_id,text\n1,a,\n2,b,\n", "items.csv has, found more: does every row end in a separator"),
+        (b"item_id,text\n1,a,\n2,b,\n", "rows with more fields in .*items.csv. Check whether every row ends"),
     ],
     ids=short_id,
 )
@@ -328,7 +328,7 @@ def test_movielens_folders_become_tables(tmp_path):
     interactions, items = movielens_100k(str(tmp_path))
     assert interactions["behavior"].tolist() == ["dislike", "like"]
     assert items["text"].tolist()[0] == "The Matrix (1999). Genres: Action, Sci-Fi."
-    with pytest.raises(ValueError, match=r"expected the MovieLens file ratings\.dat"):
+    with pytest.raises(ValueError, match=r"the MovieLens file ratings\.dat"):
         movielens_1m(str(tmp_path))
     (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n")
     (tmp_path / "movies.dat").write_text("1193::Good, the Bad, The (1999)::Drama|War\n", encoding="latin-1")

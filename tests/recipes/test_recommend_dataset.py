@@ -230,7 +230,7 @@ def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_p
         changed(dataset, {1: {"timestamps": [3, 4]}}), r"1 with another number of timestamps than of items.*\[993\]"
     )
     dates = dataset.remove_columns("query_time").add_column("query_time", ["2026-01-01"] * len(dataset))
-    check_rejected(dates, "found query_time of type string")
+    check_rejected(dates, "got query_time of type string")
     assert not (tmp_path / "timed").exists()
 
 
@@ -363,9 +363,9 @@ def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (histories().remove_columns("behaviors"), r"the columns \['user_id', 'items', 'behaviors'\], found 11 rows"),
+        (histories().remove_columns("behaviors"), r"the columns \['user_id', 'items', 'behaviors'\], got 11 rows"),
         (histories().rename_column("user_id", "user"), r"Rename or add \['user_id'\]"),
-        (histories().select([]), "found 0 rows"),
+        (histories().select([]), "got 0 rows"),
         (Dataset.from_dict({"user_id": [1], "items": ["sku-1"], "behaviors": [["like"]]}), "items of type string"),
         (
             Dataset.from_dict({"user_id": [1], "items": [[1.0]], "behaviors": [["like"]]}),
@@ -456,9 +456,9 @@ def test_histories_are_loaded_from_files_and_folders(tmp_path):
     for name in ("saved", "folder", "folder/histories.parquet", "histories.jsonl"):
         assert load_histories(str(tmp_path / name)).to_list() == dataset.to_list()
     assert load_histories(str(tmp_path / "splits"), "test")["user_id"][:] == [993]
-    with pytest.raises(ValueError, match=r"Expected a split among \['train', 'test'\], found None"):
+    with pytest.raises(ValueError, match=r"`split` must be among \['train', 'test'\], got None"):
         load_histories(str(tmp_path / "splits"))
-    with pytest.raises(ValueError, match=r"Expected a split among \['train'\], found test"):
+    with pytest.raises(ValueError, match=r"`split` must be among \['train'\], got test"):
         load_histories(str(tmp_path / "folder" / "histories.parquet"), "test")
     with pytest.raises(ValueError, match="A CSV file has no lists"):
         load_histories(str(tmp_path / "histories.csv"))
