@@ -136,7 +136,7 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
     encoder = HistoryEncoder(
         tokenizer,
         settings.max_items,
-        model.generation_config.max_long_items if model.config.num_retrieved_items else 0,  # also what is not read
+        model.serving_options().max_long_items if model.config.num_retrieved_items else 0,  # also what is not read
     )
     columns = {"items": histories.items, "behaviors": histories.behaviors, "timestamps": histories.timestamps}
     columns["query_time"] = histories.query_time

@@ -123,6 +123,8 @@ def build_model(codes: torch.Tensor, codebook_sizes: list[int], **config) -> Uni
         "num_items": len(codes),
         "embedding_table_size": 0,
         "history_item_representations": False,
+        "ranking_dropout": 0.0,
+        "embedding_dropout": 0.0,
         "training_config": {"dense_loss_weight": 0.0},
         **config,
     }

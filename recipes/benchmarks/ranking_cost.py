@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from modeling_unigrf import UniGRFForCausalLM
-from modeling_unigrf.subhistory_unigrf import retrieve
+from modeling_unigrf.candidates_unigrf import retrieve
 
 WINDOW, NUM_BEAMS, RETRIEVED, RANKED = 7, 256, 10, 20
 # Items of a candidate's sub-history, items of the long history.
@@ -20,11 +20,11 @@ USERS = (1, 8)
 TRAINING_ROWS, TRAINING_CANDIDATES = 32, 20
 
 
-def long_history(model: UniGRFForCausalLM, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """`long_items [rows, length]`, random; nothing for a model that reads none."""
+def long_history(model: UniGRFForCausalLM, rows: int, length: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Draw random long histories `[rows, length]`, as the model takes them; empty for a model that reads none."""
     generator = torch.Generator().manual_seed(3)
     items = torch.randint(model.catalog.num_items, (rows, length), generator=generator)
-    return {"long_items": items.to(model.device)} if model.config.num_retrieved_items else {}
+    return {"long_history": {"items": items.to(model.device)}} if model.config.num_retrieved_items else {}
 
 
 def serving(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int) -> dict[str, Callable]:
@@ -39,7 +39,7 @@ def serving(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int) 
     }
     if longer:
         candidates, _ = torch.randint(model.catalog.num_items, (2, len(input_ids), NUM_BEAMS), device=model.device)
-        embeddings, items = model.catalog.content_embeddings, longer["long_items"]
+        embeddings, items = model.catalog.content_embeddings, longer["long_history"]["items"]
         calls["retrieve"] = lambda: retrieve(embeddings, items, candidates, RETRIEVED)
     return calls
 
@@ -51,7 +51,7 @@ def training(model: UniGRFForCausalLM, input_ids: torch.LongTensor, length: int)
 
     @torch.enable_grad()
     def step():
-        model(input_ids, labels=input_ids, candidates=candidates, **longer).loss.backward()
+        model(input_ids, labels=input_ids, item_sets={"candidates": candidates}, **longer).loss.backward()
         model.zero_grad()
 
     return {"training step": step}
