@@ -1,10 +1,13 @@
-"""Popularity and item-kNN on a prepared dataset: the floor that a generative recommender has to clear.
+"""Measure popularity and item-kNN on prepared data: the baselines that a generative recommender has to beat.
 
     python -m recipes.evaluation.baselines --data_dir runs/demo/data --output_file runs/demo/baselines.json
 
-Both are fitted on the training histories only (the interactions that a model trains on), the settings of item-kNN are
-chosen by validation NDCG@10, and the test history is training + validation item. The whole catalog is ranked; items
-of the history are left out.
+Both baselines are fitted on the training histories alone. Validation NDCG@10 chooses the settings of item-kNN. The
+test history is the training history and the validation item. The lists rank the whole catalog, without the items of
+the history.
+
+The command prints the test metrics. The output file also has the settings, the validation metrics and the ranks of the
+test targets.
 """
 
 import itertools
@@ -31,36 +34,48 @@ GRID: dict[str, tuple[Any, ...]] = {
     "shrink": (0.0, 10.0, 50.0),
     "window": (3, 5, 10, 20, None),
 }
-BLOCK = 1024  # rows that are dense at a time: bounds memory at four times BLOCK x num_items floats
+# Rows that are dense at a time, so that memory stays below 4 * BLOCK * num_items floats.
+BLOCK = 1024
 
 
 @dataclass
 class BaselineArguments:
-    """Which prepared folder to measure, and where the numbers go."""
+    """Data and results of the baselines."""
 
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results; printed either way."})
-    k: int = field(default=50, metadata={"help": "Length of the ranked lists, in items."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON file that receives the results. None: print the test metrics only."}
+    )
+    k: int = field(default=50, metadata={"help": "Items of a ranked list. MRR counts within the list."})
 
 
 class Ranker:
-    """What the baselines share: lists of items from scores."""
+    """
+    Base class of the baselines: rank items by scores.
+
+    Args:
+        num_items (`int`): Items of the catalog.
+    """
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
 
     def fit(self, histories: Histories) -> "Ranker":
-        """Learn from the training histories (catalog indices, oldest first)."""
+        """Fit the baseline to the training histories: catalog indices, oldest first."""
         raise NotImplementedError
 
     def scores(self, histories: Histories) -> np.ndarray:
-        """Score every item for every history, float32 `[B, num_items]`, higher is better."""
+        """Score every item for every history, float32 `[B, num_items]`; a higher score is better."""
         raise NotImplementedError
 
     def top_items(self, histories: Histories, k: int = 50, *, exclude_history: bool = True) -> np.ndarray:
-        """Catalog indices of the `k` best items, int64 `[B, min(k, num_items)]`, best first.
+        """
+        List the catalog indices of the `k` best items, int64 `[B, min(k, num_items)]`, best first.
 
-        With `exclude_history` a history's own items are left out; -1 pads where fewer than `k` items remain.
+        Args:
+            histories: Catalog indices of each history, oldest first.
+            k: Length of a list, in items.
+            exclude_history: Leave the items of a history out of its list. -1 pads a list of fewer than `k` items.
         """
         lists = []
         for start in range(0, len(histories), BLOCK):
@@ -74,24 +89,28 @@ class Ranker:
 
 
 class Popularity(Ranker):
-    """Items by their number of training interactions, the same list for everybody."""
+    """Rank items by their number of training interactions: the same list for all users."""
 
     def fit(self, histories: Histories) -> "Popularity":
+        """Count the interactions of each item."""
         _, items, _ = _flatten(histories)
         self.counts = np.bincount(items, minlength=self.num_items).astype(np.float32)
         return self
 
     def scores(self, histories: Histories) -> np.ndarray:
+        """Return the counts for each history."""
         return np.tile(self.counts, (len(histories), 1))
 
 
 class Recency(Ranker):
-    """The items of the history itself, the last one first: what there is to beat where users come back to items."""
+    """Rank the items of the history, the last item first: a strong baseline if users return to items."""
 
     def fit(self, histories: Histories) -> "Recency":
+        """Fit nothing: recency needs no training."""
         return self
 
     def scores(self, histories: Histories) -> np.ndarray:
+        """Return each item's negative distance from the end of the history; -inf for all other items."""
         rows, items, distance = _flatten(histories)
         scores = np.full((len(histories), self.num_items), -np.inf, np.float32)
         np.maximum.at(scores, (rows, items), -distance.astype(np.float32))
@@ -99,40 +118,52 @@ class Recency(Ranker):
 
 
 class ItemKNN(Ranker):
-    """Item-based nearest neighbors (Sarwar et al., WWW 2001, section 3; shrinkage as in Bell and Koren, KDD 2007).
+    """
+    Rank items by nearest neighbors (Sarwar et al., WWW 2001, section 3; shrinkage as in Bell and Koren, KDD 2007).
 
-    Similarity of two items is `co / (sqrt(n_i * n_j) + shrink)`, with `co` the users that have both and `n` the users
-    that have each; an item keeps its `neighbors` most similar items. A candidate's score is the sum of its
-    similarities to the last `window` items of the history, weighted 1, 1 - 1/window, ... from the last backwards;
-    `window=None` takes the whole history with equal weights, which is the textbook's item-kNN.
+    The similarity of items i and j is `co / (sqrt(n_i * n_j) + shrink)`: `co` users have both items, `n_i` users have
+    item i. A candidate's score is the sum of its similarities to the items of the history.
+
+    Args:
+        num_items (`int`): Items of the catalog.
+        neighbors (`int`, defaults to 100): Most similar items that each item keeps.
+        shrink (`float`, defaults to 10.0): Shrinkage of the similarity of rare items. 0: none.
+        window (`int`, *optional*): Last items of the history that count, with weights 1, 1 - 1/window, ... from the
+            end. None: the whole history with equal weights, the textbook's item-kNN.
     """
 
     def __init__(
         self, num_items: int, *, neighbors: int = 100, shrink: float = 10.0, window: int | None = None
     ) -> None:
         super().__init__(num_items)
-        self.neighbors, self.shrink, self.window = neighbors, shrink, window
+        self.neighbors = neighbors
+        self.shrink = shrink
+        self.window = window
 
     def fit(self, histories: Histories) -> "ItemKNN":
+        """Compute the similarities of each item to its neighbors."""
         rows, items, _ = _flatten(histories)
         seen = _matrix(rows, items, np.ones(len(rows), np.float32), (len(histories), self.num_items))
-        seen.data[:] = 1.0  # binary: an item that a user took twice counts once
+        seen.data[:] = 1.0  # an item counts once for each user
         together = (seen.T @ seen).tocsr()
         norms = np.sqrt(together.diagonal())
         blocks = []
         for start in range(0, self.num_items, BLOCK):
             dense = together[start : start + BLOCK].toarray()
-            dense /= np.outer(norms[start : start + BLOCK], norms) + self.shrink + 1e-12  # 1e-12: items nobody took
-            dense[np.arange(len(dense)), start + np.arange(len(dense))] = 0.0  # an item is no neighbor of itself
+            # 1e-12: an item without interactions has a norm of 0.
+            dense /= np.outer(norms[start : start + BLOCK], norms) + self.shrink + 1e-12
+            # An item is no neighbor of itself.
+            dense[np.arange(len(dense)), start + np.arange(len(dense))] = 0.0
             keep = _top(dense, self.neighbors)
             values = np.take_along_axis(dense, keep, axis=1)
             rows = np.repeat(np.arange(len(dense)), keep.shape[1])
             blocks.append(_matrix(rows, keep.ravel(), values.ravel(), dense.shape))
-        self.similarity = sparse.vstack(blocks).tocsr()  # [num_items (candidate), num_items (its neighbors)]
+        self.similarity = sparse.vstack(blocks).tocsr()  # [candidates, neighbors]
         self.similarity.eliminate_zeros()
         return self
 
     def scores(self, histories: Histories) -> np.ndarray:
+        """Return each item's sum of weighted similarities to the items of each history."""
         rows, items, distance = _flatten(histories)
         if self.window is None:
             weights = np.ones(len(rows), np.float32)
@@ -149,18 +180,19 @@ def baseline_results(
     *,
     exclude_history: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Fit the baselines on `train`, choose item-kNN's settings out of `GRID` on `validation`, measure on `test`.
+    """
+    Fit the baselines on `train`, choose item-kNN's settings from `GRID` on `validation`, and measure on `test`.
 
     Args:
-        dataset: splits of [`recipes.prepare`]: `train` with `items`; `validation` and `test` with `items`, `target`.
-        num_items: size of the catalog.
-        k: length of the ranked lists, in items (mrr is over such a list).
-        exclude_history: leave a history's own items out of its list; else recency is a third baseline.
+        dataset: Splits of `recipes.prepare`: `train` with `items`; `validation` and `test` with `items` and `target`.
+        num_items: Items of the catalog.
+        k: Items of a ranked list. MRR counts within the list.
+        exclude_history: Leave the items of a history out of its list. False: measure recency as a third baseline.
 
     Returns:
-        `{"popularity": ..., "item_knn": ...}`, and `recency` where it may list something, each with `settings`,
-        `validation` and `test` (the values of the metric next_item) and `ranks` (of every test target, 1 = first; None
-        where it is not among the `k`).
+        A dict of the baselines `popularity`, `item_knn` and, without `exclude_history`, `recency`. Each has
+        `settings`, `validation` and `test` (values of the metric next_item), and `ranks`: the rank of every test
+        target from 1, None for a target outside the list.
     """
     train = dataset["train"]["items"][:]
     splits = {name: (dataset[name]["items"][:], dataset[name]["target"][:]) for name in ("validation", "test")}
@@ -170,15 +202,19 @@ def baseline_results(
         ranks = target_ranks(ranker.top_items(histories, k, exclude_history=exclude_history).tolist(), targets)
         return mean_values(ranks), ranks
 
-    best, settings = -1.0, {}
+    # Validation chooses the settings of item-kNN.
+    best = -1.0
+    settings: dict[str, Any] = {}
     fits = list(itertools.product(GRID["neighbors"], GRID["shrink"]))
     for neighbors, shrink in tqdm(fits, desc="item-kNN", unit="fit"):
         knn = ItemKNN(num_items, neighbors=neighbors, shrink=shrink).fit(train)
         for knn.window in GRID["window"]:  # the window needs no new fit
-            reached = measure(knn, "validation")[0]["ndcg@10"]
-            if reached > best:
-                best, settings = reached, {"neighbors": neighbors, "shrink": shrink, "window": knn.window}
+            ndcg = measure(knn, "validation")[0]["ndcg@10"]
+            if ndcg > best:
+                best = ndcg
+                settings = {"neighbors": neighbors, "shrink": shrink, "window": knn.window}
 
+    # Test measures all baselines.
     results = {}
     rankers: dict[str, Ranker] = {"popularity": Popularity(num_items), "item_knn": ItemKNN(num_items, **settings)}
     if not exclude_history:
@@ -192,7 +228,7 @@ def baseline_results(
 
 
 def _flatten(histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, items and distances from the end (0 = last), each int64 `[total length]`."""
+    """Flatten histories into rows, items and distances from the end (0: last), each int64 `[total length]`."""
     lengths = np.fromiter(map(len, histories), dtype=np.int64, count=len(histories))
     items = np.fromiter(itertools.chain.from_iterable(histories), dtype=np.int64, count=lengths.sum())
     rows = np.repeat(np.arange(len(histories)), lengths)
@@ -200,14 +236,14 @@ def _flatten(histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _matrix(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
-    """CSR matrix; entries of one place add up."""
+    """Make a sparse matrix in CSR form; entries of the same position add up."""
     return sparse.coo_array((values, (rows, columns)), shape=shape).tocsr()
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the `k` greatest values of a row, int64 `[B, min(k, N)]`, greatest first; -1 for a value of -inf."""
+    """Return the columns of each row's `k` greatest values, int64 `[B, min(k, N)]`; -1 stands for a value of -inf."""
     k = min(k, scores.shape[1])
-    # Sorted columns and a stable sort: within the list, equal values go by column.
+    # Sorted columns and a stable sort: equal values stay in the order of columns.
     columns = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
     values = np.take_along_axis(scores, columns, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
@@ -215,7 +251,7 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Measure both baselines on a prepared folder."""
+    """Measure the baselines on a prepared folder."""
     (args,) = parse_arguments(BaselineArguments)
     num_items = prepared(args.data_dir)["counts"]["catalog"]
     results = baseline_results(load_from_disk(str(Path(args.data_dir) / "dataset")), num_items, args.k)

@@ -1,7 +1,7 @@
-"""What a model finds for the users of a split, and how its scores order it: for every recipe that measures a model.
+"""Search and score candidates for the users of a split, for every recipe that measures a model.
 
-Leave-one-out, the whole catalog. Candidates are searched for once, with all their scores, and any weights of the
-fusion then tried on them; `keep_choice` writes the chosen ones into the checkpoint.
+The candidates come from the whole catalog. `candidates` searches once and returns all scores; `fused_lists` then fuses
+the scores with any weights. `save_serving_options` writes the chosen weights into the checkpoint.
 """
 
 from collections.abc import Iterator
@@ -27,15 +27,16 @@ METRICS = Path(__file__).parent / "metrics"
 @dataclass
 class Measurement:
     """
-    What of a user is read, and which items are candidates.
+    Settings of a measurement: the items that the model reads, and the items that are candidates.
 
     Args:
-        max_items (`int`, *optional*): Items of a history that the model reads; None: all.
-        max_long_items (`int`, *optional*): Items of a history that sub-histories come from; None: all.
-        ranking_target (`str`, *optional*): The ranking target that orders the items; None: the checkpoint's.
-        num_dense_candidates (`int`): Best items by the item-level score, added to the beams.
-        exclude_history (`bool`): Whether a user's own items are no candidates.
-        batch_size (`int`): Users run together.
+        max_items (`int`, *optional*): Most recent items of a history that the model reads. None: all.
+        max_long_items (`int`, *optional*): Most recent items that sub-histories are retrieved from. None: all.
+        ranking_target (`str`, *optional*): Ranking target whose logit is the ranking score. None: the checkpoint's.
+        num_dense_candidates (`int`, defaults to 0): Items of the best dense-retrieval score, added to the beams. 0:
+            beams alone.
+        exclude_history (`bool`, defaults to `True`): Exclude the items of a user's history.
+        batch_size (`int`, defaults to 64): Users of a batch.
     """
 
     max_items: int | None = None
@@ -47,7 +48,7 @@ class Measurement:
 
 
 def load_metric(name: str) -> evaluate.EvaluationModule:
-    """A metric of ours, which keeps no file, so that two runs at a time do not wait for each other's lock."""
+    """Load a metric of this package, in memory, so that two runs do not wait for each other's lock."""
     return evaluate.load(str(METRICS / name), keep_in_memory=True)
 
 
@@ -59,21 +60,32 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, Semantic
 
 
 def batches(
-    model, tokenizer, split: Dataset, how: Measurement, desc: str, long_histories: bool = True
+    model, tokenizer, split: Dataset, measurement: Measurement, desc: str, long_histories: bool = True
 ) -> Iterator[tuple[np.ndarray, list[dict], dict[str, torch.Tensor]]]:
     """
-    Yield users with histories of similar length, under a progress bar: their rows `[b]`, the users themselves, and
-    the inputs of `recommend` and `rank` on the model's device.
+    Yield batches of users with histories of similar length, under a progress bar.
 
-    A model that reads times is asked at the time of the target. `generate` takes no `long_histories`.
+    The query time of a model that reads times is the time of the target.
+
+    Args:
+        model: The model; its device receives the inputs.
+        tokenizer: The tokenizer of its items.
+        split: Users of a prepared split.
+        measurement: Settings of the measurement.
+        desc: Description of the progress bar.
+        long_histories: Encode long histories, too, for a model that retrieves sub-histories. False: inputs of
+            `generate`.
+
+    Yields:
+        The users' rows in the split `[b]`, the users, and the inputs of `recommend` and `rank`.
     """
     with_long = long_histories and model.config.num_retrieved_items > 0
-    encoder = HistoryEncoder(tokenizer, how.max_items, how.max_long_items if with_long else 0)
+    encoder = HistoryEncoder(tokenizer, measurement.max_items, measurement.max_long_items if with_long else 0)
     names = list(columns_read(split, model.config.reads_times))
-    recent = slice(-how.max_items if how.max_items else None, None)
+    recent = slice(-measurement.max_items if measurement.max_items else None, None)
     order = np.argsort([len(items[recent]) for items in split["items"]], kind="stable")
-    for start in tqdm(range(0, len(order), how.batch_size), desc=desc, unit="batch"):
-        rows = order[start : start + how.batch_size]
+    for start in tqdm(range(0, len(order), measurement.batch_size), desc=desc, unit="batch"):
+        rows = order[start : start + measurement.batch_size]
         users = [split[int(row)] for row in rows]
         columns = {name: [user[name] for user in users] for name in names}
         if "timestamps" in columns:
@@ -81,83 +93,97 @@ def batches(
         yield rows, users, encoder(**columns, device=model.device)
 
 
-def candidates(model, tokenizer, split: Dataset, num_beams: int, how: Measurement) -> dict[str, torch.Tensor]:
+def candidates(model, tokenizer, split: Dataset, num_beams: int, measurement: Measurement) -> dict[str, torch.Tensor]:
     """
-    All candidates of every user: `item_indices [U, K]` and their scores, each `[U, K]`; `dense_scores` if there are
-    some.
+    Search the candidates of every user of a split.
+
+    Returns:
+        `item_indices`, `generation_scores`, `ranking_scores` and, for a model with dense-retrieval scores,
+        `dense_scores`: each `[U, K]`.
     """
     names = ["item_indices", "generation_scores", "ranking_scores"]
     if model.config.has_dense_scores:
         names.append("dense_scores")
     columns = {name: [None] * len(split) for name in names}
-    for rows, users, inputs in batches(model, tokenizer, split, how, f"beams of {num_beams}"):
-        found = model.recommend(
+    for rows, users, inputs in batches(model, tokenizer, split, measurement, f"beams of {num_beams}"):
+        best = model.recommend(
             **inputs,
             num_beams=num_beams,
-            num_return_sequences=num_beams + how.num_dense_candidates,
+            num_return_sequences=num_beams + measurement.num_dense_candidates,
             ranking_weight=0.0,
-            ranking_target=how.ranking_target,
+            ranking_target=measurement.ranking_target,
             exclude_history=False,
-            blocked_items=[user["items"] for user in users] if how.exclude_history else None,
+            blocked_items=[user["items"] for user in users] if measurement.exclude_history else None,
             dense_weight=0.0,
-            num_dense_candidates=how.num_dense_candidates,
+            num_dense_candidates=measurement.num_dense_candidates,
             rerank_top_k=0,
         )
         for name, column in columns.items():
-            for row, values in zip(rows, found[name].cpu(), strict=True):
+            for row, values in zip(rows, best[name].cpu(), strict=True):
                 column[row] = values
     return {name: torch.stack(column) for name, column in columns.items()}
 
 
 def fused_lists(
-    found: dict[str, torch.Tensor], weight: float, length: int, dense_weight: float = 0.0, num_ranked: int = 0
+    scored: dict[str, torch.Tensor], weight: float, length: int, dense_weight: float = 0.0, num_ranked: int = 0
 ) -> list[list[int]]:
     """
-    Items of every user by the fused score, best first, cut to `length` and padded by -1. `num_ranked`: as if
-    `recommend` had ranked only so many, the best by the other scores; generation alone, without weights, lists all
-    that it found.
+    List the items of every user by the fused score, best first, padded with -1.
 
-    The fusion of `recommend` a second time, which a test holds equal to it: a hundred pairs of weights are tried on
-    candidates that were searched for once.
+    This fuses scores as `recommend` does, without a new search for each pair of weights. A test compares the two.
+
+    Args:
+        scored: Result of `candidates`.
+        weight: Weight of the ranking score. 0: leave it out.
+        length: Items of a list.
+        dense_weight: Weight of the dense-retrieval score. 0: leave it out.
+        num_ranked: Candidates that are ranked and listed, the best by the other scores (`rerank_top_k`). 0: all. Both
+            weights 0: generation alone lists all candidates.
     """
+    # Generation and dense-retrieval scores.
     num_ranked = num_ranked if weight or dense_weight else 0
-    scores = found["generation_scores"]
+    scores = scored["generation_scores"]
     absent = scores == -torch.inf
-    scores = scores + dense_weight * found["dense_scores"] if dense_weight else scores
+    scores = scores + dense_weight * scored["dense_scores"] if dense_weight else scores
+
+    # Ranking scores of the best.
     if num_ranked:
         unranked = torch.ones_like(scores, dtype=torch.bool).scatter_(
             1, scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices, False
         )
         absent = absent | unranked
         scores = scores.masked_fill(unranked, -torch.inf)
-    scores = scores + weight * found["ranking_scores"] if weight else scores
-    scores = scores.masked_fill(absent, -torch.inf)  # of any weights
+    scores = scores + weight * scored["ranking_scores"] if weight else scores
+
+    # The lists. A negative weight makes NaN of absent candidates.
+    scores = scores.masked_fill(absent, -torch.inf)
     scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
-    return found["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1).tolist()
+    return scored["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1).tolist()
 
 
 def ranks_as_json(ranks: np.ndarray) -> list[int | None]:
-    """Ranks in lists of items, None for infinity: the target is not there."""
+    """Convert ranks to JSON values; None stands for infinity, a target outside the list."""
     return [int(rank) if rank < np.inf else None for rank in ranks]
 
 
-def like_auc(model, tokenizer, split: Dataset, like: str, how: Measurement) -> dict[str, float]:
-    """AUC over users of the score of target `like`, for the held-out interaction."""
-    index, behavior = model.config.ranking_targets.index(like), tokenizer.behaviors.index(like)
+def like_auc(model, tokenizer, split: Dataset, like: str, measurement: Measurement) -> dict[str, float]:
+    """Measure the AUC over users of the ranking target `like`, for the held-out interactions."""
+    index = model.config.ranking_targets.index(like)
+    behavior = tokenizer.behaviors.index(like)
     scores = np.zeros(len(split))
     targets = torch.tensor(split["target"][:]).long()
-    for rows, _, inputs in batches(model, tokenizer, split, how, "AUC"):
+    for rows, _, inputs in batches(model, tokenizer, split, measurement, "AUC"):
         logits = model.rank(**inputs, candidates=targets[rows][:, None].to(model.device))
         scores[rows] = logits[:, 0, index].cpu()
-    labels = [int(one == behavior) for one in split["target_behavior"][:]]
+    labels = [int(target == behavior) for target in split["target_behavior"][:]]
     auc = load_metric("like_auc").compute(prediction_scores=scores.tolist(), references=labels)["auc"]
     return {"auc": auc, "share_of_likes": float(np.mean(labels)), "interactions": len(labels)}
 
 
-def invalid_items(model, tokenizer, split: Dataset, num_beams: int, how: Measurement) -> dict[str, int]:
-    """Runs plain `generate` and counts, by the tokenizer's own table, the generated items that do not exist."""
+def invalid_items(model, tokenizer, split: Dataset, num_beams: int, measurement: Measurement) -> dict[str, int]:
+    """Run plain `generate`, and count the generated items that the tokenizer's item map lacks."""
     checked = invalid = 0
-    for _, _, inputs in batches(model, tokenizer, split, how, "generated items", long_histories=False):
+    for _, _, inputs in batches(model, tokenizer, split, measurement, "generated items", long_histories=False):
         sequences = model.generate(**inputs, num_beams=num_beams, num_return_sequences=min(10, num_beams))
         for tokens in sequences[:, inputs["input_ids"].shape[1] :].cpu():
             checked += 1
@@ -168,10 +194,12 @@ def invalid_items(model, tokenizer, split: Dataset, num_beams: int, how: Measure
     return {"checked": checked, "invalid": invalid}
 
 
-def keep_choice(checkpoint: str | Path, **chosen: float | str | None) -> None:
+def save_serving_options(checkpoint: str | Path, **chosen: float | str | None) -> None:
     """
-    Write the serving options that were chosen into the checkpoint's generation_config.json, where `recommend` and the
-    pipeline read them. Raises `ValueError` for options that the model cannot serve.
+    Write serving options into a checkpoint's generation_config.json; `recommend` and the pipeline read them there.
+
+    Raises:
+        ValueError: for options that the model cannot serve.
     """
     generation_config = GenerationConfig.from_pretrained(checkpoint)
     generation_config.update(**chosen, allow_custom_entries=True)

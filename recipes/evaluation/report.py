@@ -1,10 +1,10 @@
-"""A run as one page: `report.md` with tables and pictures, from what the run measured.
+"""Write the report of a run: one page, `report.md`, with tables, pictures and lists of example users.
 
     from recipes.evaluation.report import write_report
 
     write_report("runs/demo", metrics, trainer.state.log_history, code_counts, ranks)
 
-`recipes.demo` calls it; nothing is measured here, so a report can be written again at any time.
+`recipes.demo` writes this report. The function measures nothing, so a report can be written again at any time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # before pyplot: a training machine has no display
+# Before the import of pyplot: a training machine has no display.
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,9 +24,9 @@ TRAIN_LOSSES = {
     "loss": "training",
     "generation_loss": "training, generation",
     "ranking_loss": "training, ranking",
-    "dense_loss": "training, items",
+    "dense_loss": "training, dense retrieval",
 }
-# Okabe and Ito's palette: readable with any color vision.
+# The palette of Okabe and Ito, readable with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 MAX_K = 50
 
@@ -36,39 +37,49 @@ def write_report(
     log_history: Sequence[Mapping[str, float]],
     code_counts: Sequence[Sequence[int]],
     ranks: Mapping[str, Sequence[int | None]],
+    examples: str = "",
 ) -> Path:
-    """Write `report.md`, `learning_curves.png`, `recall_at_k.png` and `codebooks.png`, and return the report's path.
+    """
+    Write `report.md`, `learning_curves.png`, `recall_at_k.png` and `codebooks.png`, and return the report's path.
 
     Args:
-        output_dir: folder of the run; created where it is missing.
-        metrics: what metrics.json holds: `protocol` (dict), `baselines` ({name: {recall@5, recall@10, ndcg@5, ndcg@10,
-            mrr}}), `generation` and `ranked` (such values), `ranking` ({auc, ...}), `invalid_items` (number),
-            `seconds` ({stage: s}) and `selection` (dict).
-        log_history: the Trainer's: dicts with `step` and `loss`, `generation_loss`, `ranking_loss` or `eval_loss`.
-        code_counts: of every level, how many items have each code.
-        ranks: {name: the rank of every test target, 1 = first, None where it is not in the list}.
+        output_dir: Folder of the run. A missing folder is created.
+        metrics: Content of metrics.json: `protocol` (dict), `baselines` (for each the values of `COLUMNS`),
+            `generation` and `ranked` (such values), `ranking` (dict with `auc`), `invalid_items` (number), `seconds`
+            (of each stage) and `selection` (dict).
+        log_history: Log of the Trainer: dicts with `step` and `loss`, `generation_loss`, `ranking_loss`, `dense_loss`
+            or `eval_loss`.
+        code_counts: Number of items of each code, for every level.
+        ranks: Rank of every test target for each method, from 1. None: the target is outside the list.
+        examples: Lists of example users and their held-out items, as `recipes.show` prints them. Empty: no examples.
 
     Raises:
-        ValueError: for metrics without one of the parts above.
+        ValueError: for metrics that lack one of these parts.
     """
+    # Check the metrics.
     parts = ("protocol", "baselines", "generation", "ranked", "ranking", "invalid_items", "seconds", "selection")
     missing = [name for name in parts if name not in metrics]
     if missing:
-        raise ValueError(f"expected metrics with {list(parts)}, found {missing} missing: write metrics.json again")
+        raise ValueError(
+            f"`metrics` must have {list(parts)}, got metrics without {missing}. Run recipes.evaluate again."
+        )
+
+    # Write the pictures and the page.
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _learning_curves(output_dir / "learning_curves.png", log_history)
     _recall_at_k(output_dir / "recall_at_k.png", ranks)
     _codebooks(output_dir / "codebooks.png", code_counts)
     path = output_dir / "report.md"
-    path.write_text(report_text(metrics, code_counts), encoding="utf-8")
+    path.write_text(report_text(metrics, code_counts, examples), encoding="utf-8")
     return path
 
 
-def report_text(metrics: Mapping[str, Any], code_counts: Sequence[Sequence[int]]) -> str:
-    """Write the page in Markdown."""
+def report_text(metrics: Mapping[str, Any], code_counts: Sequence[Sequence[int]], examples: str = "") -> str:
+    """Write the page in Markdown; `write_report` explains the arguments."""
     results = {**metrics["baselines"], "generation": metrics["generation"], "generation + ranking": metrics["ranked"]}
     rows = [(name, *(f"{values[column]:.4f}" for column in COLUMNS)) for name, values in results.items()]
+    examples = f"\n## Examples, test\n\n```text\n{examples.strip()}\n```\n" if examples else ""
     num_used = [f"{np.count_nonzero(counts):,} of {len(counts):,}" for counts in code_counts]
     return f"""# Report
 
@@ -76,14 +87,14 @@ def report_text(metrics: Mapping[str, Any], code_counts: Sequence[Sequence[int]]
 
 {_table(("", *COLUMNS), rows)}
 
-Items outside the catalog among the generated: {metrics["invalid_items"]:,}.
+Generated items outside the catalog: {metrics["invalid_items"]:,}.
 
 ![Recall@K of every method](recall_at_k.png)
 
 ## Like or dislike, test
 
 {_pairs(metrics["ranking"])}
-
+{examples}
 ## Protocol
 
 {_pairs(metrics["protocol"])}
@@ -131,11 +142,11 @@ def _recall_at_k(path: Path, ranks: Mapping[str, Sequence[int | None]]) -> None:
     ks = np.arange(1, MAX_K + 1)
     lines = {}
     for name, values in ranks.items():
-        found = np.array([np.inf if rank is None else rank for rank in values])
-        lines[name] = ks, (found[:, None] <= ks).mean(axis=0)
+        numbers = np.array([np.inf if rank is None else rank for rank in values])
+        lines[name] = ks, (numbers[:, None] <= ks).mean(axis=0)
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     _lines(ax, lines)
-    ax.set(title="Share of test targets in the first K items", xlabel="K", ylabel="Recall@K", xlim=(1, MAX_K))
+    ax.set(title="Share of test targets among the first K items", xlabel="K", ylabel="Recall@K", xlim=(1, MAX_K))
     _save(figure, path)
 
 
@@ -172,7 +183,7 @@ def _series(log_history: Sequence[Mapping[str, float]], key: str) -> tuple[list[
 
 
 def _lines(ax: Axes, lines: Mapping[str, tuple[Any, Any]]) -> None:
-    """Draw the lines (x and y of each), named with where they end."""
+    """Draw lines, each with x and y; a label has the name and the last value."""
     for number, (name, (x, y)) in enumerate(lines.items()):
         marker = "o" if len(x) == 1 else None
         ax.plot(x, y, color=COLORS[number % len(COLORS)], linewidth=1.8, marker=marker, label=f"{name} {y[-1]:.3g}")

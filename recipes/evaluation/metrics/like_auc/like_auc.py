@@ -1,21 +1,21 @@
-"""Area under the ROC curve of like / dislike scores."""
+"""Measure the area under the ROC curve of like / dislike scores: a metric of `evaluate`."""
 
 import datasets
 import evaluate
 from sklearn.metrics import roc_auc_score
 
 _DESCRIPTION = """
-The probability that a random liked item is scored above a random disliked one, over all pairs of the test set (ties
-count one half): the area under the ROC curve, global over users, not a mean of per-user areas.
+The area under the ROC curve: the probability that a random liked item has a higher score than a random disliked item.
+A tie counts one half. The pairs are those of the whole test set: the area is no mean of per-user areas.
 """
 _KWARGS_DESCRIPTION = """
 Args:
-    prediction_scores: list of float; any monotone score (logits or probabilities give the same value).
-    references: list of int, 1 = liked, 0 = not.
+    prediction_scores (list of float): A score of each item. Logits and probabilities give the same area.
+    references (list of int): A label of each item. 1: liked. 0: not liked.
 Returns:
-    dict of float: auc.
+    A dict of float with the key `auc`.
 Raises:
-    ValueError: for labels other than 0 and 1, or labels that are all equal (the area does not exist).
+    ValueError: for labels other than 0 and 1, and for labels that are all equal.
 Examples:
     >>> import evaluate
     >>> metric = evaluate.load("recipes/evaluation/metrics/like_auc")
@@ -30,7 +30,7 @@ _CITATION = """
 
 
 class LikeAuc(evaluate.Metric):
-    """`evaluate` module; loads offline from this folder."""
+    """The metric, for `evaluate.load(folder)`, which needs no network."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -46,7 +46,7 @@ class LikeAuc(evaluate.Metric):
         labels = sorted(set(references))
         if labels != [0, 1]:
             raise ValueError(
-                f"expected references with both 0 (not liked) and 1 (liked), found {labels[:5]} in {len(references)} "
-                "rows: the area under the ROC curve compares the two classes; evaluate on rows that have both"
+                f"`references` must hold both 0 (not liked) and 1 (liked), got {labels[:5]} in {len(references)} "
+                "rows. Evaluate on rows of both classes: the area under the ROC curve compares them."
             )
         return {"auc": float(roc_auc_score(references, prediction_scores))}

@@ -1,6 +1,7 @@
-"""Recall, NDCG and reciprocal rank of the one next item, over ranked lists of items.
+"""Measure recall, NDCG and reciprocal rank of the next item in ranked lists: a metric of `evaluate`.
 
-The recipes take its functions, so that no formula is written twice; it imports none of them, since `evaluate` loads the file alone.
+The recipes call the functions of this file, so that each formula exists once. The file imports no recipe: `evaluate`
+loads it alone.
 """
 
 from collections.abc import Sequence
@@ -10,22 +11,21 @@ import evaluate
 import numpy as np
 
 _DESCRIPTION = """
-How well ranked lists of items contain the item that the user really chose next (one relevant item a list, as in
-leave-one-out evaluation). With the target's rank r (1 = first) in the list that is given, infinite where it is absent:
-recall@k = [r <= k], ndcg@k = [r <= k] / log2(r + 1) (the ideal DCG of one relevant item is 1), mrr = 1 / r.
-All are means over the lists. mrr is over the list as given, so say the lists' length beside it (mrr over 50 items is
-not mrr over the catalog); lists of fewer than k items can only miss more at k.
+Quality of ranked lists of items, each with one relevant item: the user's next item, as in leave-one-out evaluation.
+The target's rank r in its list counts from 1, and is infinite for an absent target. For each list,
+recall@k = [r <= k], ndcg@k = [r <= k] / log2(r + 1) (the ideal DCG of one relevant item is 1) and mrr = 1 / r.
+The metric returns the means over the lists. State the length of the lists beside mrr: mrr over 50 items is not mrr
+over the catalog.
 """
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: list of lists of int, best first; an item's catalog index (0 or more). Lists may differ in length
-        and hold -1 as padding, which keeps its rank but matches nothing. Of an item that is listed twice, the first
-        place counts.
-    references: list of int, the target of every list.
+    predictions (list of lists of int): Catalog indices of each list, best first. Lists may differ in length. Padding
+        with -1 takes a rank but matches no target. The first position of a repeated item counts.
+    references (list of int): The target of every list.
 Returns:
-    dict of float: recall@5, recall@10, ndcg@5, ndcg@10, mrr.
+    A dict of float with the keys recall@5, recall@10, ndcg@5, ndcg@10 and mrr.
 Raises:
-    ValueError: without any list, or for a negative reference.
+    ValueError: if there is no list, and for a negative reference.
 Examples:
     >>> import evaluate
     >>> metric = evaluate.load("recipes/evaluation/metrics/next_item")
@@ -40,7 +40,7 @@ _CITATION = """
 
 
 class NextItem(evaluate.Metric):
-    """`evaluate` module; loads offline from this folder."""
+    """The metric, for `evaluate.load(folder)`, which needs no network."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -57,25 +57,25 @@ class NextItem(evaluate.Metric):
 
 
 def mean_values(ranks: np.ndarray) -> dict[str, float]:
-    """What the metric returns, of the targets' ranks."""
+    """Compute the means that the metric returns from the targets' ranks."""
     return {name: float(np.mean(values)) for name, values in {**recall_and_ndcg(ranks), "mrr": 1 / ranks}.items()}
 
 
 def recall_and_ndcg(ranks: np.ndarray, at: Sequence[int] = (5, 10)) -> dict[str, np.ndarray]:
-    """recall@k and ndcg@k of every list, each float64 `[N]`, of the targets' ranks."""
+    """Compute recall@k and ndcg@k of every list, each float64 `[N]`, from the targets' ranks."""
     values = {f"recall@{k}": (ranks <= k).astype(float) for k in at}
     return values | {f"ndcg@{k}": (ranks <= k) / np.log2(ranks + 1) for k in at}
 
 
 def target_ranks(predictions: list[list[int]], references: list[int]) -> np.ndarray:
-    """1-based rank of every target in its list, float64 `[N]`; `inf` where it is absent."""
+    """Return the rank of every target in its list, float64 `[N]`, from 1; `inf` for an absent target."""
     targets = np.asarray(references, dtype=np.int64)
     if len(targets) == 0:
-        raise ValueError("expected at least one ranked list, found none: a mean over nothing is no result")
+        raise ValueError("`references` must hold at least one target, got none. Pass the ranked lists of some users.")
     if targets.min() < 0:
         raise ValueError(
-            f"expected references of 0 or more, found {targets.min()} at row {targets.argmin()}: -1 pads predictions, "
-            "it is never a target"
+            f"`references` must be 0 or more, got {targets.min()} at row {targets.argmin()}. Pass catalog indices; -1 "
+            "only pads predictions."
         )
     lengths = np.fromiter(map(len, predictions), dtype=np.int64, count=len(predictions))
     flat = np.fromiter((item for row in predictions for item in row), dtype=np.int64, count=lengths.sum())
