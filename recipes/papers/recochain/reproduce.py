@@ -28,7 +28,7 @@ from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import command, made_by, require_single_process
-from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice, load_checkpoint
+from recipes.evaluation.inference import Measurement, candidates, fused_lists, load_checkpoint, save_serving_options
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.recochain.report import COLUMNS, RETIRED_ROWS, collect
 from tokenization import SemanticIdTokenizer
@@ -382,9 +382,9 @@ def run(args: ReproduceArguments) -> None:
             measured.append((result["validation ndcg@10"], asked, result["weights"]["ranked, three scores"]))
     if checkpoint is not None:
         _, asked, weights = max(measured, key=lambda one: one[0])
-        keep_choice(
+        save_serving_options(
             checkpoint,
-            asked["beams"],
+            num_beams=asked["beams"],
             ranking_weight=weights["ranking"],
             dense_weight=weights["item score"],
             num_dense_candidates=asked["union"],
