@@ -52,7 +52,7 @@ def test_candidates_are_refreshed_after_the_given_steps(tmp_path):
     def compare_with_a_search(model, args, kwargs):
         model.eval()
         batch = {}
-        for ids, items in zip(kwargs["input_ids"], kwargs["candidates"], strict=True):
+        for ids, items in zip(kwargs["input_ids"], kwargs["item_sets"]["candidates"], strict=True):
             tokens = ids[ids > 0]
             fresh = model.recommend(tokens[None, :-5], **BEAMS).item_indices[0]
             batch[numbers[tuple(tokens.tolist())]] = (items, fresh)
@@ -109,20 +109,20 @@ def test_candidates_are_refreshed_after_the_given_epochs():
     cached.on_epoch_begin(args, state, None)
     assert model.training
     batch = cached.collator(TrainingCollator())([rows[5], rows[2]])
-    assert "row" not in batch and batch["candidates"].shape == (2, 40)
-    assert (batch["candidates"][:, 30:] == -1).all(), "the catalog has 30 items"
-    for row, cached_row in zip((5, 2), batch["candidates"], strict=True):
+    candidates = batch["item_sets"]["candidates"]
+    assert "row" not in batch and candidates.shape == (2, 40)
+    assert (candidates[:, 30:] == -1).all(), "the catalog has 30 items"
+    for row, cached_row in zip((5, 2), candidates, strict=True):
         history = torch.tensor([rows[row]["input_ids"][:-5]])
         best = model.eval().recommend(
             history,
             num_beams=30,
             num_return_sequences=30,
             ranking_weight=0.0,
-            long_items=history[:, :0],
-            long_behaviors=history[:, :0],
+            long_history={"items": history[:, :0], "behaviors": history[:, :0]},
         )
         assert torch.equal(cached_row[:30], best.item_indices[0])
-    assert "candidates" not in cached.collator(TrainingCollator())([rows.remove_columns("row")[0]])
+    assert "item_sets" not in cached.collator(TrainingCollator())([rows.remove_columns("row")[0]])
     blocked_items = [list(range(row % 7)) for row in range(len(rows))]
     others = CachedCandidates(model, rows.add_column("blocked_items", blocked_items), num_beams=30, batch_size=3)
     others.on_epoch_begin(args, state, None)

@@ -118,10 +118,10 @@ def test_persistent_workers_see_refreshed_pools(tmp_path):
     loader = DataLoader(
         rows, 4, collate_fn=collate, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
     )
-    assert all("hard_negatives" not in batch for batch in loader)
+    assert all("item_sets" not in batch for batch in loader)
     refresh(enhancer, tmp_path, 1)
-    negatives = torch.cat([batch["hard_negatives"] for batch in loader])
-    assert torch.equal(negatives, enhancer.negatives)
+    sets = [batch["item_sets"] for batch in loader]
+    assert torch.equal(torch.cat([items["hard_negatives"] for items in sets]), enhancer.negatives)
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,16 @@ def code_losses(model, tokenizer, user, start, end, target=None):
     )
     when = encoded["timestamps"]
     states = model.model(
-        encoded["input_ids"], timestamps=when, target_timestamps=torch.cat([when[:, 1:], when[:, -1:]], dim=1)
+        encoded["input_ids"],
+        item_representations=model.scorer.history_representations(encoded["input_ids"]),
+        timestamps=when,
+        target_timestamps=torch.cat([when[:, 1:], when[:, -1:]], dim=1),
     ).last_hidden_state[0]
     losses = []
     for place, token in enumerate(encoded["input_ids"][0].tolist()):
         level = np.searchsorted(tokenizer.code_offsets, token, side="right") - 1
         if level >= 0:
-            logits = model.scorer.code_logits(states[place - 1], model.layout.level_slice(int(level)))
+            logits = model.scorer.code_logits(states[place - 1], model.layout.level_slices[level])
             losses.append(-logits.log_softmax(dim=0)[token - tokenizer.code_offsets[level]])
     return losses if target is None else losses[-tokenizer.num_levels :]
 
@@ -150,7 +153,8 @@ def test_stage_two_rows_have_the_times_of_their_items(world):
     held_out = training_rows.held_out_rows(splits["test"], tokenizer, 3, 5, with_times=True)
     assert held_out["long_timestamps"][:] == [user["timestamps"][-5:] for user in splits["test"]]
     batch = TrainingCollator()([held_out[0], rows[0]])
-    assert batch["long_timestamps"].shape == batch["long_items"].shape and (batch["long_timestamps"][1] == -1).all()
+    longer = batch["long_history"]
+    assert longer["timestamps"].shape == longer["items"].shape and (longer["timestamps"][1] == -1).all()
 
 
 def requests(tokenizer, split, max_items):

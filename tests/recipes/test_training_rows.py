@@ -24,14 +24,14 @@ def test_a_stage_two_row_does_not_leak_its_last_item(prepared):
         assert row["long_items"] == items[max(0, end - 6) : end - 1]
         assert row["long_behaviors"] == behaviors[max(0, end - 6) : end - 1]
     batch = TrainingCollator()([rows[0], rows[3]])
-    assert batch["long_items"].tolist() == [[-1] * 3, rows[3]["long_items"]]
+    assert batch["long_history"]["items"].tolist() == [[-1] * 3, rows[3]["long_items"]]
     assert batch["input_ids"].shape == batch["labels"].shape
     assert "long_items" not in training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0).column_names
     every_other = training_rows.second_stage_rows(histories, tokenizer, 3, 1, 0, stride=2, exclude_history=True)
     places = [(user, end) for user, end in places if (len(histories[user]["items"]) - end) % 2 == 0]
     assert every_other["blocked_items"][:] == [histories[user]["items"][: end - 1] for user, end in places]
     batch = TrainingCollator()([every_other[0], every_other[1]])
-    assert batch["blocked_items"].tolist()[0][-2:] == [-1, -1]
+    assert batch["item_sets"]["blocked_items"].tolist()[0][-2:] == [-1, -1]
     split = load_from_disk(str(prepared / "dataset"))["validation"]
     for row, user in zip(training_rows.held_out_rows(split, tokenizer, 3, 5), split, strict=True):
         assert row["long_items"] == user["items"][-5:] and row["long_behaviors"] == user["behaviors"][-5:]
