@@ -186,7 +186,7 @@ def contenders(model, stock, dict_trie, input_ids, num_beams: int, stock_tokens:
             for part in tokens[user].split(32):
                 rows = torch.cat([input_ids[user].expand(len(part), -1), part], dim=1)
                 last = stock.model(rows).last_hidden_state[:, -1]
-                model.ranking_logits(last[None], None, candidates[:1, : len(part)])
+                model.scorer.ranking_logits(last[None], None, candidates[:1, : len(part)])
 
     def cache_repeated():
         repeated = deepcopy(cache)
@@ -195,7 +195,7 @@ def contenders(model, stock, dict_trie, input_ids, num_beams: int, stock_tokens:
         seen = nn.functional.pad(seen, (0, levels), value=1)
         positions = length + torch.arange(levels, device=rows.device).expand(len(rows), -1)
         out = stock.model(rows, attention_mask=seen, position_ids=positions, cache=repeated)
-        model.ranking_logits(out.last_hidden_state[:, -1].view(users, num_beams, -1), None, candidates)
+        model.scorer.ranking_logits(out.last_hidden_state[:, -1].view(users, num_beams, -1), None, candidates)
 
     ours = {
         "prefill: ours": lambda: model.model(input_ids, mask, use_cache=True),
