@@ -1,30 +1,36 @@
-"""From two plain tables to the prepared folder that training, evaluation and the baselines read.
+"""Turn two plain tables into the prepared folder that training, evaluation and the baselines read.
 
     python -m recipes.data.movielens --output_dir runs/demo/tables
     python -m recipes.prepare --interactions runs/demo/tables/interactions.csv --items runs/demo/tables/items.csv \
         --output_dir runs/demo/data
 
-Interactions (CSV, TSV or Parquet): `user_id`, `item_id`, `timestamp` (a number, kept as it is, or a date, kept as Unix
-seconds), optionally `behavior` (else every interaction is an `interact`) and, where not all times are known (-1) or
-`timestamp` is left out, `position`, which then orders a user's interactions. Items: `item_id` and `text`, or the columns of
-`--text_template "{title}. {genres}"`, or a list column `embedding`, or `--embeddings rows.npy` row by row; optionally
-`title`. Every item of the items table is in the catalog, also one that nobody took (its semantic id makes
-it recommendable); an interaction with an item outside of it is an error.
+The tables are CSV, TSV or Parquet files.
 
-Split: leave-one-out. A user's last interaction is the test target, the one before it the validation target, the rest
-is training; popularity is counted on training only. Output:
+- Interactions: `user_id`, `item_id` and `timestamp` (a number, or a date, which becomes Unix seconds). An optional
+  `behavior` defaults to `interact`. An optional `position` orders a user's interactions; a table without timestamps,
+  or with unknown timestamps (-1), needs it.
+- Items: `item_id`, an optional `title`, and the content. The content is the column `text`, or the columns of
+  `--text_template "{title}. {genres}"`. A list column `embedding`, or the rows of `--embeddings rows.npy`, replaces
+  the text.
+
+The catalog holds every item of the items table, also an item without interactions: its semantic ID makes it
+recommendable. An interaction with an item outside the table is an error.
+
+The split is leave-one-out: a user's last interaction is the test target, the interaction before it the validation
+target, the rest training data. Popularity counts training data alone. The output folder holds:
 
     tokenizer/                    SemanticIdTokenizer.save_pretrained
-    item_embeddings.safetensors   `embeddings` float32 [num_items, D], rows in the order of tokenizer.item_ids
-    dataset/                      DatasetDict: train (user_id, items, behaviors, timestamps); validation and test (the
-                                  same of the history before the target, and target, target_behavior,
+    item_embeddings.safetensors   `embeddings` float32 [num_items, D], in the order of tokenizer.item_ids
+    dataset/                      DatasetDict of train (user_id, items, behaviors, timestamps), validation and test
+                                  (the history before the target in the same columns; target, target_behavior,
                                   target_timestamp)
-    prepare.json                  arguments, hashes of the inputs, counts, behaviors, codebook health
+    prepare.json                  arguments, hashes of the inputs, counts, behaviors, codebook statistics
 
-Items are catalog indices (int32), behaviors indices into tokenizer.behaviors (int8). A second run with equal
-arguments and input files does nothing; one with other codebooks encodes no text again. With `--tokenizer training/checkpoint`
-the codes of another folder stay and new items are added behind its own, so that `recipes.train --init_from training/checkpoint`
-goes on with newer data.
+Items are catalog indices (int32), behaviors are indices into tokenizer.behaviors (int8). A second run with equal
+arguments and input files does nothing. A run with other codebooks reuses the encoded texts.
+
+`--tokenizer training/checkpoint` reuses the codes of a checkpoint, and adds new items after its items. Then
+`recipes.train --init_from training/checkpoint` continues the training with newer data.
 """
 
 import json
@@ -34,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from datasets import DatasetDict
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.common.arguments import parse_arguments
@@ -45,65 +52,75 @@ from recipes.data.text_encoders import MINILM, content_embeddings
 from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
 from tokenization.vocabulary_layout import check_behaviors
 
-QUANTIZING = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
+QUANTIZATION = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
 TABLES = ("interactions", "items", "embeddings")
-PATHS = (*TABLES, "tokenizer", "output_dir")  # of which the content matters, or nothing, but not the name
+# Hashes compare the content of these paths; their names may differ.
+PATHS = (*TABLES, "tokenizer", "output_dir")
 
 
 @dataclass
 class PrepareArguments:
-    """Tables in, prepared folder out."""
+    """Tables, content embeddings, semantic IDs, and the prepared folder."""
 
     interactions: str = field(
-        metadata={"help": "CSV, TSV or Parquet: user_id, item_id, timestamp or position[, behavior]."}
+        metadata={"help": "CSV, TSV or Parquet table: user_id, item_id, timestamp or position, optionally behavior."}
     )
-    items: str = field(metadata={"help": "CSV, TSV or Parquet: item_id and text or embedding[, title]."})
+    items: str = field(metadata={"help": "CSV, TSV or Parquet table: item_id, text or embedding, optionally title."})
     output_dir: str = field(metadata={"help": "Folder that receives the prepared data."})
-    embeddings: str | None = field(default=None, metadata={"help": ".npy [items, D]; row k = row k of the items."})
-    text_template: str | None = field(default=None, metadata={"help": 'As "{title}. {genres}"; default: column text.'})
+    embeddings: str | None = field(
+        default=None,
+        metadata={
+            "help": "NumPy file of content embeddings [items, D], in the order of the items table. None: the column "
+            "embedding, or encoded texts."
+        },
+    )
+    text_template: str | None = field(
+        default=None,
+        metadata={"help": 'Template of an item\'s text, such as "{title}. {genres}". None: the column text.'},
+    )
     encoder: str | None = field(
-        default=None, metadata={"help": f"Folder or Hub id for AutoModel; default: {MINILM} of its wheel."}
+        default=None,
+        metadata={"help": f"Text encoder: a folder or Hub ID for AutoModel. None: {MINILM}, from its wheel."},
     )
     encoder_dtype: str = field(
-        # bfloat16 on a CPU that has it: 2.7-3.2 times as fast, cosine to float32 0.9999.
+        # On a CPU with bfloat16: 2.7-3.2 times as fast, cosine to float32 0.9999.
         default="bfloat16",
-        metadata={"help": "Computation of the encoder; the result is float32.", "choices": ["bfloat16", "float32"]},
+        metadata={"help": "Data type of the encoder; the embeddings are float32.", "choices": ["bfloat16", "float32"]},
     )
-    max_text_tokens: int = field(default=128, metadata={"help": "Texts are cut to this many tokens."})
-    min_interactions: int = field(default=3, metadata={"help": "Users with fewer are dropped; at least 3."})
-    codebook_sizes: list[int] = field(default_factory=lambda: [256, 256, 256], metadata={"help": "Codes a level."})
+    max_text_tokens: int = field(
+        default=128, metadata={"help": "Tokens of a text that the encoder reads; the rest is cut off."}
+    )
+    min_interactions: int = field(
+        default=3, metadata={"help": "Drop users with fewer interactions than this number, at least 3."}
+    )
+    codebook_sizes: list[int] = field(
+        default_factory=lambda: [256, 256, 256], metadata={"help": "Number of codes of each codebook level."}
+    )
     normalize: bool = field(default=False, metadata={"help": "Quantize L2-normalized embeddings."})
-    pca_dim: int | None = field(default=None, metadata={"help": "Quantize this many principal components."})
-    atomic: bool = field(default=False, metadata={"help": "One code an item, its own: no codebooks (SASRec's ids)."})
+    pca_dim: int | None = field(
+        default=None, metadata={"help": "Principal components of the embeddings to quantize. None: whole embeddings."}
+    )
+    atomic: bool = field(
+        default=False, metadata={"help": "Give each item a single code of its own, as SASRec does, without codebooks."}
+    )
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Folder whose codes and codebooks stay; its items come first, new ones are added. No new codebooks."
+            "help": "Folder of a tokenizer to reuse. Its items and codes come first; new items follow. None: make a "
+            "new tokenizer."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the codebooks."})
-
-
-def with_known_first(items: pd.DataFrame, known: SemanticIdTokenizer, path: str) -> pd.DataFrame:
-    """The items table in the order of a tokenizer's items, which it must have all, and new ones behind them."""
-    places = pd.Index(items["item_id"]).get_indexer(known.item_ids)
-    missing = [known.item_ids[row] for row in np.flatnonzero(places < 0)]
-    if missing:
-        raise ValueError(
-            f"expected all {known.num_items} items of the tokenizer in {path}, found {len(missing)} missing, for instance "
-            f"{missing[:5]}: its codes stay, so its items do, too"
-        )
-    new = np.setdiff1d(np.arange(len(items)), places)
-    return items.iloc[np.concatenate([places, new])]
+    seed: int = field(default=0, metadata={"help": "Random seed of the codebooks."})
 
 
 def prepare(args: PrepareArguments) -> Path:
-    """Write the prepared folder (see the module's docstring) and return its path.
+    """
+    Write the prepared folder, which the module's docstring describes, and return its path.
 
-    Does nothing where `prepare.json` records equal arguments and input files.
+    Do nothing if `prepare.json` records equal arguments and input files.
 
     Raises:
-        ValueError: for tables that are not as described; says which rows and what to do.
+        ValueError: for tables that do not fit the description, with the rows and the remedy.
     """
     output_dir = Path(args.output_dir)
     record_file = output_dir / "prepare.json"
@@ -114,21 +131,15 @@ def prepare(args: PrepareArguments) -> Path:
         return output_dir
 
     # Tables
-    interactions, items, kept = read_tables(args)
+    interactions, items, selected = read_tables(args)
     if earlier is not None:
-        items = with_known_first(items, earlier, args.items)
-    behaviors = behaviors_of(kept, earlier, args.interactions)
-    splits = leave_one_out(
-        users=kept["user_id"].to_numpy(),
-        items=pd.Index(items["item_id"]).get_indexer(kept["item_id"]),
-        behaviors=pd.Index(behaviors).get_indexer(kept["behavior"]),
-        timestamps=kept["timestamp"].to_numpy(),
-        positions=kept["position"].to_numpy(),
-    )
+        items = order_by_tokenizer(items, earlier, args.items)
+    behaviors = behaviors_of(selected, earlier, args.interactions)
+    splits = split_interactions(selected, items, behaviors)
     output_dir.mkdir(parents=True, exist_ok=True)
-    record_file.unlink(missing_ok=True)  # written last: a folder that has it is complete
+    record_file.unlink(missing_ok=True)  # written last, so that it marks a complete folder
 
-    # Embeddings and semantic IDs
+    # Content embeddings and semantic IDs
     embeddings, source = content_embeddings(
         items,
         args.items,
@@ -139,10 +150,10 @@ def prepare(args: PrepareArguments) -> Path:
         encoder_dtype=args.encoder_dtype,
         max_text_tokens=args.max_text_tokens,
     )
-    train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
-    popularity = np.bincount(train_items, minlength=len(items))
+    popularity = training_popularity(splits, len(items))
     if earlier is None:
-        provenance = {**source, "inputs": record["inputs"]}  # the tokenizer adds to it
+        # The tokenizer adds its statistics to this dict.
+        provenance = {**source, "inputs": record["inputs"]}
         tokenizer = new_tokenizer(args, items, embeddings, behaviors, popularity, provenance)
     else:
         tokenizer = with_new_items(earlier, items, embeddings)
@@ -153,30 +164,33 @@ def prepare(args: PrepareArguments) -> Path:
     # The statistics of an earlier tokenizer describe its first items only.
     statistics = None if earlier is not None else tokenizer.provenance.get("codebook_statistics")
     ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
-    record["counts"] = counts_of(interactions, kept, len(splits["train"]), popularity, behaviors)
+    record["counts"] = counts_of(interactions, selected, len(splits["train"]), popularity, behaviors)
     record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": statistics, "ordered_by": ordered_by}
     write_json(record_file, record)
-    print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
-    print(f"dropped {record['counts']['dropped_users']:,} users with fewer than {args.min_interactions} interactions")
-    if statistics is not None:
-        print(CodebookStatistics(**statistics))
+    print_summary(record)
     return output_dir
 
 
 def work_record(args: PrepareArguments, earlier: SemanticIdTokenizer | None) -> dict[str, Any]:
-    """Record the arguments and hashes of the inputs; raise `ValueError` for arguments that do not go together."""
+    """
+    Record the arguments and the hashes of the inputs.
+
+    Raises:
+        ValueError: for quantization options beside an earlier tokenizer, which has its codebooks.
+    """
     record: dict[str, Any] = {
         "arguments": asdict(args),
         "inputs": {name: sha256(Path(path)) for name in TABLES if (path := getattr(args, name))},
     }
-    if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
+    # New weights may come in a folder of the same name.
+    if args.encoder and (weights := weights_of(args.encoder)):
         record["inputs"]["encoder"] = weights
     defaults = PrepareArguments("", "", "")
-    without_use = [name for name in QUANTIZING if getattr(args, name) != getattr(defaults, name)]
+    without_use = [name for name in QUANTIZATION if getattr(args, name) != getattr(defaults, name)]
     if earlier is not None and without_use:
+        values = {name: getattr(args, name) for name in without_use}
         raise ValueError(
-            f"expected none of {without_use} beside --tokenizer, whose codebooks stay, found values of them: leave them "
-            "out"
+            f"`tokenizer` must come without {without_use}, since its codebooks stay, got {values}. Leave them out."
         )
     if earlier is not None:
         record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
@@ -184,50 +198,102 @@ def work_record(args: PrepareArguments, earlier: SemanticIdTokenizer | None) -> 
 
 
 def read_tables(args: PrepareArguments) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Read and check the interactions and the items, and keep the interactions of users who have enough of them."""
+    """
+    Read and check the tables.
+
+    Returns:
+        All interactions, the items, and the interactions of users who have at least `min_interactions`.
+
+    Raises:
+        ValueError: for tables that do not fit the module's docstring.
+    """
     if args.min_interactions < 3:
         raise ValueError(
-            f"expected min_interactions of 3 or more, found {args.min_interactions}: leave-one-out takes one "
-            "interaction for the test, one for validation and needs one to train on"
+            f"`min_interactions` must be 3 or more, got {args.min_interactions}. Raise it: leave-one-out uses an "
+            "interaction each for test, validation and training."
         )
     interactions = read_interactions(Path(args.interactions))
     items = read_table(Path(args.items), ["item_id"])
-    check_rows(~items["item_id"].duplicated(), items["item_id"], "one row an item", "duplicate item_id", args.items)
+    check_rows(~items["item_id"].duplicated(), items["item_id"], "one row per item", "duplicate item_id", args.items)
     known = interactions["item_id"].isin(items["item_id"])
     check_rows(known, interactions["item_id"], "items of the items table", "an unknown item_id", args.interactions)
     per_user = interactions.groupby("user_id")["user_id"].transform("size")
-    kept = interactions[per_user >= args.min_interactions]
-    if len(kept) == 0:
+    selected = interactions[per_user >= args.min_interactions]
+    if len(selected) == 0:
         raise ValueError(
-            f"expected users with {args.min_interactions} or more interactions, found at most {per_user.max()} in "
-            f"{args.interactions}: lower --min_interactions or bring longer histories"
+            f"`interactions` must have users with {args.min_interactions} or more interactions, got at most "
+            f"{per_user.max()} in {args.interactions}. Lower --min_interactions, or pass longer histories."
         )
-    return interactions, items, kept
+    return interactions, items, selected
 
 
-def behaviors_of(kept: pd.DataFrame, earlier: SemanticIdTokenizer | None, path: str) -> list[str]:
-    """List the behaviors, those of the earlier tokenizer if there is one; raise `ValueError` for names of other use."""
-    behaviors = sorted(kept["behavior"].unique())
+def order_by_tokenizer(items: pd.DataFrame, tokenizer: SemanticIdTokenizer, path: str) -> pd.DataFrame:
+    """
+    Sort the items table: the tokenizer's items first, in its order, then new items.
+
+    Raises:
+        ValueError: if the table lacks an item of the tokenizer.
+    """
+    places = pd.Index(items["item_id"]).get_indexer(tokenizer.item_ids)
+    missing = [tokenizer.item_ids[row] for row in np.flatnonzero(places < 0)]
+    if missing:
+        raise ValueError(
+            f"`items` must have all {tokenizer.num_items} items of the tokenizer, got {path} with {len(missing)} "
+            f"missing, for instance {missing[:5]}. Add their rows: their codes stay in the catalog."
+        )
+    new = np.setdiff1d(np.arange(len(items)), places)
+    return items.iloc[np.concatenate([places, new])]
+
+
+def behaviors_of(interactions: pd.DataFrame, earlier: SemanticIdTokenizer | None, path: str) -> list[str]:
+    """
+    List the behaviors: those of the earlier tokenizer, or else those of the interactions.
+
+    Raises:
+        ValueError: for a behavior that the earlier tokenizer lacks, and for a reserved name.
+    """
+    behaviors = sorted(interactions["behavior"].unique())
     if earlier is not None:
-        is_known = kept["behavior"].isin(earlier.behaviors)
-        check_rows(is_known, kept["behavior"], f"behaviors among {earlier.behaviors}", "another", path)
+        is_known = interactions["behavior"].isin(earlier.behaviors)
+        expected = f"behaviors among {earlier.behaviors}"
+        check_rows(is_known, interactions["behavior"], expected, "another behavior", path)
         behaviors = list(earlier.behaviors)
-    check_behaviors(behaviors)  # before what takes minutes
+    check_behaviors(behaviors)  # now: the next steps take minutes
     if NEXT_TARGET in behaviors:
         raise ValueError(
-            f"expected behaviors other than {NEXT_TARGET!r}, which is a ranking target of its own, found it: rename it"
+            f"`interactions` must have behaviors other than {NEXT_TARGET!r}, the name of a ranking target, got "
+            f"{behaviors} in {path}. Rename the behavior."
         )
     return behaviors
 
 
+def split_interactions(interactions: pd.DataFrame, items: pd.DataFrame, behaviors: list[str]) -> DatasetDict:
+    """Split the interactions by leave-one-out, with catalog and behavior indices."""
+    return leave_one_out(
+        users=interactions["user_id"].to_numpy(),
+        items=pd.Index(items["item_id"]).get_indexer(interactions["item_id"]),
+        behaviors=pd.Index(behaviors).get_indexer(interactions["behavior"]),
+        timestamps=interactions["timestamp"].to_numpy(),
+        positions=interactions["position"].to_numpy(),
+    )
+
+
+def training_popularity(splits: DatasetDict, num_items: int) -> np.ndarray:
+    """Count the training interactions of each item, int64 `[num_items]`."""
+    train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
+    return np.bincount(train_items, minlength=num_items)
+
+
 def titles_of(items: pd.DataFrame) -> list[str] | None:
-    """Return the titles of the items; None without such a column."""
+    """Return the titles of the items; None if the table has no titles."""
     return items["title"].fillna("").astype(str).tolist() if "title" in items else None
 
 
 def with_new_items(earlier: SemanticIdTokenizer, items: pd.DataFrame, embeddings: np.ndarray) -> SemanticIdTokenizer:
-    """Add the items behind the earlier ones to their tokenizer."""
-    ids, titles, count = items["item_id"].tolist(), titles_of(items), earlier.num_items
+    """Add the items after the tokenizer's items to the tokenizer."""
+    ids = items["item_id"].tolist()
+    titles = titles_of(items)
+    count = earlier.num_items
     if len(ids) > count:
         earlier.add_items(ids[count:], embeddings[count:], titles and titles[count:])
     return earlier
@@ -241,8 +307,9 @@ def new_tokenizer(
     popularity: np.ndarray,
     provenance: dict[str, Any],
 ) -> SemanticIdTokenizer:
-    """Make codes of the embeddings, or one code an item with `--atomic`, and a tokenizer of them."""
-    ids, titles = items["item_id"].tolist(), titles_of(items)
+    """Quantize the embeddings, or number the items (`--atomic`), and make a tokenizer of the codes."""
+    ids = items["item_id"].tolist()
+    titles = titles_of(items)
     if args.atomic:
         codes = np.arange(len(ids))[:, None]
         return SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles, provenance=provenance)
@@ -255,21 +322,31 @@ def new_tokenizer(
 
 
 def counts_of(
-    interactions: pd.DataFrame, kept: pd.DataFrame, num_users: int, popularity: np.ndarray, behaviors: list[str]
+    interactions: pd.DataFrame, selected: pd.DataFrame, num_users: int, popularity: np.ndarray, behaviors: list[str]
 ) -> dict[str, int]:
-    """Count users, interactions and items, and what was dropped."""
+    """Count the selected users, interactions and items, and the dropped ones."""
     return {
         "users": num_users,
-        "interactions": len(kept),
+        "interactions": len(selected),
         "dropped_users": interactions["user_id"].nunique() - num_users,
-        "dropped_interactions": len(interactions) - len(kept),
+        "dropped_interactions": len(interactions) - len(selected),
         "catalog": len(popularity),
         "items_in_training": int((popularity > 0).sum()),
-        "repeated_pairs": int(kept.duplicated(["user_id", "item_id"]).sum()),
-        # Their order within the second (or day) is the file's: a limit of what a leave-one-out result means.
-        "interactions_of_tied_time": int(kept.duplicated(["user_id", "position"], keep=False).sum()),
-        **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
+        "repeated_pairs": int(selected.duplicated(["user_id", "item_id"]).sum()),
+        # The file orders these, which limits the meaning of a leave-one-out result.
+        "interactions_of_tied_time": int(selected.duplicated(["user_id", "position"], keep=False).sum()),
+        **{f"behavior {name}": int((selected["behavior"] == name).sum()) for name in behaviors},
     }
+
+
+def print_summary(record: dict[str, Any]) -> None:
+    """Print the counts and the codebook statistics of a prepared folder's record."""
+    counts = record["counts"]
+    min_interactions = record["arguments"]["min_interactions"]
+    print(", ".join(f"{name}: {count:,}" for name, count in counts.items()))
+    print(f"dropped {counts['dropped_users']:,} users with fewer than {min_interactions} interactions")
+    if record["codebook_health"] is not None:
+        print(CodebookStatistics(**record["codebook_health"]))
 
 
 def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:
