@@ -150,7 +150,7 @@ def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path)
     pd.testing.assert_frame_equal(actual, expected)
     repeated = [set(items) & set(row) for items, row in zip(actual["item_ids"], dataset["items"], strict=True)]
     assert any(repeated) and set(actual["item_ids"].map(len)) == {4}
-    with pytest.raises(ValueError, match="num_return_sequences from 1 to 4, found 5"):
+    with pytest.raises(ValueError, match="got num_return_sequences=5, num_beams=20, rerank_top_k=4, "):
         resolved(RecommendSettings(num_beams=20, num_return_sequences=5), model)
 
 
@@ -165,8 +165,10 @@ def test_sub_histories_come_from_the_whole_history(tokenizer, tmp_path):
             tokenizer,
             dataset.select([row]),
             max_items=2,
-            long_items=torch.tensor(tokenizer.item_indices(user["items"]))[None],
-            long_behaviors=torch.tensor([["dislike", "like"].index(name) for name in user["behaviors"]])[None],
+            long_history={
+                "items": torch.tensor(tokenizer.item_indices(user["items"]))[None],
+                "behaviors": torch.tensor([[["dislike", "like"].index(name) for name in user["behaviors"]]]),
+            },
         )
         for row, user in enumerate(dataset)
     ]
@@ -204,9 +206,11 @@ def test_a_timed_model_reads_item_times_and_the_query_time(tokenizer, tmp_path, 
         if query_time:
             inputs["query_time"] = torch.tensor([user["query_time"] or -1])
         if retrieved:
-            inputs["long_items"] = torch.tensor(tokenizer.item_indices(everything[0]))[None]
-            inputs["long_behaviors"] = torch.tensor([[tokenizer.behaviors.index(name) for name in everything[1]]])
-            inputs["long_timestamps"] = torch.tensor([[-1 if time is None else time for time in everything[2]]])
+            inputs["long_history"] = {
+                "items": torch.tensor(tokenizer.item_indices(everything[0]))[None],
+                "behaviors": torch.tensor([[tokenizer.behaviors.index(name) for name in everything[1]]]),
+                "timestamps": torch.tensor([[-1 if time is None else time for time in everything[2]]]),
+            }
         blocked = [tokenizer.item_indices(user["items"], unknown="skip")]
         best = model.recommend(**inputs, blocked_items=blocked, **OPTIONS)
         ids = [tokenizer.item_ids[item] for item in best.item_indices[0]]
@@ -384,11 +388,11 @@ def test_columns_of_other_names_or_types_are_rejected(model, tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_return_sequences": 9}, "num_return_sequences from 1 to 8, found 9"),
-        ({"max_items": 1000}, "max_items from 1 to 408, found 1000"),
-        ({"batch_size": 0}, "batch_size of 1 or more, found 0"),
-        ({"unknown": "ignore"}, "unknown among .* found 'ignore'"),
-        ({"ranking_target": "love"}, "ranking_target among .* found 'love'"),
+        ({"num_return_sequences": 9}, "got num_return_sequences=9, num_beams=8, "),
+        ({"max_items": 1000}, "`max_items` must be at most the 408 items .* got 1000"),
+        ({"batch_size": 0}, "`batch_size` must be 1 or more, got 0"),
+        ({"unknown": "ignore"}, "`unknown` must be 'error' or 'skip', got 'ignore'"),
+        ({"ranking_target": "love"}, "`ranking_target` must be among .* got 'love'"),
     ],
     ids=short_id,
 )
