@@ -5,6 +5,7 @@ The options of serving (`num_beams`, `ranking_weight`, ...) belong to `generatio
 """
 
 from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import accumulate
 
 from huggingface_hub.dataclasses import strict
@@ -36,7 +37,8 @@ def _backbone_field(name: str) -> property:
 
 
 @strict
-class UniGRFTrainingConfig(PreTrainedConfig):
+@dataclass
+class UniGRFTrainingConfig:
     r"""
     Configuration of a UniGRF model's training: its losses and negatives. Inference reads none of these fields.
 
@@ -68,8 +70,6 @@ class UniGRFTrainingConfig(PreTrainedConfig):
             Behaviors whose items the generation and dense losses learn. None: the items of all behaviors.
     """
 
-    model_type = "unigrf_training"
-
     generation_loss_weight: float | int = 1.0
     ranking_loss_weight: float | int = 1.0
     dense_loss_weight: float | int = 1.0
@@ -81,10 +81,19 @@ class UniGRFTrainingConfig(PreTrainedConfig):
     stop_gradient_dense_score: bool = False
     retrieval_behaviors: list[str] | tuple[str, ...] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self):
         if isinstance(self.retrieval_behaviors, tuple):
             self.retrieval_behaviors = list(self.retrieval_behaviors)
-        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_fields(cls, values: dict) -> "UniGRFTrainingConfig":
+        """Make a config from its fields by name. Raises `ValueError` for other names."""
+        known = [field.name for field in fields(cls)]
+        if strange := sorted(set(values) - set(known)):
+            raise ValueError(
+                f"`training_config` must have fields among {known}, got {strange}. Correct or remove them."
+            )
+        return cls(**values)
 
     def check(self, behaviors: list[str]) -> None:
         """
@@ -196,7 +205,6 @@ class UniGRFConfig(PreTrainedConfig):
                 "max_position_embeddings": 1024,
             },
         ),
-        "training_config": UniGRFTrainingConfig,
     }
 
     text_config: dict | PreTrainedConfig | None = None
@@ -217,7 +225,7 @@ class UniGRFConfig(PreTrainedConfig):
     ranking_dropout: float | int = 0.1
     embedding_dropout: float | int = 0.2
     initializer_range: float | int = 0.02
-    training_config: dict | PreTrainedConfig | None = None
+    training_config: dict | UniGRFTrainingConfig | None = None
     pad_token_id: int = 0
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -241,6 +249,8 @@ class UniGRFConfig(PreTrainedConfig):
         elif isinstance(self.text_config, PreTrainedConfig):
             # Copy: another model may share it, and its vocabulary is set below.
             self.text_config = deepcopy(self.text_config)
+        if not is_dataclass(self.training_config):
+            self.training_config = UniGRFTrainingConfig.from_fields(self.training_config or {})
         super().__post_init__(**kwargs)
         # The vocabulary is the items' tokens, not a backbone's default of 32,000.
         self.text_config.vocab_size = self.num_item_tokens if vocab_size is None else vocab_size
@@ -251,14 +261,28 @@ class UniGRFConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Make a config as every config of transformers; also accept the field names of 0.1 (until 0.3)."""
-        return super().from_dict(config_dict, **convert_old_overrides(kwargs))
+        """
+        Make a config as every config of transformers.
+
+        `training_config` may be a dict of some fields, which change those of `config_dict`. The field names of 0.1 are
+        accepted, too (until 0.3).
+        """
+        kwargs = convert_old_overrides(kwargs)
+        training = kwargs.pop("training_config", None)
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        if isinstance(training, dict):
+            training = UniGRFTrainingConfig.from_fields(asdict(config.training_config) | training)
+        if training is not None:
+            config.training_config = training
+        return made
 
     def to_dict(self):
-        """Return the fields as every config of transformers, without the serving fields of a 0.1 config."""
-        fields = super().to_dict()
-        fields.pop("old_serving_fields", None)
-        return fields
+        """Return all fields. The serving fields of a 0.1 config belong to `generation_config` now."""
+        values = super().to_dict()
+        values.pop("old_serving_fields", None)
+        values["training_config"] = asdict(self.training_config)
+        return values
 
     def __getattr__(self, name):
         # The pipeline in a folder of 0.1 reads its serving fields here.

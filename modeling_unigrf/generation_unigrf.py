@@ -238,7 +238,15 @@ class UniGRFGenerationMixin(GenerationMixin):
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             mask = kwargs.get("attention_mask")
-            check_history(self.config, self.layout, self.catalog.trie, input_ids, mask, may_be_unfinished=True)
+            check_history(
+                self.config,
+                self.layout,
+                self.catalog.trie,
+                input_ids,
+                mask,
+                may_be_unfinished=True,
+                reads_long_history=False,
+            )
             unfinished = self.layout.unfinished_items(input_ids)
             for length in unfinished.lengths.unique().tolist():
                 # Raise here if no item begins with a row's codes.

@@ -88,6 +88,7 @@ def check_history(
     query_time: torch.LongTensor | None = None,
     long_history: dict | None = None,
     may_be_unfinished: bool = False,
+    reads_long_history: bool = True,
 ) -> History:
     """
     Check the histories of a call that generates or ranks items.
@@ -104,6 +105,7 @@ def check_history(
         long_history (`dict`, *optional*): `items`, `behaviors` and `timestamps` of `recommend`. None: no history.
         may_be_unfinished (`bool`, defaults to `False`): Whether a row may end in the first codes of an item. True is
             for `generate`, which reads no long history.
+        reads_long_history (`bool`): Whether the call reads `long_history`: `generate` and `prefill` read none.
 
     Raises:
         ValueError: for rows that no item can follow, unknown items, too few positions, and other shapes.
@@ -134,7 +136,7 @@ def check_history(
             "histories between items."
         )
     query_time = check_times(input_ids, timestamps, query_time)
-    if not may_be_unfinished:
+    if reads_long_history:
         has_times = timestamps is not None
         long_history = check_long_history(config, trie.num_items, len(input_ids), long_history, has_times)
     return History(input_ids, attention_mask, timestamps, query_time, places[:, 0], items, long_history)

@@ -29,7 +29,7 @@ from .item_lists_unigrf import check_items
 from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
-from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs
+from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs, take_old_serving_fields
 from .recommendation_unigrf import (
     ServingOptions,
     UniGRFRecommendation,
@@ -103,10 +103,13 @@ class UniGRFPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """Load a model as every model of transformers; also accept 0.1's names of weights (until 0.3)."""
         kwargs["key_mapping"] = OLD_WEIGHTS | (kwargs.get("key_mapping") or {})
+        serving, kwargs = take_old_serving_fields(kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # Else `save_pretrained` would write the old names again.
+        # Otherwise `save_pretrained` would write the old names again.
         model._weight_conversions = []
+        if serving:
+            model.generation_config.update(**serving, allow_custom_entries=True)
         return loaded
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
@@ -490,9 +493,9 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`: the output at the last tokens.
         """
-        history = check_history(
-            self.config, self.layout, self.catalog.trie, input_ids, attention_mask, timestamps, query_time
-        )
+        trie = self.catalog.trie
+        times = {"timestamps": timestamps, "query_time": query_time, "reads_long_history": False}
+        history = check_history(self.config, self.layout, trie, input_ids, attention_mask, **times)
         cache = DynamicCache() if cache is None else cache
         return prefill(self.model, history, self.scorer.history_representations(input_ids), cache)
 

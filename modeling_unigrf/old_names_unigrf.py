@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """The names of version 0.1. The model accepts them, with a warning, until 0.3: delete this file then."""
 
+from dataclasses import is_dataclass
 from math import log
 
 from transformers import PreTrainedConfig
@@ -92,7 +93,7 @@ def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
         if name in old:
             setattr(config, new_name, old[name])
     training = {new_name: old[name] for name, new_name in TRAINING_FIELDS.items() if name in old}
-    if isinstance(config.training_config, PreTrainedConfig):
+    if is_dataclass(config.training_config):
         for name, value in training.items():
             setattr(config.training_config, name, value)
     else:
@@ -112,16 +113,25 @@ def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
 
 
 def convert_old_overrides(fields: dict) -> dict:
-    """Convert the fields that `from_pretrained` changes: those of 0.1's training go to `training_config`."""
+    """Convert the config fields that `from_pretrained` was given: training fields of 0.1 go to `training_config`."""
     training = {new_name: fields[name] for name, new_name in TRAINING_FIELDS.items() if name in fields}
-    old_model_fields = [name for name in MODEL_FIELDS if name in fields]
-    if not (training or old_model_fields):
+    old = [name for name in (*TRAINING_FIELDS, *MODEL_FIELDS) if name in fields]
+    if not old:
         return fields
-    warn_of_old_names(sorted({*training, *old_model_fields}), "Pass training_config={...}, or see CHANGELOG.md.")
+    warn_of_old_names(old, "Pass training_config={...}, or see CHANGELOG.md for the new names.")
     rest = {MODEL_FIELDS.get(name, name): value for name, value in fields.items() if name not in TRAINING_FIELDS}
     if training:
         rest["training_config"] = training | rest.get("training_config", {})
     return rest
+
+
+def take_old_serving_fields(fields: dict) -> tuple[dict, dict]:
+    """Split what `from_pretrained` was given: serving fields of 0.1 by their new names, and the rest."""
+    old = [name for name in (*SERVING_FIELDS, *REMOVED_FIELDS) if name in fields]
+    if old:
+        warn_of_old_names(old, "Set model.generation_config after loading; removed options are ignored.")
+    serving = {new_name: fields[name] for name, new_name in SERVING_FIELDS.items() if name in fields}
+    return serving, {name: value for name, value in fields.items() if name not in old}
 
 
 def convert_old_inputs(inputs: dict) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, GenerationMixin, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM, UniGRFTrainingConfig
@@ -62,7 +62,6 @@ def random_codes(num_items: int, codebook_sizes: list[int], generator: torch.Gen
 def split_options(options: dict) -> tuple[dict, dict]:
     """Sort options by name into fields of `UniGRFConfig`, those of training nested, and of `generation_config`."""
     training_names = {field.name for field in fields(UniGRFTrainingConfig)}
-    training_names -= {field.name for field in fields(PreTrainedConfig)}
     serving_names = {field.name for field in fields(ServingOptions)}
     training = {name: value for name, value in options.items() if name in training_names}
     serving = {name: value for name, value in options.items() if name in serving_names}
