@@ -153,7 +153,7 @@ def test_training_only_retrieval_packs_and_ranks_no_candidates(second_stage):
     assert lengths == [batch["input_ids"].shape[1]] and not ranked, "a single forward, of the histories alone"
     assert out.ranking_loss is None and torch.allclose(out.loss, out.generation_loss)
     torch.testing.assert_close(out.generation_loss, build_model(**config)(**batch).generation_loss)
-    with pytest.raises(ValueError, match="Expected two losses to weigh"):
+    with pytest.raises(ValueError, match="must not be 0 with adaptive weights"):
         AdaptiveWeighter().on_train_begin(None, None, None, model=model)
 
 

@@ -137,7 +137,7 @@ def test_a_nan_loss_is_reported_also_after_the_last_log(tmp_path, logging_steps)
     with torch.no_grad():
         model.ranking_head.out_proj.bias.fill_(float("nan"))
     steps = {"max_steps": 1, "logging_steps": logging_steps}
-    with pytest.raises(ValueError, match="Expected finite losses"):
+    with pytest.raises(ValueError, match="losses must be finite"):
         run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[LossParts(model)], **steps)
 
 
