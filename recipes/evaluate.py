@@ -1,16 +1,17 @@
-"""Measures a checkpoint on a prepared folder: generation, ranking, and how they compare with the baselines.
+"""Measure a checkpoint on prepared data, beside the baselines, and choose its serving options on validation.
 
     python -m recipes.evaluate --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --output_dir runs/demo
 
-Leave-one-out, the whole catalog, items are scored (never ids), a user's own history is left out inside the search
-(not so
-where users come back to items: `--exclude_history False`).
-A model that reads times is asked at the time of the target, which a service knows: it is the time of the request.
-Validation chooses the beam and the fusion weights, by the ranked list's NDCG@10; test reports. They are written, with
-the other
-arguments that change the lists (`SERVED`), into the checkpoint's own config, so that `recommend`, the pipeline and
-recipes.recommend serve what was measured. A model without a ranking loss is measured without ranking. Writes
-`metrics.json`.
+The protocol is leave-one-out over the whole catalog. The lists leave out the items of the user's history, unless
+`--exclude_history False` says otherwise, for data with repeated items. The query time of a model that reads times is
+the time of the target, which a service knows as the time of the request.
+
+Validation chooses the number of beams and the fusion weights, by the NDCG@10 of the ranked list. Test measures the
+choice. A model without a ranking loss is measured without ranking.
+
+The output folder receives `metrics.json` and `ranks.json`, the rank of every test target. The checkpoint's
+generation_config.json receives the chosen options and the arguments in `SERVED`. Then `recommend`, the pipeline and
+recipes.recommend serve what was measured.
 """
 
 import json
@@ -36,9 +37,9 @@ from recipes.evaluation.inference import (
     candidates,
     fused_lists,
     invalid_items,
-    keep_choice,
     like_auc,
     ranks_as_json,
+    save_serving_options,
 )
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
 
@@ -48,69 +49,92 @@ SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "n
 
 @dataclass
 class EvaluateArguments:
-    """What is measured, and what validation may choose from."""
+    """Checkpoint, data, and the choices of validation."""
 
-    checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote."})
+    checkpoint: str = field(metadata={"help": "Local checkpoint of recipes.train; it receives the chosen options."})
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
-    output_dir: str = field(metadata={"help": "Receives metrics.json and ranks.json."})
-    num_beams: list[int] = field(default_factory=lambda: [20, 50, 100], metadata={"help": "Beams to choose from."})
+    output_dir: str = field(metadata={"help": "Folder that receives metrics.json and ranks.json."})
+    num_beams: list[int] = field(
+        default_factory=lambda: [20, 50, 100], metadata={"help": "Numbers of beams that validation chooses from."}
+    )
     ranking_weights: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0],
-        metadata={"help": "Fusion weights to choose from."},
+        metadata={"help": "Weights of the ranking score that validation chooses from."},
     )
     ranking_target: str | None = field(
-        default=None, metadata={"help": "The ranking target that orders the items; default: the checkpoint's."}
+        default=None, metadata={"help": "Ranking target that orders the lists. None: the checkpoint's."}
     )
     like: str | None = field(
-        default=None, metadata={"help": "The behavior whose AUC is measured; by default `like`, if there is one."}
+        default=None, metadata={"help": "Behavior whose AUC is measured. None: the behavior like, if there is one."}
     )
-    list_length: int = field(default=50, metadata={"help": "Items of a list; MRR counts within it."})
+    list_length: int = field(default=50, metadata={"help": "Items of a list. MRR counts within the list."})
     max_items: int | None = field(
         default=None,
-        metadata={"help": "Items of a history that the model reads; default: as trained, or all that fit."},
+        metadata={
+            "help": "Most recent items of a history that the model reads. None: the checkpoint's number, or all that "
+            "fit."
+        },
     )
     max_long_items: int | None = field(
         default=None,
-        metadata={"help": "Items of a history that sub-histories come from; default: as trained, or all."},
+        metadata={
+            "help": "Most recent items that sub-histories are retrieved from. None: the checkpoint's number, or all."
+        },
     )
     dense_weights: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 1.0, 2.0],
-        metadata={"help": "Weights of the item-level score to choose from, if the model has that score."},
+        metadata={
+            "help": "Weights of the dense-retrieval score that validation chooses from, for a model with that score."
+        },
     )
-    num_dense_candidates: int = field(default=0, metadata={"help": "Best items of that score, added to the beams."})
-    rerank_top_k: int = field(default=0, metadata={"help": "Beams that are ranked, as in `recommend`; 0: all."})
-    batch_size: int = field(default=64, metadata={"help": "Users run together."})
-    exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
+    num_dense_candidates: int = field(
+        default=0,
+        metadata={"help": "Items of the best dense-retrieval score that are added to the beams. 0: beams alone."},
+    )
+    rerank_top_k: int = field(
+        default=0,
+        metadata={"help": "Beams that are ranked: the best by generation and dense-retrieval scores. 0: all beams."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Users of a batch."})
+    exclude_history: bool = field(
+        default=True, metadata={"help": "Leave the items of a user's history out of the user's list."}
+    )
     baselines: bool = field(
         default=True,
-        metadata={"help": "Measure popularity and a tuned item-kNN, too; that takes hours for 300,000 items."},
+        metadata={"help": "Measure popularity and a tuned item-kNN, too. Item-kNN takes hours for 300,000 items."},
     )
 
 
 def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | None:
     """
-    The behavior whose AUC can be measured, by default `like`. None, and why is printed, if there is no such behavior
-    or users all behaved alike; `ValueError` if one is named that is none, or that the model was not trained to rank
-    by.
+    Return the behavior whose AUC can be measured, or None after a message with the reason.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of its items.
+        split: Users with their held-out interactions.
+        like: Name of the behavior. None: `like`, if there is such a behavior.
+
+    Raises:
+        ValueError: if `like` is no behavior, or none that the model ranks by.
     """
     known = [name for name in tokenizer.behaviors if name in model.config.ranking_targets]
     if like is not None and like not in known:
         raise ValueError(
-            f"Expected --like to be a behavior that the model ranks by, among {known}, found {like!r}. Name one of "
-            "these."
+            f"`like` must be a behavior that the model ranks by, among {known}, got {like!r}. Choose one of these."
         )
     like = "like" if like is None else like
     if like not in known:
-        print(f"no AUC: the model ranks by the behaviors {known}, name one of them by --like")
+        print(f"no AUC: the model ranks by the behaviors {known}; choose one of them with --like")
         return None
     if len(set(np.asarray(split["target_behavior"][:]) == tokenizer.behaviors.index(like))) < 2:
-        print(f"no AUC: of all held-out interactions, all or none are of the behavior {like!r}")
+        print(f"no AUC: all or none of the held-out interactions are of the behavior {like!r}")
         return None
     return like
 
 
 def interactions_of(checkpoint: str | Path, record: dict) -> str:
-    """What a checkpoint was trained on, in words: the interactions of a prepared folder's `record`, or others."""
+    """Describe the interactions that a checkpoint was trained on: those of a prepared folder's `record`, or others."""
     log = Path(checkpoint) / "training_log.json"
     known = json.loads(log.read_text()).get("interactions") if log.is_file() else None
     if known is None:
@@ -120,84 +144,98 @@ def interactions_of(checkpoint: str | Path, record: dict) -> str:
 
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
     """
-    Measure a checkpoint, write `metrics.json` and `ranks.json`, and write what validation chose into the checkpoint.
+    Measure a checkpoint on test, with the choice of validation.
+
+    Write `metrics.json` and `ranks.json`, and the choice into the checkpoint.
 
     Args:
         args (`EvaluateArguments`): The options of the recipe.
-        baselines (`dict`, *optional*): Results of `baseline_results` that were measured before; None: measure them
-            now.
+        baselines (`dict`, *optional*): Earlier results of `baseline_results`. None: measure the baselines now.
 
     Returns:
         The content of `metrics.json`.
     """
+    # Inputs
     record, tokenizer, model = load_checkpoint(args)
     args = with_defaults(args, model)
-    how = Measurement(**{option.name: getattr(args, option.name) for option in fields(Measurement)})
-    trained_on = interactions_of(args.checkpoint, record)
-    if trained_on == OTHER_INTERACTIONS:
-        print(
-            f"{args.checkpoint} was trained on other interactions than those of {args.data_dir}, with what is held "
-            "out perhaps"
-        )
+    measurement = Measurement(**{option.name: getattr(args, option.name) for option in fields(Measurement)})
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
-    test = dataset["test"]
+    protocol = protocol_of(args, record, dataset, interactions_of(args.checkpoint, record))
+    if protocol["trained on"] == OTHER_INTERACTIONS:
+        print(
+            f"{args.checkpoint} was trained on other interactions than those of {args.data_dir}, perhaps on the "
+            "held-out interactions"
+        )
     is_ranker = model.config.training_config.ranking_loss_weight > 0
-    like = auc_behavior(model, tokenizer, test, args.like) if is_ranker else None
+    like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
 
     # Validation chooses
-    has_dense_score = model.config.has_dense_scores
-    dense_weights = args.dense_weights if has_dense_score else [0.0]
-    tried = try_settings(args, model, tokenizer, dataset["validation"], how, dense_weights)
-    chosen = choose(args, tried, dense_weights, is_ranker)
+    dense_weights = args.dense_weights if model.config.has_dense_scores else [0.0]
+    trials = try_settings(args, model, tokenizer, dataset["validation"], measurement, dense_weights)
+    chosen = choose(args, trials, dense_weights, is_ranker)
 
-    # Test reports
-    results = measure_test(args, model, tokenizer, test, how, chosen)
+    # Test measures the choice
+    results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen)
     if baselines is None and args.baselines:
         baselines = baseline_results(
             dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
         )
     baselines = baselines or {}
-    checked = invalid_items(model, tokenizer, test, chosen["num_beams"], how)
+    checked = invalid_items(model, tokenizer, dataset["test"], chosen["num_beams"], measurement)
     metrics = {
-        "protocol": protocol_of(args, record, dataset, trained_on),
-        "selection": {
-            "chosen on": "validation, ranked ndcg@10",
-            **chosen,
-            **{name: getattr(args, name) for name in SERVED},
-            **{f"settings of {name}": str(of["settings"]) for name, of in baselines.items() if of["settings"]},
-        },
-        "validation": tried,
+        "protocol": protocol,
+        "selection": selection_of(args, chosen, baselines),
+        "validation": trials,
         "baselines": {name: result["test"] for name, result in baselines.items()},
         "generation": results["generation"],
         "ranked": results["ranked"],
         "beam holds the target": results["beam holds the target"],
-        "ranking": {} if like is None else like_auc(model, tokenizer, test, like, how),
+        "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, measurement),
         "invalid_items": checked["invalid"],
         "generated_items_checked": checked["checked"],
-        "weights": weights_hash(model),  # identifies the model that was measured
+        "weights": weights_hash(model),  # identifies the measured model
     }
 
     # Files
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "metrics.json", metrics)
     ranks = {name: result["ranks"] for name, result in baselines.items()} | results["ranks"]
-    (output_dir / "ranks.json").write_text(json.dumps(ranks))
-    keep_choice(args.checkpoint, **chosen, **{name: getattr(args, name) for name in SERVED})
+    write_results(Path(args.output_dir), metrics, ranks)
+    save_serving_options(args.checkpoint, **chosen, **{name: getattr(args, name) for name in SERVED})
     return metrics
 
 
+def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict) -> dict:
+    """Describe the choice of validation, and the arguments that change the lists, for `metrics.json`."""
+    return {
+        "chosen on": "validation, ranked ndcg@10",
+        **chosen,
+        **{name: getattr(args, name) for name in SERVED},
+        **{f"settings of {name}": str(result["settings"]) for name, result in baselines.items() if result["settings"]},
+    }
+
+
+def write_results(output_dir: Path, metrics: dict, ranks: dict) -> None:
+    """Write `metrics.json` and `ranks.json`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "metrics.json", metrics)
+    (output_dir / "ranks.json").write_text(json.dumps(ranks))
+
+
 def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
-    """Load the record of the prepared folder, the tokenizer and the model; raise `ValueError` if they do not fit."""
+    """
+    Load the record of the prepared folder, the tokenizer and the model.
+
+    Raises:
+        ValueError: for options that exclude each other, a checkpoint that is no local folder, and data of other items.
+    """
     if args.rerank_top_k and args.num_dense_candidates:
         raise ValueError(
-            f"Expected rerank_top_k or num_dense_candidates, found {args.rerank_top_k} and "
-            f"{args.num_dense_candidates}: results do not record which candidates are beams. Measure one at a time."
+            f"`rerank_top_k` or `num_dense_candidates` must be 0, got {args.rerank_top_k} and "
+            f"{args.num_dense_candidates}. Measure one at a time: results do not record which candidates are beams."
         )
     if not (Path(args.checkpoint) / "config.json").is_file():
         raise ValueError(
-            "Expected a local checkpoint, into which what validation chooses is written, found "
-            f"{args.checkpoint!r}. Download it first: `hf download`."
+            f"`checkpoint` must be a local folder, which receives the chosen options, got {args.checkpoint!r}. "
+            "Download it first: `hf download`."
         )
     record = prepared(args.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
@@ -207,8 +245,14 @@ def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
 
 
 def with_defaults(args: EvaluateArguments, model: Any) -> EvaluateArguments:
-    """Fill in the checkpoint's own values; raise `ValueError` if an option does not fit the model."""
-    config, options = model.config, model.serving_options()
+    """
+    Replace None by the checkpoint's values.
+
+    Raises:
+        ValueError: for an option that does not fit the model.
+    """
+    config = model.config
+    options = model.serving_options()
     is_ranker = config.training_config.ranking_loss_weight > 0
     args = replace(
         args,
@@ -219,50 +263,59 @@ def with_defaults(args: EvaluateArguments, model: Any) -> EvaluateArguments:
     )
     if args.max_items and config.max_history_items and args.max_items > config.max_history_items:
         raise ValueError(
-            f"Expected max_items of at most the {config.max_history_items} that the backbone has positions for, found "
-            f"{args.max_items}. Take fewer."
+            f"`max_items` must be at most the {config.max_history_items} items that the backbone has positions for, "
+            f"got {args.max_items}. Take fewer items."
         )
     if is_ranker and not args.ranking_weights:
-        raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
+        raise ValueError("`ranking_weights` must have a weight above 0, got none. Add some, such as 0.5 1 2.")
     return args
 
 
 def try_settings(
-    args: EvaluateArguments, model: Any, tokenizer: Any, split: Dataset, how: Measurement, dense_weights: list[float]
+    args: EvaluateArguments,
+    model: Any,
+    tokenizer: Any,
+    split: Dataset,
+    measurement: Measurement,
+    dense_weights: list[float],
 ) -> list[dict]:
     """Measure every number of beams with every pair of fusion weights on validation."""
     targets = torch.tensor(split["target"][:]).long()
-    tried = []
+    trials = []
     for num_beams in args.num_beams:
-        scored = candidates(model, tokenizer, split, num_beams, how)
+        scored = candidates(model, tokenizer, split, num_beams, measurement)
         for weight, dense_weight in product([0.0, *args.ranking_weights], dense_weights):
             setting = {"num_beams": num_beams, "ranking_weight": weight, "dense_weight": dense_weight}
             lists = fused_lists(scored, weight, args.list_length, dense_weight, args.rerank_top_k)
-            tried.append({**setting, **mean_values(target_ranks(lists, targets))})
-    return tried
+            trials.append({**setting, **mean_values(target_ranks(lists, targets))})
+    return trials
 
 
-def choose(args: EvaluateArguments, tried: list[dict], dense_weights: list[float], is_ranker: bool) -> dict:
+def choose(args: EvaluateArguments, trials: list[dict], dense_weights: list[float], is_ranker: bool) -> dict:
     """
-    Choose the setting with the best NDCG@10; of a ranker, one that ranks. Print which values are the largest tried.
+    Choose the setting of the best NDCG@10; a ranker's setting must rank.
+
+    Print a hint if a chosen value is the largest value tried.
     """
-    best = max((row for row in tried if row["ranking_weight"] or not is_ranker), key=lambda row: row["ndcg@10"])
+    eligible = [trial for trial in trials if trial["ranking_weight"] or not is_ranker]
+    best = max(eligible, key=lambda trial: trial["ndcg@10"])
     values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "dense_weight": dense_weights}
     for name, choices in values.items():
         if len(choices) > 1 and best[name] == max(choices):
-            print(f"validation chose {name}={best[name]}, the largest that was tried: a larger one may be better")
+            print(f"validation chose {name}={best[name]}, the largest value tried: a larger value may be better")
     return {name: best[name] for name in values}
 
 
 def measure_test(
-    args: EvaluateArguments, model: Any, tokenizer: Any, split: Dataset, how: Measurement, chosen: dict
+    args: EvaluateArguments, model: Any, tokenizer: Any, split: Dataset, measurement: Measurement, chosen: dict
 ) -> dict:
-    """Measure generation alone and the ranked lists on test, with the setting that validation chose."""
+    """Measure generation alone and the ranked lists on test, with the choice of validation."""
     targets = torch.tensor(split["target"][:]).long()
-    scored = candidates(model, tokenizer, split, chosen["num_beams"], how)
+    scored = candidates(model, tokenizer, split, chosen["num_beams"], measurement)
     beams = scored
-    if args.num_dense_candidates:  # generation alone lists no dense candidates
-        beams = candidates(model, tokenizer, split, chosen["num_beams"], replace(how, num_dense_candidates=0))
+    # Generation alone lists no dense candidates.
+    if args.num_dense_candidates:
+        beams = candidates(model, tokenizer, split, chosen["num_beams"], replace(measurement, num_dense_candidates=0))
     weights = (chosen["ranking_weight"], args.list_length, chosen["dense_weight"], args.rerank_top_k)
     ranks = {
         "generation": target_ranks(fused_lists(beams, 0.0, args.list_length), targets),
@@ -276,8 +329,9 @@ def measure_test(
 
 
 def protocol_of(args: EvaluateArguments, record: dict, dataset: DatasetDict, trained_on: str) -> dict:
-    """Describe what is measured and how, in words, for `metrics.json` and the card."""
-    test, counts = dataset["test"], record["counts"]
+    """Describe the protocol of the measurement, for `metrics.json` and the model card."""
+    test = dataset["test"]
+    counts = record["counts"]
     repeats = np.array([user["target"] in user["items"] for user in test])
     ordered_by = record.get("ordered_by", "timestamp")  # older folders do not record it
     return {
