@@ -40,7 +40,7 @@ def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
 
 
 def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
-    row = one(recochain_report.rows_of(data), row="default", beams=20, union=0, ranked=0)
+    row = one(recochain_report.ablations_of(data), row="default", beams=20, union=0, ranked=0)
     gain, deviation = recochain_report.gain_of(row, "recall@5")
     ranked = {"test": row["test"]["ranked"], "std": row["std"]["ranked"]}
     knn = data["baselines"]["item_knn"]["recall@10"]
@@ -62,7 +62,7 @@ def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
 
 def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
     # What validation chose of the rows with items beside the beams and, so that these can be compared, the most seeds.
-    rows = [row for row in recochain_report.rows_of(data) if (row["beams"], row["union"]) == (20, 20)]
+    rows = [row for row in recochain_report.ablations_of(data) if (row["beams"], row["union"]) == (20, 20)]
     row = max(rows, key=lambda row: (len(row["runs"]), mean(run["validation ndcg@10"] for run in row["runs"])))
     published = recochain_report.PUBLISHED["recochain_beauty"]
     beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))

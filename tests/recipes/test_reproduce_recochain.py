@@ -81,7 +81,7 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     recochain_report.collect(tmp_path, prepared, "recochain_beauty")
     assert (tmp_path / "recochain_beauty.json").read_text() == whole, "a run without its folder stays stored"
     elsewhere = tmp_path / "elsewhere"
-    with pytest.raises(ValueError, match="Run some rows first"):
+    with pytest.raises(ValueError, match="Run some ablations first"):
         recochain_report.collect(elsewhere, prepared, "recochain_beauty")
     (elsewhere / "sasrec").mkdir(parents=True)
     test = dict.fromkeys((*recochain_report.COLUMNS, "mrr"), 0.5)
@@ -92,13 +92,13 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
         "a baseline that was added later"
     )
     data = json.loads(whole)
-    table_rows = recochain_report.rows_of(data)
+    table_rows = recochain_report.ablations_of(data)
     assert len(table_rows) == 8 + 2 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
     rows = recochain_report.table(data).splitlines()
     for beginning in (
         "| default | 20 | 1 |",
         "| default | 20 + 5 items | 1 |",
-        "| row | seeds | 3 beams | 6 beams | 6 beams, 3 of them ranked | 20 beams | 20 beams, 3 of them ranked |",
+        "| ablation | seeds | 3 beams | 6 beams | 6 beams, 3 of them ranked | 20 beams | 20 beams, 3 of them ranked |",
         "| default | 1 | +",
         "| k0 | 1 | ",
         "| *the target is a candidate (default)* | | ",
@@ -119,7 +119,7 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     )
 
 
-@pytest.mark.parametrize("row", reproduce_recochain.ROWS)
+@pytest.mark.parametrize("row", reproduce_recochain.ABLATIONS)
 def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeypatch):
     trained = []
 
@@ -210,11 +210,11 @@ def test_a_tuned_sasrec_learns_and_is_in_the_table(prepared, tmp_path):
     }
     report["beside"] = {recochain_report.SASREC: json.loads((folder / "sasrec.json").read_text())}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recochain_report, "rows_of", lambda data: [])
+        patch.setattr(recochain_report, "ablations_of", lambda data: [])
         assert f"| {recochain_report.SASREC} | {np.mean([t['recall@5'] for t in result['tests']]):.4f} ± " in (
             recochain_report.table(report)
         )
-    with pytest.raises(ValueError, match="one code an item, found 3"):
+    with pytest.raises(ValueError, match="one code per item, got 3"):
         sasrec.run(sasrec.SasrecArguments(data_dir=str(prepared), output_dir=str(folder)))
 
 
@@ -249,5 +249,5 @@ def test_weights_are_chosen_on_validation_only():
 def test_retired_rows_are_shown_but_not_trained():
     args = reproduce_recochain.ReproduceArguments(data_dir="", row="candidate-excluded")
     with pytest.raises(ValueError, match=r"an option of version 0\.1"):
-        reproduce_recochain.row_of(args)
+        reproduce_recochain.settings_of(args)
     assert recochain_report.label_of("candidate-excluded, codes alone").endswith("(an option of 0.1, gone)")

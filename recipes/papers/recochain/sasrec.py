@@ -1,13 +1,16 @@
-"""SASRec's task as a baseline: one code an item, a softmax of all items at every position, no ranking and no
-embeddings.
+"""Train and tune SASRec's task as a baseline of `recipes.papers.recochain.reproduce`.
 
-    python -m recipes.prepare --atomic True ... --output_dir runs/beauty/atomic        # of the tables of another
-    folder python -m recipes.papers.recochain.sasrec --data_dir runs/beauty/atomic --output_dir runs/beauty/sasrec
+    python -m recipes.prepare --atomic True ... --output_dir runs/beauty/atomic
+    python -m recipes.papers.recochain.sasrec --data_dir runs/beauty/atomic --output_dir runs/beauty/sasrec
+    python -m recipes.papers.recochain.reproduce --data_dir runs/beauty/data --output_dir runs/beauty --collect ...
 
-SASRec (Kang and McAuley 2018, arXiv 1808.09781) with the full cross-entropy that later work gives it, as this model
-without its other parts. Every setting is trained with the first seed and validation chooses by NDCG@10, the chosen
-one then with the others; test reports. A finished training is not run again. Writes `sasrec.json`, which
-`recipes.papers.recochain.reproduce --collect` puts beside its rows where it finds it in `OUTPUT_DIR/sasrec`.
+The first command prepares the tables of another folder again, with one code per item. The second one writes
+`sasrec.json`. The third one adds `sasrec/sasrec.json` of its output folder to the results.
+
+The model is SASRec (Kang and McAuley 2018, arXiv 1808.09781) with the full cross-entropy of later work. It has a
+softmax over all items at every position, no ranking and no content embeddings. The first seed trains every setting,
+and validation chooses one by NDCG@10. The other seeds train the chosen setting, and the test split reports. A second
+run skips finished trainings.
 """
 
 import json
@@ -28,23 +31,31 @@ from tokenization import SemanticIdTokenizer
 
 @dataclass
 class SasrecArguments:
-    """What is tried, and on what."""
+    """Settings that are tried."""
 
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare --atomic True."})
-    output_dir: str = field(metadata={"help": "One folder a training, and sasrec.json."})
-    text_config: str = field(default=json.dumps(SMALL), metadata={"help": "The backbone's config as JSON."})
-    max_items: int = field(default=20, metadata={"help": "Items of a history that are read."})
-    epochs: float = field(default=15.0, metadata={"help": "Of every training; the rate falls to zero by a cosine."})
-    batch_size: int = field(default=32, metadata={"help": "Rows of a step."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Of every training."})
-    learning_rates: list[float] = field(default_factory=lambda: [2e-3], metadata={"help": "To choose from."})
-    embedding_dropouts: list[float] = field(default_factory=lambda: [0.3, 0.5], metadata={"help": "To choose from."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The first one chooses."})
-    exclude_history: bool = field(default=True, metadata={"help": "Leave a user's own items out of every list."})
+    output_dir: str = field(metadata={"help": "Folder that receives a folder for each training, and sasrec.json."})
+    text_config: str = field(default=json.dumps(SMALL), metadata={"help": "Config of the backbone as JSON."})
+    max_items: int = field(default=20, metadata={"help": "Most recent items of a history that the model reads."})
+    epochs: float = field(
+        default=15.0, metadata={"help": "Epochs of a training. The learning rate falls to zero by a cosine."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Rows per optimizer step."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of every training."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [2e-3], metadata={"help": "Highest learning rates that validation chooses from."}
+    )
+    embedding_dropouts: list[float] = field(
+        default_factory=lambda: [0.3, 0.5], metadata={"help": "Embedding dropouts that validation chooses from."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds. The first one trains all settings, to choose one."}
+    )
+    exclude_history: bool = field(default=True, metadata={"help": "Keep a user's own items out of all lists."})
 
 
-def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: int) -> Path:
-    """The folder of a finished model."""
+def train_setting(args: SasrecArguments, learning_rate: float, dropout: float, seed: int) -> Path:
+    """Train a setting, unless it is finished, and return the folder of the model."""
     name = f"rate-{learning_rate:g}-dropout-{dropout:g}-{seed}"
     options = [
         f"--data_dir={args.data_dir}",
@@ -70,39 +81,51 @@ def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: i
 
 
 def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, float]]:
-    """Recall and NDCG of the ten best items, of validation and test."""
+    """Measure recall and NDCG of the ten best items, for validation and test."""
     model, tokenizer = load_checkpoint(checkpoint)
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
-    how = Measurement(max_items=args.max_items, exclude_history=args.exclude_history)
+    measurement = Measurement(max_items=args.max_items, exclude_history=args.exclude_history)
     metric = load_metric("next_item")
-    found = {}
+    results = {}
     for name in ("validation", "test"):
-        lists = candidates(model, tokenizer, dataset[name], 10, how)["item_indices"]  # with one code: the best ten
-        found[name] = metric.compute(predictions=lists.tolist(), references=dataset[name]["target"][:])
-    return found
+        # With one code per item, the beams are the ten best items.
+        lists = candidates(model, tokenizer, dataset[name], 10, measurement)["item_indices"]
+        results[name] = metric.compute(predictions=lists.tolist(), references=dataset[name]["target"][:])
+    return results
 
 
 def run(args: SasrecArguments) -> dict:
-    """Trains, chooses and reports; returns what `sasrec.json` says, unrounded."""
+    """
+    Train, choose and test; return the unrounded content of `sasrec.json`.
+
+    Raises:
+        ValueError: if the data has several codes per item.
+    """
     require_single_process()
     tokenizer = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     if tokenizer.num_levels != 1:
         raise ValueError(
-            f"Expected one code an item, found {tokenizer.num_levels} in {args.data_dir}. Prepare the tables again "
-            "with --atomic True, into another folder."
+            f"`data_dir` must have one code per item, got {tokenizer.num_levels} codes in {args.data_dir}. Prepare "
+            "the tables again with --atomic True, into another folder."
         )
+
+    # Choice on validation
     tried = []
     for learning_rate, dropout in product(args.learning_rates, args.embedding_dropouts):
         setting = {"learning_rate": learning_rate, "dropout": dropout}
-        tried.append({**setting, **measure(args, trained(args, **setting, seed=args.seeds[0]))})
+        tried.append({**setting, **measure(args, train_setting(args, **setting, seed=args.seeds[0]))})
         print({**setting, **{name: round(value, 4) for name, value in tried[-1]["validation"].items()}}, flush=True)
-    best = max(tried, key=lambda one: one["validation"]["ndcg@10"])
+    best = max(tried, key=lambda entry: entry["validation"]["ndcg@10"])
     chosen = {name: best[name] for name in ("learning_rate", "dropout")}
-    tests = [best["test"], *(measure(args, trained(args, **chosen, seed=seed))["test"] for seed in args.seeds[1:])]
+
+    # Test
+    tests = [best["test"]]
+    tests += [measure(args, train_setting(args, **chosen, seed=seed))["test"] for seed in args.seeds[1:]]
     result = {
         "chosen": chosen,
         "tried": [
-            {**one, "validation": one["validation"]["ndcg@10"], "test": one["test"]["ndcg@10"]} for one in tried
+            {**entry, "validation": entry["validation"]["ndcg@10"], "test": entry["test"]["ndcg@10"]}
+            for entry in tried
         ],
         "seeds": args.seeds,
         "tests": tests,
