@@ -1,51 +1,87 @@
-"""Shows what is recommended to some users, from the checkpoint folder alone: with no model code but its own copy.
+"""Show the recommendations of some users, by the checkpoint's own copy of the model's code.
 
-python -m recipes.show --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --users 3
+    python -m recipes.show --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --users 3
+
+The command prints the end of each user's history, the held-out item, and the recommended items with their scores. The
+columns add up to the fused score, with the weights in the line above them.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import load_from_disk
 from transformers import AutoTokenizer, pipeline
 
 from recipes.common.arguments import parse_arguments
 
+SCORES = ("generation_score", "ranking_score", "dense_score", "score")
+TITLE_WIDTH = 48
+
 
 @dataclass
 class ShowArguments:
-    """Whom to recommend to."""
+    """Checkpoint and users."""
 
     checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote."})
-    data_dir: str = field(metadata={"help": "Prepared folder, for the histories of its test users."})
-    users: int = field(default=3, metadata={"help": "How many of them."})
+    data_dir: str = field(metadata={"help": "Output folder of recipes.prepare; its test users are shown."})
+    users: int = field(default=3, metadata={"help": "Number of users, from the first."})
 
 
 def main(args: ShowArguments) -> None:
-    """Prints up to ten titles, or ids, beside the end of each user's history, with generation and ranking scores."""
+    """Print the recommendations of the first test users."""
     recommender = pipeline("recommendation", model=args.checkpoint, trust_remote_code=True)
-    ours = AutoTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer", trust_remote_code=True)
-    tokenizer, config = recommender.tokenizer, recommender.model.config
-    if tokenizer.item_ids[: ours.num_items] != ours.item_ids:
+    tokenizer = recommender.tokenizer
+    data_tokenizer = AutoTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer", trust_remote_code=True)
+    if tokenizer.item_ids[: data_tokenizer.num_items] != data_tokenizer.item_ids:
         raise ValueError(
-            f"Expected a checkpoint of the items in {args.data_dir}, found other ids in {args.checkpoint}."
+            f"`checkpoint` must have the items of {args.data_dir}, got other item ids in {args.checkpoint}. Pass the "
+            "data that it was trained on."
         )
     print(f"loaded {type(recommender.model).__module__} with {tokenizer.num_items:,} items")
-    names = tokenizer.titles or tokenizer.item_ids
     test = load_from_disk(str(Path(args.data_dir) / "dataset"))["test"]
     for user in test.select(range(min(args.users, len(test)))):
-        behaviors = [tokenizer.behaviors[behavior] for behavior in user["behaviors"]]
-        request = {"items": [tokenizer.item_ids[item] for item in user["items"]], "behaviors": behaviors}
-        if config.reads_times:
-            request |= {"timestamps": user["timestamps"], "query_time": user["target_timestamp"]}
-        print(f"\nuser {user['user_id']}, the last 5 of {len(behaviors)} items:")
-        for item, behavior in zip(user["items"][-5:], behaviors[-5:], strict=True):
-            print(f"    {behavior:<10} {names[item]}")
-        print("recommended:                                            log P  log rank    fused")
-        for one in recommender(request):
-            mark = "<- what came next" if one["item_id"] == tokenizer.item_ids[user["target"]] else ""
-            scores = f"{one['generation_score']:8.2f} {one['ranking_score']:9.2f} {one['score']:8.2f}"
-            print(f"    {(one['title'] or one['item_id'])[:48]:<48} {scores} {mark}")
+        print_user(recommender, user)
+
+
+def print_user(recommender: Any, user: dict) -> None:
+    """Print the end of a user's history, the held-out item, and the recommended items."""
+    # The history.
+    tokenizer = recommender.tokenizer
+    names = tokenizer.titles or tokenizer.item_ids
+    behaviors = [tokenizer.behaviors[behavior] for behavior in user["behaviors"]]
+    print(f"\nuser {user['user_id']}, the last 5 of {len(behaviors)} items:")
+    for item, behavior in zip(user["items"][-5:], behaviors[-5:], strict=True):
+        print(f"    {behavior:<10} {names[item]}")
+
+    # The list.
+    config = recommender.model.config
+    request = {"items": [tokenizer.item_ids[item] for item in user["items"]], "behaviors": behaviors}
+    if config.reads_times:
+        request |= {"timestamps": user["timestamps"], "query_time": user["target_timestamp"]}
+    items = recommender(request)
+
+    # The held-out item, and the table.
+    columns = [name for name in SCORES if name != "dense_score" or config.has_dense_scores]
+    target = tokenizer.item_ids[user["target"]]
+    ranks = [rank for rank, item in enumerate(items, 1) if item["item_id"] == target]
+    place = f"rank {ranks[0]}" if ranks else f"not among the {len(items)} recommended items"
+    print(f"held out, {place}:\n    {tokenizer.behaviors[user['target_behavior']]:<10} {names[user['target']]}")
+    print(f"recommended, {fusion_formula(recommender.model, columns)}:")
+    widths = {name: max(len(name), 8) + 2 for name in columns}
+    print(" " * (TITLE_WIDTH + 4) + "".join(f"{name:>{widths[name]}}" for name in columns))
+    for item in items:
+        scores = "".join(f"{item[name]:{widths[name]}.3f}" for name in columns)
+        mark = "  <- held out" if item["item_id"] == target else ""
+        print(f"    {(item['title'] or item['item_id'])[:TITLE_WIDTH]:<{TITLE_WIDTH}}{scores}{mark}")
+
+
+def fusion_formula(model: Any, columns: list[str]) -> str:
+    """Write the fused score as a sum of the other columns, with the weights that the checkpoint serves."""
+    options = model.serving_options()
+    weights = {"ranking_score": options.ranking_weight, "dense_score": options.dense_weight}
+    terms = [f"{weights[name]:g} * {name}" for name in columns if name in weights]
+    return " + ".join(["score = generation_score", *terms])
 
 
 if __name__ == "__main__":

@@ -119,7 +119,14 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     assert "no AUC: all or none of" in capsys.readouterr().out
     show.main(show.ShowArguments(str(checkpoint), str(prepared), users=1000))
     shown = capsys.readouterr().out
-    assert shown.count("recommended:") == len(split) and "what came next" in shown and "inf" not in shown
+    assert shown.count("recommended, score = ") == shown.count("\nheld out, ") == len(split)
+    assert "<- held out" in shown and "inf" not in shown
+    options = model.serving_options()
+    listed = re.findall(r"^    Film.*?((?:  +-?\d+\.\d{3}){4})", shown, re.MULTILINE)
+    columns = np.array([row.split() for row in listed], float)
+    assert len(columns) == options.num_return_sequences * len(split)
+    weights = [1, options.ranking_weight, options.dense_weight]
+    np.testing.assert_allclose(columns[:, :3] @ weights, columns[:, 3], atol=0.005)
     other = tmp_path / "other"
     shutil.copytree(prepared, other)
     ids = tokenizer.item_ids[::-1]
