@@ -34,16 +34,14 @@ LIKED_FROM = 4
 class MovielensArguments:
     """Source and output of the tables."""
 
-    output_dir: str = field(metadata={"help": "Folder that receives interactions.csv and items.csv. Required."})
+    output_dir: str = field(metadata={"help": "Folder that receives interactions.csv and items.csv."})
     dataset: str = field(
         default="ml-100k",
-        metadata={"help": "MovieLens data set to write. Default: ml-100k.", "choices": ["ml-100k", "ml-1m"]},
+        metadata={"help": "MovieLens data set to write.", "choices": ["ml-100k", "ml-1m"]},
     )
     path: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder with GroupLens's files. None, the default: the wheel recbole, which has ml-100k only."
-        },
+        metadata={"help": "Folder with GroupLens's files. None: the wheel recbole, which has ml-100k only."},
     )
 
 

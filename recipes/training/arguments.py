@@ -42,24 +42,28 @@ ADAPTIVE = ("adaptive_temperature", "adaptive_form", "adaptive_window")
 ENHANCING = ("enhancer_target", "relabel", "enhancer_options")
 # Defaults of `TrainingArguments` for a small model that is trained from scratch.
 TRAINER_DEFAULTS = {
-    "learning_rate": 2e-3,  # the Trainer's own 5e-5 is for large models that are fine-tuned
+    # The Trainer's 5e-5 suits large models that are fine-tuned.
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.1,
     "adam_beta2": 0.98,
     "per_device_eval_batch_size": 128,
     "prediction_loss_only": True,
     "report_to": "none",
-    "restore_callback_states_from_checkpoint": True,  # the adaptive weights go on where they were
-    "ddp_broadcast_buffers": False,  # else the catalog is sent in every step
-    "use_cpu": not torch.cuda.is_available(),  # the Trainer asks for it, where bf16 runs on a CPU
+    # Resumes the adaptive weights.
+    "restore_callback_states_from_checkpoint": True,
+    # True would send the catalog to all processes in every step.
+    "ddp_broadcast_buffers": False,
+    # The Trainer requires it for bf16 on a CPU.
+    "use_cpu": not torch.cuda.is_available(),
 }
 
 
 ArchitectureArguments: Any = arguments_from_config(
-    "ArchitectureArguments", "Parts of the model.", UniGRFConfig, ARCHITECTURE, are_optional=True
+    "ArchitectureArguments", "Architecture of the model.", UniGRFConfig, ARCHITECTURE, are_optional=True
 )
 ObjectiveArguments: Any = arguments_from_config(
-    "ObjectiveArguments", "Losses, and what each item is compared with.", UniGRFTrainingConfig, OBJECTIVE, False
+    "ObjectiveArguments", "Losses and their negatives.", UniGRFTrainingConfig, OBJECTIVE, False
 )
 SubHistoryArguments: Any = arguments_from_config(
     "SubHistoryArguments", "Sub-histories of candidates.", UniGRFConfig, ("num_retrieved_items",), False
@@ -68,7 +72,7 @@ SubHistoryArguments: Any = arguments_from_config(
 
 @dataclass
 class StageTwoArguments(SubHistoryArguments):
-    """Stage II of RecoChain: num_train_beams or num_retrieved_items."""
+    """Stage II of RecoChain, switched on by num_train_beams or num_retrieved_items."""
 
     candidate_refresh_epochs: int = field(
         default=0,
@@ -82,7 +86,9 @@ class StageTwoArguments(SubHistoryArguments):
     )
     freeze_base_model: bool = field(
         default=False,
-        metadata={"help": "Freeze everything but the candidate block and the ranking head. Needs init_from."},
+        metadata={
+            "help": "Freeze everything but the candidate block and the ranking head. Needs init_from and ranking."
+        },
     )
 
 
@@ -91,33 +97,34 @@ class MechanismArguments:
     """Mechanisms of UniGRF: adaptive weighter and enhancer."""
 
     adaptive_weights: bool = field(
-        default=False, metadata={"help": "Weigh the losses of retrieval and ranking by how slowly each converges."}
+        default=False, metadata={"help": "Weigh the generation and the ranking loss by how slowly each converges."}
     )
     adaptive_temperature: float = field(
-        default=0.1, metadata={"help": "Temperature of the adaptive weights' softmax. Lower: weights further apart."}
+        default=0.1, metadata={"help": "Temperature of the adaptive weights' softmax. Lower values move them apart."}
     )
     adaptive_form: str = field(
         default="loss_ratio",
         metadata={
-            "help": "Measure of convergence of the adaptive weights.",
+            "help": "Measure of the adaptive weights: a loss's fall, or its fall over its gradient's norm.",
             "choices": ["loss_ratio", "gradient_norm"],
         },
     )
     adaptive_window: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of a window of the adaptive weights. None: an epoch."}
+        default=None, metadata={"help": "Optimizer steps between two updates of the adaptive weights. None: an epoch."}
     )
     enhancer: bool = field(
         default=False,
-        metadata={"help": "Correct the negatives of retrieval by what ranking knows (UniGRF's enhancer)."},
+        metadata={"help": "Choose hard negatives and favorites of each user by the ranking scores (UniGRF)."},
     )
     enhancer_target: str = field(
-        default="like", metadata={"help": "Ranking target whose probability the enhancer reads."}
+        default="like", metadata={"help": "Ranking target whose probability the enhancer reads, e.g. a behavior."}
     )
     relabel: bool = field(
-        default=False, metadata={"help": "Train the enhancer's first favorite as a user's next item, too."}
+        default=False, metadata={"help": "Train the enhancer's best favorite as the next item after a user's history."}
     )
     enhancer_options: str = field(
-        default="{}", metadata={"help": "Fields of EnhancerOptions as JSON, e.g. '{\"num_negatives\": 8}'."}
+        default="{}",
+        metadata={"help": "Other options of the enhancer as a JSON object, e.g. '{\"num_negatives\": 8}'."},
     )
 
 
@@ -128,7 +135,7 @@ class ModelArguments(ArchitectureArguments, ObjectiveArguments, StageTwoArgument
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint to start from; it must hold the items of data_dir or the first of them. None: random weights."
+            "help": "Checkpoint to start from, of all items in data_dir or the first of them. None: random weights."
         },
     )
 
@@ -143,46 +150,47 @@ class ModelArguments(ArchitectureArguments, ObjectiveArguments, StageTwoArgument
         return self.num_train_beams > 0 and bool(self.candidate_refresh_epochs or self.candidate_refresh_steps)
 
     def architecture(self) -> dict:
-        """The fields of `UniGRFConfig` that are given; `text_config` as a dict."""
+        """Return the fields of `UniGRFConfig` that have a value, with `text_config` as a dict."""
         fields = {name: getattr(self, name) for name in ARCHITECTURE if getattr(self, name) is not None}
         if self.text_config is not None:
             fields["text_config"] = from_json(self.text_config, "text_config")
         return fields | {"num_retrieved_items": self.num_retrieved_items}
 
     def objective(self) -> dict:
-        """The fields of `UniGRFTrainingConfig`."""
+        """Return the fields of `UniGRFTrainingConfig`."""
         return {name: getattr(self, name) for name in OBJECTIVE}
 
 
 @dataclass
 class DataArguments:
-    """Data, and the folder of the result."""
+    """Data and folders."""
 
-    data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
+    data_dir: str = field(metadata={"help": "Folder that recipes.prepare wrote."})
     checkpoint_dir: str | None = field(
         default=None, metadata={"help": "Folder of the finished model. None: output_dir/checkpoint."}
     )
     max_items: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
     crops_per_epoch: int = field(
-        default=1, metadata={"help": "Passes over the histories in one epoch, each cut at other places."}
+        default=1, metadata={"help": "Crops of each history in an epoch, each cut at other places."}
     )
     stride: int | None = field(
         default=None,
         metadata={
-            "help": "Begin a window every so many items, so that windows overlap. None: crops_per_epoch decides."
+            "help": "Items between two overlapping windows of a history. None: crops_per_epoch cuts the history."
         },
     )
     max_long_items: int = field(
         default=1000,
-        metadata={"help": "Most recent items that sub-histories are retrieved from (num_retrieved_items)."},
+        metadata={"help": "Most recent items from which sub-histories are retrieved. Needs num_retrieved_items."},
     )
     exclude_history: bool = field(
-        default=False, metadata={"help": "Keep a user's own items out of the beams of stage II (num_train_beams)."}
+        default=False,
+        metadata={"help": "Exclude the items of a history from the beams of stage II. Needs num_train_beams."},
     )
 
 
 def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Reject options that exclude each other or have no effect together; raises `ValueError`."""
+    """Raise `ValueError` for options that exclude each other or have no effect."""
     pairs = {
         ("candidate_refresh_epochs", "candidate_refresh_steps"): model_args.candidate_refresh_epochs
         and model_args.candidate_refresh_steps,
@@ -191,7 +199,7 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
     }
     for (first, second), are_both in pairs.items():
         if are_both:
-            raise ValueError(f"`{first}` must not be set together with {second}, got both. Leave one of them out.")
+            raise ValueError(f"`{first}` must not be set together with {second}, got both. Leave out one of them.")
     for name, needed, is_there in needed_options(model_args, data_args):
         if not is_there:
             raise ValueError(
@@ -201,7 +209,7 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
 
 
 def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list[tuple[str, str, bool]]:
-    """List the options that are set, the option that each of them needs, and whether that is set, too."""
+    """List each option that is set, an option that it needs, and whether that option is set."""
     has_beams = model_args.num_train_beams > 0
     has_ranking = model_args.ranking_loss_weight > 0
     needs = {
@@ -222,7 +230,7 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
 
 
 def from_json(text: str, argument: str) -> dict:
-    """Read a JSON object. Raises `ValueError` if the text is none."""
+    """Read a JSON object; raise `ValueError` for another text."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -233,10 +241,10 @@ def from_json(text: str, argument: str) -> dict:
 
 
 def named(options: str, known: Iterable[str], argument: str) -> dict:
-    """Read a JSON object whose names are among `known`. Raises `ValueError` for others."""
+    """Read a JSON object whose names are among `known`; raise `ValueError` for other names."""
     value = from_json(options, argument)
-    if strange := sorted(set(value).difference(known)):
-        raise ValueError(f"`{argument}` must have names among {sorted(known)}, got {strange}. Is one misspelled?")
+    if unknown := sorted(set(value).difference(known)):
+        raise ValueError(f"`{argument}` must have names among {sorted(known)}, got {unknown}. Check their spelling.")
     return value
 
 

@@ -16,12 +16,22 @@ from recipes.training.stateful_callback import StatefulCallback
 
 @dataclass
 class CandidateCollator:
-    """What `CachedCandidates.collator` returns; a class, so that any kind of worker of a data loader can be handed it."""
+    """
+    Add cached candidates to the batches of another collator.
+
+    This is a class because data loaders of some platforms pickle their collator.
+
+    Args:
+        collate: The other collator.
+        items: Candidates of all rows. None: batches get the rows' numbers instead, and a hook of the model adds the
+            candidates.
+    """
 
     collate: Callable
-    items: torch.Tensor | None  # None: the model's own hook adds them, by the rows' numbers
+    items: torch.Tensor | None
 
     def __call__(self, rows: list[dict]) -> dict:
+        """Collate rows; rows without a number, those of an evaluation, get no candidates."""
         if "row" not in rows[0]:
             return self.collate(rows)
         batch = self.collate([{name: value for name, value in row.items() if name != "row"} for row in rows])
@@ -33,28 +43,32 @@ class CandidateCollator:
 
 class CachedCandidates(StatefulCallback):
     """
-    Stage II on candidates that are kept, in place of a search in every step: proposed for all rows every `every_epochs`
-    epochs, or for a row when it comes and its own are `every_steps` steps old. Cheaper from two epochs on, and without the
-    dropout that a search inside a training step has.
+    Train stage II on cached candidates instead of a search in every step.
 
-        beams = CachedCandidates(model, rows, num_beams=20, every_epochs=2)
-        Trainer(..., train_dataset=rows, data_collator=beams.collator(collate), callbacks=[beams])
+        cached = CachedCandidates(model, rows, num_beams=20, every_epochs=2)
+        Trainer(..., train_dataset=rows, data_collator=cached.collator(TrainingCollator()), callbacks=[cached])
 
-    A row is seen once an epoch: with fewer steps than that between them, all are searched for when they come. They are saved
-    with the Trainer's checkpoints. Those of epochs are the same on all processes; those of steps need a single one.
+    The candidates of all rows are searched for every `every_epochs` epochs. With `every_steps`, a row's candidates are
+    searched for when the row is due and they are `every_steps` steps old. Caching pays off from two epochs on. Its
+    search runs without dropout, unlike a search inside a training step.
+
+    A row is due once an epoch, so `every_steps` below the steps of an epoch caches nothing. The Trainer's checkpoints
+    save the candidates.
 
     Args:
-        model (`UniGRFForCausalLM`)
-        rows (`Dataset`): Training rows, each of one history that ends in the item that is to be ranked, with `row`, its number
-            (`remove_unused_columns=False` keeps it). Their `timestamps` are read, if they have some; their `blocked_items` are no
-            candidates.
-        num_beams (`int`): Candidates a row.
-        every_epochs (`int`): Epochs between two searches for all rows; not read with `every_steps`.
-        batch_size (`int`): Rows of such a search that are run together.
-        every_steps (`int`, *optional*): Steps for which a row's candidates are kept.
+        model (`UniGRFForCausalLM`): The model that is trained.
+        rows (`Dataset`): Training rows of one history each, which ends in the item to rank. Their column `row` is the
+            number of the row; `remove_unused_columns=False` keeps it. Optional columns: `timestamps` of the tokens and
+            `blocked_items`, which are never candidates.
+        num_beams (`int`): Candidates of a row.
+        every_epochs (`int`): Epochs between two searches, 1 by default; not used with `every_steps`. All processes
+            have the same candidates.
+        batch_size (`int`): Rows that a search of all rows runs together, 128 by default.
+        every_steps (`int`, *optional*): Steps between two searches for a row, in a single process. None, the default:
+            `every_epochs` decides.
 
     Raises:
-        ValueError: on numbers below 1, or rows without `row`; with `every_steps`, in training with several processes.
+        ValueError: for numbers below 1, rows without `row`, and `every_steps` in several processes.
     """
 
     def __init__(
@@ -66,37 +80,47 @@ class CachedCandidates(StatefulCallback):
         batch_size: int = 128,
         every_steps: int | None = None,
     ):
-        least = min(num_beams, every_epochs, 1 if every_steps is None else every_steps)
-        if least < 1 or "row" not in rows.column_names:
+        if min(num_beams, every_epochs, 1 if every_steps is None else every_steps) < 1:
             raise ValueError(
-                "Expected num_beams, every_epochs and every_steps of at least 1 and rows with a column `row`, found "
-                f"{num_beams}, {every_epochs}, {every_steps} and {rows.column_names}."
+                f"`num_beams`, `every_epochs` and `every_steps` must be at least 1, got {num_beams}, {every_epochs} "
+                f"and {every_steps}. Raise them, or leave every_steps out."
             )
-        self.model, self.rows, self.every_epochs, self.batch_size = model, rows, every_epochs, batch_size
-        self.every_steps, self.step = every_steps, 0
-        self.items, self.searched_at = torch.full((len(rows), num_beams), -1), torch.full((len(rows),), -1)
+        if "row" not in rows.column_names:
+            raise ValueError(
+                f"`rows` must have a column `row`, got {rows.column_names}. Add the number of each row as a column."
+            )
+        self.model = model
+        self.rows = rows
+        self.every_epochs = every_epochs
+        self.batch_size = batch_size
+        self.every_steps = every_steps
+        self.step = 0
+        self.items = torch.full((len(rows), num_beams), -1)
+        self.searched_at = torch.full((len(rows),), -1)
         super().__init__("candidates.safetensors", {"items": self.items, "searched_at": self.searched_at})
         if every_steps is not None:
-            # Not in the collator, which is batches ahead of the model.
-            model.register_forward_pre_hook(self._with_candidates, with_kwargs=True)
+            # Not in the collator, which runs batches ahead of the model.
+            model.register_forward_pre_hook(self._add_candidates, with_kwargs=True)
 
     def collator(self, collate: Callable) -> Callable:
-        """Wraps a data collator: rows with their number also get `candidates`; others (of an evaluation) pass as they are."""
+        """Wrap a collator, so that numbered rows get `candidates`."""
         return CandidateCollator(collate, None if self.every_steps else self.items)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Restore the candidates, and reject `every_steps` in several processes."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.every_steps and args.world_size > 1:
             raise ValueError(
-                f"Expected one process with every_steps, found {args.world_size}, of which each would know its own rows' beams "
-                "alone. Use every_epochs."
+                f"`every_steps` must be None with several processes, got {self.every_steps} with {args.world_size}, "
+                "each of which would cache its own rows only. Use every_epochs."
             )
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Count the steps."""
         self.step = state.global_step
 
-    def _with_candidates(self, model, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before a forward on rows of a training: their candidates, searched for again where they are too old."""
+    def _add_candidates(self, model, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Add the candidates of numbered rows before a forward, and refresh those that are too old."""
         rows = kwargs.pop("row", None)
         if rows is None:
             return None
@@ -108,40 +132,58 @@ class CachedCandidates(StatefulCallback):
         return args, with_item_set(kwargs, "candidates", self.items[rows].to(model.device))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        """Refresh the candidates of all rows if they are due."""
         epoch = int(state.epoch or 0)
         if not self.every_steps and epoch % self.every_epochs == 0 and self.made_at != epoch:
-            self._propose(args, epoch)
+            self._refresh(args, epoch)
 
     @torch.no_grad()
     def _search(self, rows: np.ndarray) -> torch.LongTensor:
-        """The candidates of some rows, `[b, num_beams]`, -1: none: after all but their last item, when that came."""
-        model, end = self.model, -self.model.layout.num_levels - 1
-        rows = [self.rows[int(row)] for row in rows]
-        with_times = "timestamps" in self.rows.column_names
-        names = ["input_ids", "attention_mask", *(["timestamps"] if with_times else [])]
-        inputs = pad_tokens({name: [row[name][:end] for row in rows] for name in names})
-        if with_times:
-            inputs["query_time"] = torch.tensor([row["timestamps"][end] for row in rows])
+        """
+        Search for candidates of b rows, from the history before the last item and at that item's time.
+
+        Returns:
+            `[b, num_beams]`, item indices; -1: none.
+        """
+        # Inputs: the rows without their last item.
+        model = self.model
+        end = -model.layout.num_levels - 1
+        histories = [self.rows[int(row)] for row in rows]
+        columns = self.rows.column_names
+        names = [name for name in ("input_ids", "attention_mask", "timestamps") if name in columns]
+        inputs = pad_tokens({name: [row[name][:end] for row in histories] for name in names})
+        if "timestamps" in columns:
+            inputs["query_time"] = torch.tensor([row["timestamps"][end] for row in histories])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        blocked = None
-        if "blocked_items" in self.rows.column_names:
-            blocked = pad_rows([row["blocked_items"] for row in rows]).to(model.device)
-        mask, cache = inputs["attention_mask"].bool(), DynamicCache()
-        num_beams, was_training = self.items.shape[1], model.training
+        blocked_items = None
+        if "blocked_items" in columns:
+            blocked_items = pad_rows([row["blocked_items"] for row in histories]).to(model.device)
+
+        # Search, without dropout.
+        was_training = model.training
         model.eval()
+        cache = DynamicCache()
         states = model.prefill(**inputs, cache=cache)
-        query_time = inputs.get("query_time")
+        num_beams = self.items.shape[1]
         items = propose_items(
-            model.model, model.scorer, model.catalog.trie, blocked, states, mask, cache, num_beams, query_time
+            model.model,
+            model.scorer,
+            model.catalog.trie,
+            blocked_items,
+            states,
+            inputs["attention_mask"].bool(),
+            cache,
+            num_beams,
+            inputs.get("query_time"),
         ).cpu()
         model.train(was_training)
         return torch.nn.functional.pad(items, (0, num_beams - items.shape[1]), value=-1)
 
-    def _propose(self, args, epoch: int) -> None:
-        """Searches for all rows, each process its part of them."""
+    def _refresh(self, args, epoch: int) -> None:
+        """Search for candidates of all rows, each process for its part of them."""
         lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
-        batches = self.my_batches(lengths, self.batch_size, args, "candidates")
-        for of_process in gather_object([[(rows, self._search(rows)) for rows in batches]]):
-            for rows, items in of_process:
+        batches = self.process_batches(lengths, self.batch_size, args, "candidates")
+        for process_batches in gather_object([[(rows, self._search(rows)) for rows in batches]]):
+            for rows, items in process_batches:
                 self.items[rows] = items
         self.made_at = epoch

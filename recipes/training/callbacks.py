@@ -24,26 +24,37 @@ def build_callbacks(
     rows: Dataset,
     seed: int,
 ) -> tuple[list[TrainerCallback], Callable]:
-    """Build the callbacks that the arguments ask for, and a collator for the training rows."""
-    callbacks, collator = [LossParts(model)], TrainingCollator()
+    """
+    Build the callbacks that the arguments ask for, and a collator for the training rows.
+
+    Args:
+        model_args: Options of the model.
+        data_args: Options of the data.
+        model: The model that is trained.
+        data: The prepared data.
+        rows: The training rows.
+        seed: Seed of the enhancer's uniform pools.
+    """
+    callbacks: list[TrainerCallback] = [LossParts(model)]
+    collator: Callable = TrainingCollator()
     if model_args.adaptive_weights:
         callbacks.append(
             AdaptiveWeighter(model_args.adaptive_window, model_args.adaptive_temperature, model_args.adaptive_form)
         )
     if model_args.enhancer:
-        callbacks.append(build_enhancer(model_args, data_args, model, data, seed))
-        collator = callbacks[-1].collator(collator)
+        enhancer = build_enhancer(model_args, data_args, model, data, seed)
+        callbacks.append(enhancer)
+        collator = enhancer.collator(collator)
     if model_args.caches_candidates:
-        callbacks.append(
-            CachedCandidates(
-                model,
-                rows,
-                model_args.num_train_beams,
-                every_epochs=model_args.candidate_refresh_epochs or 1,
-                every_steps=model_args.candidate_refresh_steps or None,
-            )
+        cached = CachedCandidates(
+            model,
+            rows,
+            model_args.num_train_beams,
+            every_epochs=model_args.candidate_refresh_epochs or 1,
+            every_steps=model_args.candidate_refresh_steps or None,
         )
-        collator = callbacks[-1].collator(collator)
+        callbacks.append(cached)
+        collator = cached.collator(collator)
     return callbacks, collator
 
 

@@ -15,11 +15,15 @@ from recipes.data.encoding import (
 
 class TrainingCollator:
     """
-    Collate rows into a batch of the model's inputs, with all that the rows have: tokens, labels and times (padded on the left),
-    long histories and sets of items (padded with -1). Other columns of the rows are left out.
+    Collate rows into a batch of the model's inputs.
+
+    Tokens, labels and times are padded on the left, and long histories and item sets by -1. A batch has the inputs
+    whose columns the rows have; other columns are left out.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        """Collate rows that all have the same columns."""
+
         def column(name: str) -> list:
             return [row[name] for row in rows]
 

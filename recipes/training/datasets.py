@@ -13,20 +13,29 @@ def build_datasets(
     """
     Build the training rows, and the validation rows whose target alone has a loss.
 
-    Rows are packed windows; with the enhancer one window each; in stage II one history and the item after it.
+    A row holds packed windows. With the enhancer it holds one window, and in stage II one history and the item after
+    it.
+
+    Args:
+        model_args: Options of the model.
+        data_args: Options of the data.
+        data: The prepared data.
+        seed: Seed of the order of packed windows.
+        with_times: Whether rows have timestamps.
     """
-    train, tokenizer = data.dataset["train"], data.tokenizer
-    cut = (data_args.max_items, data_args.crops_per_epoch)
+    train = data.dataset["train"]
+    tokenizer = data.tokenizer
+    crop_options = (data_args.max_items, data_args.crops_per_epoch)
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     excludes_history = data_args.exclude_history and model_args.second_stage
     if model_args.enhancer:
-        train_rows = history_rows(train, tokenizer, *cut, data_args.stride, with_times=with_times)
+        train_rows = history_rows(train, tokenizer, *crop_options, data_args.stride, with_times=with_times)
     elif model_args.second_stage:
         train_rows = second_stage_rows(
-            train, tokenizer, *cut, max_long_items, data_args.stride, excludes_history, with_times=with_times
+            train, tokenizer, *crop_options, max_long_items, data_args.stride, excludes_history, with_times=with_times
         )
     else:
-        train_rows = packed_rows(train, tokenizer, *cut, seed, data_args.stride, with_times=with_times)
+        train_rows = packed_rows(train, tokenizer, *crop_options, seed, data_args.stride, with_times=with_times)
     if model_args.caches_candidates:
         train_rows = train_rows.add_column("row", range(len(train_rows)))
     validation_rows = held_out_rows(

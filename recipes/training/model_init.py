@@ -1,4 +1,4 @@
-"""Build the model that a training starts with: a fresh one, or the one of a checkpoint."""
+"""Build the model that a training starts with, fresh or from a checkpoint."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from recipes.data.prepared import PreparedData, check_same_encoding
 from recipes.training.arguments import DataArguments, ModelArguments
 from tokenization import SemanticIdTokenizer
 
-# Fields that the weights of a checkpoint are made for.
+# Fields that the weights of a checkpoint fix.
 FIXED_PARTS = (
     "text_config",
     "ranking_targets",
@@ -17,7 +17,8 @@ FIXED_PARTS = (
     "history_item_representations",
     "tie_word_embeddings",
 )
-SAME_ENCODER = 0.9  # median cosine of an item's embeddings, then and now: a few items' texts may change
+# Least median cosine of an item's old and new embedding: a few texts may change.
+SAME_ENCODER = 0.9
 
 
 def build_model(model_args: ModelArguments, data_args: DataArguments, data: PreparedData) -> UniGRFForCausalLM:
@@ -25,13 +26,10 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, data: Prep
     Build a model for the items of a prepared folder, fresh or from `model_args.init_from`.
 
     Raises:
-        ValueError: if the checkpoint is of other items or has other parts than the arguments ask for, or if the
-            backbone has too few positions for `data_args.max_items`.
+        ValueError: for a checkpoint of other items or with other parts than the arguments name, and for a backbone
+            with too few positions for `data_args.max_items`.
     """
-    if model_args.init_from is None:
-        model = fresh_model(model_args, data)
-    else:
-        model = model_from_checkpoint(model_args, data)
+    model = fresh_model(model_args, data) if model_args.init_from is None else model_from_checkpoint(model_args, data)
     serving = model.generation_config
     serving.max_items = data_args.max_items
     serving.max_long_items = (data_args.max_long_items if model_args.num_retrieved_items else None) or None
@@ -64,7 +62,7 @@ def fresh_model(model_args: ModelArguments, data: PreparedData) -> UniGRFForCaus
 
 
 def model_from_checkpoint(model_args: ModelArguments, data: PreparedData) -> UniGRFForCausalLM:
-    """Load the checkpoint `init_from`, check that it fits, and add the items that it does not have yet."""
+    """Load the checkpoint `init_from`, check that it fits, and add the items that are new."""
     checkpoint = str(model_args.init_from)
     fields = model_args.architecture()
     check_same_parts(UniGRFConfig.from_pretrained(checkpoint), fields, checkpoint)
@@ -78,41 +76,39 @@ def model_from_checkpoint(model_args: ModelArguments, data: PreparedData) -> Uni
     if reads_embeddings:
         check_same_encoder(model, earlier, data.embeddings, checkpoint)
     if data.tokenizer.num_items > earlier.num_items:
-        new = slice(earlier.num_items, None)
-        codes = torch.from_numpy(data.tokenizer.item_codes[new].copy())
-        model.add_items(codes, data.embeddings[new] if reads_embeddings else None)
+        new_items = slice(earlier.num_items, None)
+        codes = torch.from_numpy(data.tokenizer.item_codes[new_items].copy())
+        model.add_items(codes, data.embeddings[new_items] if reads_embeddings else None)
     return model
 
 
 def check_first_items(
     model: UniGRFForCausalLM, earlier: SemanticIdTokenizer, tokenizer: SemanticIdTokenizer, checkpoint: str
 ) -> None:
-    """
-    Raise `ValueError` unless the checkpoint's items are the first of the tokenizer's, with the same ids and codes.
-    """
+    """Raise `ValueError` unless the checkpoint's items are the tokenizer's first, with the same ids and codes."""
     check_same_encoding(earlier, tokenizer, "data_dir")
     count = len(earlier.item_ids)
-    same = tokenizer.item_ids[:count] == earlier.item_ids
-    if not same or not np.array_equal(model.catalog.item_codes, tokenizer.item_codes[:count]):
+    has_same_ids = tokenizer.item_ids[:count] == earlier.item_ids
+    if not has_same_ids or not np.array_equal(model.catalog.item_codes, tokenizer.item_codes[:count]):
         raise ValueError(
-            f"Expected a checkpoint of the first of the {tokenizer.num_items} items in data_dir, found {count} "
-            f"items, or other ids or codes, in {checkpoint}. Start from a model that was trained on this data, or "
-            f"prepare the data with --tokenizer {checkpoint}."
+            f"`init_from` must be a checkpoint of the first of the {tokenizer.num_items} items in data_dir, got "
+            f"{count} items, or other ids or codes, in {checkpoint}. Start from a model that was trained on this "
+            f"data, or prepare the data with --tokenizer {checkpoint}."
         )
 
 
 def check_same_parts(config: UniGRFConfig, fields: dict, checkpoint: str) -> None:
-    """Raise `ValueError` unless a checkpoint has the weights of the parts that are asked for."""
+    """Raise `ValueError` unless a checkpoint has the weights of the parts that `fields` names."""
     backbone = config.text_config.to_dict()
-    asked = {name: fields[name] for name in FIXED_PARTS if name in fields and name != "text_config"}
-    stored = {name: getattr(config, name) for name in asked}
-    asked |= fields.get("text_config", {})
+    requested = {name: fields[name] for name in FIXED_PARTS if name in fields and name != "text_config"}
+    stored = {name: getattr(config, name) for name in requested}
+    requested |= fields.get("text_config", {})
     stored |= {name: backbone.get(name) for name in fields.get("text_config", {})}
-    if changed := [name for name, value in asked.items() if stored[name] != value]:
+    if changed := [name for name, value in requested.items() if stored[name] != value]:
         raise ValueError(
-            f"`init_from` must be a checkpoint with { ({name: asked[name] for name in changed}) }, got "
-            f"{ ({name: stored[name] for name in changed}) } in {checkpoint}, whose weights are made for these. Ask "
-            f"for the same, or leave {changed} out."
+            f"`init_from` must be a checkpoint with { ({name: requested[name] for name in changed}) }, got "
+            f"{ ({name: stored[name] for name in changed}) } in {checkpoint}, which fit its weights. Set the same "
+            f"values, or leave {changed} out."
         )
 
 
@@ -121,16 +117,17 @@ def check_same_encoder(
 ) -> None:
     """Raise `ValueError` unless the content embeddings are of the kind that the checkpoint was trained with."""
     stored = model.scorer.content_embeddings(torch.arange(earlier.num_items))
-    found = f"some of width {embeddings.shape[1]}"
+    difference = f"embeddings of width {embeddings.shape[1]}"
     if stored.shape[1] == embeddings.shape[1]:
-        now = embeddings[: earlier.num_items]
-        alike = torch.cosine_similarity(stored, now).where((stored != now).any(dim=1), 1.0).median()
-        if alike >= SAME_ENCODER:
+        current = embeddings[: earlier.num_items]
+        cosine = torch.cosine_similarity(stored, current).where((stored != current).any(dim=1), 1.0).median()
+        if cosine >= SAME_ENCODER:
             return
-        found = f"a cosine of {alike:.2f} between an item's then and now (median)"
+        difference = f"a median cosine of {cosine:.2f} between an item's stored and current embedding"
     raise ValueError(
-        f"Expected embeddings of the kind that {checkpoint} was trained with, found {found}. Prepare the data with "
-        f"the same encoder, text template or embeddings; the tokenizer's provenance says which: {earlier.provenance}."
+        f"`data_dir` must have embeddings of the kind that {checkpoint} was trained with, got {difference}. Prepare "
+        "the data with the encoder, text template or embeddings that the tokenizer's provenance names: "
+        f"{earlier.provenance}."
     )
 
 
@@ -140,6 +137,6 @@ def check_positions(model: UniGRFForCausalLM, max_items: int) -> None:
     needed = 1 + (max_items + 1) * (model.layout.num_levels + 1)
     if longest is not None and needed > longest:
         raise ValueError(
-            f"Expected positions for max_items={max_items} and the item after them, {needed}, found a backbone of "
-            f"{longest}. Take fewer items, or more positions (max_position_embeddings)."
+            f"`max_position_embeddings` must be at least {needed} for max_items={max_items} and the item after them, "
+            f"got {longest}. Take fewer items, or more positions."
         )

@@ -59,9 +59,9 @@ def test_the_slower_loss_gets_the_greater_weight():
     clamped = pytest.approx((2 / (1 + math.exp(-5)), 2 / (1 + math.exp(5))), abs=1e-5)
     assert next_weights(3.8, 0.1) == clamped, "at the lower bound"
     assert next_weights(38.0, 0.1) == clamped, "at the upper bound"
-    with pytest.raises(ValueError, match="finite losses"):
+    with pytest.raises(ValueError, match="losses must be finite"):
         next_weights(float("nan"), 1.0)
-    with pytest.raises(ValueError, match="positive temperature"):
+    with pytest.raises(ValueError, match="`temperature` and `window_steps` must be positive"):
         AdaptiveWeighter(temperature=0.0)
     with pytest.raises(ValueError, match="bounds of a ratio"):
         AdaptiveWeighter(bounds=(1.5, 2.0))
@@ -85,7 +85,7 @@ def test_the_gradient_norm_form_balances_the_gradients():
     train_window(weighter, fixed, 4.0, 1.0, [6.0, 2.0])
     weights, _ = train_window(weighter, fixed, 3.6, 1.0, [6.0, 2.0])  # ratios of 0.9 and 1
     assert weights == pytest.approx((2 * 0.15 / 0.65, 2 * 0.5 / 0.65), abs=1e-5)
-    with pytest.raises(ValueError, match="one of them does not reach the histories' states"):
+    with pytest.raises(ValueError, match="one of the losses does not reach the histories' states"):
         train_window(weighter, fixed, 3.6, 1.0, [6.0, 0.0])  # as in stage II with stop_gradient_history
     weighter.on_train_end(None, None, None)
     assert not fixed.measures_gradients
@@ -111,7 +111,7 @@ def test_gradient_norms_are_those_toward_the_backbone():
 def test_a_training_too_short_to_be_weighted_is_rejected(tmp_path):
     model = build_model()
     for window, steps in ((None, {"num_train_epochs": 2, "max_steps": -1}), (2, {"max_steps": 4})):
-        with pytest.raises(ValueError, match="more than two windows of training, found 2"):
+        with pytest.raises(ValueError, match="more than two windows of training, got 2"):
             run_trainer(tmp_path, model, histories_dataset(model, 4), callbacks=[AdaptiveWeighter(window)], **steps)
 
 

@@ -74,7 +74,7 @@ def test_candidates_are_refreshed_after_the_given_steps(tmp_path):
             assert torch.equal(items, searched[row][1])
             num_stale += not torch.equal(items, fresh)
     assert num_stale > 0 and any(step > 0 for step, _ in searched.values()), "some are reused, some refreshed"
-    with pytest.raises(ValueError, match="every_steps of at least 1"):
+    with pytest.raises(ValueError, match="`every_steps` must be at least 1"):
         CachedCandidates(model, rows, 6, every_steps=0)
 
 

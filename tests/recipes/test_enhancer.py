@@ -107,7 +107,7 @@ def test_hard_negatives_are_retrieved_high_and_ranked_low(tmp_path, pool, ids, r
     lines = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert all(title.startswith("Film ") for title in lines[0]["examples"][0]["disliked"])
-    assert enhancer.found["enhancer_negatives"] == pytest.approx((enhancer.negatives >= 0).sum() / 6)
+    assert enhancer.statistics["enhancer_negatives"] == pytest.approx((enhancer.negatives >= 0).sum() / 6)
 
 
 def test_persistent_workers_see_refreshed_pools(tmp_path):
@@ -179,11 +179,11 @@ def test_relabeling_appends_a_favorite_to_the_last_row_only():
 def test_enhancer_arguments_that_do_not_fit_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="1 <= num_negatives <= pool_size"):
         build_enhancer(build_model(**ATOMIC), num_negatives=13)
-    with pytest.raises(ValueError, match="pool 'beam'"):
+    with pytest.raises(ValueError, match="`pool` must be 'beam'"):
         build_enhancer(build_model(), pool="uniform")
-    with pytest.raises(ValueError, match="a target among"):
+    with pytest.raises(ValueError, match="`target` must be among"):
         build_enhancer(build_model(**ATOMIC), target="love")
-    with pytest.raises(ValueError, match="more epochs than the 1 of the enhancer's warm-up, found 1"):
+    with pytest.raises(ValueError, match="more than the 1 of the enhancer's warm-up, got 1"):
         build_enhancer(build_model(**ATOMIC)).on_train_begin(
             Arguments(tmp_path), TrainerState(num_train_epochs=1), None
         )
@@ -197,8 +197,8 @@ def test_enhancer_arguments_that_do_not_fit_are_rejected(tmp_path):
     small.options.threshold = 1.0
     refresh(small, tmp_path, 2)
     assert (small.negatives >= 0).sum(dim=1).tolist() == [3] + [2] * 5, "the others get the items that are left"
-    assert small.found["enhancer_short_pools"] == pytest.approx(5 / 6)
-    with pytest.raises(ValueError, match="max_items below"):
+    assert small.statistics["enhancer_short_pools"] == pytest.approx(5 / 6)
+    with pytest.raises(ValueError, match="`max_items` must be below"):
         build_enhancer(build_model("hstu", **ATOMIC), relabel=True)
     enhancer = build_enhancer(build_model(**ATOMIC))
     with torch.no_grad():
