@@ -135,8 +135,7 @@ def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeyp
         reproduce_recochain.train_stages(reproduce_recochain.ReproduceArguments(row=name, **arguments))
         of_stages = []
         for model_args, data_args, training_args in trained:
-            stage = {**model_args, **data_args, **json.loads(model_args["config_fields"])}
-            del stage["config_fields"]
+            stage = {**model_args, **data_args}
             names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay")
             of_stages.append(stage | {name: getattr(training_args, name) for name in names})
         return of_stages
