@@ -83,7 +83,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     }
     run_metrics["protocol"]["users"] = 3
     (tmp_path / "run-1" / "metrics.json").write_text(json.dumps(run_metrics))
-    with pytest.raises(ValueError, match="Expected runs of one protocol"):
+    with pytest.raises(ValueError, match="must share one protocol"):
         results.collect([tmp_path / "run-0", tmp_path / "run-1"])
 
     # Validation and test prefer different weights.
