@@ -7,7 +7,7 @@ import shlex
 import sys
 
 import pytest
-from helpers import ROOT, short_id
+from helpers import ROOT
 from transformers import HfArgumentParser
 
 from recipes.papers.recochain import reproduce as reproduce_recochain
@@ -125,7 +125,7 @@ def test_commands_of_a_page_are_understood(file, monkeypatch):
         ("recochain_beauty", reproduce_recochain),
         ("recochain_beauty_llama", reproduce_recochain),
     ],
-    ids=short_id,
+    ids=["unigrf", "recochain", "beauty", "beauty-llama"],
 )
 def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
     (file,) = (ROOT / "recipes" / "papers").rglob(f"{name}.json")
