@@ -23,6 +23,7 @@ from recipes.common.files import write_json
 from recipes.common.profiling import bf16_speed_up
 from recipes.common.run_tracking import Stages, made_by
 from recipes.data import movielens
+from recipes.data.prepared import prepared
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.baselines import baseline_results
 from recipes.evaluation.report import COLUMNS, write_report
@@ -58,81 +59,104 @@ class DemoArguments:
 
 
 def main(args: DemoArguments) -> None:
-    """Runs all stages and prints recommendations."""
+    """Run all stages and print recommendations."""
     root = Path(args.output_dir)
-    tables, data, checkpoint = root / "tables", root / "data", root / "checkpoint"
     root.mkdir(parents=True, exist_ok=True)
     stages = Stages(root)
 
-    def write_tables():
-        tables.mkdir(exist_ok=True)
-        for table, name in zip(movielens.movielens_100k(args.movielens), ("interactions", "items"), strict=True):
-            table.to_csv(tables / f"{name}.csv", index=False)
-
-    stages("tables", {"movielens": args.movielens}, write_tables, [tables / "interactions.csv", tables / "items.csv"])
+    # Data
+    tables = [root / "tables" / f"{name}.csv" for name in ("interactions", "items")]
+    stages("tables", {"movielens": args.movielens}, lambda: write_tables(args, *tables), tables)
     preparing = PrepareArguments(
-        interactions=str(tables / "interactions.csv"),
-        items=str(tables / "items.csv"),
-        output_dir=str(data),
+        interactions=str(tables[0]),
+        items=str(tables[1]),
+        output_dir=str(root / "data"),
         seed=args.seed,
         **TOKENIZATION,
     )
-    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing), [data / "prepare.json"])
-    dataset = load_from_disk(str(data / "dataset"))
-    tokenizer = SemanticIdTokenizer.from_pretrained(data / "tokenizer")
+    record_file = root / "data" / "prepare.json"
+    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing), [record_file])
+    baseline_file = root / "baselines.json"
+    stages("baselines", {}, lambda: write_baselines(root / "data", baseline_file), [baseline_file])
 
-    def baselines():
-        results = baseline_results(dataset, tokenizer.num_items)
-        (root / "baselines.json").write_text(json.dumps(results))
+    # Training
+    flags = [*TRAINING, f"--bf16={bf16_speed_up() > 1}"]
+    work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": flags}
+    training = train.parse([*folder_flags(root, work), f"--seed={args.seed}", *flags])
+    stages("train", work, lambda: train.train(*training), [root / "checkpoint" / "training_log.json"])
 
-    stages("baselines", {}, baselines, [root / "baselines.json"])
-    arguments = [*TRAINING, f"--bf16={bf16_speed_up() > 1}"]
-    work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": arguments}
-    key = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:8]
-    training = train.parse(
-        [
-            f"--data_dir={data}",
-            f"--output_dir={root / f'training-{key}'}",  # other arguments never meet these checkpoints
-            f"--checkpoint_dir={checkpoint}",
-            f"--seed={args.seed}",
-            *arguments,
-        ]
+    # Evaluation
+    measuring = EvaluateArguments(
+        checkpoint=str(root / "checkpoint"), data_dir=str(root / "data"), output_dir=str(root)
     )
-    stages("train", work, lambda: train.train(*training), [checkpoint / "training_log.json"])
-    measuring = EvaluateArguments(checkpoint=str(checkpoint), data_dir=str(data), output_dir=str(root))
     settings = {name: value for name, value in asdict(measuring).items() if not name.endswith(("checkpoint", "_dir"))}
-
-    def evaluate():
-        metrics = evaluate_checkpoint(measuring, json.loads((root / "baselines.json").read_text()))
-        made = made_by(f"python -m recipes.demo --seed {args.seed}") | {"training": " ".join(arguments)}
-        write_json(root / "metrics.json", metrics | {"made_by": made})
-
-    stages("evaluate", settings, evaluate, [root / "metrics.json", root / "ranks.json"])
+    made = made_by(f"python -m recipes.demo --seed {args.seed}") | {"training": " ".join(flags)}
+    results = [root / "metrics.json", root / "ranks.json"]
+    stages("evaluate", settings, lambda: write_metrics(measuring, baseline_file, made), results)
     metrics = json.loads((root / "metrics.json").read_text())
     metrics["seconds"] = {name: stage["seconds"] for name, stage in stages.done.items()}
     write_json(root / "metrics.json", metrics)
+
+    # Report and examples
+    report(root, metrics)
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.show",
+        f"--checkpoint={root / 'checkpoint'}",
+        f"--data_dir={root / 'data'}",
+    ]
+    subprocess.run(command, check=True)
+    print_metrics(metrics, root / "report.md")
+
+
+def write_tables(args: DemoArguments, interactions_file: Path, items_file: Path) -> None:
+    """Write the tables of interactions and of items."""
+    interactions_file.parent.mkdir(exist_ok=True)
+    interactions, items = movielens.movielens_100k(args.movielens)
+    interactions.to_csv(interactions_file, index=False)
+    items.to_csv(items_file, index=False)
+
+
+def write_baselines(data_dir: Path, file: Path) -> None:
+    """Measure the baselines."""
+    num_items = prepared(data_dir)["counts"]["catalog"]
+    file.write_text(json.dumps(baseline_results(load_from_disk(str(data_dir / "dataset")), num_items)))
+
+
+def folder_flags(root: Path, work: dict) -> list[str]:
+    """Name the folders of a training; one with other arguments gets another folder for its checkpoints."""
+    key = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:8]
+    folders = {"data_dir": "data", "output_dir": f"training-{key}", "checkpoint_dir": "checkpoint"}
+    return [f"--{name}={root / folder}" for name, folder in folders.items()]
+
+
+def write_metrics(args: EvaluateArguments, baseline_file: Path, made: dict) -> None:
+    """Measure the checkpoint, and record how it was made."""
+    metrics = evaluate_checkpoint(args, json.loads(baseline_file.read_text()))
+    write_json(Path(args.output_dir) / "metrics.json", metrics | {"made_by": made})
+
+
+def report(root: Path, metrics: dict) -> None:
+    """Write the report of the run."""
+    tokenizer = SemanticIdTokenizer.from_pretrained(root / "data" / "tokenizer")
+    levels = zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)
     write_report(
         root,
         metrics,
-        json.loads((checkpoint / "training_log.json").read_text())["log_history"],
-        [
-            np.bincount(codes, minlength=size)
-            for codes, size in zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)
-        ],
+        json.loads((root / "checkpoint" / "training_log.json").read_text())["log_history"],
+        [np.bincount(codes, minlength=size) for codes, size in levels],
         json.loads((root / "ranks.json").read_text()),
     )
-    command = [sys.executable, "-m", "recipes.show", f"--checkpoint={checkpoint}", f"--data_dir={data}"]
-    subprocess.run(command, check=True)
+
+
+def print_metrics(metrics: dict, page: Path) -> None:
+    """Print the test metrics as a table, and where the report is."""
     print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in COLUMNS))
-    for name, values in {
-        **metrics["baselines"],
-        "generation": metrics["generation"],
-        "ranked": metrics["ranked"],
-    }.items():
+    rows = {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}
+    for name, values in rows.items():
         print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in COLUMNS))
-    print(
-        f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {root / 'report.md'}"
-    )
+    print(f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {page}")
 
 
 if __name__ == "__main__":

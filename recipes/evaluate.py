@@ -14,11 +14,12 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
 from recipes.common.arguments import parse_arguments
@@ -113,24 +114,95 @@ def interactions_of(checkpoint: str | Path, record: dict) -> str:
 
 
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
-    """Measures everything, writes `metrics.json` and `ranks.json` into `args.output_dir` and returns the metrics."""
-    data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
+    """
+    Measure a checkpoint, write `metrics.json` and `ranks.json`, and write what validation chose into the checkpoint.
+
+    Args:
+        args (`EvaluateArguments`): The options of the recipe.
+        baselines (`dict`, *optional*): Results of `baseline_results` that were measured before; None: measure them now.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    record, tokenizer, model = load_checkpoint(args)
+    args = with_defaults(args, model.config)
+    how = Measurement(**{option.name: getattr(args, option.name) for option in fields(Measurement)})
+    trained_on = interactions_of(args.checkpoint, record)
+    if trained_on == OTHER_INTERACTIONS:
+        print(
+            f"{args.checkpoint} was trained on other interactions than those of {args.data_dir}, with what is held out "
+            "perhaps"
+        )
+    dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
+    test = dataset["test"]
+    is_ranker = model.config.ranking_loss_weight > 0
+    like = auc_behavior(model, tokenizer, test, args.like) if is_ranker else None
+
+    # Validation chooses
+    has_dense_score = model.ranking_head.history_query is not None
+    dense_weights = args.dense_weights if has_dense_score else [0.0]
+    tried = try_settings(args, model, tokenizer, dataset["validation"], how, dense_weights)
+    chosen = choose(args, tried, dense_weights, is_ranker)
+
+    # Test reports
+    results = measure_test(args, model, tokenizer, test, how, chosen)
+    if baselines is None and args.baselines:
+        baselines = baseline_results(
+            dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
+        )
+    baselines = baselines or {}
+    checked = invalid_items(model, tokenizer, test, chosen["num_beams"], how)
+    metrics = {
+        "protocol": protocol_of(args, record, dataset, trained_on),
+        "selection": {
+            "chosen on": "validation, ranked ndcg@10",
+            **chosen,
+            **{name: getattr(args, name) for name in SERVED},
+            **{f"settings of {name}": str(of["settings"]) for name, of in baselines.items() if of["settings"]},
+        },
+        "validation": tried,
+        "baselines": {name: result["test"] for name, result in baselines.items()},
+        "generation": results["generation"],
+        "ranked": results["ranked"],
+        "beam holds the target": results["beam holds the target"],
+        "ranking": {} if like is None else like_auc(model, tokenizer, test, like, how),
+        "invalid_items": checked["invalid"],
+        "generated_items_checked": checked["checked"],
+        "weights": weights_hash(model),  # identifies the model that was measured
+    }
+
+    # Files
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "metrics.json", metrics)
+    ranks = {name: result["ranks"] for name, result in baselines.items()} | results["ranks"]
+    (output_dir / "ranks.json").write_text(json.dumps(ranks))
+    keep_choice(args.checkpoint, **chosen, **{name: getattr(args, name) for name in SERVED})
+    return metrics
+
+
+def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
+    """Load the record of the prepared folder, the tokenizer and the model; raise `ValueError` if they do not fit."""
     if args.rerank_top_k and args.num_dense_candidates:
         raise ValueError(
-            f"Expected rerank_top_k or num_dense_candidates, found {args.rerank_top_k} and {args.num_dense_candidates}: which of the "
-            "candidates are beams is not told. Measure one at a time."
+            f"Expected rerank_top_k or num_dense_candidates, found {args.rerank_top_k} and {args.num_dense_candidates}: "
+            "results do not record which candidates are beams. Measure one at a time."
         )
     if not (Path(args.checkpoint) / "config.json").is_file():
         raise ValueError(
-            f"Expected a local checkpoint, into which what validation chooses is written, found {args.checkpoint!r}. Download it "
-            "first: `hf download`."
+            "Expected a local checkpoint, into which what validation chooses is written, found "
+            f"{args.checkpoint!r}. Download it first: `hf download`."
         )
-    record = prepared(data_dir)
+    record = prepared(args.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
-    check_same_items(tokenizer, data_dir)
+    check_same_items(tokenizer, args.data_dir)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    config, is_ranker = model.config, model.config.ranking_loss_weight > 0
+    return record, tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def with_defaults(args: EvaluateArguments, config: PretrainedConfig) -> EvaluateArguments:
+    """Fill in the checkpoint's own values; raise `ValueError` if an option does not fit the model."""
+    is_ranker = config.ranking_loss_weight > 0
     args = replace(
         args,
         max_items=args.max_items or config.max_items or config.max_history_items,
@@ -145,102 +217,76 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         )
     if is_ranker and not args.ranking_weights:
         raise ValueError("Expected ranking_weights above 0 to choose from, found none. Name some, such as 0.5 1 2.")
-    how = Measurement(**{one.name: getattr(args, one.name) for one in fields(Measurement)})
-    trained_on = interactions_of(args.checkpoint, record)
-    if trained_on == OTHER_INTERACTIONS:
-        print(
-            f"{args.checkpoint} was trained on other interactions than those of {data_dir}, with what is held out perhaps"
-        )
-    dataset = load_from_disk(str(data_dir / "dataset"))
-    like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
+    return args
 
-    def measure(found, weight, targets, dense_weight=0.0):
-        lists = fused_lists(found, weight, args.list_length, dense_weight, args.rerank_top_k)
-        ranks = target_ranks(lists, targets)
-        return mean_values(ranks), ranks
 
-    targets = {name: torch.tensor(dataset[name]["target"][:]).long() for name in ("validation", "test")}
-    dense_weights = args.dense_weights if model.ranking_head.history_query is not None else [0.0]
+def try_settings(
+    args: EvaluateArguments, model: Any, tokenizer: Any, split: Dataset, how: Measurement, dense_weights: list[float]
+) -> list[dict]:
+    """Measure every number of beams with every pair of fusion weights on validation."""
+    targets = torch.tensor(split["target"][:]).long()
     tried = []
     for num_beams in args.num_beams:
-        found = candidates(model, tokenizer, dataset["validation"], num_beams, how)
+        scored = candidates(model, tokenizer, split, num_beams, how)
         for weight, dense_weight in product([0.0, *args.ranking_weights], dense_weights):
-            values, _ = measure(found, weight, targets["validation"], dense_weight)
-            tried.append({"num_beams": num_beams, "ranking_weight": weight, "dense_weight": dense_weight, **values})
-    best = max((one for one in tried if one["ranking_weight"] or not is_ranker), key=lambda one: one["ndcg@10"])
-    num_beams, weight, dense_weight = best["num_beams"], best["ranking_weight"], best["dense_weight"]
-    tried_values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "dense_weight": dense_weights}
-    for name, values in tried_values.items():
-        if len(values) > 1 and best[name] == max(values):
+            setting = {"num_beams": num_beams, "ranking_weight": weight, "dense_weight": dense_weight}
+            lists = fused_lists(scored, weight, args.list_length, dense_weight, args.rerank_top_k)
+            tried.append({**setting, **mean_values(target_ranks(lists, targets))})
+    return tried
+
+
+def choose(args: EvaluateArguments, tried: list[dict], dense_weights: list[float], is_ranker: bool) -> dict:
+    """Choose the setting with the best NDCG@10; of a ranker, one that ranks. Print which values are the largest tried."""
+    best = max((row for row in tried if row["ranking_weight"] or not is_ranker), key=lambda row: row["ndcg@10"])
+    values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "dense_weight": dense_weights}
+    for name, choices in values.items():
+        if len(choices) > 1 and best[name] == max(choices):
             print(f"validation chose {name}={best[name]}, the largest that was tried: a larger one may be better")
+    return {name: best[name] for name in values}
 
-    found = candidates(model, tokenizer, dataset["test"], num_beams, how)
-    beams = found
-    if args.num_dense_candidates:  # these are no beams
-        beams = candidates(model, tokenizer, dataset["test"], num_beams, replace(how, num_dense_candidates=0))
-    generation, generation_ranks = measure(beams, 0.0, targets["test"])
-    ranked, ranked_ranks = measure(found, weight, targets["test"], dense_weight)
-    if baselines is None and args.baselines:
-        baselines = baseline_results(
-            dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
-        )
-    baselines = baselines or {}
-    repeats = np.array([user["target"] in user["items"] for user in dataset["test"]])
-    ordered_by = record.get("ordered_by", "timestamp")  # folders of before it was told
-    checked = invalid_items(model, tokenizer, dataset["test"], num_beams, how)
-    metrics = {
-        "protocol": {
-            "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
-            "filtering": f"users with at least {record['arguments']['min_interactions']} interactions; a user's "
-            f"history {'is left out of' if args.exclude_history else 'may be in'} every list",
-            "users": len(dataset["test"]),
-            "catalog size": tokenizer.num_items,
-            "scored": f"items, over the whole catalog, lists of {args.list_length}",
-            "history": f"the last {args.max_items} items" if args.max_items else "all items",
-            "targets that are in the user's history": f"{repeats.mean():.1%}"
-            + (", and so in no list" if args.exclude_history and repeats.any() else ""),
-            "test targets that never occur in training": unseen_targets(dataset["train"], dataset["test"]),
-            "trained on": trained_on,
-            "order": f"by {ordered_by}, ties as in the file ({record['counts']['interactions_of_tied_time']:,} of "
-            f"{record['counts']['interactions']:,} interactions share their user's {ordered_by} with another)",
-            "seed of the codebooks": record["arguments"]["seed"],
-        },
-        "selection": {
-            "chosen on": "validation, ranked ndcg@10",
-            "num_beams": num_beams,
-            "ranking_weight": weight,
-            "dense_weight": dense_weight,
-            **{name: getattr(args, name) for name in SERVED},
-            **{
-                f"settings of {name}": str(result["settings"])
-                for name, result in baselines.items()
-                if result["settings"]
-            },
-        },
-        "validation": tried,
-        "baselines": {name: result["test"] for name, result in baselines.items()},
-        "generation": generation,
-        "ranked": ranked,
-        "beam holds the target": float((beams["item_indices"] == targets["test"][:, None]).any(dim=1).float().mean()),
-        "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, how),
-        "invalid_items": checked["invalid"],
-        "generated_items_checked": checked["checked"],
-        "weights": weights_hash(model),  # which model this is about
+
+def measure_test(
+    args: EvaluateArguments, model: Any, tokenizer: Any, split: Dataset, how: Measurement, chosen: dict
+) -> dict:
+    """Measure generation alone and the ranked lists on test, with the setting that validation chose."""
+    targets = torch.tensor(split["target"][:]).long()
+    scored = candidates(model, tokenizer, split, chosen["num_beams"], how)
+    beams = scored
+    if args.num_dense_candidates:  # generation alone lists no dense candidates
+        beams = candidates(model, tokenizer, split, chosen["num_beams"], replace(how, num_dense_candidates=0))
+    weights = (chosen["ranking_weight"], args.list_length, chosen["dense_weight"], args.rerank_top_k)
+    ranks = {
+        "generation": target_ranks(fused_lists(beams, 0.0, args.list_length), targets),
+        "ranked": target_ranks(fused_lists(scored, *weights), targets),
     }
-    ranks = {name: result["ranks"] for name, result in baselines.items()}
-    ranks |= {"generation": ranks_as_json(generation_ranks), "ranked": ranks_as_json(ranked_ranks)}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "metrics.json", metrics)
-    (output_dir / "ranks.json").write_text(json.dumps(ranks))
+    return {
+        **{name: mean_values(values) for name, values in ranks.items()},
+        "ranks": {name: ranks_as_json(values) for name, values in ranks.items()},
+        "beam holds the target": float((beams["item_indices"] == targets[:, None]).any(dim=1).float().mean()),
+    }
 
-    keep_choice(
-        args.checkpoint,
-        num_beams,
-        ranking_weight=weight,
-        dense_weight=dense_weight,
-        **{name: getattr(args, name) for name in SERVED},
-    )
-    return metrics
+
+def protocol_of(args: EvaluateArguments, record: dict, dataset: DatasetDict, trained_on: str) -> dict:
+    """Describe what is measured and how, in words, for `metrics.json` and the card."""
+    test, counts = dataset["test"], record["counts"]
+    repeats = np.array([user["target"] in user["items"] for user in test])
+    ordered_by = record.get("ordered_by", "timestamp")  # older folders do not record it
+    return {
+        "split": "leave-one-out: last interaction = test, the one before = validation, the rest = training",
+        "filtering": f"users with at least {record['arguments']['min_interactions']} interactions; a user's "
+        f"history {'is left out of' if args.exclude_history else 'may be in'} every list",
+        "users": len(test),
+        "catalog size": counts["catalog"],
+        "scored": f"items, over the whole catalog, lists of {args.list_length}",
+        "history": f"the last {args.max_items} items" if args.max_items else "all items",
+        "targets that are in the user's history": f"{repeats.mean():.1%}"
+        + (", and so in no list" if args.exclude_history and repeats.any() else ""),
+        "test targets that never occur in training": unseen_targets(dataset["train"], test),
+        "trained on": trained_on,
+        "order": f"by {ordered_by}, ties as in the file ({counts['interactions_of_tied_time']:,} of "
+        f"{counts['interactions']:,} interactions share their user's {ordered_by} with another)",
+        "seed of the codebooks": record["arguments"]["seed"],
+    }
 
 
 if __name__ == "__main__":

@@ -107,69 +107,28 @@ def prepare(args: PrepareArguments) -> Path:
     """
     output_dir = Path(args.output_dir)
     record_file = output_dir / "prepare.json"
-    record: dict[str, Any] = {
-        "arguments": asdict(args),
-        "inputs": {name: sha256(Path(path)) for name in TABLES if (path := getattr(args, name))},
-    }
-    if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
-        record["inputs"]["encoder"] = weights
     earlier = None if args.tokenizer is None else SemanticIdTokenizer.from_pretrained(args.tokenizer)
-    defaults = PrepareArguments("", "", "")
-    without_use = [name for name in QUANTIZING if getattr(args, name) != getattr(defaults, name)]
-    if earlier is not None and without_use:
-        raise ValueError(
-            f"expected none of {without_use} beside --tokenizer, whose codebooks stay, found values of them: leave them out"
-        )
-    if earlier is not None:
-        record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
+    record = work_record(args, earlier)
     if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):
         print(f"{output_dir} is already prepared with these arguments and inputs")
         return output_dir
 
-    if args.min_interactions < 3:
-        raise ValueError(
-            f"expected min_interactions of 3 or more, found {args.min_interactions}: leave-one-out takes one "
-            "interaction for the test, one for validation and needs one to train on"
-        )
-    interactions = read_interactions(Path(args.interactions))
-    items = read_table(Path(args.items), ["item_id"])
-    check_rows(~items["item_id"].duplicated(), items["item_id"], "one row an item", "duplicate item_id", args.items)
-    known = interactions["item_id"].isin(items["item_id"])
-    check_rows(known, interactions["item_id"], "items of the items table", "an unknown item_id", args.interactions)
-
-    per_user = interactions.groupby("user_id")["user_id"].transform("size")
-    kept = interactions[per_user >= args.min_interactions]
-    if len(kept) == 0:
-        raise ValueError(
-            f"expected users with {args.min_interactions} or more interactions, found at most {per_user.max()} in "
-            f"{args.interactions}: lower --min_interactions or bring longer histories"
-        )
-    behaviors = sorted(kept["behavior"].unique())
+    # Tables
+    interactions, items, kept = read_tables(args)
     if earlier is not None:
         items = with_known_first(items, earlier, args.items)
-        check_rows(
-            kept["behavior"].isin(earlier.behaviors),
-            kept["behavior"],
-            f"behaviors among {earlier.behaviors}",
-            "another",
-            args.interactions,
-        )
-        behaviors = list(earlier.behaviors)
-    check_behaviors(behaviors)  # before what takes minutes
-    if NEXT_TARGET in behaviors:
-        raise ValueError(
-            f"expected behaviors other than {NEXT_TARGET!r}, which is a ranking target of its own, found it: rename it"
-        )
-    item_index = pd.Index(items["item_id"])
+    behaviors = behaviors_of(kept, earlier, args.interactions)
     splits = leave_one_out(
         users=kept["user_id"].to_numpy(),
-        items=item_index.get_indexer(kept["item_id"]),
+        items=pd.Index(items["item_id"]).get_indexer(kept["item_id"]),
         behaviors=pd.Index(behaviors).get_indexer(kept["behavior"]),
         timestamps=kept["timestamp"].to_numpy(),
         positions=kept["position"].to_numpy(),
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     record_file.unlink(missing_ok=True)  # written last: a folder that has it is complete
+
+    # Embeddings and semantic IDs
     embeddings, source = content_embeddings(
         items,
         args.items,
@@ -181,49 +140,136 @@ def prepare(args: PrepareArguments) -> Path:
         max_text_tokens=args.max_text_tokens,
     )
     train_items = splits["train"].data.column("items").combine_chunks().flatten().to_numpy()
-    ids, provenance = items["item_id"].tolist(), {**source, "inputs": record["inputs"]}  # more is added there
-    titles = items["title"].fillna("").astype(str).tolist() if "title" in items else None
-    if earlier is not None:
-        tokenizer, count = earlier, earlier.num_items
-        if len(ids) > count:
-            tokenizer.add_items(ids[count:], embeddings[count:], titles and titles[count:])
-    elif args.atomic:
-        codes = np.arange(len(ids))[:, None]
-        tokenizer = SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles, provenance=provenance)
+    popularity = np.bincount(train_items, minlength=len(items))
+    if earlier is None:
+        provenance = {**source, "inputs": record["inputs"]}  # the tokenizer adds to it
+        tokenizer = new_tokenizer(args, items, embeddings, behaviors, popularity, provenance)
     else:
-        quantizer = ResidualKMeans(
-            tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed
-        ).fit(embeddings)
-        popularity = np.bincount(train_items, minlength=len(items)).tolist()
-        tokenizer = SemanticIdTokenizer.from_embeddings(
-            ids, embeddings, quantizer, behaviors, titles, popularity, provenance=provenance
-        )
+        tokenizer = with_new_items(earlier, items, embeddings)
     tokenizer.save_pretrained(output_dir / "tokenizer")
     splits.save_to_disk(output_dir / "dataset")
 
-    dropped_users = interactions["user_id"].nunique() - len(splits["train"])
-    record["counts"] = {
-        "users": len(splits["train"]),
+    # Record
+    # The statistics of an earlier tokenizer describe its first items only.
+    statistics = None if earlier is not None else tokenizer.provenance.get("codebook_statistics")
+    ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
+    record["counts"] = counts_of(interactions, kept, len(splits["train"]), popularity, behaviors)
+    record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": statistics, "ordered_by": ordered_by}
+    write_json(record_file, record)
+    print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
+    print(f"dropped {record['counts']['dropped_users']:,} users with fewer than {args.min_interactions} interactions")
+    if statistics is not None:
+        print(CodebookStatistics(**statistics))
+    return output_dir
+
+
+def work_record(args: PrepareArguments, earlier: SemanticIdTokenizer | None) -> dict[str, Any]:
+    """Record the arguments and hashes of the inputs; raise `ValueError` for arguments that do not go together."""
+    record: dict[str, Any] = {
+        "arguments": asdict(args),
+        "inputs": {name: sha256(Path(path)) for name in TABLES if (path := getattr(args, name))},
+    }
+    if args.encoder and (weights := weights_of(args.encoder)):  # its folder's name may stay when they change
+        record["inputs"]["encoder"] = weights
+    defaults = PrepareArguments("", "", "")
+    without_use = [name for name in QUANTIZING if getattr(args, name) != getattr(defaults, name)]
+    if earlier is not None and without_use:
+        raise ValueError(
+            f"expected none of {without_use} beside --tokenizer, whose codebooks stay, found values of them: leave them "
+            "out"
+        )
+    if earlier is not None:
+        record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
+    return record
+
+
+def read_tables(args: PrepareArguments) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Read and check the interactions and the items, and keep the interactions of users who have enough of them."""
+    if args.min_interactions < 3:
+        raise ValueError(
+            f"expected min_interactions of 3 or more, found {args.min_interactions}: leave-one-out takes one "
+            "interaction for the test, one for validation and needs one to train on"
+        )
+    interactions = read_interactions(Path(args.interactions))
+    items = read_table(Path(args.items), ["item_id"])
+    check_rows(~items["item_id"].duplicated(), items["item_id"], "one row an item", "duplicate item_id", args.items)
+    known = interactions["item_id"].isin(items["item_id"])
+    check_rows(known, interactions["item_id"], "items of the items table", "an unknown item_id", args.interactions)
+    per_user = interactions.groupby("user_id")["user_id"].transform("size")
+    kept = interactions[per_user >= args.min_interactions]
+    if len(kept) == 0:
+        raise ValueError(
+            f"expected users with {args.min_interactions} or more interactions, found at most {per_user.max()} in "
+            f"{args.interactions}: lower --min_interactions or bring longer histories"
+        )
+    return interactions, items, kept
+
+
+def behaviors_of(kept: pd.DataFrame, earlier: SemanticIdTokenizer | None, path: str) -> list[str]:
+    """List the behaviors, those of the earlier tokenizer if there is one; raise `ValueError` for names of other use."""
+    behaviors = sorted(kept["behavior"].unique())
+    if earlier is not None:
+        is_known = kept["behavior"].isin(earlier.behaviors)
+        check_rows(is_known, kept["behavior"], f"behaviors among {earlier.behaviors}", "another", path)
+        behaviors = list(earlier.behaviors)
+    check_behaviors(behaviors)  # before what takes minutes
+    if NEXT_TARGET in behaviors:
+        raise ValueError(
+            f"expected behaviors other than {NEXT_TARGET!r}, which is a ranking target of its own, found it: rename it"
+        )
+    return behaviors
+
+
+def titles_of(items: pd.DataFrame) -> list[str] | None:
+    """Return the titles of the items; None without such a column."""
+    return items["title"].fillna("").astype(str).tolist() if "title" in items else None
+
+
+def with_new_items(earlier: SemanticIdTokenizer, items: pd.DataFrame, embeddings: np.ndarray) -> SemanticIdTokenizer:
+    """Add the items behind the earlier ones to their tokenizer."""
+    ids, titles, count = items["item_id"].tolist(), titles_of(items), earlier.num_items
+    if len(ids) > count:
+        earlier.add_items(ids[count:], embeddings[count:], titles and titles[count:])
+    return earlier
+
+
+def new_tokenizer(
+    args: PrepareArguments,
+    items: pd.DataFrame,
+    embeddings: np.ndarray,
+    behaviors: list[str],
+    popularity: np.ndarray,
+    provenance: dict[str, Any],
+) -> SemanticIdTokenizer:
+    """Make codes of the embeddings, or one code an item with `--atomic`, and a tokenizer of them."""
+    ids, titles = items["item_id"].tolist(), titles_of(items)
+    if args.atomic:
+        codes = np.arange(len(ids))[:, None]
+        return SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles, provenance=provenance)
+    quantizer = ResidualKMeans(
+        tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed
+    ).fit(embeddings)
+    return SemanticIdTokenizer.from_embeddings(
+        ids, embeddings, quantizer, behaviors, titles, popularity.tolist(), provenance=provenance
+    )
+
+
+def counts_of(
+    interactions: pd.DataFrame, kept: pd.DataFrame, num_users: int, popularity: np.ndarray, behaviors: list[str]
+) -> dict[str, int]:
+    """Count users, interactions and items, and what was dropped."""
+    return {
+        "users": num_users,
         "interactions": len(kept),
-        "dropped_users": dropped_users,
+        "dropped_users": interactions["user_id"].nunique() - num_users,
         "dropped_interactions": len(interactions) - len(kept),
-        "catalog": len(items),
-        "items_in_training": int((np.bincount(train_items) > 0).sum()),
+        "catalog": len(popularity),
+        "items_in_training": int((popularity > 0).sum()),
         "repeated_pairs": int(kept.duplicated(["user_id", "item_id"]).sum()),
         # Their order within the second (or day) is the file's: a limit of what a leave-one-out result means.
         "interactions_of_tied_time": int(kept.duplicated(["user_id", "position"], keep=False).sum()),
         **{f"behavior {name}": int((kept["behavior"] == name).sum()) for name in behaviors},
     }
-    # What an earlier tokenizer says of its health is of its first items.
-    health = None if earlier is not None else tokenizer.provenance.get("codebook_statistics")
-    ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
-    record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": health, "ordered_by": ordered_by}
-    write_json(record_file, record)
-    print(", ".join(f"{name}: {count:,}" for name, count in record["counts"].items()))
-    print(f"dropped {dropped_users:,} users with fewer than {args.min_interactions} interactions")
-    if health is not None:
-        print(CodebookStatistics(**health))
-    return output_dir
 
 
 def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:

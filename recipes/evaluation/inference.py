@@ -16,10 +16,11 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from modeling_unigrf import UniGRFConfig
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.common.files import whole_file
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.leave_one_out import columns_read
+from tokenization import SemanticIdTokenizer
 
 METRICS = Path(__file__).parent / "metrics"
 
@@ -49,6 +50,13 @@ class Measurement:
 def load_metric(name: str) -> evaluate.EvaluationModule:
     """A metric of ours, which keeps no file, so that two runs at a time do not wait for each other's lock."""
     return evaluate.load(str(METRICS / name), keep_in_memory=True)
+
+
+def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, SemanticIdTokenizer]:
+    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer."""
+    model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), SemanticIdTokenizer.from_pretrained(checkpoint)
 
 
 def batches(

@@ -60,11 +60,17 @@ def write_report(
     _learning_curves(output_dir / "learning_curves.png", log_history)
     _recall_at_k(output_dir / "recall_at_k.png", ranks)
     _codebooks(output_dir / "codebooks.png", code_counts)
+    path = output_dir / "report.md"
+    path.write_text(report_text(metrics, code_counts), encoding="utf-8")
+    return path
 
+
+def report_text(metrics: Mapping[str, Any], code_counts: Sequence[Sequence[int]]) -> str:
+    """Write the page in Markdown."""
     results = {**metrics["baselines"], "generation": metrics["generation"], "generation + ranking": metrics["ranked"]}
     rows = [(name, *(f"{values[column]:.4f}" for column in COLUMNS)) for name, values in results.items()]
     num_used = [f"{np.count_nonzero(counts):,} of {len(counts):,}" for counts in code_counts]
-    text = f"""# Report
+    return f"""# Report
 
 ## Next item, test
 
@@ -100,9 +106,6 @@ Codes in use by level: {", ".join(num_used)}.
 
 {_pairs(metrics["seconds"])}
 """
-    path = output_dir / "report.md"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

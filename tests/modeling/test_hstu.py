@@ -290,9 +290,9 @@ def test_the_pipeline_takes_item_times_and_a_query_time():
         assert [item["score"] for item in single] == pytest.approx([item["score"] for item in several], abs=1e-5)
     batch = tokenizer.encode_history([["i3"], ["i4", "i5"]], [["like"], ["like", "like"]], timestamps=[[1], [2, 3]])
     assert batch["timestamps"] == [[-1] * 5 + [1] * 6, [2] * 6 + [3] * 5]
-    with pytest.raises(ValueError, match="as many timestamps as items"):
+    with pytest.raises(ValueError, match="`timestamps` must have as many values as items"):
         tokenizer.encode_history(["i3"], ["like"], timestamps=[1, 2])
-    with pytest.raises(ValueError, match="found NaN"):
+    with pytest.raises(ValueError, match="got NaN"):
         tokenizer.encode_history(["i3"], ["like"], timestamps=[float("nan")])
 
 

@@ -49,35 +49,42 @@ def test_gradient_accumulation_does_not_change_the_loss(tmp_path, positives):
 
 
 WORKER = """
-import os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+import json, os, sys
+root, out = sys.argv[1:]
+sys.path[:0] = [root, root + "/tests"]
 import torch
-from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer, second_stage_rows
+from helpers import ATOMIC, build_enhancer, build_model, collate, enhancer_rows, histories_dataset, run_trainer
+from helpers import second_stage_rows
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 from recipes.training.cached_candidates import CachedCandidates
 from safetensors.torch import save_file
 from transformers import TrainerState, TrainingArguments
-model = build_model()
-losses = run_trainer({out!r}, model, histories_dataset(model, 24), max_steps=3, per_device_train_batch_size=2)
 rank = os.environ["RANK"]
-save_file({{name: p.detach().clone() for name, p in model.named_parameters()}}, {out!r} + f"/weights-{{rank}}.safetensors")
+single = dict(per_device_train_batch_size=2)
+
+model = build_model()
+losses = run_trainer(out, model, histories_dataset(model, 24), max_steps=3, **single)
+save_file({name: p.detach().clone() for name, p in model.named_parameters()}, f"{out}/weights-{rank}.safetensors")
 if rank == "0":
-    open({out!r} + "/losses.json", "w").write(str(losses))
+    open(f"{out}/losses.json", "w").write(json.dumps(losses))
+
 saving = dict(max_steps=6, save_strategy="steps", save_steps=3, restore_callback_states_from_checkpoint=True)
-for name, resume in (("whole", None), ("resumed", {out!r} + "/checkpoint-3")):
+for name, resume in (("whole", None), ("resumed", f"{out}/checkpoint-3")):
     model = build_model()
-    dataset = histories_dataset(model, 24)
-    weights = run_trainer({out!r}, model, dataset, resume, [AdaptiveWeighter(2)], per_device_train_batch_size=2, **saving)
-    open({out!r} + f"/task-weights-{{name}}-{{rank}}.json", "w").write(str(weights))
+    weights = run_trainer(out, model, histories_dataset(model, 24), resume, [AdaptiveWeighter(2)], **single, **saving)
+    open(f"{out}/task-weights-{name}-{rank}.json", "w").write(json.dumps(weights))
+
 model = build_model(**ATOMIC)
 enhancer = build_enhancer(model, warm_up_epochs=0)
 options = dict(callbacks=[enhancer], collator=enhancer.collator(collate), remove_unused_columns=False)
-run_trainer({out!r}, model, enhancer_rows(enhancer), max_steps=2, per_device_train_batch_size=2, **options)
+run_trainer(out, model, enhancer_rows(enhancer), max_steps=2, **single, **options)
+
 model = build_model(num_retrieved_items=3)
 cached = CachedCandidates(model, second_stage_rows(model), num_beams=5, batch_size=3)
-cached.on_epoch_begin(TrainingArguments({out!r}, use_cpu=True, disable_tqdm=True), TrainerState(epoch=0.0), None)
-pools = {{"negatives": enhancer.negatives, "favorites": enhancer.favorites, "candidates": cached.items}}
-save_file({{name: pool.clone() for name, pool in pools.items()}}, {out!r} + f"/pools-{{rank}}.safetensors")
+args = TrainingArguments(out, use_cpu=True, disable_tqdm=True)
+cached.on_epoch_begin(args, TrainerState(epoch=0.0), None)
+pools = {"negatives": enhancer.negatives, "favorites": enhancer.favorites, "candidates": cached.items}
+save_file({name: pool.clone() for name, pool in pools.items()}, f"{out}/pools-{rank}.safetensors")
 torch.distributed.barrier()  # the first process to end would abort the other
 torch.distributed.destroy_process_group()
 """
@@ -87,9 +94,18 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     single = build_model()
     losses = run_trainer(tmp_path / "single", single, histories_dataset(single, 24), max_steps=3)
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path)))
+    script.write_text(WORKER)
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+            str(ROOT),
+            str(tmp_path),
+        ],
         check=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

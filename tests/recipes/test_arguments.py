@@ -1,11 +1,20 @@
 """One parser for all recipes: groups in `--help`, names of version 0.1."""
 
+import runpy
+import sys
 from dataclasses import dataclass, field
 
 import pytest
+from helpers import ROOT
 from transformers import TrainingArguments
 
 from recipes.common.arguments import RENAMED_FLAGS, TRAINER_GROUP, parse_arguments
+
+COMMANDS = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in sorted((ROOT / "recipes").rglob("*.py"))
+    if 'if __name__ == "__main__":' in file.read_text()
+]
 
 
 @dataclass
@@ -70,3 +79,12 @@ def test_help_is_grouped_by_dataclass(capsys):
     assert (
         places[0] < text.index("--crops_per_epoch", places[0]) < places[1] < text.rindex("--union_items") < places[2]
     )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_every_command_has_help(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(command, run_name="__main__")
+    assert stopped.value.code == 0 and "--help" in capsys.readouterr().out

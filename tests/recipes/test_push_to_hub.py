@@ -1,4 +1,4 @@
-"""recipes.push_to_hub: the repository works by itself, its card states the metrics, and invalid pushes are rejected."""
+"""recipes.push_to_hub: the repository works by itself, its card has the metrics, and invalid pushes are rejected."""
 
 import json
 import re

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOOR = {"prepare", "train", "evaluate", "recommend", "push_to_hub", "demo", "show"}
 # From the top down. A layer imports itself and those below; two packages of one layer do not import each other.
 LAYERS = [
@@ -32,19 +32,20 @@ def modules(root: Path) -> dict[str, Path]:
 
 def imports(root: Path) -> dict[str, set[str]]:
     """The modules of `recipes/` that each of them imports, wherever the import stands in the file."""
-    known, result = modules(root), {}
+    known = modules(root)
+    imported = {}
     for name, file in known.items():
-        result[name] = set()
+        imported[name] = set()
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
-                result[name] |= {alias.name for alias in node.names}
+                imported[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level:
                 raise AssertionError(f"{name} has a relative import, which this test does not resolve")
             elif isinstance(node, ast.ImportFrom):
                 longer = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-                result[name] |= {longer[alias] if longer[alias] in known else node.module for alias in longer}
-        result[name] &= set(known)
-    return result
+                imported[name] |= {longer[alias] if longer[alias] in known else node.module for alias in longer}
+        imported[name] &= set(known)
+    return imported
 
 
 def package(module: str) -> str:
@@ -58,19 +59,21 @@ def package(module: str) -> str:
 def upward_imports(root: Path) -> list[str]:
     """Imports that do not run downwards, as `importer -> imported`."""
     ranks = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-    result = []
+    upward = []
     for module, imported in imports(root).items():
         for target in imported - SEQUENCES.get(module, set()) - {"recipes", "recipes.papers"}:
-            importer, imported_package = package(module), package(target)
-            is_inside = importer == imported_package != "door"
-            if not is_inside and ranks[importer] >= ranks[imported_package]:
-                result.append(f"{module} -> {target}")
-    return sorted(result)
+            importer = package(module)
+            other = package(target)
+            is_inside = importer == other != "door"
+            if not is_inside and ranks[importer] >= ranks[other]:
+                upward.append(f"{module} -> {target}")
+    return sorted(upward)
 
 
 def circle(root: Path) -> list[str]:
     """The modules of an import circle; empty if there is none."""
-    graph, finished = imports(root), set()
+    graph = imports(root)
+    finished = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
         if module in path:
@@ -78,12 +81,12 @@ def circle(root: Path) -> list[str]:
         if module in finished:
             return []
         for target in sorted(graph[module]):
-            if result := visit(target, [*path, module]):
-                return result
+            if modules_of_circle := visit(target, [*path, module]):
+                return modules_of_circle
         finished.add(module)
         return []
 
-    return next((result for module in graph if (result := visit(module, []))), [])
+    return next(filter(None, (visit(module, []) for module in graph)), [])
 
 
 def test_door_has_user_commands_only():
@@ -103,7 +106,7 @@ def test_imports_have_no_circle():
 @pytest.mark.parametrize(
     ("importer", "line"),
     [
-        ("data/tables.py", "from recipes.training.collator import TrainingCollator"),
+        ("data/tables.py", "from recipes.training.collator import Collator"),
         ("data/tables.py", "from recipes import train"),
         ("evaluation/report.py", "from recipes.training import collator"),
         ("papers/unigrf/report.py", "import recipes.papers.recochain.report"),
@@ -111,7 +114,7 @@ def test_imports_have_no_circle():
         ("papers/unigrf/reproduce.py", "from recipes.train import train"),
     ],
 )
-def test_upward_imports_are_found(tmp_path, importer, line):
+def test_upward_imports_are_reported(tmp_path, importer, line):
     for file in modules(ROOT).values():
         copy = tmp_path / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,7 @@ def test_upward_imports_are_found(tmp_path, importer, line):
     assert len(upward_imports(tmp_path)) == 1
 
 
-def test_circles_are_found(tmp_path):
+def test_circles_are_reported(tmp_path):
     (tmp_path / "recipes" / "data").mkdir(parents=True)
     for name, line in (
         ("a", "from recipes.data.b import x"),

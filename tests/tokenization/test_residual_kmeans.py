@@ -83,7 +83,7 @@ def test_equal_embeddings_have_equal_codes_in_any_batch():
 
 def test_numbers_of_any_size_are_quantized_or_rejected():
     points = clustered(60)
-    with pytest.raises(ValueError, match="numbers whose squares are infinite"):
+    with pytest.raises(ValueError, match="squares that are infinite"):
         ResidualKMeans((8, 8)).fit(1e19 * points)  # faiss would abort the process
     tiny = ResidualKMeans((8, 8), normalize=True).fit(points)
     np.testing.assert_array_equal(tiny.encode(np.float32(1e-25) * points), tiny.encode(points))
@@ -115,7 +115,7 @@ def test_nan_is_rejected_with_the_first_row(quantizer):
 
 
 def test_invalid_quantizer_input_is_rejected(quantizer):
-    with pytest.raises(ValueError, match=r"width 8.*found width 5"):
+    with pytest.raises(ValueError, match=r"width 8.*got width 5"):
         quantizer.encode(np.zeros((2, 5), np.float32))
     with pytest.raises(ValueError, match=r"shape \[N, D\], got float32 \(8,\)"):
         quantizer.encode(np.zeros(8, np.float32))
@@ -140,7 +140,7 @@ def test_a_saved_quantizer_encodes_as_before(quantizer, tmp_path):
 
 
 def test_a_truncated_or_missing_file_is_rejected_by_name(quantizer, tmp_path):
-    with pytest.raises(ValueError, match=r"expected the file semantic_ids\.safetensors"):
+    with pytest.raises(ValueError, match=r"semantic_ids\.safetensors must stand beside"):
         ResidualKMeans.load(tmp_path)
     path = quantizer.save(tmp_path)
     for size in (4, path.stat().st_size // 2, path.stat().st_size - 1):

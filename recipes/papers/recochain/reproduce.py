@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 
-from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import command, made_by, one_process
-from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice
+from recipes.evaluation.inference import Measurement, candidates, fused_lists, keep_choice, load_checkpoint
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.recochain.report import COLUMNS, RETIRED_ROWS, collect
 from recipes.training.arguments import LLAMA
@@ -283,8 +282,7 @@ def search(
     args: ReproduceArguments, checkpoint: Path, num_beams: int, num_dense_candidates: int
 ) -> tuple[dict[str, Dataset], dict[str, dict[str, torch.Tensor]]]:
     """The users who choose and those who are measured, by split, and all their candidates."""
-    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
-    model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_checkpoint(checkpoint)
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
     splits = {
         "validation": some_users(dataset["validation"], args.validation_users),

@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-import torch
 from datasets import load_from_disk
 
-from modeling_unigrf import UniGRFForCausalLM
 from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import rounded
 from recipes.common.run_tracking import command, made_by, one_process
-from recipes.evaluation.inference import Measurement, candidates, load_metric
+from recipes.evaluation.inference import Measurement, candidates, load_checkpoint, load_metric
 from recipes.papers.recochain.reproduce import SMALL
 from tokenization import SemanticIdTokenizer
 
@@ -74,8 +72,7 @@ def trained(args: SasrecArguments, learning_rate: float, dropout: float, seed: i
 
 def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, float]]:
     """Recall and NDCG of the ten best items, of validation and test."""
-    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
-    model = UniGRFForCausalLM.from_pretrained(checkpoint).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_checkpoint(checkpoint)
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
     how = Measurement(max_items=args.max_items, exclude_history=args.exclude_history)
     metric = load_metric("next_item")

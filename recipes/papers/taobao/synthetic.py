@@ -34,7 +34,9 @@ class SyntheticArguments:
     num_users: int = field(default=200_000, metadata={"help": "A fifth of them are test users."})
     num_clusters: int = field(default=2_000, metadata={"help": "Groups of like items; a user has five favorites."})
     max_history: int = field(default=1_000, metadata={"help": "Length of most histories."})
-    samples_per_user: float = field(default=11.0, metadata={"help": "Mean; 14 % of them are clicks."})
+    samples_per_user: float = field(
+        default=11.0, metadata={"help": "Mean number; 14 percent of the samples are clicks."}
+    )
     seed: int = field(default=0, metadata={"help": "Of everything."})
 
 
