@@ -61,7 +61,7 @@ def sentences(text):
     """Return the sentences of a page, without code blocks, tables, headings and what is generated."""
     for block in (GENERATED, r"^```.*?^```", r"<[^>]+>", r"^(\||#|!\[|---).*?$"):
         text = re.sub(block, "", text, flags=re.DOTALL | re.MULTILINE)
-    text = re.sub(r"`[^`]+`", "code", text)
+    text = re.sub(r"`[^`]+`", "Code", text)
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("*", "")
     paragraphs = re.split(r"\n\s*\n|^\s*(?:-|\d+\.) ", text, flags=re.MULTILINE)
     return [
@@ -92,8 +92,9 @@ def test_tables_are_made_from_the_committed_results(file):
     assert with_tables(text) == text
 
 
-def test_every_table_has_a_page():
+def test_every_table_has_one_page():
     assert sorted(name for names in PAGES.values() for name in names) == sorted(make_tables())
+    assert {file for file in ALL_PAGES if "<!-- results:" in file.read_text()} == set(PAGES)
 
 
 @pytest.mark.parametrize("file", ALL_PAGES, ids=page_id)
@@ -157,7 +158,7 @@ def test_sentences_are_found():
     text = (
         "# Title\n\nOne `a b` two (c). Three\nfour.\n\n```bash\nfive\n```\n\n- Six [seven](eight).\n- **Nine.** Ten\n"
     )
-    assert sentences(text) == ["One code two (c).", "Three four.", "Six seven.", "Nine.", "Ten"]
+    assert sentences(text) == ["One Code two (c).", "Three four.", "Six seven.", "Nine.", "Ten"]
 
 
 def test_readme_snippets_print_what_the_page_shows(tmp_path, monkeypatch, capsys):
