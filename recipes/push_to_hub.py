@@ -179,6 +179,7 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         results=metrics,
         columns=COLUMNS,
         config=model.config,
+        generation_config=model.generation_config,
         num_parameters=model.num_parameters(),
         tokenizer=tokenizer,
         training=json.loads(log.read_text(encoding="utf-8"))["metrics"] if log.is_file() else {},

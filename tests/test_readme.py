@@ -1,45 +1,105 @@
-"""READMEs: their files, tables, commands and snippets, and the commands of committed results."""
+"""Pages: their files, links, tables, commands, snippets and sentences, and the commands of committed results."""
 
 import json
 import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from helpers import ROOT, TINY
+from helpers import ROOT
 from transformers import HfArgumentParser
 
-from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from recipes.papers.recochain import reproduce as reproduce_recochain
 from recipes.papers.unigrf import reproduce as reproduce_unigrf
-from recipes.results.tables import WRITTEN, with_tables
-from tokenization import SemanticIdTokenizer
+from recipes.results.tables import PAGES, make_tables, with_tables
 
 README = (ROOT / "README.md").read_text()
+FOLDERS = ("recipes", "modeling_unigrf", "tokenization")
+ALL_PAGES = sorted(
+    {
+        *PAGES,
+        *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
+        *(file for folder in FOLDERS for file in (ROOT / folder).rglob("README.md")),
+    }
+)
+# Pages that are written by hand in full, and whose sentences are counted.
+PROSE_PAGES = [*PAGES, ROOT / "recipes" / "README.md"]
+MAX_WORDS = 25
+GENERATED = r"<!-- results:.*?<!-- end:\w+ -->"
 
 
-@pytest.mark.parametrize("file", WRITTEN, ids=["README.md", "recipes/results/README.md"])
-def test_readme_files_exist_and_tables_match_the_results(file):
+def page_id(file):
+    """Name a page by its path."""
+    return str(file.relative_to(ROOT).parent / file.stem).removeprefix("recipes/")
+
+
+def code_blocks(text, language):
+    """Return the code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text):
+    """Return the commands of recipes in code blocks and, if they are whole, in the text, each as its words."""
+    lines = "\n".join(code_blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    prose = re.sub(rf"^```.*?^```|{GENERATED}", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`(python -m recipes\.[^`]+)`", prose)
+    return [
+        shlex.split(line, comments=True)
+        for line in lines
+        if line.startswith("python -m recipes.") and "..." not in line
+    ]
+
+
+def anchors(text):
+    """Return the links to the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {"#" + re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def sentences(text):
+    """Return the sentences of a page, without code blocks, tables, headings and what is generated."""
+    for block in (GENERATED, r"^```.*?^```", r"<[^>]+>", r"^(\||#|!\[|---).*?$"):
+        text = re.sub(block, "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]+`", "Code", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("*", "")
+    paragraphs = re.split(r"\n\s*\n|^\s*(?:-|\d+\.) ", text, flags=re.MULTILINE)
+    return [
+        " ".join(sentence.split())
+        for paragraph in paragraphs
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z(])|(?<=[.!?]\))\s+", paragraph)
+        if sentence.strip()
+    ]
+
+
+@pytest.mark.parametrize("file", ALL_PAGES, ids=page_id)
+def test_files_and_headings_that_a_page_names_exist(file):
     text = file.read_text()
-    assert with_tables(text) == text
-    for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
-        assert (ROOT / name).exists(), name
-    headings = [re.sub(r"[^\w -]", "", line).strip().lower() for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
-    anchors = {"#" + heading.replace(" ", "-") for heading in headings}
+    if file.name not in ("CHANGELOG.md", "CONTRIBUTING.md"):  # name files of other versions
+        for name in re.findall(r"`((?:recipes|modeling_unigrf|tokenization|tests)/[\w./]+\.\w+)`", text):
+            assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)]+)\)", text):
-        assert name in anchors or (file.parent / name).exists(), name
+        path, _, heading = name.partition("#")
+        target = file.parent / path if path else file
+        assert target.exists(), name
+        assert not heading or f"#{heading}" in anchors(target.read_text()), name
 
 
-@pytest.mark.parametrize("file", WRITTEN, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", PAGES, ids=page_id)
+def test_tables_are_made_from_the_committed_results(file):
+    text = file.read_text()
+    assert tuple(re.findall(r"<!-- results:(\w+) -->", text)) == PAGES[file]
+    assert with_tables(text) == text
+
+
+def test_every_table_has_one_page():
+    assert sorted(name for names in PAGES.values() for name in names) == sorted(make_tables())
+    assert {file for file in ALL_PAGES if "<!-- results:" in file.read_text()} == set(PAGES)
+
+
+@pytest.mark.parametrize("file", ALL_PAGES, ids=page_id)
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_readme_commands_are_understood(file, monkeypatch):
-    blocks = re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m recipes.")]
+def test_commands_of_a_page_are_understood(file, monkeypatch):
     parse = HfArgumentParser.parse_args_into_dataclasses
     parsed = []
 
@@ -48,11 +108,14 @@ def test_readme_commands_are_understood(file, monkeypatch):
         raise SystemExit  # before the recipe runs
 
     monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", stop)
-    for _, _, module, *arguments in commands:
+    page_commands = commands(file.read_text())
+    for _, _, module, *arguments in page_commands:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(SystemExit):
             runpy.run_module(module, run_name="__main__")
-    assert len(parsed) == len(commands) >= 4, "argparse exits on commands that it cannot parse"
+    assert len(parsed) == len(page_commands), "argparse exits on commands that it cannot parse"
+    if file in PROSE_PAGES and file.parent.name != "results":
+        assert page_commands
 
 
 @pytest.mark.parametrize(
@@ -66,7 +129,7 @@ def test_readme_commands_are_understood(file, monkeypatch):
     ids=["unigrf", "recochain", "beauty", "beauty-llama"],
 )
 def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
-    file = Path(recipe.__file__).parent / "results" / f"{name}.json"
+    (file,) = (ROOT / "recipes" / "papers").rglob(f"{name}.json")
     for run in json.loads(file.read_text())["runs"]:
         _, _, module, *words = shlex.split(run["made by"]["command"])
         assert module == recipe.__name__
@@ -78,16 +141,46 @@ def test_the_command_of_every_committed_run_repeats_the_run(name, recipe):
         assert {field: parsed[field] for field in fields} == fields, run["made by"]["command"]
 
 
-def test_readme_snippets_run(tmp_path, monkeypatch):
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3
+def test_first_screen_has_at_most_40_lines():
+    first_screen = README.partition("\n## ")[0].strip()
+    assert len(first_screen.splitlines()) <= 40
+    for part in ("```mermaid", "make demo", "make test", "```python", "```text"):
+        assert part in first_screen
+
+
+@pytest.mark.parametrize("file", PROSE_PAGES, ids=page_id)
+def test_sentences_have_at_most_25_words(file):
+    lengths = {sentence: len(sentence.split()) for sentence in sentences(file.read_text())}
+    assert {sentence: length for sentence, length in lengths.items() if length > MAX_WORDS} == {}
+
+
+def test_sentences_are_found():
+    text = (
+        "# Title\n\nOne `a b` two (c). Three\nfour.\n\n```bash\nfive\n```\n\n- Six [seven](eight).\n- **Nine.** Ten\n"
+    )
+    assert sentences(text) == ["One Code two (c).", "Three four.", "Six seven.", "Nine.", "Ten"]
+
+
+def test_readme_snippets_print_what_the_page_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ids = [str(item) for item in range(200)]  # in place of MovieLens
-    codes = np.stack(np.unravel_index(np.arange(200), (6, 6, 6)), axis=1)
-    tokenizer = SemanticIdTokenizer.from_codes(ids, codes, (6, 6, 6), ["dislike", "like"], titles=ids)
-    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=TINY, embedding_table_size=200))
-    model.set_catalog(torch.from_numpy(tokenizer.item_codes.copy()))
-    RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained("runs/demo/checkpoint")
+    example, *snippets = code_blocks(README, "python")
     names: dict = {}  # shared by the snippets
+    exec(compile(example, "README.md", "exec"), names)
+    shown = code_blocks(README, "text")[0].splitlines()
+    printed = capsys.readouterr().out.splitlines()[-len(shown) :]
+    for shown_line, printed_line in zip(shown, printed, strict=True):
+        number = r"-?\d+\.\d+"
+        assert re.sub(number, "", shown_line) == re.sub(number, "", printed_line)
+        score, generation_score, ranking_score = map(float, re.findall(number, shown_line))
+        assert score == pytest.approx(generation_score + ranking_score, abs=0.011)
+        # Another machine rounds otherwise.
+        assert [float(value) for value in re.findall(number, printed_line)] == pytest.approx(
+            [score, generation_score, ranking_score], abs=0.2
+        )
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
+    calls = re.findall(r"`((?:history =|model\.)[^`]+\))`", README)
+    calls += re.findall(r"`(model\.generation_config\.\w+ = [^`]+)`", README)
+    for call in calls:
+        exec(compile(call, "README.md", "exec"), names)
+    assert len(calls) >= 8

@@ -1,9 +1,8 @@
-"""The README's one table of results: a few cells of all `results/*.json` beside what stands next to them.
+"""Make the short tables of the pages: a few cells of all `results/*.json` and the best known baselines beside them."""
 
-Everything else that was measured, with seeds, settings and what did not work, is in `recipes/results/README.md`.
-"""
-
+from collections.abc import Callable
 from statistics import mean
+from typing import NamedTuple
 
 from recipes.benchmarks.report import CANDIDATES, OURS, REPEATED, cost
 from recipes.common.result_files import plus_minus
@@ -11,111 +10,186 @@ from recipes.papers.recochain import report as recochain_report
 from recipes.papers.unigrf import report as unigrf_report
 
 
-def one(rows: list[dict], **cell) -> dict:
-    """The row that says all of `cell`."""
+class Line(NamedTuple):
+    """
+    One line of a short table, in Markdown.
+
+    Args:
+        test: What was measured: data, setting, seeds and metric.
+        ours: The figures of this project.
+        baselines: What others reach, the best first.
+    """
+
+    test: str
+    ours: str
+    baselines: str
+
+
+def matching(rows: list[dict], **cell) -> dict:
+    """Return the first row that has all values of `cell`."""
     return next(row for row in rows if cell.items() <= row.items())
 
 
-def seeds(row: dict) -> str:
-    return f"{len(row['runs'])} seed" + ("s" if len(row["runs"]) > 1 else "")
+def seed_count(row: dict) -> str:
+    """Return how many seeds a row has, in words."""
+    count = len(row["runs"])
+    return f"{count} seed" + ("s" if count > 1 else "")
 
 
 def figures(row: dict, *columns: str) -> str:
-    """`a / b / c` of the test, each with its deviation over seeds, if there are several."""
+    """Return `a / b / c` of the test, each with its deviation over seeds, if there are several."""
     return " / ".join(plus_minus(row["test"][name], row["std"][name]) for name in columns)
 
 
-def unigrf_rows(data: dict) -> list[tuple[str, str, str]]:
-    # What validation chose; a refit has none.
+def unigrf_lines(results: dict[str, dict]) -> list[Line]:
+    """Take the joint model that validation chose; a refit has no validation."""
     joint = [
         row
-        for row in unigrf_report.ablations_of(data)
+        for row in unigrf_report.ablations_of(results["unigrf_ml1m"])
         if row["arguments"]["row"] == "joint" and row["runs"][0]["validation"]
     ]
     best = max(joint, key=lambda row: row["runs"][0]["validation"]["ndcg@10"])
-    paper, large = (unigrf_report.PUBLISHED[name] for name in ("UniGRF-Llama, paper", "HSTU-large, HSTU's code base"))
-    beside = f"UniGRF's paper {paper[0]} / {paper[1]} / {paper[5]}, HSTU-large {large[0]} / {large[1]} / -"
-    what = f"MovieLens-1M, one model for both tasks ({seeds(best)}): HR@10 / NDCG@10 / AUC"
-    return [(what, figures(best, "hr@10", "ndcg@10", "auc"), beside)]
-
-
-def recochain_rows(data: dict) -> list[tuple[str, str, str]]:
-    row = one(recochain_report.ablations_of(data), row="default", beams=20, union=0, ranked=0)
-    gain, deviation = recochain_report.gain_of(row, "recall@5")
-    ranked = {"test": row["test"]["ranked"], "std": row["std"]["ranked"]}
-    knn = data["baselines"]["item_knn"]["recall@10"]
-    sasrec = mean(test["recall@10"] for test in data["beside"][recochain_report.SASREC]["tests"])
-    beside = f"item-kNN, tuned, {knn:.4f}; SASRec's task, twice as many passes, {sasrec:.4f}"
+    paper = unigrf_report.PUBLISHED["UniGRF-Llama, paper"]
+    large = unigrf_report.PUBLISHED["HSTU-large, HSTU's code base"]
     return [
-        (
-            f"MovieLens-1M, window of 7 items, ranking of 20 beams over generation ({seeds(row)}): Recall@5",
-            f"{gain:+.1f} ± {deviation:.1f} %",
-            "RecoChain's paper +3.1 %, on TAOBAO-MM, by sub-histories: another effect",
-        ),
-        (
-            f"the same, the ranked list ({seeds(row)}): Recall@10",
-            figures(ranked, "recall@10"),
-            beside,
-        ),
-    ]
-
-
-def beauty_rows(data: dict) -> list[tuple[str, str, str]]:
-    # What validation chose of the rows with items beside the beams and, so that these can be compared, the most seeds.
-    rows = [row for row in recochain_report.ablations_of(data) if (row["beams"], row["union"]) == (20, 20)]
-    row = max(rows, key=lambda row: (len(row["runs"]), mean(run["validation ndcg@10"] for run in row["runs"])))
-    published = recochain_report.PUBLISHED["recochain_beauty"]
-    beside = ", ".join(f"{name} {published[name][0]}" for name in ("TIGER", "SASRec, sampled softmax, tuned"))
-    ranked = {name: row[name]["ranked, three scores"] for name in ("test", "std")}
-    return [
-        (
-            f"Amazon-2014 Beauty, 20 beams and 20 items beside them, fused ({seeds(row)}): Recall@10",
-            figures(ranked, "recall@10"),
-            beside,
+        Line(
+            f"MovieLens-1M, one model for both tasks ({seed_count(best)}): HR@10 / NDCG@10 / AUC",
+            figures(best, "hr@10", "ndcg@10", "auc"),
+            f"HSTU-large {large[0]} / {large[1]} / -; UniGRF's paper {paper[0]} / {paper[1]} / {paper[5]}",
         )
     ]
 
 
-def movielens_100k_rows(data: dict) -> list[tuple[str, str, str]]:
-    ranked, knn = (data["rows"][name]["recall@10"] for name in ("generation + ranking", "item_knn"))
-    what = f"MovieLens-100K, `make demo` ({len(data['seeds'])} seeds): Recall@10"
-    return [(what, plus_minus(ranked["mean"], ranked["std"]), f"item-kNN, tuned, {knn['mean']:.4f}")]
+def recochain_row(results: dict[str, dict]) -> dict:
+    """Return RecoChain's setting of 20 beams on MovieLens-1M."""
+    rows = recochain_report.ablations_of(results["recochain"])
+    return matching(rows, row="default", beams=20, union=0, ranked=0)
 
 
-def decoding_rows(data: dict) -> list[tuple[str, str, str]]:
-    def ratio(what: str) -> str:
-        return f"{one(data['ratios'], what=what, dtype='float32')['wall']:g}x"
+def sasrec_recall(results: dict[str, dict]) -> float:
+    """Return the mean Recall@10 of SASRec's task on MovieLens-1M."""
+    return mean(test["recall@10"] for test in results["recochain"]["beside"][recochain_report.SASREC]["tests"])
 
-    ours, repeated = (cost(data, "peak_mb", [("ranking", name)], "float32", CANDIDATES) for name in (OURS, REPEATED))
-    adds = "recommend over generate, 256 beams on 36 tokens, 1 user, sub-histories of"
+
+def ranked_list(row: dict, name: str = "ranked") -> dict:
+    """Return the figures of one of a row's lists."""
+    return {part: row[part][name] for part in ("test", "std")}
+
+
+def recochain_lines(results: dict[str, dict]) -> list[Line]:
+    """Take what ranking adds to 20 beams on MovieLens-1M, and the ranked list."""
+    row = recochain_row(results)
+    gain, deviation = recochain_report.gain_of(row, "recall@5")
+    knn = results["recochain"]["baselines"]["item_knn"]["recall@10"]
     return [
-        (
-            "Search of 256 beams on 261 tokens, one user, two cores: speed",
+        Line(
+            f"MovieLens-1M, window of 7 items, gain of ranking 20 beams ({seed_count(row)}): Recall@5",
+            f"{gain:+.1f} ± {deviation:.1f} %",
+            "RecoChain's paper +3.1 % on TAOBAO-MM, by sub-histories: another effect",
+        ),
+        Line(
+            f"the same, the ranked list ({seed_count(row)}): Recall@10",
+            figures(ranked_list(row), "recall@10"),
+            f"SASRec's task, twice as many passes, {sasrec_recall(results):.4f}; item-kNN, tuned, {knn:.4f}",
+        ),
+    ]
+
+
+def beauty_lines(results: dict[str, dict]) -> list[Line]:
+    """Take the row of Amazon Beauty that validation chose, of those with dense candidates and the most seeds."""
+    rows = recochain_report.ablations_of(results["recochain_beauty"])
+    rows = [row for row in rows if (row["beams"], row["union"]) == (20, 20)]
+    best = max(rows, key=lambda row: (len(row["runs"]), mean(run["validation ndcg@10"] for run in row["runs"])))
+    published = recochain_report.PUBLISHED["recochain_beauty"]
+    names = ("SASRec++", "SASRec, sampled softmax, tuned", "TIGER")
+    return [
+        Line(
+            f"Amazon Beauty, 20 beams and 20 dense candidates ({seed_count(best)}): Recall@10",
+            figures(ranked_list(best, "ranked, three scores"), "recall@10"),
+            "; ".join(f"{name} {published[name][0]}" for name in names),
+        )
+    ]
+
+
+def movielens_100k_lines(results: dict[str, dict]) -> list[Line]:
+    """Take the list of the demo."""
+    data = results["movielens_100k"]
+    ranked = data["rows"]["generation + ranking"]["recall@10"]
+    knn = data["rows"]["item_knn"]["recall@10"]
+    return [
+        Line(
+            f"MovieLens-100K, `make demo` ({len(data['seeds'])} seeds): Recall@10",
+            plus_minus(ranked["mean"], ranked["std"]),
+            f"item-kNN, tuned, {knn['mean']:.4f}",
+        )
+    ]
+
+
+def decoding_lines(results: dict[str, dict]) -> list[Line]:
+    """Take the costs of searching and ranking 256 beams."""
+    data = results["decoding"]
+
+    def ratio(what: str) -> str:
+        return f"{matching(data['ratios'], what=what, dtype='float32')['wall']:g}x"
+
+    def megabytes(contender: str) -> str:
+        return f"{cost(data, 'peak_mb', [('ranking', contender)], 'float32', CANDIDATES):,.0f} MB"
+
+    added = "recommend over generate, 256 beams on 36 tokens, 1 user, sub-histories of"
+    return [
+        Line(
+            "Search of 256 beams on 261 tokens, one user, two CPU cores: speed",
             ratio("beam search, 256 beams, 261 tokens, 1 user"),
             "transformers' `generate` with `prefix_allowed_tokens_fn` 1x",
         ),
-        ("Ranking 256 candidates on the cache: memory", f"{ours:.0f} MB", f"the cache repeated {repeated:,.0f} MB"),
-        ("Generating and ranking 256 beams, one user: time", ratio(f"{adds} 0"), "generating alone 1x"),
-        (
+        Line(
+            "Ranking 256 candidates on the cache: memory", megabytes(OURS), f"the cache repeated {megabytes(REPEATED)}"
+        ),
+        Line("Generating and ranking 256 beams, one user: time", ratio(f"{added} 0"), "generating alone 1x"),
+        Line(
             "the same with sub-histories of 10, the best 20 ranked: time",
-            ratio(f"{adds} 10, the best 20 ranked"),
+            ratio(f"{added} 10, the best 20 ranked"),
             "generating alone 1x",
         ),
     ]
 
 
-PARTS = {
-    "unigrf_ml1m": unigrf_rows,
-    "recochain": recochain_rows,
-    "recochain_beauty": beauty_rows,
-    "movielens_100k": movielens_100k_rows,
-    "decoding": decoding_rows,
+# The page of each result, seen from `recipes/results/`.
+PARTS: dict[str, Callable[[dict[str, dict]], list[Line]]] = {
+    "../papers/unigrf/README.md": unigrf_lines,
+    "../papers/recochain/README.md": lambda results: [*recochain_lines(results), *beauty_lines(results)],
+    "#the-demo-on-movielens-100k": movielens_100k_lines,
+    "../benchmarks/README.md": decoding_lines,
 }
 
 
-def table(results: dict[str, dict]) -> str:
-    """All results by their names -> the table, in Markdown."""
-    lines = ["| test | ours | beside it |", "| --- | --- | --- |"]
-    for name, rows in PARTS.items():
-        lines += [f"| {what} | **{ours}** | {beside} |" for what, ours, beside in rows(results[name])]
-    return "\n".join(lines)
+def table(lines: list[Line]) -> str:
+    """Write lines as a table, in Markdown."""
+    head = ["| test | ours | strongest baselines |", "| --- | --- | --- |"]
+    return "\n".join([*head, *(f"| {line.test} | **{line.ours}** | {line.baselines} |" for line in lines)])
+
+
+def readme_table(results: dict[str, dict]) -> str:
+    """Write the three lines of the first page, and where a baseline is ahead."""
+    ours = figures(ranked_list(recochain_row(results)), "recall@10")
+    best = recochain_report.PUBLISHED["recochain_beauty"]["SASRec++"][0]
+    lines = [*unigrf_lines(results), *beauty_lines(results), decoding_lines(results)[0]]
+    return "\n".join(
+        [
+            table(lines),
+            "",
+            f"**SASRec is ahead of our lists on two data sets.** On Beauty, SASRec++ has {best}.",
+            f"On MovieLens-1M, from windows of 7 items, SASRec's task has Recall@10 {sasrec_recall(results):.4f}.",
+            f"Our ranked list has {ours} there, after half as many passes.",
+        ]
+    )
+
+
+def index_table(results: dict[str, dict]) -> str:
+    """Write all lines, each with a link to its page."""
+    rows = [
+        f"| {line.test} | **{line.ours}** | {line.baselines} | [page]({page}) |"
+        for page, lines_of in PARTS.items()
+        for line in lines_of(results)
+    ]
+    return "\n".join(["| test | ours | strongest baselines | |", "| --- | --- | --- | --- |", *rows])

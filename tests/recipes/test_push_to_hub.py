@@ -104,12 +104,10 @@ for name, again in (("repository", "from_folder"), ("someone/films", "from_hub")
     recommender = pipeline("recommendation", model=name, trust_remote_code=True)
     parts = (config, backbone, model, tokenizer, recommender, recommender.model, recommender.tokenizer)
     inputs = tokenizer.encode_history(requests[0]["items"], requests[0]["behaviors"], return_tensors="pt")
-    # The backbone alone has no item representations.
-    representations = model.scorer.history_representations(inputs["input_ids"])
     with torch.no_grad():
         results.append({
             "parts": [f"{type(part).__module__.split('.')[0]}.{type(part).__name__}" for part in parts],
-            "states": backbone(**inputs, item_representations=representations).last_hidden_state.tolist(),
+            "states": backbone(**inputs).last_hidden_state.tolist(),
             "logits": model(**inputs).logits.tolist(),
             "recommended": recommender(requests),
         })
@@ -138,8 +136,7 @@ def test_the_repository_alone_works_and_saves_the_same_again(recommender, reposi
     inputs = recommender.tokenizer.encode_history(*HISTORY.values(), return_tensors="pt")
     with torch.no_grad():
         logits = recommender.model(**inputs).logits
-        representations = recommender.model.scorer.history_representations(inputs["input_ids"])
-        states = recommender.model.model(**inputs, item_representations=representations).last_hidden_state
+        states = recommender.model.model(**inputs).last_hidden_state
     classes = ["UniGRFConfig", "UniGRFModel", "UniGRFForCausalLM", "SemanticIdTokenizer", "RecommendationPipeline"]
     expected = [approximately(row) for row in recommender([HISTORY, SHORT_HISTORY])]
     for loaded in json.loads(last):
@@ -156,8 +153,7 @@ def test_the_repository_alone_works_and_saves_the_same_again(recommender, reposi
         backbone = UniGRFModel.from_pretrained(tmp_path / f"{source}_backbone")
         with torch.no_grad():
             assert torch.equal(again.model(**inputs).logits, logits)
-            actual = backbone(**inputs, item_representations=representations).last_hidden_state
-            assert torch.equal(actual, states)
+            assert torch.equal(backbone(**inputs).last_hidden_state, states)
         assert [approximately(row) for row in again([HISTORY, SHORT_HISTORY])] == expected
         config = json.loads((folder / "config.json").read_text())
         # The saved folder refers to its own code, not to that of the repository.
@@ -228,8 +224,8 @@ def test_the_card_states_the_metrics_in_metadata_and_text(repository, recommende
         assert text in card.text
     # Jinja prints nothing for a field that the config does not have.
     assert re.search(r"One llama backbone of 2 layers, width 32 and 4 heads\n\([\d,]+ parameters", card.text)
-    assert re.search(r"1 times the .* \"next\", \"dislike\", \"like\", with\n1 random negatives for each", card.text)
-    assert "plus 1 times a softmax over items" in card.text
+    assert re.search(r"\| ranking: .* \"next\", \"dislike\", \"like\" \| 1 \|", card.text)
+    assert re.search(r"Ranking learns from \d random negatives for each", card.text)
     assert "![Recall@K of every method](recall_at_k.png)" in card.text and "codebooks.png" not in card.text
     assert not re.search(r"\{\{|\{%|Undefined|None\b|\n\n\n", card.text)
 
