@@ -1,10 +1,15 @@
-"""The main job, whole, on MovieLens-100K: from a table of ratings to ranked titles, in minutes on two CPU cores.
+"""Run the whole job on MovieLens-100K: from a table of ratings to ranked titles, in minutes on two CPU cores.
 
     python -m recipes.demo --output_dir runs/demo            # `make demo`
-    python -m recipes.demo --movielens path/to/ml-100k       # GroupLens's own files
+    python -m recipes.demo --movielens path/to/ml-100k       # GroupLens's files
 
-Stages: tables, prepare (embeddings, semantic ids), baselines, train, evaluate, report, show (in a new process). A
-stage that was done with the same arguments is not done again; training resumes where it was interrupted.
+The stages are tables, prepare (content embeddings, semantic IDs), baselines, train, evaluate, show (in a new process)
+and report. A second run reuses each stage with equal arguments, and resumes an interrupted training. The output
+folder holds:
+
+    checkpoint/     the model, with its tokenizer and code
+    report.md       metrics, pictures and the lists of example users
+    metrics.json    the metrics, their protocol and how they were made
 """
 
 import hashlib
@@ -49,17 +54,19 @@ TRAINING = [
 
 @dataclass
 class DemoArguments:
-    """Where the data comes from and where the run goes."""
+    """Data, and the folder of the run."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Receives report.md, metrics.json, checkpoint/."})
-    movielens: str | None = field(
-        default=None, metadata={"help": "Folder with GroupLens's ml-100k; default: the RecBole wheel's copy."}
+    output_dir: str = field(
+        default="runs/demo", metadata={"help": "Folder that receives report.md, metrics.json and checkpoint/."}
     )
-    seed: int = field(default=0, metadata={"help": "Of codebooks, windows, weights and batches."})
+    movielens: str | None = field(
+        default=None, metadata={"help": "Folder with GroupLens's ml-100k. None: the copy in the RecBole wheel."}
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed of codebooks, windows, weights and batches."})
 
 
 def main(args: DemoArguments) -> None:
-    """Run all stages and print recommendations."""
+    """Run all stages, and print recommendations and metrics."""
     root = Path(args.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     stages = Stages(root)
@@ -90,28 +97,22 @@ def main(args: DemoArguments) -> None:
         checkpoint=str(root / "checkpoint"), data_dir=str(root / "data"), output_dir=str(root)
     )
     settings = {name: value for name, value in asdict(measuring).items() if not name.endswith(("checkpoint", "_dir"))}
-    made = made_by(f"python -m recipes.demo --seed {args.seed}") | {"training": " ".join(flags)}
-    results = [root / "metrics.json", root / "ranks.json"]
-    stages("evaluate", settings, lambda: write_metrics(measuring, baseline_file, made), results)
+    provenance = made_by(f"python -m recipes.demo --seed {args.seed}") | {"training": " ".join(flags)}
+    outputs = [root / "metrics.json", root / "ranks.json"]
+    stages("evaluate", settings, lambda: write_metrics(measuring, baseline_file, provenance), outputs)
     metrics = json.loads((root / "metrics.json").read_text())
     metrics["seconds"] = {name: stage["seconds"] for name, stage in stages.done.items()}
     write_json(root / "metrics.json", metrics)
 
-    # Report and examples
-    report(root, metrics)
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.show",
-        f"--checkpoint={root / 'checkpoint'}",
-        f"--data_dir={root / 'data'}",
-    ]
-    subprocess.run(command, check=True)
+    # Examples and report
+    examples = show_examples(root)
+    print(examples, flush=True)
+    report(root, metrics, examples)
     print_metrics(metrics, root / "report.md")
 
 
 def write_tables(args: DemoArguments, interactions_file: Path, items_file: Path) -> None:
-    """Write the tables of interactions and of items."""
+    """Write the tables of interactions and items."""
     interactions_file.parent.mkdir(exist_ok=True)
     interactions, items = movielens.movielens_100k(args.movielens)
     interactions.to_csv(interactions_file, index=False)
@@ -119,25 +120,32 @@ def write_tables(args: DemoArguments, interactions_file: Path, items_file: Path)
 
 
 def write_baselines(data_dir: Path, file: Path) -> None:
-    """Measure the baselines."""
+    """Measure the baselines, and write their results."""
     num_items = prepared(data_dir)["counts"]["catalog"]
     file.write_text(json.dumps(baseline_results(load_from_disk(str(data_dir / "dataset")), num_items)))
 
 
 def folder_flags(root: Path, work: dict) -> list[str]:
-    """Name the folders of a training; one with other arguments gets another folder for its checkpoints."""
+    """Make the flags of a training's folders; the folder of the Trainer's checkpoints depends on the arguments."""
     key = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:8]
     folders = {"data_dir": "data", "output_dir": f"training-{key}", "checkpoint_dir": "checkpoint"}
     return [f"--{name}={root / folder}" for name, folder in folders.items()]
 
 
-def write_metrics(args: EvaluateArguments, baseline_file: Path, made: dict) -> None:
-    """Measure the checkpoint, and record how it was made."""
+def write_metrics(args: EvaluateArguments, baseline_file: Path, provenance: dict) -> None:
+    """Measure the checkpoint, and write the metrics with their provenance."""
     metrics = evaluate_checkpoint(args, json.loads(baseline_file.read_text()))
-    write_json(Path(args.output_dir) / "metrics.json", metrics | {"made_by": made})
+    write_json(Path(args.output_dir) / "metrics.json", metrics | {"made_by": provenance})
 
 
-def report(root: Path, metrics: dict) -> None:
+def show_examples(root: Path) -> str:
+    """Run recipes.show in a new process, which reads the checkpoint alone, and return the lists that it prints."""
+    folders = [f"--checkpoint={root / 'checkpoint'}", f"--data_dir={root / 'data'}"]
+    command = [sys.executable, "-m", "recipes.show", *folders]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def report(root: Path, metrics: dict, examples: str) -> None:
     """Write the report of the run."""
     tokenizer = SemanticIdTokenizer.from_pretrained(root / "data" / "tokenizer")
     levels = zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)
@@ -147,16 +155,17 @@ def report(root: Path, metrics: dict) -> None:
         json.loads((root / "checkpoint" / "training_log.json").read_text())["log_history"],
         [np.bincount(codes, minlength=size) for codes, size in levels],
         json.loads((root / "ranks.json").read_text()),
+        examples,
     )
 
 
 def print_metrics(metrics: dict, page: Path) -> None:
-    """Print the test metrics as a table, and where the report is."""
+    """Print the test metrics as a table, and the path of the report."""
     print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in COLUMNS))
-    rows = {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}
-    for name, values in rows.items():
+    results = {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}
+    for name, values in results.items():
         print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in COLUMNS))
-    print(f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}; see {page}")
+    print(f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}, report: {page}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
-"""Trains generation and ranking in one model, with the stock `Trainer`, on a prepared folder.
+"""Train generation and ranking in one model, with the stock `Trainer`, on prepared data.
 
     python -m recipes.train --data_dir runs/demo/data --output_dir runs/demo/training --bf16 \
         --crops_per_epoch 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...     # several processes
+    # several processes
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...
+    # RecoChain's stage II, from a checkpoint of stage I
     python -m recipes.train --init_from runs/demo/checkpoint --output_dir runs/demo/second_stage \
-        --num_retrieved_items 10 --num_train_beams 20 ...                         # RecoChain's stage II, from a stage I
+        --num_retrieved_items 10 --num_train_beams 20 ...
 
-Every argument of `transformers.TrainingArguments` is taken. Histories are cut into windows of `--max_items` and the item after
-them, and windows packed into rows, so that padding does not eat the machine (with `--enhancer`, one a row: its items are a
-user's). The validation target of each user is held out of training and its loss is the evaluation loss. A second run of the same command
-resumes from the last checkpoint in `--output_dir`, or does nothing if that was finished; one with other arguments or data is
-refused there.
-In stage II (`--num_retrieved_items`, `--num_train_beams`) a row is one history and the item after it, for which the model
-ranks its own beams; the places where histories are cut are those of its last items
-(with `--stride`, every so many items), and `--exclude_history` keeps a user's own items out of the beams.
-With a backbone that reads times (`--text_config '{"model_type": "hstu", "num_time_buckets": 128, ...}'`) rows have those of
-the interactions, which are to be in seconds then, -1 where not known.
-Training rows are made first and stay in memory, some 70 bytes an interaction and pass, in each process.
-The result, `--checkpoint_dir` (default: `output_dir/checkpoint`), holds model, tokenizer, codebooks, item map and code.
+The recipe takes every argument of `transformers.TrainingArguments`. The checkpoint goes to `--checkpoint_dir`
+(default: `output_dir/checkpoint`): model, tokenizer, codebooks, item map, code, and the training log. A second run of
+the same command resumes from the last of the Trainer's checkpoints, or reuses a finished model. A run with other
+arguments or data needs another `--output_dir`.
+
+- Rows: a window of `--max_items` items and the next item. Several windows are packed into a row, to avoid padding.
+  With `--enhancer`, a row has a single window, since its pools belong to a user. The rows stay in memory, in each
+  process: some 70 bytes per interaction and crop.
+- Evaluation loss: the loss of each user's validation target, which is not trained on.
+- Stage II (`--num_retrieved_items`, `--num_train_beams`): a row is a history and its next item, for which the model
+  ranks its own beams. Histories are cut at their last items, or with `--stride` at every so many items.
+  `--exclude_history` keeps a user's items out of the beams.
+- Times: a backbone such as `--text_config '{"model_type": "hstu", "num_time_buckets": 128, ...}'` reads the times of
+  the interactions, in seconds; -1 is an unknown time.
 """
 
 import hashlib
@@ -42,11 +46,12 @@ from recipes.training.stateful_callback import StatefulCallback
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
-    """Train a model, resuming where the last run stopped, and return the folder of the finished model."""
+    """Train a model, or resume its training, and return the folder of the finished model."""
     require_single_device(training_args)
     run = TrainingRun.begin(model_args, data_args, training_args)
+    # Resuming a finished training would train on.
     if run.is_finished():
-        print(f"{run.folder} was trained with these arguments and data, reused")  # resuming it would train on
+        print(f"{run.folder} was trained with these arguments and data, reused")
         return run.folder
     check_together(model_args, data_args)
     set_seed(training_args.seed)
@@ -78,19 +83,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         RecommendationPipeline(model=trainer.model, tokenizer=data.tokenizer).save_pretrained(run.folder)
         run.write_log(trainer, result)
     if training_args.distributed_state is not None:
-        training_args.distributed_state.wait_for_everyone()  # the caller of any process may read the folder
+        # The caller of any process may read the folder.
+        training_args.distributed_state.wait_for_everyone()
     return run.folder
 
 
 @dataclass
 class TrainingRun:
     """
-    The folder of a finished model, and a key of everything that it was made from.
+    The folder of a finished model, and hashes of the inputs of its training.
 
     Args:
-        folder (`Path`): Receives the model and `training_log.json`.
-        work (`str`): Hash of the arguments, of the prepared data and of the checkpoint that the training starts from.
-        interactions (`str`): Hash of the interactions; `recipes.evaluate` compares it with those that it measures on.
+        folder (`Path`): Folder that receives the model and `training_log.json`.
+        work (`str`): Hash of the arguments, the prepared data and the checkpoint to start from.
+        interactions (`str`): Hash of the interactions. `recipes.evaluate` compares it with the hash of its data.
     """
 
     folder: Path
@@ -101,35 +107,42 @@ class TrainingRun:
     def begin(
         cls, model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
     ) -> "TrainingRun":
-        """Record the arguments in `output_dir`; raise `ValueError` if it holds another training."""
+        """
+        Record the arguments in `output_dir`.
+
+        Raises:
+            ValueError: if `output_dir` holds a training with other arguments.
+        """
         folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
-        asked = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
-        asked["prepared"] = prepared(data_args.data_dir)
-        if model_args.init_from is not None:  # the path stays when the checkpoint is trained again
-            asked["init_from"] = weights_of(model_args.init_from)
-        with training_args.main_process_first(desc="arguments"):  # one process writes what the others compare
+        arguments = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
+        arguments["prepared"] = prepared(data_args.data_dir)
+        # A checkpoint that is trained again keeps its path.
+        if model_args.init_from is not None:
+            arguments["init_from"] = weights_of(model_args.init_from)
+        # The first process writes the file, which the others compare.
+        with training_args.main_process_first(desc="arguments"):
             is_first = training_args.process_index == 0
-            asked = begin(Path(training_args.output_dir), asked, folder / "training_log.json", writes=is_first)
-        work = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        return cls(folder, work, asked["prepared"]["inputs"]["interactions"])
+            arguments = begin(Path(training_args.output_dir), arguments, folder / "training_log.json", writes=is_first)
+        work = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
+        return cls(folder, work, arguments["prepared"]["inputs"]["interactions"])
 
     @property
     def log_file(self) -> Path:
-        """The training log, which stands beside a finished model only."""
+        """The training log, which marks a finished model."""
         return self.folder / "training_log.json"
 
     def is_finished(self) -> bool:
-        """Return whether the folder holds the model of this very work."""
+        """Return whether the folder holds a model of the same work."""
         return self.log_file.exists() and json.loads(self.log_file.read_text()).get("work") == self.work
 
     def write_log(self, trainer: Trainer, result: TrainOutput) -> None:
-        """Write the log, which marks the run as finished."""
+        """Write the training log."""
         log = {"work": self.work, "metrics": result.metrics, "log_history": trainer.state.log_history}
         write_json(self.log_file, {**log, "interactions": self.interactions})
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse the command line, with defaults of `TrainingArguments` that suit a small model."""
+    """Parse the command line, with the Trainer's defaults for a small model."""
     return parse_arguments(
         ModelArguments, DataArguments, TrainingArguments, defaults=TRAINER_DEFAULTS, arguments=arguments
     )

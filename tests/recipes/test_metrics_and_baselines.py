@@ -146,10 +146,12 @@ def test_a_report_shows_every_method_and_picture(tmp_path):
         "selection": {"epoch": 3},
     }
     log_history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.9, "eval_runtime": 2.0}]
-    path = write_report(tmp_path, metrics, log_history, [[3, 0, 1], [2, 2, 0]], {"generation": [1, None, 7]})
+    ranks = {"generation": [1, None, 7]}
+    path = write_report(tmp_path, metrics, log_history, [[3, 0, 1], [2, 2, 0]], ranks, "\nuser 1\n")
     text = path.read_text()
     for name in ("popularity", "item_knn", "generation", "generation + ranking"):
         assert f"| {name} | 0.1000 | 0.2000 | 0.0500 | 0.0813 | 0.0700 |" in text
+    assert "\n## Examples, test\n\n```text\nuser 1\n```\n\n## Protocol\n" in text
     for picture in ("learning_curves.png", "recall_at_k.png", "codebooks.png"):
         assert f"({picture})" in text
         assert (tmp_path / picture).stat().st_size > 5000

@@ -86,7 +86,10 @@ def test_arguments_without_effect_are_rejected(prepared, tmp_path, options, mess
 
 def test_a_training_uses_one_device_and_resumes_on_another(prepared, tmp_path, monkeypatch):
     options = [f"--data_dir={prepared}", f"--output_dir={tmp_path}"]
-    for changed, message in (({"n_gpu": 2}, "one GPU a process, found 2"), ({"fsdp": "full_shard"}, "neither --fsdp")):
+    for changed, message in (
+        ({"n_gpu": 2}, "a single GPU, got 2"),
+        ({"fsdp": "full_shard"}, "`fsdp` and `deepspeed`"),
+    ):
         args = train.parse(options)
         monkeypatch.setattr(type(args[2]), "n_gpu", changed.get("n_gpu", 1))
         args[2].fsdp = changed.get("fsdp")
