@@ -12,9 +12,9 @@ import torch
 from datasets import load_from_disk
 from helpers import GRID, preferring, train_flags
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import UniGRFForCausalLM
 from recipes import evaluate as evaluate_recipe
 from recipes import push_to_hub, show, train
 from recipes.common.hashing import weights_of
@@ -157,7 +157,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     shared = ["--max_items=4", "--crops_per_epoch=2", "--per_device_train_batch_size=16", "--learning_rate=5e-3"]
     alone = ["--ranking_loss_weight=0", "--negatives_per_item=0", "--max_steps=10"]
     first = train.train(*train.parse(train_flags(prepared, tmp_path / "one", *shared, *alone)))
-    assert UniGRFConfig.from_pretrained(first).ranking_weight == 0, "no ranking was trained"
+    assert GenerationConfig.from_pretrained(first).ranking_weight == 0, "no ranking was trained"
     second = ["--num_retrieved_items=3", "--num_train_beams=6", "--max_long_items=12", "--max_steps=4"]
     second += ["--candidate_refresh_epochs=1"]
     second += [f"--init_from={first}", "--eval_strategy=steps", "--eval_steps=2", "--logging_steps=1"]
@@ -166,7 +166,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     assert all(np.isfinite(entry["ranking_loss"]) for entry in log if "loss" in entry)
     assert sum("eval_loss" in entry for entry in log) == 2
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-    assert (model.config.training_config.negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
+    assert (model.config.random_negatives_per_item, model.config.next_logit_bias) == (0.0, 0.0)
     assert model.config.num_retrieved_items == 3 and model.generation_config.ranking_weight == 1
     frozen = train_flags(prepared, tmp_path / "three", *shared, *second, "--freeze_base_model=True")
     before, after = (load_file(folder / "model.safetensors") for folder in (first, train.train(*train.parse(frozen))))
@@ -188,9 +188,10 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         max_items=4,
         max_long_items=12,
     )
+    config = (checkpoint / "config.json").read_text()
     metrics = evaluate_checkpoint(measured)
     assert len(metrics["validation"]) == 4 and metrics["selection"]["dense_weight"] in (0.0, 0.5)
-    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    generation_config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).generation_config
     assert (generation_config.dense_weight, generation_config.num_dense_candidates) == (
         metrics["selection"]["dense_weight"],
         4,
@@ -247,12 +248,12 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     fewer = SemanticIdTokenizer.from_codes(ids, tokenizer.item_codes, sizes, behaviors[:1])
     with pytest.raises(ValueError, match="encode histories as"):
         start_from_first(fewer)
-    with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, found"):
+    with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, got"):
         start_from_first(tokenizer, history_item_representations=False)
     assert len(dataset["test"]) == metrics["protocol"]["users"]
     served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
     selection = evaluate_checkpoint(served)["selection"]
-    config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).config
+    generation_config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).generation_config
     settings = {
         "exclude_history": False,
         "ranking_target": "like",
@@ -260,9 +261,9 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         "max_long_items": 12,
         "max_items": 4,
     }
-    assert (
-        {name: getattr(config, name) for name in settings} == settings == {name: selection[name] for name in settings}
-    )
+    assert {name: getattr(generation_config, name) for name in settings} == settings
+    assert {name: selection[name] for name in settings} == settings
+    assert (checkpoint / "config.json").read_text() == config, "an evaluation leaves the config as it was"
     with pytest.raises(ValueError, match="a weight above 0"):
         evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
 
