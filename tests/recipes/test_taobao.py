@@ -85,7 +85,7 @@ def test_the_maps_hold_each_item_once_ordered_by_id(tables, arguments, prepared,
     renamed = pq.read_table(tables / f"{EMBEDDINGS}.parquet").rename_columns({"205_c": EMBEDDINGS})
     copy = shutil.copytree(tables, tmp_path / "renamed")
     pq.write_table(renamed, copy / f"{EMBEDDINGS}.parquet")
-    with pytest.raises(ValueError, match="expected a column 205_c"):
+    with pytest.raises(ValueError, match="must have a column 205_c"):
         write_items(copy, tmp_path)
     write_items(copy, tmp_path, EMBEDDINGS)
     assert np.array_equal(np.load(tmp_path / "content_embeddings.npy"), embeddings)
@@ -180,7 +180,7 @@ def test_a_second_run_reads_only_changed_tables(arguments, prepared, tmp_path, c
     lines = [line for line in capsys.readouterr().out.splitlines() if "private_mb" in line]
     assert len(lines) == len(prepared), "the memory of each stage is printed"
     assert times == {file: file.stat().st_mtime_ns for file in out.glob("*.npy")}
-    with pytest.raises(ValueError, match=r"expected .*parquet in .*typo"):
+    with pytest.raises(ValueError, match=r"must have files .*parquet, .*typo"):
         prepare(replace(again, tables=str(tmp_path / "typo")))
     assert prepare(again) == prepared, "finished stages stay"
     (out / "test_click_items.npy").unlink()
@@ -247,15 +247,15 @@ def nulled(column):
 @pytest.mark.parametrize(
     ("table", "edit", "message"),
     [
-        (EMBEDDINGS, None, "expected a complete Parquet file"),
-        ("test_user_features", None, "expected a complete Parquet file"),
-        (EMBEDDINGS, lambda frame: frame.drop(columns="205_c"), "expected a column 205_c of list<.*int8>"),
+        (EMBEDDINGS, None, "must be a complete Parquet file"),
+        ("test_user_features", None, "must be a complete Parquet file"),
+        (EMBEDDINGS, lambda frame: frame.drop(columns="205_c"), "must have a column 205_c of list<.*int8>"),
         (EMBEDDINGS, lambda frame: frame.assign(**{"205_c": [row[:64] for row in frame["205_c"]]}), "lists of 128"),
-        ("train_samples", nulled("label_0"), "a value in every row of the column label_0, found 1 empty"),
-        ("train_samples", lambda frame: frame.assign(label_0=[[1, 1]] * len(frame)), r"or \[1, 0\].*found \[1, 1\]"),
-        ("train_user_features", nulled("150_2_180"), "a value in every row of the column 150_2_180"),
-        ("train_user_features", lambda frame: frame[:3], "clicks, found .* of users without a row"),
-        ("test_user_features", lambda frame: pd.concat([frame, frame[:1]]), "one row a user"),
+        ("train_samples", nulled("label_0"), "`label_0` must have a value in every row, got 1 empty"),
+        ("train_samples", lambda frame: frame.assign(label_0=[[1, 1]] * len(frame)), r"or \[1, 0\].*got \[1, 1\]"),
+        ("train_user_features", nulled("150_2_180"), "`150_2_180` must have a value in every row"),
+        ("train_user_features", lambda frame: frame[:3], "clicks, got .* of users without a row"),
+        ("test_user_features", lambda frame: pd.concat([frame, frame[:1]]), "one row per user"),
     ],
     ids=short_id,
 )
@@ -282,13 +282,13 @@ def test_rows_that_cannot_be_joined_are_counted_or_rejected(tables, arguments, p
     assert (
         counts["clicks_on_unknown_items"] == 1 and "1 of them on items without an embedding" in capsys.readouterr().out
     )
-    with pytest.raises(ValueError, match=f"found none: .*'rows_without_history': {counts['clicks'] - 1}"):
+    with pytest.raises(ValueError, match=f"got none: .*'rows_without_history': {counts['clicks'] - 1}"):
         check_rows(copy, out, "test")
     np.save(out / "test_click_users.npy", np.array([7, 7, 8]))
     assert check_users(copy, out, "test", "skip")["clicks_of_unknown_users"] == 3
-    with pytest.raises(ValueError, match="share the first codes, found"):
+    with pytest.raises(ValueError, match="items that share their codes"):
         make_unique(out, last_level_size=1)
-    with pytest.raises(ValueError, match=r"expected scl_embedding_int8_p90\*.parquet in"):
+    with pytest.raises(ValueError, match=r"must have files scl_embedding_int8_p90\*.parquet"):
         write_items(tmp_path, out)
 
 

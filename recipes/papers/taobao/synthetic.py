@@ -1,10 +1,10 @@
 """Write synthetic tables in the schema of TAOBAO-MM, of any size, to try `recipes.papers.taobao.prepare`.
 
     python -m recipes.papers.taobao.synthetic --output_dir runs/taobao/tables
-    python -m recipes.papers.taobao.synthetic --output_dir runs/taobao-small/tables --num_items 250000 --num_users
-    50000
+    python -m recipes.papers.taobao.synthetic --output_dir runs/taobao-small/tables \
+        --num_items 250000 --num_users 50000
 
-The folder receives five Parquet files. The default size, 1M items and 200k users, takes some minutes.
+The folder receives six Parquet files. The default size, 1M items and 200k users, takes some minutes.
 
 Like the published tables, the synthetic ones have:
 
@@ -54,7 +54,7 @@ class SyntheticArguments:
 
 
 def main(args: SyntheticArguments) -> Path:
-    """Write the five tables and return their folder."""
+    """Write the six tables and return their folder."""
     folder = Path(args.output_dir)
     rng = np.random.default_rng(args.seed)
     folder.mkdir(parents=True, exist_ok=True)

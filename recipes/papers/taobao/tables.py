@@ -1,20 +1,22 @@
-"""The tables of TAOBAO-MM as they are published, read in bounded memory: histories, clicks, rows for the trainer.
+"""Read the published tables of TAOBAO-MM in bounded memory: histories, clicks, and rows for the trainer.
 
-    scl_embedding_int8_p90*.parquet    205 item, 205_c int8 [128], a unit vector times 127       35.5M items, 5.3 GB
-    {train,test}_samples*.parquet      129_1 user, 205 item, label_0 [0, 1] clicked, [1, 0] not   99.0M
-    {train,test}_user_features*.parquet   129_1 user, 150_2_180 items, oldest first, 0 = padding  8.79M users, 44.6 GB
+| table | columns | size |
+| --- | --- | --- |
+| scl_embedding_int8_p90*.parquet | 205 item, 205_c int8 [128]: a unit vector times 127 | 35.5M items, 5.3 GB |
+| {train,test}_samples*.parquet | 129_1 user, 205 item, label_0: [0, 1] clicked, [1, 0] not | 99.0M samples |
+| {train,test}_user_features*.parquet | 129_1 user, 150_2_180 items, oldest first, 0 = padding | 8.79M users, 44.6 GB |
 
-Where the embeddings' column is called as their table is, say so by `--embedding_column`.
+Some copies name the embeddings' column as their table; pass `--embedding_column` for these.
 
-The samples that are clicks are small (16 bytes each, 14 % of all), so they are sorted by user on disk and mapped; the
-user table is streamed past them and each user's clicks are found by binary search. Of the user table nothing but its
-ids, 8 bytes a user, is ever held.
+The samples that are clicks are small: 16 bytes each, 14 % of all. The recipe sorts them by user on disk and maps them.
+It streams the user table past them, and finds each user's clicks by binary search. Memory holds the ids of the user
+table alone, 8 bytes per user.
 
-The published user table has row groups as `pyarrow` makes them, of 1,048,576 users (7 for 6.9M), 8 GB of history each.
-`load_dataset("parquet", streaming=True)` scans with `pyarrow.dataset`, which decodes a whole one before its first batch:
-33 bytes an item on a group of 40,000 users, which makes 34 GB of a published one. `ParquetFile.iter_batches` on a buffered
-stream holds pages: 28 MB there. It is what the generator of the `datasets.IterableDataset` here reads with; its shards are
-row groups.
+The published user table has row groups of 1,048,576 users, as `pyarrow` makes them, with 8 GB of histories each.
+`load_dataset("parquet", streaming=True)` scans with `pyarrow.dataset`, which decodes a whole row group before its
+first batch. It takes 33 bytes per history item, so 34 GB for a published row group. `ParquetFile.iter_batches` on a
+buffered stream holds single pages: 28 MB for a row group of 40,000 users. The generator of the
+`datasets.IterableDataset` here reads with it, and its shards are row groups.
 """
 
 import os
@@ -33,58 +35,89 @@ from tqdm.auto import tqdm
 from recipes.data.encoding import LONG_HISTORY, encode_history
 from tokenization.vocabulary_layout import VocabularyLayout
 
-Shards = list[tuple[str, int]]  # file, row group
+# File and row group of each shard.
+Shards = list[tuple[str, int]]
 
-EMBEDDINGS, SAMPLES, USERS = "scl_embedding_int8_p90", "{}_samples", "{}_user_features"
-USER, ITEM, EMBEDDING, LABEL, HISTORY = "129_1", "205", "205_c", "label_0", "150_2_180"
+# Names of the tables.
+EMBEDDINGS = "scl_embedding_int8_p90"
+SAMPLES = "{}_samples"
+USERS = "{}_user_features"
+# Names of the columns.
+USER = "129_1"
+ITEM = "205"
+EMBEDDING = "205_c"
+LABEL = "label_0"
+HISTORY = "150_2_180"
 TYPES = {
     USER: pa.int64(),
     ITEM: pa.int64(),
-    **dict.fromkeys((EMBEDDING, EMBEDDINGS), pa.list_(pa.int8())),  # the column has either name
+    # The embeddings' column has either name.
+    **dict.fromkeys((EMBEDDING, EMBEDDINGS), pa.list_(pa.int8())),
     LABEL: pa.list_(pa.int8()),
     HISTORY: pa.list_(pa.int64()),
 }
 BEHAVIORS = ("click",)
-PADDING, UNKNOWN = -2, -1  # in place of a catalog index
-BATCH_ROWS = 16_384  # of scalars and embeddings
-BATCH_USERS = 256  # 2 MB of history
+# Values in place of a catalog index.
+PADDING = -2
+UNKNOWN = -1
+# Rows per batch: scalars and embeddings; histories (2 MB).
+BATCH_ROWS = 16_384
+BATCH_USERS = 256
 
 
 def table_files(folder: str | Path, table: str) -> list[Path]:
-    """The files of a table, in order; `ValueError` if there are none."""
+    """
+    List the files of a table, in order.
+
+    Raises:
+        ValueError: if there are no files.
+    """
     files = sorted(Path(folder).glob(f"{table}*.parquet"))
     if not files:
-        found = sorted(path.name for path in Path(folder).glob("*"))[:10]
+        names = sorted(path.name for path in Path(folder).glob("*"))[:10]
         raise ValueError(
-            f"expected {table}*.parquet in {folder}, found {found}: download the folder raw/ of TaoBao-MM/Taobao-MM, or "
-            "make tables with recipes.papers.taobao.synthetic"
+            f"`tables` must have files {table}*.parquet, got {names} in {folder}. Download the folder raw/ of "
+            "TaoBao-MM/Taobao-MM, or make tables with recipes.papers.taobao.synthetic."
         )
     return files
 
 
 def table_shards(folder: str | Path, table: str, columns: list[str]) -> tuple[Shards, int]:
-    """Row groups of a table's files, and their rows. `ValueError` on missing or damaged files or columns."""
-    shards, rows = [], 0
+    """
+    List the row groups of a table's files, and count their rows.
+
+    Raises:
+        ValueError: for missing or damaged files, and for missing columns or other types.
+    """
+    shards = []
+    num_rows = 0
     for file in table_files(folder, table):
         try:
             with pq.ParquetFile(file) as parquet:
-                schema, metadata = parquet.schema_arrow, parquet.metadata
+                schema = parquet.schema_arrow
+                metadata = parquet.metadata
         except (pa.ArrowException, OSError) as error:
             raise _damaged(file, error) from error
         for name in columns:
             if name not in schema.names or schema.field(name).type != TYPES[name]:
-                type_found = schema.field(name).type if name in schema.names else f"the columns {schema.names}"
-                other = " or name its column by --embedding_column" if name in (EMBEDDING, EMBEDDINGS) else ""
+                actual = schema.field(name).type if name in schema.names else f"the columns {schema.names}"
+                other = ", or name its column by --embedding_column" if name in (EMBEDDING, EMBEDDINGS) else ""
                 raise ValueError(
-                    f"expected a column {name} of {TYPES[name]} in {file}, found {type_found}: bring the table as published{other}"
+                    f"`{file.name}` must have a column {name} of {TYPES[name]}, got {actual} in {file}. Take the "
+                    f"table as published{other}."
                 )
         shards += [(str(file), group) for group in range(metadata.num_row_groups)]
-        rows += metadata.num_rows
-    return shards, rows
+        num_rows += metadata.num_rows
+    return shards, num_rows
 
 
 def read_batches(shards: Shards, columns: list[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """Batches of at most `batch_rows` rows. Holds pages, not row groups. `ValueError` on damaged files."""
+    """
+    Read batches of at most `batch_rows` rows; memory holds pages, not row groups.
+
+    Raises:
+        ValueError: for damaged files.
+    """
     for file, group in shards:
         try:
             with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet:
@@ -94,45 +127,65 @@ def read_batches(shards: Shards, columns: list[str], batch_rows: int = BATCH_ROW
 
 
 def scalars(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """A column of integers as int64 `[n]`. `ValueError` on an empty cell."""
+    """Read a column of integers as int64 `[n]`; raise `ValueError` for an empty cell."""
     return _without_nulls(batch.column(name), name).to_numpy()
 
 
 def lists(batch: pa.RecordBatch, name: str, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists: its values one after another, and where each list ends, int64 `[n]`. `ValueError` on an empty
-    cell, or a list that has not `width` values."""
+    """
+    Read a column of lists.
+
+    Args:
+        batch: Rows of a table.
+        name: Name of the column.
+        width: Number of values that every list must have. None: lists of any length.
+
+    Returns:
+        The values of all lists, one after another, and the end of each list in them, int64 `[n]`.
+
+    Raises:
+        ValueError: for an empty cell, or a list of another length than `width`.
+    """
     column = _without_nulls(batch.column(name), name)
     ends = column.offsets.to_numpy().astype(np.int64)
     lengths = np.diff(ends)
     if width is not None and (lengths != width).any():
-        wrong = int(np.flatnonzero(lengths != width)[0])
+        wrong = np.flatnonzero(lengths != width)
         raise ValueError(
-            f"expected lists of {width} in the column {name}, found one of {lengths[wrong]} ({(lengths != width).sum()} "
-            f"such in a batch, row {wrong} the first): correct or drop these rows"
+            f"`{name}` must have lists of {width} values, got a list of {lengths[wrong[0]]} in row {wrong[0]} of a "
+            f"batch, which has {len(wrong)} such rows. Correct or drop these rows."
         )
     return _without_nulls(column.flatten(), name).to_numpy(), ends[1:] - ends[0]
 
 
-def find_items(item_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Catalog indices int32 `[n]` of ids int64 `[n]`, by binary search in sorted ids `[N]`; `UNKNOWN`: not there."""
-    distinct, back = np.unique(wanted, return_inverse=True)  # sorted: neighbors stay in the cache
-    at = np.searchsorted(item_ids, distinct)
-    at[at == len(item_ids)] = 0
-    return np.where(item_ids[at] == distinct, at, UNKNOWN).astype(np.int32)[back]
+def find_items(item_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """
+    Find the catalog indices int32 `[n]` of ids int64 `[n]`, by binary search in sorted ids `[N]`.
+
+    An id that is not there has the index `UNKNOWN`.
+    """
+    # Search in order: neighbors stay in the processor's cache.
+    distinct, inverse = np.unique(ids, return_inverse=True)
+    places = np.searchsorted(item_ids, distinct)
+    places[places == len(item_ids)] = 0
+    return np.where(item_ids[places] == distinct, places, UNKNOWN).astype(np.int32)[inverse]
 
 
 def user_histories(
     shards: Shards, data_dir: str | Path, split: str
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, int]]:
-    """Streams the user table past the clicks.
+    """
+    Stream the user table past the clicks, and skip users without a click.
 
     Args:
-        shards: of the split's user table.
-        data_dir: what recipes.papers.taobao.prepare prepared: `item_ids.npy`, `{split}_click_users.npy`, `{split}_click_items.npy`.
+        shards: Row groups of the split's user table.
+        data_dir: Output folder of recipes.papers.taobao.prepare, with `item_ids.npy`, `{split}_click_users.npy` and
+            `{split}_click_items.npy`.
+        split: Name of the split, train or test.
 
     Yields:
-        user id, known items of the history int32 `[n]` (oldest first, padding and unknown ones dropped), clicked items
-        int32 `[m]`, m >= 1, and how many items were unknown; users without a click are passed over.
+        User id, known items of the history int32 `[n]`, clicked items int32 `[m]`, and the number of unknown items of
+        the history. Histories are oldest first, without padding, and m >= 1.
     """
     item_ids, click_users, click_items = (
         np.load(Path(data_dir) / f"{name}.npy", mmap_mode="r")
@@ -145,15 +198,18 @@ def user_histories(
         if len(clicked) == 0:
             continue
         values, ends = lists(batch.take(pa.array(clicked)), HISTORY)
-        found = np.where(values == 0, PADDING, find_items(item_ids, values))
-        for row, history in zip(clicked, np.split(found, ends[:-1]), strict=True):
-            unknown = int((history == UNKNOWN).sum())
-            yield int(users[row]), history[history >= 0], np.array(click_items[first[row] : last[row]]), unknown
+        indices = np.where(values == 0, PADDING, find_items(item_ids, values))
+        for place, history in zip(clicked, np.split(indices, ends[:-1]), strict=True):
+            num_unknown = int((history == UNKNOWN).sum())
+            clicks = np.array(click_items[first[place] : last[place]])
+            yield int(users[place]), history[history >= 0], clicks, num_unknown
 
 
 class ClickTokenizer:
     """
-    Encode histories of clicks as a `SemanticIdTokenizer` does, from codes alone: a list of all item ids would not fit in memory.
+    Encode histories of clicks as a `SemanticIdTokenizer` does, from codes alone.
+
+    A tokenizer's list of all item ids would not fit into memory.
 
     Args:
         codebook_sizes (`Sequence[int]`): Codes of each level.
@@ -161,7 +217,8 @@ class ClickTokenizer:
     """
 
     def __init__(self, codebook_sizes: Sequence[int], item_codes: np.ndarray):
-        self.layout, self.item_codes = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes)), item_codes
+        self.layout = VocabularyLayout(BEHAVIORS, tuple(codebook_sizes))
+        self.item_codes = item_codes
 
     def encode_indices(self, item_index: np.ndarray, behavior_index: np.ndarray) -> np.ndarray:
         """Encode catalog indices `[n]` as `<bos> s1 .. sL b ...`: int64 `[1 + n * (L + 1)]`."""
@@ -171,12 +228,21 @@ class ClickTokenizer:
 def training_rows(
     shards: Shards, data_dir: str, split: str, codebook_sizes: tuple[int, ...], max_items: int, max_long_items: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each click of a user with a known item in the history, as a Trainer takes it.
+    """
+    Make a training row for each click of a user whose history has a known item.
+
+    Args:
+        shards: Row groups of the split's user table.
+        data_dir: Output folder of recipes.papers.taobao.prepare.
+        split: Name of the split, train or test.
+        codebook_sizes: Codes of each level.
+        max_items: Most recent known items of a row, before the clicked one.
+        max_long_items: Most recent known items of the long history. 0: no long history.
 
     Yields:
-        `input_ids`, `attention_mask`, `labels` int64 `[T]`: the last `max_items` known items and the clicked one; all but
-        `<bos>` is supervised. With `max_long_items` also `long_items` int32: that many last known items of the history,
-        oldest first, the window's among them, the clicked one not.
+        `input_ids`, `attention_mask` and `labels`, int64 `[T]`: the known items and the clicked one. All tokens but
+        `<bos>` have a label. With a long history also `long_items` int32 `[H]`, oldest first, without the clicked
+        item.
     """
     codes = np.load(Path(data_dir) / "item_codes.npy", mmap_mode="r")
     tokenizer = ClickTokenizer(codebook_sizes, codes)
@@ -199,16 +265,16 @@ def stream_rows(
     max_items: int,
     max_long_items: int,
 ) -> IterableDataset:
-    """`training_rows` as a streaming dataset: shuffle it with a buffer, split it over processes, resume it."""
+    """Stream `training_rows` as a dataset that can be shuffled with a buffer, split over processes, and resumed."""
     shards, _ = table_shards(tables, USERS.format(split), [USER, HISTORY])
-    # Names and numbers alone: `datasets` hashes these arguments and copies them to workers. The list is the shards.
+    # `datasets` hashes these, copies them to workers, and splits the list.
     rows: dict[str, Any] = {"shards": shards, "data_dir": str(data_dir), "split": split}
     rows |= {"codebook_sizes": tuple(codebook_sizes), "max_items": max_items, "max_long_items": max_long_items}
     return IterableDataset.from_generator(training_rows, gen_kwargs=rows)
 
 
 def progress(shards: Shards, columns: list[str], rows: int, text: str) -> Iterator[pa.RecordBatch]:
-    """`read_batches` with a bar."""
+    """Read batches under a progress bar."""
     with tqdm(total=rows, desc=text, unit="row", unit_scale=True) as bar:
         for batch in read_batches(shards, columns):
             yield batch
@@ -217,11 +283,17 @@ def progress(shards: Shards, columns: list[str], rows: int, text: str) -> Iterat
 
 @contextmanager
 def new_array(file: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[np.memmap]:
-    """A mapped array that replaces `file` when it is whole: who has the old one open keeps that. `OSError` on a full disk."""
+    """
+    Create a mapped array that replaces `file` when it is complete; readers of the old file keep the old data.
+
+    Raises:
+        OSError: on a full disk.
+    """
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         array = open_memmap(temporary, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # or a full disk would be a bus error at some page
+        # Allocate first: a full disk would be a bus error later.
+        if hasattr(os, "posix_fallocate"):
             with temporary.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, temporary.stat().st_size)
         yield array
@@ -232,7 +304,7 @@ def new_array(file: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[np.me
 
 
 def fill(array: np.ndarray, parts: Iterable[np.ndarray]) -> None:
-    """Writes parts into an array of their whole length, one after another."""
+    """Write parts into an array of their total length, one after another."""
     start = 0
     for part in parts:
         array[start : start + len(part)] = part
@@ -242,14 +314,14 @@ def fill(array: np.ndarray, parts: Iterable[np.ndarray]) -> None:
 def _without_nulls(column: pa.Array, name: str) -> pa.Array:
     if column.null_count:
         raise ValueError(
-            f"expected a value in every row of the column {name}, found {column.null_count} empty ones of {len(column)} "
-            "in a batch: correct or drop these rows"
+            f"`{name}` must have a value in every row, got {column.null_count} empty cells of {len(column)} in a "
+            "batch. Correct or drop these rows."
         )
     return column
 
 
 def _damaged(file: str | Path, error: Exception) -> ValueError:
     return ValueError(
-        f"expected a complete Parquet file at {file}, found one that cannot be read ({error}): it is truncated or damaged, "
-        "download it again"
+        f"`{Path(file).name}` must be a complete Parquet file, got a truncated or damaged one at {file} ({error}). "
+        "Download it again."
     )
