@@ -161,7 +161,7 @@ def model_of(
         int8_content_embeddings=True,
         embedding_table_size=args.embedding_table_size,
         history_item_representations=args.history_item_representations,
-        **fields,
+        **{"ranking_dropout": 0.0, "embedding_dropout": 0.0, **fields},
     )
     config.num_items = 1  # until the catalog comes: one of all items need not be made up first
     return create_model(config, codes, embeddings)
@@ -303,7 +303,7 @@ def fit(
     )
     trainer = Trainer(
         model=model,
-        args=training_args,
+        args=replace(training_args, remove_unused_columns=False),  # the collator chooses the columns
         data_collator=TrainingCollator(),
         # One endless epoch: the Trainer cannot resume in the second of a stream whose length it does not know.
         train_dataset=rows.repeat(None).shuffle(seed=training_args.seed, buffer_size=args.shuffle_rows),
