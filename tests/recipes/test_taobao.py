@@ -423,10 +423,8 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     assert model.lm_head.weight.shape == before.lm_head.weight.shape
     row = next(iter(rows_of(arguments, prepared, "test")))
     request = {"input_ids": torch.from_numpy(row["input_ids"])[None, :-5], "candidates": torch.arange(4)[None]}
-    scores = [
-        model.rank(**request, long_items=torch.from_numpy(row["long_items"]).long()[None, -length:])
-        for length in (9, 1)
-    ]
+    longer = torch.from_numpy(row["long_items"]).long()[None]
+    scores = [model.rank(**request, long_history={"items": longer[:, -length:]}) for length in (9, 1)]
     assert not torch.equal(*scores), "the long history is read"
     before.catalog.item_codes = before.catalog.item_codes.flip(0)
     before.save_pretrained(tmp_path / "others")
@@ -438,7 +436,8 @@ def test_rows_of_different_lengths_are_padded_on_the_left():
     rows = [{"input_ids": np.arange(n), "labels": np.arange(n), "long_items": np.arange(3 - n)} for n in (1, 2)]
     batch = TrainingCollator()(rows)
     assert torch.equal(batch["input_ids"], torch.tensor([[0, 0], [0, 1]]))
-    assert batch["labels"].tolist() == [[-100, 0], [0, 1]] and batch["long_items"].tolist() == [[0, 1], [0, -1]]
+    assert batch["labels"].tolist() == [[-100, 0], [0, 1]]
+    assert batch["long_history"]["items"].tolist() == [[0, 1], [0, -1]]
 
 
 def test_a_linear_cost_is_extrapolated_exactly():
