@@ -1,22 +1,24 @@
-"""Recommends to everybody: a data set of histories in, Parquet files of ranked items out, in the user's own ids.
+"""Recommend to many users: a data set of histories in, Parquet files of ranked items out, with your own item ids.
 
     python -m recipes.recommend --checkpoint runs/demo/checkpoint --histories histories.parquet --output_dir runs/lists
-    torchrun --nproc_per_node 8 -m recipes.recommend ...     # several processes, each on a GPU of its own or on the
-    CPU
+    # several processes, each on its own GPU or on the CPU
+    torchrun --nproc_per_node 8 -m recipes.recommend ...
 
-`recipes/data/histories.py` says what histories are and how to make them. All rows are checked before the model runs.
-`--unknown error` refuses unknown items and empty histories; `--unknown skip` drops unknown items, and a row without a
-known item gets empty lists. So does, with `--exclude_history`, a history of all items that there are. Rows of empty
-lists are counted and reported. The output folder, which `datasets.load_dataset("parquet", data_dir=...)` and pandas
-read, has a file for every `--shard_size` rows; rows keep their order:
+`recipes/data/histories.py` explains histories and how to make them. All rows are checked before the model runs.
+`--unknown error` rejects unknown items and empty histories. `--unknown skip` drops unknown items. A row without a
+known item gets an empty list; so does, with `--exclude_history`, a history of the whole catalog. A message counts the
+rows with empty lists.
 
-    part-00000-of-00012.parquet   user_id; item_ids: list<string>; scores, generation_scores, ranking_scores[,
-                                  dense_scores]: list<float>; best first, shorter where there are fewer items than
-                                  asked for
-    .recommend.json               what was asked of what; hidden, since readers of a folder read all that they see
+The output folder has a file for every `--shard_size` rows, in the order of the rows.
+`datasets.load_dataset("parquet", data_dir=...)` and pandas read the folder.
 
-A second run of the same command makes the files that are missing, in any number of processes; one that would give
-other lists is refused there.
+    part-00000-of-00012.parquet   `user_id`; `item_ids`: list<string>; `scores`, `generation_scores`, `ranking_scores`
+                                  and, for a model with that score, `dense_scores`: list<float>. Best first, shorter
+                                  if fewer items are left.
+    .recommend.json               the model, the histories and the settings; hidden from readers of the folder
+
+A second run of the same command makes the missing files, in any number of processes. A run with another model, other
+histories or other settings needs another folder.
 """
 
 import hashlib
@@ -42,7 +44,7 @@ from recipes.data.encoding import HistoryEncoder
 from recipes.data.histories import Histories, check_columns, check_rows, load_histories, read_histories
 from tokenization import SemanticIdTokenizer
 
-# The last one, if the model has such a score.
+# `dense_scores` only for a model with that score.
 SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores")
 # Settings that are serving options of the model.
 SERVED = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "max_items", "exclude_history")
@@ -50,41 +52,65 @@ SERVED = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target
 
 @dataclass
 class RecommendArguments:
-    """By what, to whom, and where to."""
+    """Checkpoint, histories, and the folder of the lists."""
 
     checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote, or a Hub repository."})
-    histories: str = field(metadata={"help": "Saved Dataset, .parquet or .json(l), folder of them, or Hub data set."})
-    output_dir: str = field(metadata={"help": "Receives the Parquet files; a run that broke off goes on there."})
-    split: str | None = field(default=None, metadata={"help": "Split of the histories, if there are several."})
+    histories: str = field(
+        metadata={
+            "help": "Histories: a saved Dataset, a .parquet or .json(l) file, a folder of them, or a Hub data set."
+        }
+    )
+    output_dir: str = field(
+        metadata={"help": "Folder that receives the Parquet files; an interrupted run continues there."}
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split of the histories. None: the only split that there is."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16."})
 
 
 @dataclass
 class RecommendSettings:
-    """What is asked of the model."""
+    """Settings of the lists."""
 
-    num_beams: int | None = field(default=None, metadata={"help": "Candidates; default: the checkpoint's."})
-    num_return_sequences: int | None = field(
-        default=None,
-        metadata={"help": "Items of a list, at most as many as are ranked; default: ten, or as many as that."},
+    num_beams: int | None = field(
+        default=None, metadata={"help": "Candidates that the beam search finds for each user. None: the checkpoint's."}
     )
-    ranking_weight: float | None = field(default=None, metadata={"help": "Of fusion; default: the checkpoint's."})
-    ranking_target: str | None = field(default=None, metadata={"help": "What ranks; default: the checkpoint's."})
+    num_return_sequences: int | None = field(
+        default=None, metadata={"help": "Items of a list. None: ten, or fewer if fewer candidates are ranked."}
+    )
+    ranking_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the ranking score in the fused score. None: the checkpoint's."}
+    )
+    ranking_target: str | None = field(
+        default=None, metadata={"help": "Ranking target that orders the lists. None: the checkpoint's."}
+    )
     max_items: int | None = field(
-        default=None, metadata={"help": "Items read of a history; default: as trained, or all that fit."}
+        default=None,
+        metadata={
+            "help": "Most recent items of a history that the model reads. None: the checkpoint's number, or all that "
+            "fit."
+        },
     )
     exclude_history: bool | None = field(
-        default=None, metadata={"help": "List no item of the history, read or not; default: the checkpoint's."}
+        default=None,
+        metadata={"help": "Leave all items of a user's history out of the user's list. None: as the checkpoint does."},
     )
     unknown: str = field(
-        default="error", metadata={"help": "What to do with unknown items.", "choices": ["error", "skip"]}
+        default="error",
+        metadata={"help": "Reject unknown items (error), or drop them (skip).", "choices": ["error", "skip"]},
     )
-    batch_size: int = field(default=32, metadata={"help": "Histories run together, of similar length."})
+    batch_size: int = field(default=32, metadata={"help": "Histories of a batch, of similar length."})
     shard_size: int = field(default=4096, metadata={"help": "Rows of an output file."})
 
 
-def resolved(settings: RecommendSettings, model) -> RecommendSettings:
-    """The settings with the model's own for those that are None; `ValueError` if one is out of range."""
+def resolve_settings(settings: RecommendSettings, model) -> RecommendSettings:
+    """
+    Replace None in the settings by the model's values.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
     if settings.unknown not in ("error", "skip"):
         raise ValueError(f"`unknown` must be 'error' or 'skip', got {settings.unknown!r}. Choose one of them.")
     for name in ("batch_size", "shard_size"):
@@ -96,50 +122,67 @@ def resolved(settings: RecommendSettings, model) -> RecommendSettings:
 
 
 def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings) -> dict:
-    """What the lists are made of, as JSON; the model by what it computes, wherever it was loaded from."""
+    """Record the model, the histories and the settings as JSON; a moved checkpoint is the same model."""
+    # The model: its config, serving options and weights.
     config = model.config.to_dict()
     del config["training_config"]
     for part in (config, config["text_config"]):
-        for name in ("_name_or_path", "transformers_version", "dtype"):  # facts of a file, or told by the weights
+        # These describe the file, or the weights, which are hashed below.
+        for name in ("_name_or_path", "transformers_version", "dtype"):
             part.pop(name, None)
     options = asdict(model.serving_options())
-    served = {name: value for name, value in options.items() if name not in SERVED}  # the settings hold the others
+    # The settings have the other options.
+    served = {name: value for name, value in options.items() if name not in SERVED}
     digest = hashlib.sha256(json.dumps([config, served], sort_keys=True, default=str).encode())
     digest.update(weights_hash(model).encode())
-    asked = asdict(settings)
-    del asked["batch_size"]  # changes nothing but rounding
+
+    # The settings. The batch size only changes rounding.
+    chosen = asdict(settings)
+    del chosen["batch_size"]
     identity = {"model": digest.hexdigest(), "dtype": str(model.dtype), "catalog": tokenizer.provenance["sha256"]}
-    return identity | {"histories": dataset._fingerprint, "rows": len(dataset)} | asked
+    return identity | {"histories": dataset._fingerprint, "rows": len(dataset)} | chosen
 
 
 def check_same_work(record: dict, file: Path) -> None:
-    """`ValueError` if there are lists beside `file` that were made of something else than `record`."""
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    changed = [name for name in record if name not in found or found[name] != record[name]]
+    """Raise `ValueError` if the folder of `file` has lists with another record than `record`."""
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    changed = [name for name in record if name not in stored or stored[name] != record[name]]
     if changed and any(file.parent.glob("part-*.parquet")):
         raise ValueError(
-            f"Expected a new output_dir, or the model, histories and settings of the lists in {file.parent}; found "
-            f"other values of {changed}. Name another output_dir, or remove this one."
+            "`output_dir` must be new, or hold lists of the same model, histories and settings, got "
+            f"{file.parent} with other values of {changed}. Choose another output_dir, or remove this folder."
         )
 
 
 def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSettings, bar: tqdm) -> dict:
-    """The lists of some rows, in their order: `item_ids` and the scores, each a `pa.ListArray` `[N]`."""
+    """
+    Recommend to the users of some rows.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokenizer: The tokenizer of its items.
+        histories: The rows.
+        settings: Settings without None.
+        bar: Progress bar of the rows.
+
+    Returns:
+        `item_ids` and the scores, each a `pa.ListArray` `[N]` in the order of the rows.
+    """
+    # The longest histories first: a lack of memory shows at once.
     recent = slice(-settings.max_items, None)
     lengths = np.array([len(items[recent]) for items in histories.items]) * histories.answered
-    order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once or never
+    order = np.argsort(-lengths, kind="stable")
     order = order[: np.count_nonzero(lengths)]
+    bar.update(len(lengths) - len(order))
+
+    # Run the model.
     shape = (len(lengths), settings.num_return_sequences)
     names = SCORES if model.config.has_dense_scores else SCORES[:-1]
-    best_items, scores = np.full(shape, -1), {name: np.zeros(shape, np.float32) for name in names}
-    bar.update(len(lengths) - len(order))
-    encoder = HistoryEncoder(
-        tokenizer,
-        settings.max_items,
-        model.serving_options().max_long_items if model.config.num_retrieved_items else 0,  # also what is not read
-    )
-    columns = {"items": histories.items, "behaviors": histories.behaviors, "timestamps": histories.timestamps}
-    columns["query_time"] = histories.query_time
+    best_items = np.full(shape, -1)
+    scores = {name: np.zeros(shape, np.float32) for name in names}
+    max_long_items = model.serving_options().max_long_items if model.config.num_retrieved_items else 0
+    encoder = HistoryEncoder(tokenizer, settings.max_items, max_long_items)
+    columns = {name: getattr(histories, name) for name in ("items", "behaviors", "timestamps", "query_time")}
     columns = {name: column for name, column in columns.items() if column is not None}
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
@@ -152,76 +195,103 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
             num_return_sequences=settings.num_return_sequences,
             ranking_weight=settings.ranking_weight,
             ranking_target=settings.ranking_target,
-            exclude_history=False,  # but all of it, not only what is read:
+            # Block the whole history, not only the items that the model reads.
+            exclude_history=False,
             blocked_items=[histories.items[row] for row in rows] if settings.exclude_history else None,
         )
         best_items[rows] = best.item_indices.cpu()
         for name, values in scores.items():
             values[rows] = best[name].cpu()
         bar.update(len(rows))
-    filled = best_items >= 0
-    offsets = pa.array(np.r_[0, filled.sum(axis=1).cumsum()], pa.int32())
-    columns = {"item_ids": pa.array([tokenizer.item_ids[item] for item in best_items[filled]], pa.string())}
-    columns |= {name: pa.array(values[filled]) for name, values in scores.items()}
+    return list_columns(tokenizer, best_items, scores)
+
+
+def list_columns(tokenizer, best_items: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, pa.ListArray]:
+    """Convert item indices `[N, R]` (-1: no item) and scores `[N, R]` to Arrow lists, without the padding."""
+    is_item = best_items >= 0
+    offsets = pa.array(np.r_[0, is_item.sum(axis=1).cumsum()], pa.int32())
+    columns = {"item_ids": pa.array([tokenizer.item_ids[item] for item in best_items[is_item]], pa.string())}
+    columns |= {name: pa.array(values[is_item]) for name, values in scores.items()}
     return {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
+
+
+def check_same_catalog(model, tokenizer: SemanticIdTokenizer) -> None:
+    """Raise `ValueError` unless the items of model and tokenizer have the same codes."""
+    if not np.array_equal(model.catalog.item_codes.cpu(), tokenizer.item_codes):
+        raise ValueError(
+            f"`tokenizer` must have the {model.config.num_items} items of the model and their codes, got "
+            f"{tokenizer.num_items} items or other codes. Load both from the same checkpoint."
+        )
 
 
 def recommend_dataset(
     model, tokenizer: SemanticIdTokenizer, dataset: Dataset, output_dir: str | Path, settings: RecommendSettings
 ) -> Path:
     """
-    Writes the lists of all histories of `dataset` into `output_dir`, both as in the module's docstring, and returns
-    it.
+    Write the lists of all histories of `dataset`, as in the module's docstring, and return their folder.
 
-    The model runs in eval mode, on the device where it is. Of several processes each makes this call with its own
-    model, and returns when its own share is written.
+    The model runs in evaluation mode, on its device. Each of several processes makes this call with its own model, and
+    returns when its share is written.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of its items.
+        dataset: Histories with the columns of `recipes/data/histories.py`.
+        output_dir: Folder that receives the files.
+        settings: Settings of the lists.
 
     Raises:
-        ValueError: before the model runs; on settings out of range, missing columns, rows with problems (all are
-            counted), model and tokenizer of different catalogs, or an `output_dir` with other lists.
+        ValueError: before the model runs: for settings out of range, missing columns, rows with problems (all are
+            counted), a tokenizer of another catalog, and an `output_dir` with other lists.
     """
-    state, output_dir = PartialState(cpu=model.device.type == "cpu"), Path(output_dir)
-    settings = resolved(settings, model.eval())
-    if not np.array_equal(model.catalog.item_codes.cpu(), tokenizer.item_codes):
-        raise ValueError(
-            f"Expected model and tokenizer of one catalog, found {model.config.num_items} items in the model and "
-            f"{tokenizer.num_items}, or others, in the tokenizer. Load both from one checkpoint."
-        )
+    # Check everything before the model runs.
+    state = PartialState(cpu=model.device.type == "cpu")
+    output_dir = Path(output_dir)
+    record_file = output_dir / ".recommend.json"
+    settings = resolve_settings(settings, model.eval())
+    check_same_catalog(model, tokenizer)
     columns = check_columns(dataset, tokenizer, model.config.reads_times)
-    record, record_file = work_record(model, tokenizer, dataset, settings), output_dir / ".recommend.json"
-    check_same_work(record, record_file)  # by all processes, before the first one writes it below
+    record = work_record(model, tokenizer, dataset, settings)
+    check_same_work(record, record_file)  # in all processes, before the first process writes below
     dataset = dataset.select_columns(columns).with_format("arrow")
     shards = range(0, len(dataset), settings.shard_size)
     unanswered = check_rows(dataset, tokenizer, shards, settings.exclude_history, settings.unknown)
+
+    # Share the missing files among the processes.
     files = {start: f"part-{index:05d}-of-{len(shards):05d}.parquet" for index, start in enumerate(shards)}
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         with whole_file(record_file) as file:
             file.write_text(json.dumps(record, indent=1))
     missing = [start for start in shards if not (output_dir / files[start]).exists()]
-    missing = broadcast_object_list([missing])[0]  # the first process's, lest two make one file, or none
+    missing = broadcast_object_list([missing])[0]  # all processes use the first process's list
     if state.is_main_process and len(missing) < len(shards):
         print(f"{len(shards) - len(missing):,} of {len(shards):,} files were made before")
-    mine = missing[state.process_index :: state.num_processes]
-    rows = sum(min(settings.shard_size, len(dataset) - start) for start in mine)
-    with tqdm(total=rows, desc="recommending", unit="row", disable=not state.is_main_process) as bar:
-        for start in mine:
+    starts = missing[state.process_index :: state.num_processes]
+
+    # Write them.
+    num_rows = sum(min(settings.shard_size, len(dataset) - start) for start in starts)
+    with tqdm(total=num_rows, desc="recommending", unit="row", disable=not state.is_main_process) as bar:
+        for start in starts:
             table = dataset[start : start + settings.shard_size]
             histories = read_histories(table, tokenizer, settings.exclude_history)
-            columns = {"user_id": table["user_id"], **recommend_rows(model, tokenizer, histories, settings, bar)}
+            lists = {"user_id": table["user_id"], **recommend_rows(model, tokenizer, histories, settings, bar)}
             with whole_file(output_dir / files[start]) as file:
-                pq.write_table(pa.table(columns), file)
+                pq.write_table(pa.table(lists), file)
     if state.is_main_process and unanswered:
         print(
-            f"{unanswered:,} of {len(dataset):,} rows have empty lists: no known item in the history, or all there are"
+            f"{unanswered:,} of {len(dataset):,} rows have empty lists: their histories have no known item, or all "
+            "items"
         )
     return output_dir
 
 
 def main(args: RecommendArguments, settings: RecommendSettings) -> None:
-    """Loads what the arguments name and recommends, on CUDA devices where there are some."""
-    state = PartialState(cpu=not torch.cuda.is_available())  # else it takes processes without GPUs for strangers
-    with state.main_process_first():  # which downloads and caches what the others find
+    """Load the model and the histories, and recommend, on CUDA devices if there are some."""
+    # Without `cpu`, processes without GPUs would not form a group.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    # The first process downloads, the others read its cache.
+    with state.main_process_first():
         dataset = load_histories(args.histories, args.split)
         tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
         dtype = torch.bfloat16 if args.bf16 else "auto"

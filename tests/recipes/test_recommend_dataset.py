@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from modeling_unigrf import RecommendationPipeline
 from recipes.common.files import whole_file
 from recipes.data.histories import load_histories
-from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolved
+from recipes.recommend import RecommendArguments, RecommendSettings, main, recommend_dataset, resolve_settings
 from tokenization import SemanticIdTokenizer
 
 OPTIONS = {"num_beams": 8, "num_return_sequences": 5}
@@ -136,7 +136,7 @@ def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path)
     model.generation_config.exclude_history = False
     model.generation_config.ranking_target = "like"
     model.generation_config.rerank_top_k = 4
-    assert resolved(RecommendSettings(num_beams=20), model).num_return_sequences == 4
+    assert resolve_settings(RecommendSettings(num_beams=20), model).num_return_sequences == 4
     recommend_dataset(model, tokenizer, dataset, tmp_path / "a", RecommendSettings(num_beams=20))
     expected = recommend_dataset(
         model,
@@ -151,7 +151,7 @@ def test_settings_default_to_those_of_the_checkpoint(model, tokenizer, tmp_path)
     repeated = [set(items) & set(row) for items, row in zip(actual["item_ids"], dataset["items"], strict=True)]
     assert any(repeated) and set(actual["item_ids"].map(len)) == {4}
     with pytest.raises(ValueError, match="got num_return_sequences=5, num_beams=20, rerank_top_k=4, "):
-        resolved(RecommendSettings(num_beams=20, num_return_sequences=5), model)
+        resolve_settings(RecommendSettings(num_beams=20, num_return_sequences=5), model)
 
 
 def test_sub_histories_come_from_the_whole_history(tokenizer, tmp_path):
@@ -402,7 +402,7 @@ def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, m
 
 
 def test_a_tokenizer_of_another_catalog_is_rejected(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="of one catalog"):
+    with pytest.raises(ValueError, match="Load both from the same checkpoint"):
         recommend_dataset(build_model(seed=1), tokenizer, histories(), tmp_path, RecommendSettings(**OPTIONS))
 
 
