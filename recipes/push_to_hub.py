@@ -1,13 +1,14 @@
-"""Puts a trained model into one Hub repository: weights, tokenizer, codebooks, item map, code, card and metrics.
+"""Upload a trained model to a Hub repository: weights, tokenizer, codebooks, item map, code, card and metrics.
 
     python -m recipes.push_to_hub --checkpoint runs/demo/checkpoint --metrics runs/demo/metrics.json \
         --dataset_name MovieLens-100K --repo_id user/name --private
     python -m recipes.push_to_hub --checkpoint runs/demo/checkpoint --metrics runs/demo/metrics.json \
         --dataset_name MovieLens-100K --repo_id user/name --dry_run --output_dir runs/demo/hub
 
-A dry run uploads nothing. The folder is written first and loaded again in a new process, from its own code alone; only
-if that recommends as the checkpoint does, it is uploaded. The card is `model_card.md`, filled with what the run
-measured. Log in by `hf auth login`.
+The recipe writes a folder, and loads it in a new process with the folder's own code. If that process recommends as the
+checkpoint does, the recipe uploads the folder. A dry run uploads nothing. `hf auth login` logs in.
+
+The card is `model_card.md`, filled with the metrics of the run.
 """
 
 import json
@@ -32,7 +33,9 @@ from tokenization import SemanticIdTokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 PICTURES = ("recall_at_k.png", "learning_curves.png", "codebooks.png")
-SUFFIXES = {".json", ".safetensors", ".py", ".md", ".png"}  # of files that run or unpickle nothing unless asked to
+# Loading such files runs no code without consent.
+SUFFIXES = {".json", ".safetensors", ".py", ".md", ".png"}
+# Parts of metrics.json that the card shows.
 PARTS = {
     "protocol",
     "selection",
@@ -57,61 +60,73 @@ print(json.dumps(recommender(json.loads(sys.argv[2]), num_beams=10)))
 
 @dataclass
 class PushArguments:
-    """What goes where."""
+    """Checkpoint, metrics and Hub repository."""
 
     checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote and recipes.evaluate measured."})
-    metrics: str = field(metadata={"help": "metrics.json of recipes.evaluate; the report's pictures lie beside it."})
-    repo_id: str = field(metadata={"help": "Hub repository, user/name; created if it does not exist."})
-    dataset_name: str = field(
-        default="unnamed", metadata={"help": "What it was trained on, as a name or a Hub data set id, for the card."}
+    metrics: str = field(
+        metadata={"help": "File metrics.json of recipes.evaluate. Pictures of the report beside it go with it."}
     )
-    private: bool = field(default=False, metadata={"help": "Create the repository as a private one."})
-    dry_run: bool = field(default=False, metadata={"help": "Write and check the folder, upload nothing."})
+    repo_id: str = field(metadata={"help": "Hub repository, user/name. A missing repository is created."})
+    dataset_name: str = field(
+        default="unnamed", metadata={"help": "Training data, as a name or a Hub data set ID, for the card."}
+    )
+    private: bool = field(default=False, metadata={"help": "Create a private repository."})
+    dry_run: bool = field(default=False, metadata={"help": "Write and check the folder without an upload."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "New folder to write; default: a temporary one, gone after the upload."}
+        default=None, metadata={"help": "New folder to write. None: a temporary folder, removed after the upload."}
     )
 
 
 def read_metrics(path: Path) -> dict:
-    """The content of metrics.json; `ValueError` if a part is missing that the card shows."""
+    """Read metrics.json; raise `ValueError` if it lacks a part that the card shows."""
     if not path.is_file():
-        raise ValueError(f"Expected a metrics.json, found no file at {path}. Run recipes.evaluate first.")
+        raise ValueError(f"`metrics` must be a metrics.json file, got no file at {path}. Run recipes.evaluate first.")
     metrics = json.loads(path.read_text(encoding="utf-8"))
     missing = sorted(PARTS - metrics.keys())
     if not missing:
         results = {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}
-        missing = [f"{name}.{column}" for name, row in results.items() for column in COLUMNS if column not in row]
+        missing = [
+            f"{name}.{column}" for name, values in results.items() for column in COLUMNS if column not in values
+        ]
     if missing:
         raise ValueError(
-            f"Expected metrics with all that the card shows, found {path} without {missing}. Run recipes.evaluate."
+            f"`metrics` must have all parts that the card shows, got {path} without {missing}. Run recipes.evaluate."
         )
     return metrics
 
 
 def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
-    """The checkpoint; `ValueError` if it is none, or not the one that was measured, with its settings."""
+    """
+    Load the checkpoint.
+
+    Raises:
+        ValueError: if the folder is no checkpoint, or the metrics are those of other weights or serving options.
+    """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"Expected a checkpoint of recipes.train, found no config.json in {folder}. Check the path.")
+        raise ValueError(
+            f"`checkpoint` must be a folder of recipes.train, got no config.json in {folder}. Check the path."
+        )
     recommender = RecommendationPipeline(
         model=UniGRFForCausalLM.from_pretrained(folder), tokenizer=SemanticIdTokenizer.from_pretrained(folder)
     )
-    model, selection = recommender.model, metrics["selection"]
-    served = asdict(model.serving_options())
+    selection = metrics["selection"]
+    served = asdict(recommender.model.serving_options())
     if changed := [name for name in selection if name in served and served[name] != selection[name]]:
         raise ValueError(
-            f"Expected the metrics of this checkpoint, found { ({name: served[name] for name in changed}) } in the "
-            f"checkpoint and { ({name: selection[name] for name in changed}) } in metrics.json. Run recipes.evaluate."
+            f"`metrics` must be the metrics of this checkpoint, got { ({name: selection[name] for name in changed}) } "
+            f"in metrics.json and { ({name: served[name] for name in changed}) } in the checkpoint. Run "
+            "recipes.evaluate."
         )
-    if weights_hash(model) != metrics["weights"]:
+    if weights_hash(recommender.model) != metrics["weights"]:
         raise ValueError(
-            f"Expected the metrics of this checkpoint, found those of other weights than in {folder}. Run "
+            f"`metrics` must be the metrics of this checkpoint, got those of other weights than in {folder}. Run "
             "recipes.evaluate."
         )
     return recommender
 
 
 def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
-    """The card's YAML block. The Hub has no task `recommendation`; without `other` it would guess text-generation."""
+    """Make the metadata of the card."""
     kind = re.sub(r"[^\w./-]+", "-", dataset_name)
     dataset = {"dataset_name": dataset_name, "dataset_type": kind, "dataset_split": "test"}
     results = [
@@ -141,6 +156,7 @@ def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
         model_name=repo_id.split("/")[-1],
         eval_results=results,
         library_name="transformers",
+        # The Hub has no task `recommendation`, and would guess text-generation.
         pipeline_tag="other",
         license="apache-2.0",
         tags=["recommendation", "recommender-system", "generative-retrieval", "semantic-ids", "ranking", "unigrf"],
@@ -150,26 +166,32 @@ def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
 
 
 def write_folder(args: PushArguments, folder: Path) -> None:
-    """Writes everything that the repository holds into `folder`, which is new or empty."""
-    metrics_file, checkpoint = Path(args.metrics), Path(args.checkpoint)
+    """
+    Write all files of the repository into a new or empty folder, and check them.
+
+    Raises:
+        ValueError: if an input is missing or does not fit, or the folder does not recommend as the checkpoint does.
+    """
+    # Check the inputs.
     if not TEMPLATE.is_file():
         raise ValueError(
-            f"Expected the card's template at {TEMPLATE}, found none. Run this from a clone, `pip install -e .`."
+            f"The card's template must be at {TEMPLATE}, got no file. Run this recipe from a clone: `pip install -e "
+            ".`."
         )
-    metrics = read_metrics(metrics_file)
-    recommender = load_checkpoint(checkpoint, metrics)
-    model, tokenizer = recommender.model, recommender.tokenizer
+    metrics = read_metrics(Path(args.metrics))
+    recommender = load_checkpoint(Path(args.checkpoint), metrics)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"Expected a new or empty output_dir, found files in {folder}. Name another, or remove them.")
+        raise ValueError(
+            f"`output_dir` must be a new or empty folder, got {folder} with files. Choose another folder, or remove "
+            "the files."
+        )
+
+    # Write the files.
     recommender.save_pretrained(folder)
-    shutil.copy(metrics_file, folder / "metrics.json")
-    pictures = [name for name in PICTURES if (metrics_file.parent / name).is_file()]
-    for name in pictures:
-        shutil.copy(metrics_file.parent / name, folder / name)
-    log = checkpoint / "training_log.json"
-    if log.is_file():
-        shutil.copy(log, folder / log.name)
+    pictures = copy_reports(args, folder)
+    tokenizer = recommender.tokenizer
     history = {"items": tokenizer.item_ids[:2], "behaviors": [tokenizer.behaviors[-1]] * 2}
+    log = folder / "training_log.json"
     card = ModelCard.from_template(
         card_data(args.repo_id, args.dataset_name, metrics),
         template_path=str(TEMPLATE),
@@ -178,31 +200,48 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         model_name=args.repo_id.split("/")[-1],
         results=metrics,
         columns=COLUMNS,
-        config=model.config,
-        generation_config=model.generation_config,
-        num_parameters=model.num_parameters(),
+        config=recommender.model.config,
+        generation_config=recommender.model.generation_config,
+        num_parameters=recommender.model.num_parameters(),
         tokenizer=tokenizer,
         training=json.loads(log.read_text(encoding="utf-8"))["metrics"] if log.is_file() else {},
         pictures=pictures,
         history=history,
-        list_length=min(10, model.serving_options().max_return_sequences),
+        list_length=min(10, recommender.model.serving_options().max_return_sequences),
     )
     card.save(folder / "README.md")
+
+    # Check them.
     check_files(folder)
     check_loading(folder, recommender, history)
 
 
+def copy_reports(args: PushArguments, folder: Path) -> list[str]:
+    """Copy the metrics, the pictures beside them and the training log; return the names of the pictures."""
+    metrics_file = Path(args.metrics)
+    shutil.copy(metrics_file, folder / "metrics.json")
+    pictures = [name for name in PICTURES if (metrics_file.parent / name).is_file()]
+    for name in pictures:
+        shutil.copy(metrics_file.parent / name, folder / name)
+    log = Path(args.checkpoint) / "training_log.json"
+    if log.is_file():
+        shutil.copy(log, folder / log.name)
+    return pictures
+
+
 def check_files(folder: Path) -> None:
-    """`ValueError` if a file is of a kind that has no place in the repository, such as a pickle."""
+    """Raise `ValueError` for a file of a kind that the repository must not have, such as a pickle."""
     strange = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix not in SUFFIXES)
     if strange:
         raise ValueError(
-            f"Expected files of the kinds {sorted(SUFFIXES)} alone, found {strange}. Nothing was uploaded."
+            f"The repository must hold only files of the kinds {sorted(SUFFIXES)}, got {strange}. Remove them; "
+            "nothing was uploaded."
         )
 
 
 def check_loading(folder: Path, recommender: RecommendationPipeline, history: dict) -> None:
-    """`ValueError` unless a new process, with the folder's code alone, recommends as `recommender` does."""
+    """Raise `ValueError` unless a new process, with the folder's own code, recommends as `recommender` does."""
+    # A new process.
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(
             [sys.executable, "-P", "-c", LOAD, str(folder.resolve()), json.dumps(history)],
@@ -212,27 +251,32 @@ def check_loading(folder: Path, recommender: RecommendationPipeline, history: di
         )
     if done.returncode:
         raise ValueError(
-            f"Expected a folder that loads in a new process, found {done.stderr[-2000:]} Nothing was uploaded."
+            f"The folder must load in a new process, got {done.stderr[-2000:]} Correct the error above; nothing was "
+            "uploaded."
         )
-    # Scores and not items: equal scores may change places.
-    expected = [row["score"] for row in recommender(history, num_beams=10)]
-    found = [row["score"] for row in json.loads(done.stdout.splitlines()[-1])]
-    if len(found) != len(expected) or any(abs(a - b) > 1e-2 for a, b in zip(found, expected, strict=True)):
-        raise ValueError(f"Expected scores {expected} of the folder {folder}, found {found}. Nothing was uploaded.")
+
+    # Compare scores: items of equal scores may change places.
+    expected = [item["score"] for item in recommender(history, num_beams=10)]
+    actual = [item["score"] for item in json.loads(done.stdout.splitlines()[-1])]
+    if len(actual) != len(expected) or any(abs(a - b) > 1e-2 for a, b in zip(actual, expected, strict=True)):
+        raise ValueError(
+            f"The folder {folder} must recommend with the checkpoint's scores {expected}, got {actual}. Report this "
+            "error; nothing was uploaded."
+        )
 
 
 def push(args: PushArguments) -> None:
-    """Writes and checks the folder and, unless it is a dry run, uploads it."""
+    """Write and check the folder, and upload it unless the run is a dry run."""
     validate_repo_id(args.repo_id)
     if args.dry_run and args.output_dir is None:
-        raise ValueError("Expected an output_dir for a dry run, found none. Name the folder that it shall write.")
+        raise ValueError("`output_dir` must be set for a dry run, got None. Choose the folder to write.")
     with nullcontext(args.output_dir) if args.output_dir else tempfile.TemporaryDirectory() as folder:
         write_folder(args, Path(folder))
         if args.dry_run:
             print(f"{folder} holds {len(list(Path(folder).iterdir()))} files for {args.repo_id}; nothing was uploaded")
             return
         api = HfApi()
-        # None: the owner's default visibility, and no change of a repository that exists.
+        # None: the owner's default visibility; an existing repository keeps its own.
         url = api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
         api.upload_folder(repo_id=args.repo_id, folder_path=folder, commit_message="Model, tokenizer, code and card")
         print(f"uploaded to {url}")

@@ -183,7 +183,7 @@ def test_the_repository_holds_every_part_and_no_pickle(repository, run, hub):
         assert str(run).encode() not in path.read_bytes(), f"{path.name} names a folder of this machine"
     (run / "extra").mkdir()
     (run / "extra" / "training_args.bin").touch()
-    with pytest.raises(ValueError, match=r"found \['training_args.bin'\]"):
+    with pytest.raises(ValueError, match=r"got \['training_args.bin'\]"):
         check_files(run / "extra")
 
 
@@ -241,7 +241,7 @@ def test_a_folder_is_uploaded_in_one_commit_after_it_loaded(run, hub, monkeypatc
 
 def test_a_folder_that_does_not_load_is_not_uploaded(run, hub, monkeypatch):
     monkeypatch.setattr(push_to_hub, "check_files", lambda folder: (folder / "trie_unigrf.py").unlink())
-    with pytest.raises(ValueError, match=r"(?s)found .*trie_unigrf.*Nothing was uploaded"):
+    with pytest.raises(ValueError, match=r"(?s)got .*trie_unigrf.*nothing was uploaded"):
         push(arguments(run))
     assert hub == []
 
@@ -260,7 +260,7 @@ def test_an_invalid_push_is_rejected_before_writing(run, hub, tmp_path):
 
     check_rejected("no config.json in", checkpoint=str(tmp_path / "nowhere"))
     check_rejected("no config.json in", checkpoint=str(run))
-    check_rejected("found no file at", metrics=str(tmp_path / "nowhere.json"))
+    check_rejected("got no file at", metrics=str(tmp_path / "nowhere.json"))
     check_rejected(r"without \['ranked', 'ranking'\]", metrics=metrics_with(ranked=None, ranking=None))
     check_rejected(
         r"without \['generation.mrr'\]",
@@ -270,12 +270,12 @@ def test_an_invalid_push_is_rejected_before_writing(run, hub, tmp_path):
         "metrics of this checkpoint", metrics=metrics_with(selection={"num_beams": 50, "ranking_weight": 1.0})
     )
     check_rejected(
-        "found {'dense_weight': 0.0} in", metrics=metrics_with(selection=METRICS["selection"] | {"dense_weight": 2.0})
+        "and {'dense_weight': 0.0} in", metrics=metrics_with(selection=METRICS["selection"] | {"dense_weight": 2.0})
     )
     check_rejected("those of other weights", metrics=metrics_with(weights="0" * 64))
     check_rejected("Repo id", repo_id="a folder/name/of three")
-    check_rejected("Expected an output_dir", output_dir=None)
-    with pytest.raises(ValueError, match="new or empty output_dir"):
+    check_rejected("`output_dir` must be set", output_dir=None)
+    with pytest.raises(ValueError, match="a new or empty folder"):
         push(arguments(run, dry_run=True, output_dir=str(run)))
 
 
