@@ -15,9 +15,9 @@ class Line(NamedTuple):
     One line of a short table, in Markdown.
 
     Args:
-        test: What was measured: data, setting, seeds and metric.
-        ours: The figures of this project.
-        baselines: What others reach, the best first.
+        test: Data, setting, seeds and metric.
+        ours: Figures of this project.
+        baselines: Figures of others, the best first.
     """
 
     test: str
@@ -25,30 +25,30 @@ class Line(NamedTuple):
     baselines: str
 
 
-def matching(rows: list[dict], **cell) -> dict:
-    """Return the first row that has all values of `cell`."""
-    return next(row for row in rows if cell.items() <= row.items())
+def matching(entries: list[dict], **values) -> dict:
+    """Return the first entry that has all values."""
+    return next(entry for entry in entries if values.items() <= entry.items())
 
 
-def seed_count(row: dict) -> str:
-    """Return how many seeds a row has, in words."""
-    count = len(row["runs"])
+def seed_count(ablation: dict) -> str:
+    """Return the number of an ablation's seeds, in words."""
+    count = len(ablation["runs"])
     return f"{count} seed" + ("s" if count > 1 else "")
 
 
-def figures(row: dict, *columns: str) -> str:
+def figures(ablation: dict, *columns: str) -> str:
     """Return `a / b / c` of the test, each with its deviation over seeds, if there are several."""
-    return " / ".join(plus_minus(row["test"][name], row["std"][name]) for name in columns)
+    return " / ".join(plus_minus(ablation["test"][name], ablation["std"][name]) for name in columns)
 
 
 def unigrf_lines(results: dict[str, dict]) -> list[Line]:
     """Take the joint model that validation chose; a refit has no validation."""
     joint = [
-        row
-        for row in unigrf_report.ablations_of(results["unigrf_ml1m"])
-        if row["arguments"]["row"] == "joint" and row["runs"][0]["validation"]
+        ablation
+        for ablation in unigrf_report.ablations_of(results["unigrf_ml1m"])
+        if ablation["arguments"]["row"] == "joint" and ablation["runs"][0]["validation"]
     ]
-    best = max(joint, key=lambda row: row["runs"][0]["validation"]["ndcg@10"])
+    best = max(joint, key=lambda ablation: ablation["runs"][0]["validation"]["ndcg@10"])
     paper = unigrf_report.PUBLISHED["UniGRF-Llama, paper"]
     large = unigrf_report.PUBLISHED["HSTU-large, HSTU's code base"]
     return [
@@ -60,10 +60,10 @@ def unigrf_lines(results: dict[str, dict]) -> list[Line]:
     ]
 
 
-def recochain_row(results: dict[str, dict]) -> dict:
+def recochain_ablation(results: dict[str, dict]) -> dict:
     """Return RecoChain's setting of 20 beams on MovieLens-1M."""
-    rows = recochain_report.ablations_of(results["recochain"])
-    return matching(rows, row="default", beams=20, union=0, ranked=0)
+    ablations = recochain_report.ablations_of(results["recochain"])
+    return matching(ablations, row="default", beams=20, union=0, ranked=0)
 
 
 def sasrec_recall(results: dict[str, dict]) -> float:
@@ -71,35 +71,41 @@ def sasrec_recall(results: dict[str, dict]) -> float:
     return mean(test["recall@10"] for test in results["recochain"]["beside"][recochain_report.SASREC]["tests"])
 
 
-def ranked_list(row: dict, name: str = "ranked") -> dict:
-    """Return the figures of one of a row's lists."""
-    return {part: row[part][name] for part in ("test", "std")}
+def ranked_list(ablation: dict, name: str = "ranked") -> dict:
+    """Return the figures of one of an ablation's lists."""
+    return {part: ablation[part][name] for part in ("test", "std")}
 
 
 def recochain_lines(results: dict[str, dict]) -> list[Line]:
     """Take what ranking adds to 20 beams on MovieLens-1M, and the ranked list."""
-    row = recochain_row(results)
-    gain, deviation = recochain_report.gain_of(row, "recall@5")
+    ablation = recochain_ablation(results)
+    gain, deviation = recochain_report.gain_of(ablation, "recall@5")
     knn = results["recochain"]["baselines"]["item_knn"]["recall@10"]
     return [
         Line(
-            f"MovieLens-1M, window of 7 items, gain of ranking 20 beams ({seed_count(row)}): Recall@5",
+            f"MovieLens-1M, window of 7 items, gain of ranking 20 beams ({seed_count(ablation)}): Recall@5",
             f"{gain:+.1f} ± {deviation:.1f} %",
             "RecoChain's paper +3.1 % on TAOBAO-MM, by sub-histories: another effect",
         ),
         Line(
-            f"the same, the ranked list ({seed_count(row)}): Recall@10",
-            figures(ranked_list(row), "recall@10"),
+            f"the same, the ranked list ({seed_count(ablation)}): Recall@10",
+            figures(ranked_list(ablation), "recall@10"),
             f"SASRec's task, twice as many passes, {sasrec_recall(results):.4f}; item-kNN, tuned, {knn:.4f}",
         ),
     ]
 
 
+def seeds_and_validation(ablation: dict) -> tuple[int, float]:
+    """Return the number of an ablation's seeds and their mean NDCG@10 on validation."""
+    runs = ablation["runs"]
+    return len(runs), mean(run["validation ndcg@10"] for run in runs)
+
+
 def beauty_lines(results: dict[str, dict]) -> list[Line]:
-    """Take the row of Amazon Beauty that validation chose, of those with dense candidates and the most seeds."""
-    rows = recochain_report.ablations_of(results["recochain_beauty"])
-    rows = [row for row in rows if (row["beams"], row["union"]) == (20, 20)]
-    best = max(rows, key=lambda row: (len(row["runs"]), mean(run["validation ndcg@10"] for run in row["runs"])))
+    """Take Amazon Beauty's ablation with dense candidates of the most seeds, then of the best validation."""
+    ablations = recochain_report.ablations_of(results["recochain_beauty"])
+    ablations = [ablation for ablation in ablations if (ablation["beams"], ablation["union"]) == (20, 20)]
+    best = max(ablations, key=seeds_and_validation)
     published = recochain_report.PUBLISHED["recochain_beauty"]
     names = ("SASRec++", "SASRec, sampled softmax, tuned", "TIGER")
     return [
@@ -171,7 +177,7 @@ def table(lines: list[Line]) -> str:
 
 def readme_table(results: dict[str, dict]) -> str:
     """Write the three lines of the first page, and where a baseline is ahead."""
-    ours = figures(ranked_list(recochain_row(results)), "recall@10")
+    ours = figures(ranked_list(recochain_ablation(results)), "recall@10")
     best = recochain_report.PUBLISHED["recochain_beauty"]["SASRec++"][0]
     lines = [*unigrf_lines(results), *beauty_lines(results), decoding_lines(results)[0]]
     return "\n".join(

@@ -45,7 +45,7 @@ PAGES: dict[Path, tuple[str, ...]] = {
     PAPERS / "taobao" / "README.md": ("taobao",),
 }
 WRITTEN = tuple(PAGES)
-# Metrics that were measured on lists: what a table calls them, and what orders the list.
+# Names of the lists in a table, by the score that orders them.
 LISTS = {"generation": "ordered by `generation_score`", "generation + ranking": "ordered by `score`"}
 # Terms of 0.1 in the reports of the papers, and those of the pages.
 TERMS = {"item score alone": "`dense_score` alone", "item-level score": "`dense_score`"}
@@ -62,7 +62,12 @@ class ResultsArguments:
 
 
 def collect(runs: list[Path]) -> dict:
-    """Return mean and standard deviation of runs that differ in their seed; `ValueError` if they differ in more."""
+    """
+    Compute mean and standard deviation over runs of different seeds.
+
+    Raises:
+        ValueError: for runs of different protocols.
+    """
     metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
     protocols = [{key: value for key, value in run["protocol"].items() if key != SEED} for run in metrics]
     if any(protocol != protocols[0] for protocol in protocols):
@@ -103,7 +108,8 @@ def table(results: dict) -> str:
     for name, row in results["rows"].items():
         cells = [plus_minus(value["mean"], value["std"] or None) for value in row.values()]
         lines.append(f"| {LISTS.get(name, name.replace('_', '-'))} | " + " | ".join(cells) + " |")
-    auc, made = results["like AUC"], results["made by"]
+    auc = results["like AUC"]
+    made = results["made by"]
     lines += [
         "",
         f"AUC of like / dislike on the held-out interaction: {plus_minus(auc['mean'], auc['std'])}. Items generated "
@@ -217,7 +223,8 @@ def make_tables() -> dict[str, str]:
 def with_tables(text: str) -> str:
     """Return a page's text with the content of its marks made anew from the results."""
     for name, lines in make_tables().items():
-        begin, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
+        begin = f"<!-- results:{name} -->"
+        end = f"<!-- end:{name} -->"
         content = f"{begin}\n\n{lines}\n\n{end}"
         text = re.sub(f"{begin}.*?{end}", lambda _, content=content: content, text, flags=re.DOTALL)
     return text
