@@ -1,0 +1,1 @@
+"""Measure speed and memory of search and ranking beside baselines."""
