@@ -312,11 +312,11 @@ def run_training(arguments, output_dir, *extra):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--num_beams=4", "expected num_beams >= 5.* found 4 and"),
-        ("--eval_rows=0", "and eval_rows >= 1, found 20 and 0"),
+        ("--num_beams=4", "`num_beams` must be at least 5.* got 4 and"),
+        ("--eval_rows=0", "`eval_rows` at least 1, got 20 and 0"),
         (
             "--num_train_epochs=3",
-            r"found --num_train_epochs 3.0: .* {rows} rows, 8 a step, so pass --max_steps {steps} ",
+            r"`num_train_epochs` must be 0.* {rows} rows, 8 per step: pass --max_steps {steps} ",
         ),
     ],
     ids=short_id,
@@ -344,7 +344,7 @@ def test_a_tokenizer_of_other_codes_is_rejected(arguments, prepared, tmp_path):
     prepare(replace(again, tokenizer=True))
     assert taobao_train.item_map(out, codes) == out / "tokenizer"
     shutil.copytree(Path(arguments.output_dir, "tokenizer"), out / "tokenizer", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="expected a tokenizer of the 400 items and their codes"):
+    with pytest.raises(ValueError, match="must have a tokenizer of the 400 items and their codes"):
         run_training(again, tmp_path / "training")
     assert not list(tmp_path.glob("training/checkpoint*"))
 
@@ -428,7 +428,7 @@ def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, t
     assert not torch.equal(*scores), "the long history is read"
     before.catalog.item_codes = before.catalog.item_codes.flip(0)
     before.save_pretrained(tmp_path / "others")
-    with pytest.raises(ValueError, match=r"expected a checkpoint of the 400 items .*or other codes"):
+    with pytest.raises(ValueError, match=r"must be a checkpoint of the 400 items .*or other codes"):
         run_training(arguments, tmp_path / "three", *second[1:], f"--init_from={tmp_path / 'others'}")
 
 
