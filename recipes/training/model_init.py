@@ -99,17 +99,30 @@ def check_first_items(
 
 def check_same_parts(config: UniGRFConfig, fields: dict, checkpoint: str) -> None:
     """Raise `ValueError` unless a checkpoint has the weights of the parts that `fields` names."""
-    backbone = config.text_config.to_dict()
     requested = {name: fields[name] for name in FIXED_PARTS if name in fields and name != "text_config"}
     stored = {name: getattr(config, name) for name in requested}
-    requested |= fields.get("text_config", {})
-    stored |= {name: backbone.get(name) for name in fields.get("text_config", {})}
+    if "text_config" in fields:
+        backbone = requested_backbone(fields["text_config"])
+        requested |= backbone
+        stored |= {name: config.text_config.to_dict().get(name) for name in backbone}
     if changed := [name for name, value in requested.items() if stored[name] != value]:
         raise ValueError(
             f"`init_from` must be a checkpoint with { ({name: requested[name] for name in changed}) }, got "
             f"{ ({name: stored[name] for name in changed}) } in {checkpoint}, which fit its weights. Set the same "
             f"values, or leave {changed} out."
         )
+
+
+def requested_backbone(text_config: dict) -> dict:
+    """Return the fields that `text_config` sets, by the names and in the form of the backbone's own config."""
+    backbone = UniGRFConfig(text_config=text_config).text_config
+    fields = backbone.to_dict()
+    names = {backbone.attribute_map.get(name, name) for name in ("model_type", *text_config)}
+    # Some names set other fields: `rope_theta` becomes a part of `rope_parameters`.
+    if not names.issubset(fields):
+        default = UniGRFConfig(text_config={"model_type": backbone.model_type}).text_config.to_dict()
+        names |= {name for name, value in fields.items() if value != default.get(name)}
+    return {name: value for name, value in fields.items() if name in names}
 
 
 def check_same_encoder(
