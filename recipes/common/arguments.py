@@ -86,11 +86,14 @@ def current_flag(word: str, parser: HfArgumentParser) -> str:
     known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     if not word.startswith("--") or old in known:
         return word
+    old = old.replace("-", "_")
     if old in REMOVED_FLAGS:
         parser.error(f"`--{old}` is gone since version 0.2: {REMOVED_FLAGS[old]}. Leave it out.")
-    new = RENAMED_FLAGS.get(old)
+    new = RENAMED_FLAGS.get(old.removeprefix("no_"))
     if new not in known:
         return word
+    if old.startswith("no_"):
+        new = f"{new}=False"
     warnings.warn(
         f"`--{old}` is called `--{new}` since version 0.2. Version 0.3 drops the old name.", FutureWarning, 2
     )

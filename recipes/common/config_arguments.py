@@ -47,8 +47,11 @@ def argument_type(annotation: Any) -> Any:
     return kind | None if is_optional else kind
 
 
-def _with_help(default: Any, text: str) -> Any:
-    metadata = {"help": text.replace("%", "%%")}  # argparse formats help texts
+def _with_help(kind: Any, default: Any, text: str) -> Any:
+    metadata: dict[str, Any] = {"help": text.replace("%", "%%")}  # argparse formats help texts
+    # A flag without a value is True; HfArgumentParser knows this of other defaults.
+    if kind == bool | None and default is None:
+        metadata |= {"nargs": "?", "const": True}
     if isinstance(default, list | tuple):
         return field(default_factory=partial(list, default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -86,7 +89,7 @@ def arguments_from_config(name: str, doc: str, config_class: type, names: Sequen
             text += f" Default: the checkpoint's value, or {default} in a new model."
             kind = kind | None
             default = None
-        columns.append((argument, kind, _with_help(default, text)))
+        columns.append((argument, kind, _with_help(kind, default, text)))
     arguments_class = make_dataclass(name, columns)
     arguments_class.__doc__ = doc
     return arguments_class
