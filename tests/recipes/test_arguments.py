@@ -2,14 +2,29 @@
 
 import runpy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 
 import pytest
 from helpers import ROOT
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
-from recipes.common.arguments import RENAMED_FLAGS, TRAINER_GROUP, parse_arguments
+from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
+from recipes import evaluate, train
+from recipes.benchmarks import decoding
+from recipes.common.arguments import RENAMED_FLAGS, TRAINER_GROUP, parse_arguments, title_of
+from recipes.papers.recochain import reproduce
+from recipes.training import arguments as training_arguments
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
+# Arguments of the commands that 0.1 had under other names.
+RENAMED = (
+    training_arguments.ModelArguments,
+    training_arguments.DataArguments,
+    evaluate.EvaluateArguments,
+    decoding.BenchmarkArguments,
+    reproduce.ReproduceArguments,
+)
 COMMANDS = [
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in sorted((ROOT / "recipes").rglob("*.py"))
@@ -52,16 +67,80 @@ def test_old_flags_are_taken_with_a_warning():
 
 
 def test_old_flags_have_a_name_of_today():
-    from recipes import evaluate, train
-    from recipes.benchmarks import decoding
-    from recipes.papers.recochain import reproduce
-
-    recipes = (train.ModelArguments, train.DataArguments, evaluate.EvaluateArguments, decoding.BenchmarkArguments)
-    known = {name for recipe in (*recipes, reproduce.ReproduceArguments) for name in recipe.__dataclass_fields__}
+    known = {entry.name for recipe in RENAMED for entry in fields(recipe)}
     assert set(RENAMED_FLAGS.values()) <= known and not set(RENAMED_FLAGS) & known
 
 
-@pytest.mark.parametrize(("word", "message"), [("--exclude_candidate=True", "gone since version 0.2"), ("--what", "")])
+@pytest.mark.parametrize("old", RENAMED_FLAGS)
+def test_an_old_flag_sets_what_its_new_name_sets(old):
+    new = RENAMED_FLAGS[old]
+    recipes = [recipe for recipe in RENAMED if new in {entry.name for entry in fields(recipe)}]
+    assert recipes
+    for recipe in recipes:
+        required = [f"--{entry.name}=x" for entry in fields(recipe) if is_required(entry)]
+        (default,) = parse_arguments(recipe, arguments=required)
+        expected = {word: parse_arguments(recipe, arguments=[*required, f"--{new}={word}"]) for word in "01"}
+        word = next(word for word, (arguments,) in expected.items() if arguments != default)
+        for flag in (f"--{old}={word}", f"--{old.replace('_', '-')}={word}"):
+            with pytest.warns(FutureWarning, match=f"`--{old}` is called `--{new}` since version 0.2"):
+                actual = parse_arguments(recipe, arguments=[*required, flag])
+            assert actual == expected[word]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("--history_item_representations", True),
+        ("--history_item_representations=False", False),
+        ("--history_item_vectors", True),
+        ("--no_history_item_vectors", False),
+        ("--no-history-item-vectors", False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*since version 0.2:FutureWarning")
+def test_flags_of_the_config_may_stand_alone(word, value):
+    (arguments,) = parse_arguments(train.ModelArguments, arguments=[word])
+    assert arguments == train.ModelArguments(history_item_representations=value)
+
+
+def is_required(entry):
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def own_fields(dataclass_type):
+    """Return the names of the fields that a dataclass adds to those of its bases."""
+    inherited = {entry.name for base in dataclass_type.__bases__ if is_dataclass(base) for entry in fields(base)}
+    return {entry.name for entry in fields(dataclass_type)} - inherited
+
+
+def test_every_field_of_the_config_has_a_flag():
+    # The data determines the others.
+    of_data = {"behaviors", "codebook_sizes", "num_items", "content_embedding_dim", "int8_content_embeddings"}
+    of_data |= {"pad_token_id", "bos_token_id", "eos_token_id", "next_logit_bias", "training_config"}
+    inherited = {entry.name for entry in fields(PreTrainedConfig)}
+    of_config = {entry.name for entry in fields(UniGRFConfig)} - inherited - of_data
+    of_config |= {"tie_word_embeddings"} & {entry.name for entry in fields(UniGRFConfig)}
+    assert {*training_arguments.ARCHITECTURE, "num_retrieved_items"} == of_config
+    of_training = {entry.name for entry in fields(UniGRFTrainingConfig)} - inherited
+    assert set(training_arguments.OBJECTIVE) == of_training
+    assert of_config | of_training <= {entry.name for entry in fields(train.ModelArguments)}
+
+
+def test_flags_default_to_the_fields_of_the_config():
+    arguments = train.ModelArguments()
+    defaults = UniGRFTrainingConfig()
+    assert arguments.objective() == {name: getattr(defaults, name) for name in training_arguments.OBJECTIVE}
+    assert arguments.architecture() == {"num_retrieved_items": UniGRFConfig().num_retrieved_items}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--exclude_candidate=True", "gone since version 0.2"),
+        ("--config_fields={}", "each field of the config has a flag"),
+        ("--what", ""),
+    ],
+)
 def test_flags_that_are_gone_or_unknown_are_refused(word, message, capsys):
     with pytest.raises((SystemExit, ValueError)):
         parse_arguments(FirstArguments, arguments=[word])
@@ -81,8 +160,37 @@ def test_help_is_grouped_by_dataclass(capsys):
     )
 
 
+def parser_of(command, monkeypatch):
+    """Return the parser of a command."""
+    parsers = []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(HfArgumentParser, "print_help", lambda parser, *_: parsers.append(parser))
+        patch.setattr(sys, "argv", [command, "--help"])
+        runpy.run_module(command, run_name="__main__")
+    return parsers[0]
+
+
+def test_flags_of_a_training_are_grouped_by_their_dataclass(monkeypatch):
+    groups = parser_of("recipes.train", monkeypatch)._action_groups
+    flags = {group.title: {option.dest for option in group._group_actions} for group in groups}
+    kinds = [kind for kind in train.ModelArguments.__mro__ if is_dataclass(kind)]
+    assert len(kinds) == 6
+    for kind in (*kinds, train.DataArguments):
+        assert flags[title_of(kind)] == own_fields(kind)
+    titles = [group.title for group in groups if group._group_actions]
+    assert titles[-1] == TRAINER_GROUP and len(titles) == len(set(titles)) == 9, "and one of --help"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_help_of_every_flag_stands_alone(command, monkeypatch):
+    groups = parser_of(command, monkeypatch)._action_groups
+    options = [option for group in groups if group.title != TRAINER_GROUP for option in group._group_actions]
+    texts = {option.dest: option.help or "" for option in options if option.dest != "help"}
+    assert texts
+    assert {name: text for name, text in texts.items() if not (text[:1].isupper() and text.endswith("."))} == {}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [command, "--help"])
     with pytest.raises(SystemExit) as stopped:
