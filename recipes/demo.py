@@ -35,7 +35,7 @@ from recipes.evaluation.report import COLUMNS, write_report
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
-# For 1,682 items: three levels of 64 codes on 32 principal components use all codes and leave few collisions.
+# For 1,682 items, this uses all codes and leaves few collisions.
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 TRAINING = [
     "--crops_per_epoch=8",

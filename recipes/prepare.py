@@ -83,7 +83,7 @@ class PrepareArguments:
         metadata={"help": f"Text encoder: a folder or Hub ID for AutoModel. None: {MINILM}, from its wheel."},
     )
     encoder_dtype: str = field(
-        # On a CPU with bfloat16: 2.7-3.2 times as fast, cosine to float32 0.9999.
+        # On CPUs with bfloat16: 2.7-3.2 times as fast, cosine 0.9999.
         default="bfloat16",
         metadata={"help": "Data type of the encoder; the embeddings are float32.", "choices": ["bfloat16", "float32"]},
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-# Flags of version 0.1, and their names of today. Version 0.3 drops the old names.
+# Flags of version 0.1 and their new names, until version 0.3.
 RENAMED_FLAGS = {
     "beams_kept_epochs": "candidate_refresh_epochs",
     "beams_kept_steps": "candidate_refresh_steps",

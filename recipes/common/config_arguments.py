@@ -49,7 +49,7 @@ def argument_type(annotation: Any) -> Any:
 
 def _with_help(kind: Any, default: Any, text: str) -> Any:
     metadata: dict[str, Any] = {"help": text.replace("%", "%%")}  # argparse formats help texts
-    # A flag without a value is True; HfArgumentParser knows this of other defaults.
+    # HfArgumentParser reads a bare flag as True for other defaults only.
     if kind == bool | None and default is None:
         metadata |= {"nargs": "?", "const": True}
     if isinstance(default, list | tuple):

@@ -17,7 +17,7 @@ def bf16_speed_up() -> float:
     The result is 5 or more on GPUs and on CPUs with AMX or AVX512-BF16. It is about 0.01 on CPUs that emulate
     bfloat16: do not train in bfloat16 there.
     """
-    # On a GPU, only a large product is slow enough to be measured.
+    # On a GPU, only a large product can be measured.
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 512)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

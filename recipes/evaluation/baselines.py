@@ -34,7 +34,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "shrink": (0.0, 10.0, 50.0),
     "window": (3, 5, 10, 20, None),
 }
-# Rows that are dense at a time, so that memory stays below 4 * BLOCK * num_items floats.
+# Dense rows at a time: memory stays below 4 * BLOCK * num_items floats.
 BLOCK = 1024
 
 
@@ -243,7 +243,7 @@ def _matrix(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tu
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
     """Return the columns of each row's `k` greatest values, int64 `[B, min(k, N)]`; -1 stands for a value of -inf."""
     k = min(k, scores.shape[1])
-    # Sorted columns and a stable sort: equal values stay in the order of columns.
+    # Equal values stay in the order of columns.
     columns = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
     values = np.take_along_axis(scores, columns, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")

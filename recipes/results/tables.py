@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent
 RECIPES = RESULTS.parent
 DEMO = "movielens_100k"  # the file that is made of runs of recipes.demo
 SEED = "seed of the codebooks"  # and of everything else in recipes.demo
-# Each page and the tables on it. The README.md of a `results/` folder holds whole tables, the page above it excerpts.
+# Pages of `results/` folders hold whole tables, the pages above excerpts.
 PAPERS = RECIPES / "papers"
 PAGES: dict[Path, tuple[str, ...]] = {
     RECIPES.parent / "README.md": ("headline",),
@@ -45,9 +45,9 @@ PAGES: dict[Path, tuple[str, ...]] = {
     PAPERS / "taobao" / "README.md": ("taobao",),
 }
 WRITTEN = tuple(PAGES)
-# Names of the lists in a table, by the score that orders them.
+# Names of lists in a table, by the score that orders them.
 LISTS = {"generation": "ordered by `generation_score`", "generation + ranking": "ordered by `score`"}
-# Terms of 0.1 in the reports of the papers, and those of the pages.
+# Terms of 0.1 in the reports, and the terms of the pages.
 TERMS = {"item score alone": "`dense_score` alone", "item-level score": "`dense_score`"}
 
 
