@@ -69,7 +69,7 @@ LLAMA = {
 }
 SIZES = [256, 256, 256, 256]
 PARTS = ["trie", "rows", "ranking"]
-# Cells of the ratios: history items, beams, users. 52 items are 261 tokens, 102 are 511.
+# Cells of the ratios: history items, beams, users.
 RATIO_CELLS = [(52, 256, 1), (52, 128, 1), (52, 50, 8), (102, 256, 1)]
 
 

@@ -19,10 +19,12 @@ import torch
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.candidates_unigrf import retrieve
 
-# Items of the window, beams, items of a sub-history, candidates of the cut list.
+# Items of a window.
 WINDOW = 7
 NUM_BEAMS = 256
+# Items of a sub-history.
 RETRIEVED = 10
+# Beams that `recommend, cut` ranks.
 RANKED = 20
 # Items of a candidate's sub-history, and items of the long history.
 CELLS = [(0, 0), (RETRIEVED, 1_000), (RETRIEVED, 10_000)]

@@ -17,11 +17,12 @@ STATIC = "STATIC"
 NESTED_DICTS = "nested dicts"
 CATALOG = 100_000
 DTYPES = ("float32", "bfloat16")
-# Cells of the ratios: 52 items are 261 tokens, 102 are 511; 28 items of 17 codes are 505.
+# Cells of the ratios. 52 items are 261 tokens, 102 are 511.
 SEARCH = {"history_items": 52, "num_beams": 256, "users": 1, "levels": 4, "catalog": CATALOG}
 HALF = {**SEARCH, "num_beams": 128}
 BATCH = {**SEARCH, "num_beams": 50, "users": 8}
 LONG = {**SEARCH, "history_items": 102}
+# 28 items of 17 codes are 505 tokens.
 CANDIDATES = {**SEARCH, "history_items": 28, "levels": 17}
 
 

@@ -15,7 +15,7 @@ from tokenization.vocabulary_layout import PAD, UNKNOWN_TIME
 
 # Columns of one value per token, with their padding on the left.
 TOKEN_PADDING = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "timestamps": UNKNOWN_TIME}
-# Columns of a training row: its long history, and its sets of items.
+# Columns of a training row: long history, and item sets.
 LONG_HISTORY = {name: f"long_{name}" for name in ("items", "behaviors", "timestamps")}
 ITEM_SETS = ("hard_negatives", "excluded_positives", "candidates", "blocked_items")
 

@@ -26,7 +26,7 @@ ML_100K_GENRES = [
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 ]
 # fmt: on
-# Lowest rating that is a like, as studies of click-through on MovieLens have it.
+# Lowest rating that is a like, as is usual.
 LIKED_FROM = 4
 
 
@@ -66,7 +66,7 @@ def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]
         interactions.columns = ["user_id", "item_id", "rating", "timestamp"]
         items = pd.read_csv(_recbole_file("ml-100k.item"), sep="\t", dtype=str, keep_default_na=False)
         items.columns = ["item_id", "title", "year", "genres"]
-        # Undo two changes of the wheel: a misspelled title, and years in a column.
+        # Undo changes of the wheel: a misspelled title, years in a column.
         items["title"] = items["title"].replace("unkonwn", "unknown")
         has_year = items["year"].str.fullmatch(r"\d{4}")
         items["title"] = items["title"].where(~has_year, items["title"] + " (" + items["year"] + ")")

@@ -72,7 +72,9 @@ def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None
         )
 
 
-def check_same_encoding(tokenizer: SemanticIdTokenizer, other: SemanticIdTokenizer, folder: str | Path) -> None:
+def check_same_encoding(
+    tokenizer: SemanticIdTokenizer, folder_tokenizer: SemanticIdTokenizer, folder: str | Path
+) -> None:
     """
     Check that two tokenizers encode histories alike.
 
@@ -81,21 +83,21 @@ def check_same_encoding(tokenizer: SemanticIdTokenizer, other: SemanticIdTokeniz
 
     Args:
         tokenizer: Tokenizer of the model.
-        other: Tokenizer of the prepared folder.
+        folder_tokenizer: Tokenizer of the prepared folder.
         folder: The prepared folder, for the error message.
 
     Raises:
         ValueError: unless both have the same behaviors, levels and token ids.
     """
-    fields, other_fields = (
-        {**each.config_fields(), "codebook_sizes": each.codebook_sizes[:-1]} for each in (tokenizer, other)
+    fields, folder_fields = (
+        {**each.config_fields(), "codebook_sizes": each.codebook_sizes[:-1]} for each in (tokenizer, folder_tokenizer)
     )
     growing = ("num_items", "vocab_size")
-    changed = [name for name in fields if name not in growing and fields[name] != other_fields[name]]
+    changed = [name for name in fields if name not in growing and fields[name] != folder_fields[name]]
     if changed:
         raise ValueError(
             "`data_dir` must encode histories as the model does, got "
-            f"{ ({name: other_fields[name] for name in changed}) } in {folder} and "
+            f"{ ({name: folder_fields[name] for name in changed}) } in {folder} and "
             f"{ ({name: fields[name] for name in changed}) } in the model. Take the folder that the model was "
             "trained on."
         )

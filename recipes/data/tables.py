@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# Unix times from 1973 to 2286 in seconds, and from 1985 in milliseconds.
+# Unix times from 1973 to 2286.
 SECONDS = (1e8, 1e10)
+# Least Unix time in milliseconds, from 1985.
 MILLISECONDS = 5e11
 
 
@@ -28,7 +29,7 @@ def read_table(path: Path, required: list[str]) -> pd.DataFrame:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            # As text: id "007" keeps its zeros, and film "NA" is a title.
+            # As text: "007" keeps its zeros, and "NA" is a title.
             table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         # pandas and Arrow raise no others for unreadable files.

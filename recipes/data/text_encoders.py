@@ -96,7 +96,7 @@ def encoded_embeddings(
     """Encode the texts of the items, or reuse the embeddings in `file` if they are of the same texts and encoder."""
     name = encoder or MINILM
     encoder = encoder or str(minilm_folder())
-    # Identify a local encoder by its weights: a folder's name does not change with them.
+    # Identify a local encoder by its weights, which its name outlives.
     key = hashlib.sha256(json.dumps([texts, weights_of(encoder) or encoder, dtype, max_tokens]).encode()).hexdigest()
     # A local path would tell other users nothing.
     name = Path(name).name if Path(name).is_dir() else name
@@ -143,7 +143,8 @@ def encode_texts(
     for start in tqdm(range(0, len(texts), batch_size), desc="encoding texts", unit="batch"):
         rows = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
-        hidden = model(**batch).last_hidden_state.float()  # [batch, length, D]
+        # [batch, length, D]
+        hidden = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1).float()
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         pooled.append(torch.nn.functional.normalize(mean, dim=-1).cpu())

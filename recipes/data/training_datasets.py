@@ -90,8 +90,8 @@ def history_rows(
     The arguments are those of `packed_rows`.
 
     Returns:
-        `Dataset` with the columns of `encode_row` and with `user` (row of `histories`), `last` (whether the window
-        ends where the history does) and `length` (tokens of the row).
+        `Dataset` with the columns of `encode_row` and three others. `user` is the row of `histories`, `last`
+        whether the window ends where the history does, and `length` the number of tokens.
     """
     columns = [histories[name][:] for name in columns_read(histories, with_times)]
     rows = []
@@ -132,7 +132,7 @@ def second_stage_rows(
     """
 
     def row_ends(length: int) -> list[int]:
-        # Only a row's last item is ranked, so every end needs a row.
+        # Every end needs a row: only its last item is ranked.
         if stride is not None:
             return list(range(length, 0, -stride))[::-1]
         return sorted({end for _, end in cut_windows(length, max_items, crops_per_epoch)})
@@ -141,7 +141,8 @@ def second_stage_rows(
     columns = {name: histories[name][:] for name in columns_read(histories, with_times)}
 
     def encode_place(place):
-        user, end = place["user"], place["end"]
+        user = place["user"]
+        end = place["end"]
         row = encode_row(tokenizer, *(column[user][max(0, end - 1 - max_items) : end] for column in columns.values()))
         if max_long_items:
             before = slice(max(0, end - 1 - max_long_items), end - 1)

@@ -37,8 +37,8 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
             enhancer starts, must not rule the weights.
 
     Raises:
-        ValueError: for arguments that are not positive, a training that ends before the third window, and a loss in
-            training that is not finite or, with `"gradient_norm"`, has no gradient at the backbone's output.
+        ValueError: for arguments out of range, and for a training that ends before the third window. In training: for
+            a loss that is not finite or, with `"gradient_norm"`, has no gradient at the backbone's output.
     """
 
     names = ("generation_loss", "ranking_loss")
@@ -66,9 +66,10 @@ class AdaptiveWeighter(TrainerCallback, ExportableState):
         self.temperature = temperature
         self.form = form
         self.bounds = tuple(bounds)
-        # Sums in the window, over all processes: two losses, two gradient norms, the batches.
+        # Sums of two losses, two gradient norms and the batches.
+        # For the window, over all processes:
         self.sums = [0.0] * 5
-        # The same in the current step, of this process alone.
+        # For the current step, in this process alone:
         self.step_sums = [0.0] * 5
         # Mean losses of the window before.
         self.previous = None

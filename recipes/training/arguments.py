@@ -244,7 +244,7 @@ def named(options: str, known: Iterable[str], argument: str) -> dict:
     """Read a JSON object whose names are among `known`; raise `ValueError` for other names."""
     value = from_json(options, argument)
     if unknown := sorted(set(value).difference(known)):
-        raise ValueError(f"`{argument}` must have names among {sorted(known)}, got {unknown}. Check their spelling.")
+        raise ValueError(f"`{argument}` must have names among {sorted(known)}, got {unknown}. Correct them.")
     return value
 
 

@@ -26,7 +26,7 @@ from recipes.data.encoding import HistoryEncoder, pad_rows, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 from tokenization import SemanticIdTokenizer
 
-# Statistics of a refresh that the log holds, as means over the users.
+# Logged statistics of a refresh, as means over the users.
 STATISTICS = ("enhancer_negatives", "enhancer_favorites", "enhancer_pool_probability", "enhancer_short_pools")
 
 
@@ -70,14 +70,15 @@ class EnhancerOptions:
     seed: int = 0
 
     def __post_init__(self):
-        is_pool = 1 <= self.num_negatives <= self.pool_size and 0 <= self.threshold <= 1
-        if not is_pool or self.warm_up_epochs < 0 or self.every_epochs < 1:
-            raise ValueError(
-                "The enhancer's options must satisfy 1 <= num_negatives <= pool_size, 0 <= threshold <= 1, "
-                f"warm_up_epochs >= 0 and every_epochs >= 1, got num_negatives={self.num_negatives}, "
-                f"pool_size={self.pool_size}, threshold={self.threshold}, warm_up_epochs={self.warm_up_epochs} and "
-                f"every_epochs={self.every_epochs}. Correct them."
-            )
+        ranges = {
+            "num_negatives": (1 <= self.num_negatives <= self.pool_size, f"from 1 to pool_size={self.pool_size}"),
+            "threshold": (0 <= self.threshold <= 1, "from 0 to 1"),
+            "warm_up_epochs": (self.warm_up_epochs >= 0, "0 or more"),
+            "every_epochs": (self.every_epochs >= 1, "1 or more"),
+        }
+        for name, (is_valid, expected) in ranges.items():
+            if not is_valid:
+                raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)}. Choose another value.")
 
     def check_model(self, config: UniGRFConfig) -> None:
         """Raise `ValueError` if the options do not fit a model."""
@@ -193,8 +194,8 @@ class RankingDrivenEnhancer(StatefulCallback):
     The model scores a pool of items for each user, at the user's last training item, without gradient. This is our
     reading of UniGRF's section on the ranking-driven enhancer:
 
-    - Hard negatives ("hard-to-detect disliked items") are the `num_negatives` items with the highest `rho =
-      minmax(log P) - penalty * p`, where p is the ranking probability. The model gets them as `hard_negatives`.
+    - Hard negatives ("hard-to-detect disliked items") are the `num_negatives` items with the highest
+      `rho = minmax(log P) - penalty * p`. Here p is the ranking probability. The model gets them as `hard_negatives`.
     - Favorites are the `max_favorites` items with the highest `p > threshold`. They are no hard negatives, and the
       model gets them as `excluded_positives`, so they are no random negatives. With `relabel`, the first favorite
       also becomes the next item after a user's last training row.
@@ -214,8 +215,8 @@ class RankingDrivenEnhancer(StatefulCallback):
         options (`EnhancerOptions`, *optional*): None: the defaults.
 
     Raises:
-        ValueError: for options that do not fit the model, pools with fewer usable items than `num_negatives` for
-            every user, and a training that ends with the warm-up.
+        ValueError: for options that do not fit the model, and a training that ends with the warm-up. In training: for
+            pools with fewer usable items than `num_negatives` for every user.
     """
 
     def __init__(

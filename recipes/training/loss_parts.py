@@ -28,8 +28,8 @@ class LossParts(TrainerCallback):
         """Reject label smoothing."""
         if args.label_smoothing_factor:
             raise ValueError(
-                f"The Trainer must run with label_smoothing_factor=0, got {args.label_smoothing_factor}, with which "
-                "it trains a smoothed loss over all tokens in place of the model's. Leave the option out."
+                f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor}. Leave it out: the "
+                "Trainer would train a smoothed loss over all tokens in place of the model's."
             )
 
     def _add_parts(self, model, inputs, outputs):

@@ -17,7 +17,7 @@ FIXED_PARTS = (
     "history_item_representations",
     "tie_word_embeddings",
 )
-# Least median cosine of an item's old and new embedding: a few texts may change.
+# Least median cosine of stored and current embeddings: few texts may change.
 SAME_ENCODER = 0.9
 
 
@@ -33,7 +33,7 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, data: Prep
     serving = model.generation_config
     serving.max_items = data_args.max_items
     serving.max_long_items = (data_args.max_long_items if model_args.num_retrieved_items else None) or None
-    # Keep a weight that validation chose, but not the 0 of a model that did not rank yet.
+    # Keep a weight that validation chose, but no 0 from retrieval alone.
     serving.ranking_weight = (serving.ranking_weight or 1.0) if model_args.ranking_loss_weight else 0.0
     check_positions(model, data_args.max_items)
     if model_args.freeze_base_model:

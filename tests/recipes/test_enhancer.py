@@ -177,7 +177,7 @@ def test_relabeling_appends_a_favorite_to_the_last_row_only():
 
 
 def test_enhancer_arguments_that_do_not_fit_are_rejected(tmp_path):
-    with pytest.raises(ValueError, match="1 <= num_negatives <= pool_size"):
+    with pytest.raises(ValueError, match="`num_negatives` must be from 1 to pool_size"):
         build_enhancer(build_model(**ATOMIC), num_negatives=13)
     with pytest.raises(ValueError, match="`pool` must be 'beam'"):
         build_enhancer(build_model(), pool="uniform")

@@ -65,7 +65,7 @@ def test_a_training_that_failed_early_blocks_no_other(prepared, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train.train(*train.parse([*flags, f"--text_config={wrong}"]))
-    with pytest.raises(ValueError, match="label_smoothing_factor=0"):
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0"):
         train.train(*train.parse([*flags, "--label_smoothing_factor=0.1"]))
     assert (train.train(*train.parse(flags)) / "model.safetensors").exists()
 
