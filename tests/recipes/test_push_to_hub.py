@@ -105,9 +105,10 @@ for name, again in (("repository", "from_folder"), ("someone/films", "from_hub")
     parts = (config, backbone, model, tokenizer, recommender, recommender.model, recommender.tokenizer)
     inputs = tokenizer.encode_history(requests[0]["items"], requests[0]["behaviors"], return_tensors="pt")
     with torch.no_grad():
+        added = model.scorer.history_representations(inputs["input_ids"])
         results.append({
             "parts": [f"{type(part).__module__.split('.')[0]}.{type(part).__name__}" for part in parts],
-            "states": backbone(**inputs).last_hidden_state.tolist(),
+            "states": backbone(**inputs, item_representations=added).last_hidden_state.tolist(),
             "logits": model(**inputs).logits.tolist(),
             "recommended": recommender(requests),
         })
@@ -136,7 +137,8 @@ def test_the_repository_alone_works_and_saves_the_same_again(recommender, reposi
     inputs = recommender.tokenizer.encode_history(*HISTORY.values(), return_tensors="pt")
     with torch.no_grad():
         logits = recommender.model(**inputs).logits
-        states = recommender.model.model(**inputs).last_hidden_state
+        added = recommender.model.scorer.history_representations(inputs["input_ids"])
+        states = recommender.model.model(**inputs, item_representations=added).last_hidden_state
     classes = ["UniGRFConfig", "UniGRFModel", "UniGRFForCausalLM", "SemanticIdTokenizer", "RecommendationPipeline"]
     expected = [approximately(row) for row in recommender([HISTORY, SHORT_HISTORY])]
     for loaded in json.loads(last):
@@ -153,7 +155,7 @@ def test_the_repository_alone_works_and_saves_the_same_again(recommender, reposi
         backbone = UniGRFModel.from_pretrained(tmp_path / f"{source}_backbone")
         with torch.no_grad():
             assert torch.equal(again.model(**inputs).logits, logits)
-            assert torch.equal(backbone(**inputs).last_hidden_state, states)
+            assert torch.equal(backbone(**inputs, item_representations=added).last_hidden_state, states)
         assert [approximately(row) for row in again([HISTORY, SHORT_HISTORY])] == expected
         config = json.loads((folder / "config.json").read_text())
         # The saved folder refers to its own code, not to that of the repository.
