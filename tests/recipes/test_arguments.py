@@ -71,6 +71,11 @@ def test_old_flags_have_a_name_of_today():
     assert set(RENAMED_FLAGS.values()) <= known and not set(RENAMED_FLAGS) & known
 
 
+def is_required(entry):
+    """Return whether a field has no default."""
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
 @pytest.mark.parametrize("old", RENAMED_FLAGS)
 def test_an_old_flag_sets_what_its_new_name_sets(old):
     new = RENAMED_FLAGS[old]
@@ -101,10 +106,6 @@ def test_an_old_flag_sets_what_its_new_name_sets(old):
 def test_flags_of_the_config_may_stand_alone(word, value):
     (arguments,) = parse_arguments(train.ModelArguments, arguments=[word])
     assert arguments == train.ModelArguments(history_item_representations=value)
-
-
-def is_required(entry):
-    return entry.default is MISSING and entry.default_factory is MISSING
 
 
 def own_fields(dataclass_type):
