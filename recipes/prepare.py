@@ -165,7 +165,12 @@ def prepare(args: PrepareArguments) -> Path:
     statistics = None if earlier is not None else tokenizer.provenance.get("codebook_statistics")
     ordered_by = "position" if (interactions["position"] != interactions["timestamp"]).any() else "timestamp"
     record["counts"] = counts_of(interactions, selected, len(splits["train"]), popularity, behaviors)
-    record |= {"behaviors": behaviors, "embeddings": source, "codebook_health": statistics, "ordered_by": ordered_by}
+    record |= {
+        "behaviors": behaviors,
+        "embeddings": source,
+        "codebook_statistics": statistics,
+        "ordered_by": ordered_by,
+    }
     write_json(record_file, record)
     print_summary(record)
     return output_dir
@@ -345,8 +350,8 @@ def print_summary(record: dict[str, Any]) -> None:
     min_interactions = record["arguments"]["min_interactions"]
     print(", ".join(f"{name}: {count:,}" for name, count in counts.items()))
     print(f"dropped {counts['dropped_users']:,} users with fewer than {min_interactions} interactions")
-    if record["codebook_health"] is not None:
-        print(CodebookStatistics(**record["codebook_health"]))
+    if record["codebook_statistics"] is not None:
+        print(CodebookStatistics(**record["codebook_statistics"]))
 
 
 def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ The `dataset/` of recipes.prepare holds no such histories: its items are catalog
 """
 
 import glob
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,6 +95,11 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
         if name not in data:
             raise ValueError(f"`split` must be among {list(data)}, got {split}. Name one of these splits.")
         data = data[name]
+    if "request_timestamp" in data.column_names:
+        warnings.warn(
+            "`request_timestamp` is a name of 0.1, which 0.3 will refuse. Name it query_time.", FutureWarning, 2
+        )
+        data = data.rename_column("request_timestamp", "query_time")
     return data
 
 

@@ -47,7 +47,11 @@ def prepared(folder: str | Path) -> dict[str, Any]:
             f"`data_dir` must be a folder that recipes.prepare wrote, got no {file}. Check the path, or prepare the "
             "folder."
         )
-    return json.loads(file.read_text())
+    record = json.loads(file.read_text())
+    # Keys of 0.1, which 0.3 will not read.
+    if "catalogue" in record["counts"]:  # typos: ignore
+        record["counts"]["catalog"] = record["counts"].pop("catalogue")  # typos: ignore
+    return record
 
 
 def check_same_items(tokenizer: SemanticIdTokenizer, folder: str | Path) -> None:
