@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .configuration_unigrf import NEXT_TARGET
+
 # Level of a token that belongs to no history.
 PAD = -2
 # Level of <bos> and of behaviors.
@@ -55,8 +57,8 @@ class ItemLayout:
         self.behavior_token_ids = config.behavior_token_ids
         self.history_end_ids = [config.bos_token_id, *self.behavior_token_ids]
         # Ranking target -> token id of its behavior; None for "next".
-        ids = dict(zip(config.behaviors, self.behavior_token_ids, strict=True))
-        self.ranking_targets = {name: ids.get(name) for name in config.ranking_targets}
+        ids = {NEXT_TARGET: None, **dict(zip(config.behaviors, self.behavior_token_ids, strict=True))}
+        self.ranking_targets = {name: ids[name] for name in config.ranking_targets}
         # The token ids of each level: the alternatives of its softmax.
         self.level_slices = [
             slice(offset, offset + size) for offset, size in zip(self.code_offsets, self.codebook_sizes, strict=True)

@@ -128,10 +128,10 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-# These backbones take position_ids, but go by places in a row.
-PLACED_BY_ROW = ("gpt_neo", "opt")
+# These accept position_ids, but compute positions from the row index.
+IGNORES_POSITION_IDS = ("gpt_neo", "opt")
 # Backbones with these fields go by places, or see later tokens.
-REFUSED = {"alibi": (True,), "is_decoder": (False,), "use_bidirectional_attention": (True, "all")}
+REJECTED_FIELDS = {"alibi": (True,), "is_decoder": (False,), "use_bidirectional_attention": (True, "all")}
 
 
 class UniGRFModel(UniGRFPreTrainedModel):
@@ -149,10 +149,10 @@ class UniGRFModel(UniGRFPreTrainedModel):
         config = self.config.text_config
         parameters = inspect.signature(self.language_model.forward).parameters
         strange = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-        for name, values in REFUSED.items():
+        for name, values in REJECTED_FIELDS.items():
             value = getattr(config, name, None)
             strange |= {f"{name}={value}"} if value in values else set()
-        if not {"position_ids", "cache"} <= parameters.keys() or config.model_type in PLACED_BY_ROW or strange:
+        if not {"position_ids", "cache"} <= parameters.keys() or config.model_type in IGNORES_POSITION_IDS or strange:
             raise ValueError(
                 "`text_config` must be a decoder-only backbone that places tokens by `position_ids`, keeps a `cache` "
                 f"and takes 4-D masks, got {config.model_type!r}{f' with {sorted(strange)}' if strange else ''}. "
@@ -600,6 +600,11 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
             overrides = convert_old_inputs(overrides)
             inputs |= {name: overrides.pop(name) for name in list(inputs) if name in overrides}
             catalog = overrides.pop("catalog", catalog)
+            if strange := sorted({"max_items", "max_long_items"} & set(overrides)):
+                raise ValueError(
+                    f"`recommend` must get histories that are cut already, got {strange}. Cut them with "
+                    "`tokenizer.encode_history(..., max_items=...)`, or use the pipeline."
+                )
         generation_config = self.generation_config if generation_config is None else generation_config
         options = ServingOptions.from_generation_config(generation_config, self.config, overrides)
         trie = self.catalog.trie

@@ -112,7 +112,7 @@ class Objective:
         attention_mask = inputs["attention_mask"]
         has_own_places = inputs["cache"] is not None or inputs["position_ids"] is not None
         if has_own_places or (attention_mask is not None and attention_mask.dim() != 2):
-            self._refuse_packing(item_sets, ranks_last or per_item)
+            self._reject_packing(item_sets, ranks_last or per_item)
             return inputs, Supervision(targets, items)
 
         learns_next = self.is_training and training.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
@@ -134,7 +134,7 @@ class Objective:
         return inputs, supervision
 
     @staticmethod
-    def _refuse_packing(item_sets: dict | None, packs: bool) -> None:
+    def _reject_packing(item_sets: dict | None, packs: bool) -> None:
         """Raise `ValueError` if tokens must be packed behind histories with the caller's mask, positions or cache."""
         names = [name for name in ("hard_negatives", "excluded_positives") if (item_sets or {}).get(name) is not None]
         if packs or names:

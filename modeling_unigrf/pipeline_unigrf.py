@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Pipeline
 from .old_names_unigrf import convert_old_inputs, convert_old_request
 
 REQUEST_KEYS = ("items", "behaviors", "timestamps", "query_time", "allowed_items", "blocked_items")
-PREPROCESS = ("max_items", "unknown", "exclude_history")
+PREPROCESS = ("max_items", "max_long_items", "unknown", "exclude_history")
 FORWARD = (
     "num_beams",
     "num_return_sequences",
@@ -38,6 +38,8 @@ class RecommendationPipeline(Pipeline):
     Parameters, of the constructor or of a call:
         max_items (`int`, *optional*): Most recent items of a history to encode. None: the number in
             `generation_config`, or as many items as fit.
+        max_long_items (`int`, *optional*): Most recent items of a long history. None: as `generation_config` says, or
+            all.
         unknown (`"error"` or `"skip"`, defaults to `"error"`): Reject or skip item ids that the item map lacks.
         exclude_history (`bool`, *optional*): Recommend no item of the history. None: the choice in
             `generation_config`.
@@ -97,13 +99,20 @@ class RecommendationPipeline(Pipeline):
             inputs = list(inputs) if is_batch else {"items": list(inputs)}
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, inputs, max_items=None, unknown="error", exclude_history=None):
+    def preprocess(self, inputs, max_items=None, max_long_items=None, unknown="error", exclude_history=None):
         """Turn a request into the inputs of `recommend`."""
         # The history.
         request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
         items = list(request["items"])
         config = self.model.config
-        options = self.model.serving_options(max_items=max_items, exclude_history=exclude_history)
+        if max_long_items is not None and not config.num_retrieved_items:
+            raise ValueError(
+                f"`max_long_items` needs a model that reads a sub-history of long histories, got {max_long_items} and "
+                "num_retrieved_items=0. Leave it out."
+            )
+        options = self.model.serving_options(
+            max_items=max_items, max_long_items=max_long_items, exclude_history=exclude_history
+        )
         encoded = self.tokenizer.encode_history(
             items,
             request.get("behaviors"),

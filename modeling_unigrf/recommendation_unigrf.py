@@ -24,7 +24,8 @@ class ServingOptions:
     """
     The options of serving: fields of `generation_config`, saved in generation_config.json.
 
-    `recommend` and the pipeline read them there, and take each of them as an argument, too.
+    `recommend` and the pipeline read them there. The pipeline takes each of them as an argument, too; `recommend`
+    takes all but `max_items` and `max_long_items`, which cut histories before they are encoded.
 
     Args:
         num_beams (`int`, defaults to 10): Candidates that the beam search finds for each request.

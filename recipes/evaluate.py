@@ -10,8 +10,8 @@ Validation chooses the number of beams and the fusion weights, by the NDCG@10 of
 choice. A model without a ranking loss is measured without ranking.
 
 The output folder receives `metrics.json` and `ranks.json`, the rank of every test target. The checkpoint's
-generation_config.json receives the chosen options and the arguments in `SERVED`. Then `recommend`, the pipeline and
-recipes.recommend serve what was measured.
+generation_config.json receives the chosen options and the arguments in `STORED_OPTIONS`. Then `recommend`, the
+pipeline and recipes.recommend serve what was measured.
 """
 
 import json
@@ -44,7 +44,14 @@ from recipes.evaluation.inference import (
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
-SERVED = ("max_items", "max_long_items", "exclude_history", "ranking_target", "num_dense_candidates", "rerank_top_k")
+STORED_OPTIONS = (
+    "max_items",
+    "max_long_items",
+    "exclude_history",
+    "ranking_target",
+    "num_dense_candidates",
+    "rerank_top_k",
+)
 
 
 @dataclass
@@ -199,7 +206,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     # Files
     ranks = {name: result["ranks"] for name, result in baselines.items()} | results["ranks"]
     write_results(Path(args.output_dir), metrics, ranks)
-    save_serving_options(args.checkpoint, **chosen, **{name: getattr(args, name) for name in SERVED})
+    save_serving_options(args.checkpoint, **chosen, **{name: getattr(args, name) for name in STORED_OPTIONS})
     return metrics
 
 
@@ -208,7 +215,7 @@ def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict) -> dict
     return {
         "chosen on": "validation, ranked ndcg@10",
         **chosen,
-        **{name: getattr(args, name) for name in SERVED},
+        **{name: getattr(args, name) for name in STORED_OPTIONS},
         **{f"settings of {name}": str(result["settings"]) for name, result in baselines.items() if result["settings"]},
     }
 

@@ -47,7 +47,14 @@ from tokenization import SemanticIdTokenizer
 # `dense_scores` only for a model with that score.
 SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores")
 # Settings that are serving options of the model.
-SERVED = ("num_beams", "num_return_sequences", "ranking_weight", "ranking_target", "max_items", "exclude_history")
+SETTABLE_OPTIONS = (
+    "num_beams",
+    "num_return_sequences",
+    "ranking_weight",
+    "ranking_target",
+    "max_items",
+    "exclude_history",
+)
 
 
 @dataclass
@@ -116,9 +123,9 @@ def resolve_settings(settings: RecommendSettings, model) -> RecommendSettings:
     for name in ("batch_size", "shard_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`{name}` must be 1 or more, got {getattr(settings, name)}. Choose another number.")
-    options = asdict(model.serving_options(**{name: getattr(settings, name) for name in SERVED}))
+    options = asdict(model.serving_options(**{name: getattr(settings, name) for name in SETTABLE_OPTIONS}))
     options["max_items"] = options["max_items"] or model.config.max_history_items or sys.maxsize
-    return replace(settings, **{name: options[name] for name in SERVED})
+    return replace(settings, **{name: options[name] for name in SETTABLE_OPTIONS})
 
 
 def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings) -> dict:
@@ -132,7 +139,7 @@ def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, setting
             part.pop(name, None)
     options = asdict(model.serving_options())
     # The settings have the other options.
-    served = {name: value for name, value in options.items() if name not in SERVED}
+    served = {name: value for name, value in options.items() if name not in SETTABLE_OPTIONS}
     digest = hashlib.sha256(json.dumps([config, served], sort_keys=True, default=str).encode())
     digest.update(weights_hash(model).encode())
 

@@ -122,6 +122,9 @@ def test_a_too_long_history_keeps_its_most_recent_items(recommender, monkeypatch
     with pytest.raises(ValueError, match=r"`max_items` must be at most the 15 items .* got 16"):
         recommender(long)
     monkeypatch.setattr(generation_config, "max_items", None)
+    for name in ("max_items", "max_long_items"):
+        with pytest.raises(ValueError, match=f"histories that are cut already, got .*{name}"):
+            recommender.model.recommend(torch.tensor([[1]]), **{name: 4})
     encoded = recommender.tokenizer.encode_history(**long, max_items=16, return_tensors="pt")
     with pytest.raises(ValueError, match="must fit into the 64 positions of the backbone, got 68 tokens"):
         recommender.model.recommend(**encoded)
@@ -147,6 +150,11 @@ def test_sub_histories_are_retrieved_from_the_whole_history(recommender):
     assert approximately(together[0]) == pipe(requests[0], **options) and approximately(together[1]) == pipe(
         requests[1], unknown="skip", **options
     )
+    assert pipe(requests[0], **options, max_long_items=5) == pipe(
+        {"items": items[-5:], "behaviors": behaviors[-5:]}, **options
+    )
+    with pytest.raises(ValueError, match="`max_long_items` needs a model that reads a sub-history"):
+        recommender(HISTORY, max_long_items=5)
     for request, known, recommended in zip(requests, (range(40), (0, 2)), together, strict=True):
         names = [request["behaviors"][place] for place in known]
         ids = [request["items"][place] for place in known]
