@@ -18,7 +18,8 @@ class TrainingCollator:
     Collate rows into a batch of the model's inputs.
 
     Tokens, labels and times are padded on the left, and long histories and item sets by -1. A batch has the inputs
-    whose columns the rows have; other columns are left out.
+    whose columns the rows have; other columns are left out. A `Trainer` needs `remove_unused_columns=False`: by
+    itself it drops columns that `forward` does not name, such as `long_items`.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
