@@ -6,13 +6,17 @@ import runpy
 import shlex
 import sys
 
+import pandas as pd
 import pytest
+import torch
 from helpers import ROOT
 from transformers import HfArgumentParser
 
+from recipes.data.histories import check_columns, load_histories, read_histories
 from recipes.papers.recochain import reproduce as reproduce_recochain
 from recipes.papers.unigrf import reproduce as reproduce_unigrf
 from recipes.results.tables import PAGES, make_tables, with_tables
+from tokenization import SemanticIdTokenizer
 
 README = (ROOT / "README.md").read_text()
 FOLDERS = ("recipes", "modeling_unigrf", "tokenization")
@@ -178,9 +182,27 @@ def test_readme_snippets_print_what_the_page_shows(tmp_path, monkeypatch, capsys
             [score, generation_score, ranking_score], abs=0.2
         )
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
-    calls = re.findall(r"`((?:history =|model\.)[^`]+\))`", README)
+        if "histories.parquet" not in snippet:  # tested below
+            exec(compile(snippet, "README.md", "exec"), names)
+    calls = re.findall(r"`((?:history =|model\.|recommender\()[^`]+\))`", README)
     calls += re.findall(r"`(model\.generation_config\.\w+ = [^`]+)`", README)
     for call in calls:
         exec(compile(call, "README.md", "exec"), names)
-    assert len(calls) >= 8
+    assert len(calls) >= 11
+
+
+@pytest.mark.parametrize("behaviors", [["view", "buy", "view"], None], ids=["behaviors", "no-behaviors"])
+def test_readme_lines_make_histories(behaviors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    columns = {"user_id": ["7", "7", "8"], "item_id": ["01", "02", "02"], "timestamp": [5, 3, 4]}
+    pd.DataFrame(columns | ({"behavior": behaviors} if behaviors else {})).to_csv("interactions.csv", index=False)
+    (snippet,) = (block for block in code_blocks(README, "python") if "histories.parquet" in block)
+    exec(compile(snippet, "README.md", "exec"), {})
+    names = behaviors or ["interact"]
+    tokenizer = SemanticIdTokenizer.from_codes(["01", "02"], torch.tensor([[0], [1]]), [2], sorted(set(names)))
+    dataset = load_histories("histories.parquet")
+    read = check_columns(dataset, tokenizer, with_times=True)
+    histories = read_histories(dataset.with_format("arrow")[:], tokenizer, exclude_history=False)
+    assert [items.tolist() for items in histories.items] == [[1, 0], [1]]
+    assert [times.tolist() for times in histories.timestamps] == [[3, 5], [4]]
+    assert ("behaviors" in read) == bool(behaviors)

@@ -4,13 +4,14 @@ Columns: `user_id` (any type), `items` (a list of item ids, strings or integers,
 of as many names). A tokenizer with a single behavior needs no `behaviors`. These lines make histories from a table of
 interactions:
 
-    table = pd.read_csv("interactions.csv", dtype={"user_id": str, "item_id": str})
-    users = table.sort_values("timestamp", kind="stable").groupby("user_id")
-    users.agg(items=("item_id", list), behaviors=("behavior", list)).reset_index().to_parquet("histories.parquet")
+    names = {"item_id": "items", "behavior": "behaviors", "timestamp": "timestamps"}
+    table = pd.read_csv("interactions.csv", dtype={"user_id": str, "item_id": str}).rename(columns=names)
+    users = table.sort_values("timestamps", kind="stable").groupby("user_id")
+    users.agg(list).reset_index().to_parquet("histories.parquet")
 
-A model that reads times also needs `timestamps`: a list of as many seconds, null for an unknown time. In the code
-above, add `timestamps=("timestamp", list)`. The optional column `query_time` holds the seconds at which the next item
-is requested. A null, or no such column, stands for the time of the last item.
+A model that reads times needs `timestamps`: a list of as many seconds, null for an unknown time. The optional column
+`query_time` holds the seconds at which the next item is requested. A null, or no such column, stands for the time of
+the last item.
 
 The `dataset/` of recipes.prepare holds no such histories: its items are catalog indices, without the held-out ones.
 """

@@ -5,8 +5,7 @@
     python -m recipes.data.movielens --dataset ml-1m --path ml-1m --output_dir runs/ml-1m/tables
 
 The output is `interactions.csv` and `items.csv`. The first command reads MovieLens-100K from the wheel `recbole`, so
-it
-needs PyPI alone (`pip install --no-deps recbole==1.2.1`). Its rows equal those of GroupLens's files.
+it needs PyPI alone (`pip install --no-deps recbole==1.2.1`). Its rows equal those of GroupLens's files.
 
 The other commands read GroupLens's folders (https://grouplens.org/datasets/movielens; research use, no
 redistribution).

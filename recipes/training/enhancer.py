@@ -4,10 +4,8 @@
     Trainer(..., data_collator=enhancer.collator(TrainingCollator()), callbacks=[enhancer])
 
 Rows of the training set hold one history each, with the column `user` (row in `items`). With `relabel` they need
-`last`,
-too: whether the row's end is the end of the user's history. For a model that reads times, the rows have `timestamps`,
-    and
-so has the enhancer.
+`last`, too: whether the row's end is the end of the user's history. For a model that reads times, pass `timestamps` to
+the rows and to the enhancer.
 """
 
 import json
