@@ -9,12 +9,11 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig, UniGRFTrainingConfig
-from .item_lists_unigrf import ItemFilter
 from .modeling_hstu import HSTUModel
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
 from .pipeline_unigrf import RecommendationPipeline
 from .recommendation_unigrf import ServingOptions, UniGRFRecommendation
-from .trie_unigrf import CatalogTrie
+from .trie_unigrf import CatalogTrie, ItemFilter
 
 AutoConfig.register(UniGRFConfig.model_type, UniGRFConfig)
 AutoModel.register(HSTUConfig, HSTUModel)

@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .item_lists_unigrf import ItemFilter
 from .scoring_unigrf import ItemScorer
 from .shared_prefix_unigrf import read_branches
-from .trie_unigrf import CatalogTrie
+from .trie_unigrf import CatalogTrie, ItemFilter
 
 
 @dataclass
@@ -121,37 +120,3 @@ def beam_search(
         )
         beams = Beams(nodes, torch.cat([codes, code[..., None]], dim=2), scores, keys)
     return beams
-
-
-def propose_items(
-    backbone: PreTrainedModel,
-    scorer: ItemScorer,
-    trie: CatalogTrie,
-    blocked_items: torch.LongTensor | None,
-    history_states: torch.FloatTensor,
-    history_mask: torch.BoolTensor,
-    cache: DynamicCache,
-    num_beams: int,
-    query_time: torch.LongTensor | None = None,
-) -> torch.LongTensor:
-    """
-    Search for candidates of RecoChain's stage II.
-
-    Arguments without an entry here are those of `beam_search`.
-
-    Args:
-        trie (`CatalogTrie`): The items that exist.
-        blocked_items (`torch.LongTensor` of shape `(batch_size, M)`, *optional*): Items that the search must skip; -1
-            stands for no item. None: skip no item.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, num_beams)`: item indices, -1 for none. There are fewer columns if
-        no request has as many items.
-    """
-    item_filter = None
-    if blocked_items is not None:
-        blocked = [row[row >= 0] for row in blocked_items]
-        item_filter = ItemFilter(trie, scorer.catalog.item_codes, blocked=blocked)
-    space = SearchSpace(trie, item_filter)
-    beams = beam_search(backbone, scorer, space, history_states, history_mask, cache, num_beams, query_time)
-    return trie.leaf_items[beams.nodes].long().masked_fill(beams.scores == -torch.inf, -1)

@@ -4,6 +4,7 @@
 The options of serving (`num_beams`, `ranking_weight`, ...) belong to `generation_config`: see `ServingOptions`.
 """
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import accumulate
@@ -13,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_hstu import HSTUConfig  # noqa: F401  # so that AutoConfig knows it
-from .old_names_unigrf import convert_old_fields, convert_old_overrides
+from .old_names_unigrf import SERVING_FIELDS, convert_old_fields, convert_old_overrides
 
 NEXT_TARGET = "next"
 # pad, bos, eos, unk
@@ -119,6 +120,22 @@ class UniGRFTrainingConfig:
                 f"`retrieval_behaviors` must be among {behaviors}, got {chosen}. Leave the field out to learn all of "
                 "them."
             )
+
+
+def reject_misplaced_fields(names: Iterable[str]) -> None:
+    """Raise `ValueError` for fields of training or serving among the `names` of a model's fields."""
+    training = sorted({field.name for field in fields(UniGRFTrainingConfig)} & set(names))
+    serving = sorted({*SERVING_FIELDS.values()} & set(names))
+    if training:
+        raise ValueError(
+            f"`UniGRFConfig` must get fields of training in `training_config`, got {training}. Pass "
+            f"training_config={{{training[0]!r}: ...}}."
+        )
+    if serving:
+        raise ValueError(
+            f"`UniGRFConfig` must get no options of serving, got {serving}. Set "
+            f"`model.generation_config.{serving[0]}`."
+        )
 
 
 @strict
@@ -232,7 +249,11 @@ class UniGRFConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if is_dataclass(self.training_config):
+            # Copy: another config may share it.
+            self.training_config = deepcopy(self.training_config)
         convert_old_fields(self, kwargs)
+        reject_misplaced_fields(kwargs)
         vocab_size = kwargs.pop("vocab_size", None)
         for name, value in vars(self).items():
             # A saved config has lists.

@@ -447,16 +447,16 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         target_timestamps = kwargs.pop("target_timestamps", None)
         if timestamps is not None:
             inputs |= {"timestamps": timestamps, "target_timestamps": target_timestamps}
-        supervision = None
+        loss_inputs = None
         if targets is not None:
             tokens = labels if input_ids is None else input_ids
-            inputs, supervision = self._objective.prepare(inputs, tokens, targets, long_history, item_sets)
+            inputs, loss_inputs = self._objective.prepare(inputs, tokens, targets, long_history, item_sets)
         if "input_ids" in inputs:
             inputs["item_representations"] = self.scorer.history_representations(inputs["input_ids"])
         outputs = self.model(**inputs, **kwargs)
         losses = {}
-        if supervision is not None:
-            losses = self._objective.losses(outputs.last_hidden_state, supervision, num_items_in_batch)
+        if loss_inputs is not None:
+            losses = self._objective.losses(outputs.last_hidden_state, loss_inputs, num_items_in_batch)
         logits = None
         if not (losses and self.training):
             states = slice_logits_to_keep(outputs.last_hidden_state[:, :length], logits_to_keep)
@@ -464,7 +464,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         return UniGRFCausalLMOutput(
             logits=logits,
             # Do not return the internal training cache.
-            cache=None if supervision is not None and supervision.cache is not None else outputs.cache,
+            cache=None if loss_inputs is not None and loss_inputs.cache is not None else outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **losses,
@@ -537,7 +537,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         """
         inputs = {"query_time": query_time, "long_history": long_history, **convert_old_inputs(kwargs)}
         if strange := sorted(set(inputs) - {"query_time", "long_history"}):
-            raise TypeError(f"rank() got unexpected keyword arguments {strange}")
+            raise TypeError(f"`rank` must get arguments of its signature, got {strange}. Correct or remove them.")
         trie = self.catalog.trie
         candidates = check_items("candidates", candidates, len(input_ids), trie.num_items, lowest=0)
         history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)

@@ -85,7 +85,7 @@ class PackedNegatives:
 
 
 @dataclass
-class Supervision:
+class LossInputs:
     """
     The inputs of the losses beside the backbone's output.
 

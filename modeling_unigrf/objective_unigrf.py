@@ -19,8 +19,8 @@ from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .inputs_unigrf import ItemSets, check_item_sets, check_long_history
 from .loss_unigrf import contrastive_loss, generation_loss, ranking_loss, sampled_softmax_loss
 from .negatives_unigrf import (
+    LossInputs,
     SupervisedItems,
-    Supervision,
     last_items,
     pack_negatives,
     retrieval_positives,
@@ -82,7 +82,7 @@ class Objective:
         targets: torch.LongTensor,
         long_history: dict | None,
         item_sets: dict | None,
-    ) -> tuple[dict, Supervision]:
+    ) -> tuple[dict, LossInputs]:
         """
         Pack negatives behind the histories of a batch.
 
@@ -113,7 +113,7 @@ class Objective:
         has_own_places = inputs["cache"] is not None or inputs["position_ids"] is not None
         if has_own_places or (attention_mask is not None and attention_mask.dim() != 2):
             self._reject_packing(item_sets, ranks_last or per_item)
-            return inputs, Supervision(targets, items)
+            return inputs, LossInputs(targets, items)
 
         learns_next = self.is_training and training.ranking_loss_weight and NEXT_TARGET in self.config.ranking_targets
         if learns_next and not (ranks_last or per_item):
@@ -123,15 +123,15 @@ class Objective:
             )
         attention_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         sequence_ids, position_ids = layout.packed_histories(tokens, attention_mask)
-        supervision = Supervision(targets, items, sequence_ids, attention_mask, trie=trie, negatives_per_item=per_item)
+        loss_inputs = LossInputs(targets, items, sequence_ids, attention_mask, trie=trie, negatives_per_item=per_item)
         if item_sets:
-            supervision.item_sets = check_item_sets(item_sets, sequence_ids, trie.num_items)
-        inputs = self._pack(inputs, supervision, position_ids)
+            loss_inputs.item_sets = check_item_sets(item_sets, sequence_ids, trie.num_items)
+        inputs = self._pack(inputs, loss_inputs, position_ids)
         if ranks_last:
-            supervision.long_history = long_history
-            supervision.cache = DynamicCache()
-            inputs |= {"cache": supervision.cache, "use_cache": True}
-        return inputs, supervision
+            loss_inputs.long_history = long_history
+            loss_inputs.cache = DynamicCache()
+            inputs |= {"cache": loss_inputs.cache, "use_cache": True}
+        return inputs, loss_inputs
 
     @staticmethod
     def _reject_packing(item_sets: dict | None, packs: bool) -> None:
@@ -144,30 +144,30 @@ class Objective:
                 "negatives_per_item=0 in training_config and pass no item_sets."
             )
 
-    def _pack(self, inputs: dict, supervision: Supervision, position_ids: torch.LongTensor) -> dict:
+    def _pack(self, inputs: dict, loss_inputs: LossInputs, position_ids: torch.LongTensor) -> dict:
         """
         Make the 4-D mask, the positions and the times of packed histories and negatives.
 
         Rows of a single history without negatives need no mask.
         """
         layout = self.scorer.layout
-        sequence_ids = supervision.sequence_ids
-        sets = supervision.item_sets
-        per_item = supervision.negatives_per_item
+        sequence_ids = loss_inputs.sequence_ids
+        sets = loss_inputs.item_sets
+        per_item = loss_inputs.negatives_per_item
         if sets is None:
             empty = sequence_ids.new_empty(len(sequence_ids), 0)
             sets = ItemSets(empty, empty)
         # Mask and positions.
         packs_negatives = per_item or (sets.hard_negatives.shape[1] and layout.num_levels > 1)
         if packs_negatives or sequence_ids.max() > 1:
-            mask = layout.history_mask(sequence_ids, supervision.attention_mask)
+            mask = layout.history_mask(sequence_ids, loss_inputs.attention_mask)
             if packs_negatives:
                 generator = self.generator(sequence_ids.device)
                 codes = self.scorer.catalog.item_codes
                 negatives = pack_negatives(
-                    layout, codes, supervision.items, position_ids, mask, per_item, sets, generator
+                    layout, codes, loss_inputs.items, position_ids, mask, per_item, sets, generator
                 )
-                supervision.negatives = negatives
+                loss_inputs.negatives = negatives
                 position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
                 mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
                 mask = torch.cat([mask, negatives.attention_mask], dim=1)
@@ -181,13 +181,13 @@ class Objective:
             target_times = inputs.get("target_timestamps")
             if target_times is None:
                 target_times = layout.target_timestamps(times, sequence_ids)
-            if supervision.negatives is not None:
+            if loss_inputs.negatives is not None:
                 # A negative stands where the true next item does: at its time.
-                query_time = target_times.gather(1, supervision.negatives.history_ends)
+                query_time = target_times.gather(1, loss_inputs.negatives.history_ends)
                 query_time = query_time.repeat_interleave(layout.num_levels, dim=1)
                 times, target_times = (torch.cat([column, query_time], dim=1) for column in (times, target_times))
             inputs = inputs | {"timestamps": times, "target_timestamps": target_times}
-            supervision.target_timestamps = target_times
+            loss_inputs.target_timestamps = target_times
         return inputs
 
     def _append(self, inputs: dict, tokens: torch.LongTensor) -> dict:
@@ -200,7 +200,7 @@ class Objective:
     def losses(
         self,
         hidden_states: torch.Tensor,
-        supervision: Supervision,
+        loss_inputs: LossInputs,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """
@@ -213,11 +213,11 @@ class Objective:
         """
         config = self.config
         training = self.config.training_config
-        targets = supervision.targets
-        sets = supervision.item_sets
+        targets = loss_inputs.targets
+        sets = loss_inputs.item_sets
         of_histories = hidden_states[:, : targets.shape[1]]
         code_targets = targets
-        positives = supervision.items
+        positives = loss_inputs.items
         share = 1.0
         if training.retrieval_behaviors is not None:
             code_targets, positives, share = retrieval_positives(config, self.scorer.layout, targets, positives)
@@ -229,25 +229,25 @@ class Objective:
                 self.scorer, of_histories, code_targets, code_negatives, sets_of_codes, self.measures_gradients
             )
         # Ranking.
-        if supervision.cache is not None:
+        if loss_inputs.cache is not None:
             losses["ranking_loss"] = last_item_ranking_loss(
                 self.backbone,
                 self.scorer,
                 self.candidate_block,
-                supervision,
+                loss_inputs,
                 of_histories,
                 self.generator(hidden_states.device),
             )
         elif training.ranking_loss_weight:
-            losses["ranking_loss"] = self._ranking_loss(hidden_states, supervision)
+            losses["ranking_loss"] = self._ranking_loss(hidden_states, loss_inputs)
         # Dense retrieval.
         if training.dense_loss_weight:
             losses["dense_loss"] = share * self._dense_loss(hidden_states, positives)
         if sets is not None and sets.hard_negatives.shape[1] and self.scorer.layout.num_levels > 1:
-            last = last_items(supervision.items, len(targets))
+            last = last_items(loss_inputs.items, len(targets))
             num_hard = sets.hard_negatives.shape[1]
             losses["contrastive_loss"] = share * contrastive_loss(
-                self.scorer, hidden_states, code_targets, last, supervision.negatives, num_hard
+                self.scorer, hidden_states, code_targets, last, loss_inputs.negatives, num_hard
             )
         if not losses:
             raise ValueError(
@@ -258,7 +258,7 @@ class Objective:
         if num_items_in_batch is not None:
             loss = loss * (targets != -100).sum() / num_items_in_batch
         if self.is_training and "ranking_loss" in losses:
-            config.next_logit_bias = sampling_bias(config.num_items, supervision.negatives_per_item)
+            config.next_logit_bias = sampling_bias(config.num_items, loss_inputs.negatives_per_item)
         norms = {}
         if self.is_training and self.measures_gradients:
             norms["gradient_norms"] = self._gradient_norms(losses, hidden_states)
@@ -298,10 +298,10 @@ class Objective:
         generator = self.generator(states.device)
         return sampled_softmax_loss(queries, positives.items, self.scorer.representations, num_items, generator)
 
-    def _ranking_loss(self, hidden_states: torch.Tensor, supervision: Supervision) -> torch.Tensor:
+    def _ranking_loss(self, hidden_states: torch.Tensor, loss_inputs: LossInputs) -> torch.Tensor:
         """Compute the ranking loss of all supervised items and of the random negatives behind them."""
-        supervised = supervision.items
-        negatives = supervision.negatives
+        supervised = loss_inputs.items
+        negatives = loss_inputs.negatives
         head = self.scorer.ranking_head
         representations = self.scorer.representations
         logits = head(

@@ -13,10 +13,10 @@ from .beam_search_unigrf import SearchSpace, beam_search
 from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import UniGRFConfig
 from .inputs_unigrf import History
-from .item_lists_unigrf import ItemFilter, item_list
+from .item_lists_unigrf import item_list
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
-from .trie_unigrf import CatalogTrie
+from .trie_unigrf import CatalogTrie, ItemFilter
 
 
 @dataclass

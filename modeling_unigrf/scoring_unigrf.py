@@ -13,9 +13,8 @@ from torch import nn
 
 from .catalog_unigrf import INT8_ONE, UniGRFCatalog
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
-from .item_lists_unigrf import ItemFilter
 from .layout_unigrf import ItemLayout
-from .trie_unigrf import CatalogTrie
+from .trie_unigrf import CatalogTrie, ItemFilter
 
 # Segments of a candidate block.
 ITEM, RETRIEVED, CANDIDATE = range(3)

@@ -282,10 +282,10 @@ def prefill(
     mask[:, -1] = False
     last = embed(backbone, input_ids[:, -1:])
     last = last if representations is None else last + representations[:, -1:]
-    nothing = input_ids.new_empty(len(input_ids), 1, 0)
+    no_tokens = input_ids.new_empty(len(input_ids), 1, 0)
     times = None if times is None else times[:, -2:]
     with cache_rollback(cache):
-        states, _ = read_branches(backbone, nothing, mask, nothing, cache, times, last[:, :, None])
+        states, _ = read_branches(backbone, no_tokens, mask, no_tokens, cache, times, last[:, :, None])
     return states[:, 0, 0]
 
 

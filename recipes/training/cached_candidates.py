@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf.beam_search_unigrf import propose_items
+from modeling_unigrf.stage_two_unigrf import propose_items
 from recipes.data.encoding import pad_rows, pad_tokens, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 

@@ -6,7 +6,7 @@ import torch
 from helpers import BACKBONES, build_model, labeled_batch, random_codes, short_id, split_options
 from transformers import AutoConfig, GenerationConfig
 
-from modeling_unigrf import HSTUConfig, ServingOptions, UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import HSTUConfig, ServingOptions, UniGRFConfig, UniGRFForCausalLM, UniGRFTrainingConfig
 
 
 def test_a_reused_text_config_is_not_changed():
@@ -102,6 +102,19 @@ NO_REPRESENTATIONS = {"embedding_table_size": 0, "history_item_representations":
 def test_invalid_configs_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         UniGRFConfig(**split_options(fields)[0])
+
+
+@pytest.mark.parametrize("name", ["dense_loss_weight", "stop_gradient_history", "dense_weight", "rerank_top_k"])
+def test_fields_in_the_wrong_part_are_rejected(name):
+    with pytest.raises(ValueError, match=rf"`UniGRFConfig` must get .* got \['{name}'\]"):
+        UniGRFConfig(**{name: 1})
+
+
+def test_configs_share_no_part():
+    training_config = UniGRFTrainingConfig(dense_loss_weight=0)
+    first, second = (UniGRFConfig(training_config=training_config) for _ in range(2))
+    first.training_config.code_negatives = 5
+    assert second.training_config.code_negatives == training_config.code_negatives == 0
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from helpers import random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_unigrf import CatalogTrie, trie_unigrf
-from modeling_unigrf.item_lists_unigrf import ItemFilter
+from modeling_unigrf import CatalogTrie, ItemFilter, trie_unigrf
 
 catalogs = st.fixed_dictionaries(
     {
