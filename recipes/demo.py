@@ -31,7 +31,7 @@ from recipes.data import movielens
 from recipes.data.prepared import prepared
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.baselines import baseline_results
-from recipes.evaluation.report import COLUMNS, write_report
+from recipes.evaluation.report import COLUMNS, LISTS, write_report
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
@@ -161,10 +161,10 @@ def report(root: Path, metrics: dict, examples: str) -> None:
 
 def print_metrics(metrics: dict, page: Path) -> None:
     """Print the test metrics as a table, and the path of the report."""
-    print(f"\n{'test':<12}" + "".join(f"{column:>11}" for column in COLUMNS))
-    results = {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}
+    print(f"\n{'test':<20}" + "".join(f"{column:>11}" for column in COLUMNS))
+    results = metrics["baselines"] | {label: metrics[key] for key, label in LISTS.items()}
     for name, values in results.items():
-        print(f"{name:<12}" + "".join(f"{values[column]:11.4f}" for column in COLUMNS))
+        print(f"{name:<20}" + "".join(f"{values[column]:11.4f}" for column in COLUMNS))
     print(f"like AUC {metrics['ranking']['auc']:.4f}, invalid items {metrics['invalid_items']}, report: {page}")
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
 from recipes.common.arguments import parse_arguments
 from recipes.common.hashing import weights_hash
-from recipes.evaluation.report import COLUMNS
+from recipes.evaluation.report import COLUMNS, LISTS
 from tokenization import SemanticIdTokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -138,7 +138,7 @@ def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
             metric_value=metrics[part][column],
             **dataset,
         )
-        for part, label in (("ranked", "generation and ranking"), ("generation", "generation alone"))
+        for part, label in LISTS.items()
         for column in COLUMNS
     ]
     if "auc" in metrics["ranking"]:

@@ -20,11 +20,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+# Keys of metrics.json and ranks.json, and the names of their lists by the score that orders them.
+LISTS = {"generation": "by generation_score", "ranked": "by score"}
 TRAIN_LOSSES = {
     "loss": "training",
-    "generation_loss": "training, generation",
-    "ranking_loss": "training, ranking",
-    "dense_loss": "training, dense retrieval",
+    "generation_loss": "training, generation_loss",
+    "ranking_loss": "training, ranking_loss",
+    "dense_loss": "training, dense_loss",
 }
 # The palette of Okabe and Ito, readable with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
@@ -77,7 +79,7 @@ def write_report(
 
 def report_text(metrics: Mapping[str, Any], code_counts: Sequence[Sequence[int]], examples: str = "") -> str:
     """Write the page in Markdown; `write_report` explains the arguments."""
-    results = {**metrics["baselines"], "generation": metrics["generation"], "generation + ranking": metrics["ranked"]}
+    results = metrics["baselines"] | {label: metrics[key] for key, label in LISTS.items()}
     rows = [(name, *(f"{values[column]:.4f}" for column in COLUMNS)) for name, values in results.items()]
     examples = f"\n## Examples, test\n\n```text\n{examples.strip()}\n```\n" if examples else ""
     num_used = [f"{np.count_nonzero(counts):,} of {len(counts):,}" for counts in code_counts]
@@ -143,7 +145,7 @@ def _recall_at_k(path: Path, ranks: Mapping[str, Sequence[int | None]]) -> None:
     lines = {}
     for name, values in ranks.items():
         numbers = np.array([np.inf if rank is None else rank for rank in values])
-        lines[name] = ks, (numbers[:, None] <= ks).mean(axis=0)
+        lines[LISTS.get(name, name)] = ks, (numbers[:, None] <= ks).mean(axis=0)
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     _lines(ax, lines)
     ax.set(title="Share of test targets among the first K items", xlabel="K", ylabel="Recall@K", xlim=(1, MAX_K))

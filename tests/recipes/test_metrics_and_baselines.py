@@ -149,7 +149,7 @@ def test_a_report_shows_every_method_and_picture(tmp_path):
     ranks = {"generation": [1, None, 7]}
     path = write_report(tmp_path, metrics, log_history, [[3, 0, 1], [2, 2, 0]], ranks, "\nuser 1\n")
     text = path.read_text()
-    for name in ("popularity", "item_knn", "generation", "generation + ranking"):
+    for name in ("popularity", "item_knn", "by generation_score", "by score"):
         assert f"| {name} | 0.1000 | 0.2000 | 0.0500 | 0.0813 | 0.0700 |" in text
     assert "\n## Examples, test\n\n```text\nuser 1\n```\n\n## Protocol\n" in text
     for picture in ("learning_curves.png", "recall_at_k.png", "codebooks.png"):

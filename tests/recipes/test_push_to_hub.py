@@ -201,8 +201,8 @@ def test_the_card_states_the_metrics_in_metadata_and_text(repository, recommende
     assert {"recommendation", "recommender-system", "generative-retrieval", "semantic-ids", "ranking"} <= {*data.tags}
     assert data.model_name == "films" and data.datasets == ["Films-of-1998"]
     values = {(entry.task_type, entry.metric_name): entry.metric_value for entry in data.eval_results}
-    expected = {("recommendation", f"{k}, generation and ranking"): v for k, v in METRICS["ranked"].items()}
-    expected |= {("recommendation", f"{k}, generation alone"): v for k, v in METRICS["generation"].items()}
+    expected = {("recommendation", f"{k}, by score"): v for k, v in METRICS["ranked"].items()}
+    expected |= {("recommendation", f"{k}, by generation_score"): v for k, v in METRICS["generation"].items()}
     assert values == expected | {("ranking", "AUC"): 0.8125}
     index = data.to_dict()["model-index"][0]
     assert index["name"] == "films" and len(index["results"]) == 2
