@@ -18,14 +18,12 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tokenization  # noqa: F401  # registers the tokenizer with the Auto classes
+from modeling_unigrf import UniGRFForCausalLM
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_hash
@@ -38,10 +36,12 @@ from recipes.evaluation.inference import (
     fused_lists,
     invalid_items,
     like_auc,
+    load_checkpoint,
     ranks_as_json,
     save_serving_options,
 )
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
+from tokenization import SemanticIdTokenizer
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
 STORED_OPTIONS = (
@@ -112,7 +112,9 @@ class EvaluateArguments:
     )
 
 
-def auc_behavior(model, tokenizer, split: Dataset, like: str | None) -> str | None:
+def auc_behavior(
+    model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, like: str | None
+) -> str | None:
     """
     Return the behavior whose AUC can be measured, or None after a message with the reason.
 
@@ -163,7 +165,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         The content of `metrics.json`.
     """
     # Inputs
-    record, tokenizer, model = load_checkpoint(args)
+    record, tokenizer, model = load_inputs(args)
     args = with_defaults(args, model)
     measurement = Measurement(**{option.name: getattr(args, option.name) for option in fields(Measurement)})
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
@@ -227,9 +229,9 @@ def write_results(output_dir: Path, metrics: dict, ranks: dict) -> None:
     (output_dir / "ranks.json").write_text(json.dumps(ranks))
 
 
-def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
+def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, UniGRFForCausalLM]:
     """
-    Load the record of the prepared folder, the tokenizer and the model.
+    Load the record of the prepared folder, the tokenizer and the model, by the installed code.
 
     Raises:
         ValueError: for options that exclude each other, a checkpoint that is no local folder, and data of other items.
@@ -245,13 +247,12 @@ def load_checkpoint(args: EvaluateArguments) -> tuple[dict, Any, Any]:
             "Download it first: `hf download`."
         )
     record = prepared(args.data_dir)
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=True)
+    model, tokenizer = load_checkpoint(args.checkpoint)
     check_same_items(tokenizer, args.data_dir)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
-    return record, tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return record, tokenizer, model
 
 
-def with_defaults(args: EvaluateArguments, model: Any) -> EvaluateArguments:
+def with_defaults(args: EvaluateArguments, model: UniGRFForCausalLM) -> EvaluateArguments:
     """
     Replace None by the checkpoint's values.
 
@@ -280,8 +281,8 @@ def with_defaults(args: EvaluateArguments, model: Any) -> EvaluateArguments:
 
 def try_settings(
     args: EvaluateArguments,
-    model: Any,
-    tokenizer: Any,
+    model: UniGRFForCausalLM,
+    tokenizer: SemanticIdTokenizer,
     split: Dataset,
     measurement: Measurement,
     dense_weights: list[float],
@@ -314,7 +315,12 @@ def choose(args: EvaluateArguments, trials: list[dict], dense_weights: list[floa
 
 
 def measure_test(
-    args: EvaluateArguments, model: Any, tokenizer: Any, split: Dataset, measurement: Measurement, chosen: dict
+    args: EvaluateArguments,
+    model: UniGRFForCausalLM,
+    tokenizer: SemanticIdTokenizer,
+    split: Dataset,
+    measurement: Measurement,
+    chosen: dict,
 ) -> dict:
     """Measure generation alone and the ranked lists on test, with the choice of validation."""
     targets = torch.tensor(split["target"][:]).long()

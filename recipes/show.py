@@ -8,12 +8,16 @@ columns add up to the fused score, with the weights in the line above them.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasets import load_from_disk
 from transformers import AutoTokenizer, pipeline
 
 from recipes.common.arguments import parse_arguments
+
+# An import at run time would replace the checkpoint's own code.
+if TYPE_CHECKING:
+    from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
 
 SCORES = ("generation_score", "ranking_score", "dense_score", "score")
 TITLE_WIDTH = 48
@@ -29,8 +33,18 @@ class ShowArguments:
 
 
 def main(args: ShowArguments) -> None:
-    """Print the recommendations of the first test users."""
+    """
+    Print the recommendations of the first test users.
+
+    Raises:
+        ValueError: for a checkpoint of version 0.1, and for one of other items than those of the data.
+    """
     recommender = pipeline("recommendation", model=args.checkpoint, trust_remote_code=True)
+    if not hasattr(recommender.model, "serving_options"):
+        raise ValueError(
+            f"`checkpoint` must be saved by version 0.2 or later, got one of 0.1 in {args.checkpoint}. Load it with "
+            "UniGRFForCausalLM and SemanticIdTokenizer, and save both again."
+        )
     tokenizer = recommender.tokenizer
     data_tokenizer = AutoTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer", trust_remote_code=True)
     if tokenizer.item_ids[: data_tokenizer.num_items] != data_tokenizer.item_ids:
@@ -44,7 +58,7 @@ def main(args: ShowArguments) -> None:
         print_user(recommender, user)
 
 
-def print_user(recommender: Any, user: dict) -> None:
+def print_user(recommender: "RecommendationPipeline", user: dict) -> None:
     """Print the end of a user's history, the held-out item, and the recommended items."""
     # The history.
     tokenizer = recommender.tokenizer
@@ -76,7 +90,7 @@ def print_user(recommender: Any, user: dict) -> None:
         print(f"    {(item['title'] or item['item_id'])[:TITLE_WIDTH]:<{TITLE_WIDTH}}{scores}{mark}")
 
 
-def fusion_formula(model: Any, columns: list[str]) -> str:
+def fusion_formula(model: "UniGRFForCausalLM", columns: list[str]) -> str:
     """Write the fused score as a sum of the other columns, with the weights that the checkpoint serves."""
     options = model.serving_options()
     weights = {"ranking_score": options.ranking_weight, "dense_score": options.dense_weight}

@@ -97,11 +97,12 @@ def check_same_encoding(
         {**each.config_fields(), "codebook_sizes": each.codebook_sizes[:-1]} for each in (tokenizer, folder_tokenizer)
     )
     growing = ("num_items", "vocab_size")
-    changed = [name for name in fields if name not in growing and fields[name] != folder_fields[name]]
+    compared = sorted((fields.keys() | folder_fields.keys()).difference(growing))
+    changed = [name for name in compared if fields.get(name) != folder_fields.get(name)]
     if changed:
         raise ValueError(
             "`data_dir` must encode histories as the model does, got "
-            f"{ ({name: folder_fields[name] for name in changed}) } in {folder} and "
-            f"{ ({name: fields[name] for name in changed}) } in the model. Take the folder that the model was "
+            f"{ ({name: folder_fields.get(name) for name in changed}) } in {folder} and "
+            f"{ ({name: fields.get(name) for name in changed}) } in the model. Take the folder that the model was "
             "trained on."
         )

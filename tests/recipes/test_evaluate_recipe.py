@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import GRID, preferring, train_flags
+from helpers import GRID, ROOT, preferring, train_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -19,11 +22,12 @@ from recipes import evaluate as evaluate_recipe
 from recipes import push_to_hub, show, train
 from recipes.common.hashing import weights_of
 from recipes.common.run_tracking import made_by
-from recipes.data.prepared import PreparedData
+from recipes.data.prepared import PreparedData, load_prepared
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation import inference as measure
 from recipes.evaluation.inference import Measurement
 from recipes.results import tables as results
+from recipes.training.model_init import fresh_model
 from tokenization import SemanticIdTokenizer
 
 
@@ -278,3 +282,29 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
     assert len(metrics["validation"]) == 2 and {row["ranking_weight"] for row in metrics["validation"]} == {0.0}
     assert UniGRFForCausalLM.from_pretrained(checkpoint).generation_config.ranking_weight == 0
+
+
+def test_evaluate_does_not_run_the_code_of_the_folder(prepared, tmp_path):
+    data = load_prepared(prepared)
+    model_args, *_ = train.parse(train_flags(prepared, tmp_path))
+    checkpoint = tmp_path / "checkpoint"
+    fresh_model(model_args, data).save_pretrained(checkpoint)
+    data.tokenizer.save_pretrained(checkpoint)
+    code = list(checkpoint.glob("*.py"))
+    assert code
+    for file in code:
+        file.write_text('raise RuntimeError("the code of the folder")\n')
+    arguments = EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path))
+    _, tokenizer, model = evaluate_recipe.load_inputs(arguments)
+    assert (type(tokenizer), type(model)) == (SemanticIdTokenizer, UniGRFForCausalLM)
+
+
+def test_show_rejects_a_checkpoint_of_version_0_1(recommender, tmp_path):
+    recommender.save_pretrained(tmp_path / "checkpoint")
+    for file in (tmp_path / "checkpoint").glob("*.py"):
+        file.write_text(file.read_text().replace("serving_options", "options_of_0_1"))
+    command = [sys.executable, "-m", "recipes.show", "--checkpoint", str(tmp_path / "checkpoint"), "--data_dir=x"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode and "must be saved by version 0.2 or later, got one of 0.1" in done.stderr
