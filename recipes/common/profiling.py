@@ -18,7 +18,8 @@ def bf16_speed_up() -> float:
     bfloat16: do not train in bfloat16 there.
     """
     # On a GPU, only a large product can be measured.
-    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 512)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 512
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(size, size, device=device, dtype=dtype)
