@@ -25,11 +25,11 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
+from modeling_unigrf import RecommendationPipeline
 from recipes.common.arguments import parse_arguments
 from recipes.common.hashing import weights_hash
+from recipes.evaluation.inference import load_checkpoint
 from recipes.evaluation.report import COLUMNS, LISTS
-from tokenization import SemanticIdTokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 PICTURES = ("recall_at_k.png", "learning_curves.png", "codebooks.png")
@@ -95,9 +95,9 @@ def read_metrics(path: Path) -> dict:
     return metrics
 
 
-def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
+def measured_recommender(folder: Path, metrics: dict) -> RecommendationPipeline:
     """
-    Load the checkpoint.
+    Load the checkpoint that the metrics measure.
 
     Raises:
         ValueError: if the folder is no checkpoint, or the metrics are those of other weights or serving options.
@@ -106,9 +106,8 @@ def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
         raise ValueError(
             f"`checkpoint` must be a folder of recipes.train, got no config.json in {folder}. Check the path."
         )
-    recommender = RecommendationPipeline(
-        model=UniGRFForCausalLM.from_pretrained(folder), tokenizer=SemanticIdTokenizer.from_pretrained(folder)
-    )
+    model, tokenizer = load_checkpoint(folder)
+    recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
     selection = metrics["selection"]
     served = asdict(recommender.model.serving_options())
     if changed := [name for name in selection if name in served and served[name] != selection[name]]:
@@ -120,7 +119,7 @@ def load_checkpoint(folder: Path, metrics: dict) -> RecommendationPipeline:
     if weights_hash(recommender.model) != metrics["weights"]:
         raise ValueError(
             f"`metrics` must be the metrics of this checkpoint, got those of other weights than in {folder}. Run "
-            "recipes.evaluate."
+            "recipes.evaluate, also for metrics of version 0.1."
         )
     return recommender
 
@@ -179,7 +178,7 @@ def write_folder(args: PushArguments, folder: Path) -> None:
             ".`."
         )
     metrics = read_metrics(Path(args.metrics))
-    recommender = load_checkpoint(Path(args.checkpoint), metrics)
+    recommender = measured_recommender(Path(args.checkpoint), metrics)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"`output_dir` must be a new or empty folder, got {folder} with files. Choose another folder, or remove "
