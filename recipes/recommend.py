@@ -111,7 +111,7 @@ class RecommendSettings:
     shard_size: int = field(default=4096, metadata={"help": "Rows of an output file."})
 
 
-def resolve_settings(settings: RecommendSettings, model) -> RecommendSettings:
+def resolve_settings(settings: RecommendSettings, model: UniGRFForCausalLM) -> RecommendSettings:
     """
     Replace None in the settings by the model's values.
 
@@ -128,7 +128,9 @@ def resolve_settings(settings: RecommendSettings, model) -> RecommendSettings:
     return replace(settings, **{name: options[name] for name in SETTABLE_OPTIONS})
 
 
-def work_record(model, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings) -> dict:
+def work_record(
+    model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, dataset: Dataset, settings: RecommendSettings
+) -> dict:
     """Record the model, the histories and the settings as JSON; a moved checkpoint is the same model."""
     # The model: its config, serving options and weights.
     config = model.config.to_dict()
@@ -161,7 +163,13 @@ def check_same_work(record: dict, file: Path) -> None:
         )
 
 
-def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSettings, bar: tqdm) -> dict:
+def recommend_rows(
+    model: UniGRFForCausalLM,
+    tokenizer: SemanticIdTokenizer,
+    histories: Histories,
+    settings: RecommendSettings,
+    bar: tqdm,
+) -> dict:
     """
     Recommend to the users of some rows.
 
@@ -213,7 +221,9 @@ def recommend_rows(model, tokenizer, histories: Histories, settings: RecommendSe
     return list_columns(tokenizer, best_items, scores)
 
 
-def list_columns(tokenizer, best_items: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, pa.ListArray]:
+def list_columns(
+    tokenizer: SemanticIdTokenizer, best_items: np.ndarray, scores: dict[str, np.ndarray]
+) -> dict[str, pa.ListArray]:
     """Convert item indices `[N, R]` (-1: no item) and scores `[N, R]` to Arrow lists, without the padding."""
     is_item = best_items >= 0
     offsets = pa.array(np.r_[0, is_item.sum(axis=1).cumsum()], pa.int32())
@@ -222,7 +232,7 @@ def list_columns(tokenizer, best_items: np.ndarray, scores: dict[str, np.ndarray
     return {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
 
 
-def check_same_catalog(model, tokenizer: SemanticIdTokenizer) -> None:
+def check_same_catalog(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer) -> None:
     """Raise `ValueError` unless the items of model and tokenizer have the same codes."""
     if not np.array_equal(model.catalog.item_codes.cpu(), tokenizer.item_codes):
         raise ValueError(
@@ -232,7 +242,11 @@ def check_same_catalog(model, tokenizer: SemanticIdTokenizer) -> None:
 
 
 def recommend_dataset(
-    model, tokenizer: SemanticIdTokenizer, dataset: Dataset, output_dir: str | Path, settings: RecommendSettings
+    model: UniGRFForCausalLM,
+    tokenizer: SemanticIdTokenizer,
+    dataset: Dataset,
+    output_dir: str | Path,
+    settings: RecommendSettings,
 ) -> Path:
     """
     Write the lists of all histories of `dataset`, as in the module's docstring, and return their folder.

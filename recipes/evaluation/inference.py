@@ -60,7 +60,12 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, Semantic
 
 
 def batches(
-    model, tokenizer, split: Dataset, measurement: Measurement, desc: str, long_histories: bool = True
+    model: UniGRFForCausalLM,
+    tokenizer: SemanticIdTokenizer,
+    split: Dataset,
+    measurement: Measurement,
+    desc: str,
+    long_histories: bool = True,
 ) -> Iterator[tuple[np.ndarray, list[dict], dict[str, torch.Tensor]]]:
     """
     Yield batches of users with histories of similar length, under a progress bar.
@@ -93,7 +98,9 @@ def batches(
         yield rows, users, encoder(**columns, device=model.device)
 
 
-def candidates(model, tokenizer, split: Dataset, num_beams: int, measurement: Measurement) -> dict[str, torch.Tensor]:
+def candidates(
+    model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, num_beams: int, measurement: Measurement
+) -> dict[str, torch.Tensor]:
     """
     Search the candidates of every user of a split.
 
@@ -166,7 +173,9 @@ def ranks_as_json(ranks: np.ndarray) -> list[int | None]:
     return [int(rank) if rank < np.inf else None for rank in ranks]
 
 
-def like_auc(model, tokenizer, split: Dataset, like: str, measurement: Measurement) -> dict[str, float]:
+def like_auc(
+    model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, like: str, measurement: Measurement
+) -> dict[str, float]:
     """Measure the AUC over users of the ranking target `like`, for the held-out interactions."""
     index = model.config.ranking_targets.index(like)
     behavior = tokenizer.behaviors.index(like)
@@ -180,7 +189,9 @@ def like_auc(model, tokenizer, split: Dataset, like: str, measurement: Measureme
     return {"auc": auc, "share_of_likes": float(np.mean(labels)), "interactions": len(labels)}
 
 
-def invalid_items(model, tokenizer, split: Dataset, num_beams: int, measurement: Measurement) -> dict[str, int]:
+def invalid_items(
+    model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer, split: Dataset, num_beams: int, measurement: Measurement
+) -> dict[str, int]:
     """Run plain `generate`, and count the generated items that the tokenizer's item map lacks."""
     checked = invalid = 0
     for _, _, inputs in batches(model, tokenizer, split, measurement, "generated items", long_histories=False):

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.cache_utils import DynamicCache
 
+from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.stage_two_unigrf import propose_items
 from recipes.data.encoding import pad_rows, pad_tokens, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
@@ -73,7 +74,7 @@ class CachedCandidates(StatefulCallback):
 
     def __init__(
         self,
-        model,
+        model: UniGRFForCausalLM,
         rows: Dataset,
         num_beams: int,
         every_epochs: int = 1,

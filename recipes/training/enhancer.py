@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.cache_utils import DynamicCache
 
-from modeling_unigrf import UniGRFConfig
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.data.encoding import HistoryEncoder, pad_rows, with_item_set
 from recipes.training.stateful_callback import StatefulCallback
 from tokenization import SemanticIdTokenizer
@@ -219,8 +219,8 @@ class RankingDrivenEnhancer(StatefulCallback):
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: UniGRFForCausalLM,
+        tokenizer: SemanticIdTokenizer,
         items: Sequence[np.ndarray],
         behaviors: Sequence[np.ndarray],
         timestamps: Sequence[np.ndarray] | None = None,
