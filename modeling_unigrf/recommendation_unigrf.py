@@ -271,6 +271,18 @@ def recommend_items(
     return fuse(scorer, Candidates(items, log_probs, states), history_states, options)
 
 
+def fused_scores(
+    columns: dict[str, torch.FloatTensor], ranking_weight: float, dense_weight: float
+) -> torch.FloatTensor:
+    """
+    Compute `generation_scores + ranking_weight * ranking_scores + dense_weight * dense_scores`.
+
+    A weight of 0 leaves out its scores, even infinite ones.
+    """
+    weights = {"generation_scores": 1.0, "ranking_scores": ranking_weight, "dense_scores": dense_weight}
+    return sum(weight * columns[name] for name, weight in weights.items() if weight)
+
+
 def fuse(
     scorer: ItemScorer, candidates: Candidates, history_states: torch.FloatTensor, options: ServingOptions
 ) -> UniGRFRecommendation:
@@ -286,13 +298,8 @@ def fuse(
     if dense_scores is not None:
         columns["dense_scores"] = dense_scores
 
-    # Their fusion: a weight of 0 leaves out even infinite scores.
-    weights = {
-        "generation_scores": 1.0,
-        "ranking_scores": options.ranking_weight,
-        "dense_scores": options.dense_weight,
-    }
-    scores = sum(weights[name] * column for name, column in columns.items() if weights[name])
+    # Their fusion.
+    scores = fused_scores(columns, options.ranking_weight, options.dense_weight)
     is_item = candidates.log_probs > -torch.inf
     columns = {
         name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()

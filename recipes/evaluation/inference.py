@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf.recommendation_unigrf import fused_scores
 from recipes.common.files import whole_file
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.leave_one_out import columns_read
@@ -137,7 +138,7 @@ def fused_lists(
     """
     List the items of every user by the fused score, best first, padded with -1.
 
-    This fuses scores as `recommend` does, without a new search for each pair of weights. A test compares the two.
+    `recommend` gives the same lists, with a new search for each pair of weights. A test compares the two.
 
     Args:
         scored: Result of `candidates`.
@@ -147,20 +148,15 @@ def fused_lists(
         num_ranked: Candidates that are ranked and listed, the best by the other scores (`rerank_top_k`). 0: all. Both
             weights 0: generation alone lists all candidates.
     """
-    # Generation and dense-retrieval scores.
-    num_ranked = num_ranked if weight or dense_weight else 0
-    scores = scored["generation_scores"]
-    absent = scores == -torch.inf
-    scores = scores + dense_weight * scored["dense_scores"] if dense_weight else scores
+    # The fused scores.
+    scores = fused_scores(scored, weight, dense_weight)
+    absent = scored["generation_scores"] == -torch.inf
 
-    # Ranking scores of the best.
-    if num_ranked:
-        unranked = torch.ones_like(scores, dtype=torch.bool).scatter_(
-            1, scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices, False
-        )
-        absent = absent | unranked
-        scores = scores.masked_fill(unranked, -torch.inf)
-    scores = scores + weight * scored["ranking_scores"] if weight else scores
+    # The candidates that are ranked: the best by the other scores.
+    if num_ranked and (weight or dense_weight):
+        unranked_scores = fused_scores(scored, 0.0, dense_weight).masked_fill(absent, -torch.inf)
+        best = unranked_scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices
+        absent = absent | torch.ones_like(absent).scatter_(1, best, False)
 
     # The lists. A negative weight makes NaN of absent candidates.
     scores = scores.masked_fill(absent, -torch.inf)
