@@ -9,6 +9,7 @@ the rows and to the enhancer.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,9 +40,11 @@ class EnhancerOptions:
         pool_size (`int`): Items of a pool, 64 by default.
         num_negatives (`int`): Hard negatives of a user, 8 by default.
         penalty (`float`): Weight of the ranking probability p in `rho`, 1 by default. 0: retrieval alone decides.
-        threshold (`float`): Probability p above which an item is a favorite, 0.9 by default.
-        max_favorites (`int`): Most favorites of a user, 2 by default. 0: no favorites.
-        relabel (`bool`): Whether a user's best favorite becomes the next item after the user's last training row.
+        threshold (`float`): Probability p above which an item is an excluded positive, 0.9 by
+            default.
+        max_favorites (`int`): Most excluded positives of a user, 2 by default. 0: none.
+        relabel (`bool`): Whether a user's best excluded positive becomes the next item after the user's last
+            training row.
         target (`str`): Ranking target whose probability is p, `"like"` by default.
         warm_up_epochs (`int`): Epochs without the enhancer, 2 by default.
         every_epochs (`int`): Epochs between two refreshes, 1 by default.
@@ -126,16 +129,16 @@ class Pool(NamedTuple):
 
 class Choice(NamedTuple):
     """
-    Hard negatives and favorites of b users.
+    Hard negatives and excluded positives of b users.
 
     Args:
         negatives: Item indices `[b, num_negatives]`; -1: none.
-        favorites: Item indices `[b, max_favorites]`; -1: none.
+        excluded_positives: Item indices `[b, max_favorites]`; -1: none.
         sums: Sums over the users of the `STATISTICS`.
     """
 
     negatives: torch.LongTensor
-    favorites: torch.LongTensor
+    excluded_positives: torch.LongTensor
     sums: torch.FloatTensor
 
 
@@ -148,9 +151,9 @@ class PoolCollator:
 
     Args:
         collate: The other collator.
-        tokenizer: Encodes a favorite that relabels a row.
+        tokenizer: Encodes an excluded positive that relabels a row.
         tensors: Tensors of the enhancer.
-        relabel: Whether a user's best favorite follows the user's last row.
+        relabel: Whether a user's best excluded positive follows the user's last row.
     """
 
     collate: Callable
@@ -164,21 +167,21 @@ class PoolCollator:
             return self.collate(rows)
         users = torch.tensor([row["user"] for row in rows])
         negatives = self.tensors["negatives"][users]
-        favorites = self.tensors["favorites"][users]
-        positives = favorites[:, 0] if self.relabel else torch.full_like(users, -1)
+        excluded_positives = self.tensors["favorites"][users]
+        next_items = excluded_positives[:, 0] if self.relabel else torch.full_like(users, -1)
         batch = self.collate(
-            [self._with_favorite(row, favorite) for row, favorite in zip(rows, positives.tolist(), strict=True)]
+            [self._with_next_item(row, item) for row, item in zip(rows, next_items.tolist(), strict=True)]
         )
         if self.tensors["made_at"] >= 0:
             batch = with_item_set(batch, "hard_negatives", negatives)
-            batch = with_item_set(batch, "excluded_positives", favorites)
+            batch = with_item_set(batch, "excluded_positives", excluded_positives)
         return batch
 
-    def _with_favorite(self, row: dict, favorite: int) -> dict:
-        """Append a favorite (-1: none), at an unknown time, to a row that ends where the user's history does."""
+    def _with_next_item(self, row: dict, item: int) -> dict:
+        """Append an item (-1: none), at an unknown time, to a row that ends where the user's history does."""
         tokens = []
-        if favorite >= 0 and row["last"]:
-            tokens = self.tokenizer.item_tokens(np.array([favorite]))[0].tolist()
+        if item >= 0 and row["last"]:
+            tokens = self.tokenizer.item_tokens(np.array([item]))[0].tolist()
         suffix = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
         if "timestamps" in row:
             suffix["timestamps"] = [-1] * len(tokens)
@@ -187,20 +190,20 @@ class PoolCollator:
 
 class RankingDrivenEnhancer(StatefulCallback):
     """
-    Find hard negatives and favorites of every user by retrieval and ranking, before an epoch.
+    Find hard negatives and excluded positives of every user by retrieval and ranking, before an epoch.
 
     The model scores a pool of items for each user, at the user's last training item, without gradient. This is our
     reading of UniGRF's section on the ranking-driven enhancer:
 
     - Hard negatives ("hard-to-detect disliked items") are the `num_negatives` items with the highest
       `rho = minmax(log P) - penalty * p`. Here p is the ranking probability. The model gets them as `hard_negatives`.
-    - Favorites are the `max_favorites` items with the highest `p > threshold`. They are no hard negatives, and the
-      model gets them as `excluded_positives`, so they are no random negatives. With `relabel`, the first favorite
-      also becomes the next item after a user's last training row.
+    - Excluded positives ("potential favorites") are the `max_favorites` items with the highest `p > threshold`. They
+      are no hard negatives, and the model gets them as `excluded_positives`, so they are no random negatives. With
+      `relabel`, the first also becomes the next item after a user's last training row.
 
     The Trainer's checkpoints save the items, which are the same on all processes. The log holds the numbers of
-    negatives and favorites, and the share of users with fewer usable items than `num_negatives`, who get fewer.
-    Examples with titles are written to `enhancer.jsonl` in the output folder.
+    negatives and excluded positives, and the share of users with fewer usable items than `num_negatives`, who get
+    fewer. Examples with titles are written to `enhancer.jsonl` in the output folder.
 
     Args:
         model (`UniGRFForCausalLM`): The model that is trained.
@@ -234,9 +237,17 @@ class RankingDrivenEnhancer(StatefulCallback):
         self.behaviors = behaviors
         self.timestamps = timestamps
         self.negatives = torch.full((len(items), self.options.num_negatives), -1)
-        self.favorites = torch.full((len(items), max(1, self.options.max_favorites)), -1)
+        self.excluded_positives = torch.full((len(items), max(1, self.options.max_favorites)), -1)
         self.statistics: dict[str, float] = {}
-        super().__init__("enhancer.safetensors", {"negatives": self.negatives, "favorites": self.favorites})
+        # "favorites" is the name in saved checkpoints.
+        tensors = {"negatives": self.negatives, "favorites": self.excluded_positives}
+        super().__init__("enhancer.safetensors", tensors)
+
+    @property
+    def favorites(self) -> torch.LongTensor:
+        """The name of `excluded_positives` until version 0.3."""
+        warnings.warn("`favorites` is called `excluded_positives` since version 0.2.", FutureWarning, stacklevel=2)
+        return self.excluded_positives
 
     def collator(self, collate: Callable) -> Callable:
         """Wrap a collator, so that rows with a `user` get the user's items."""
@@ -284,7 +295,7 @@ class RankingDrivenEnhancer(StatefulCallback):
         for process_choices in gather_object([choices]):
             for users, choice in process_choices:
                 self.negatives[users] = choice.negatives
-                self.favorites[users] = choice.favorites
+                self.excluded_positives[users] = choice.excluded_positives
                 sums += choice.sums
         self.made_at = epoch
         self.statistics = dict(zip(STATISTICS, (sums / len(self.items)).tolist(), strict=True))
@@ -350,7 +361,7 @@ class RankingDrivenEnhancer(StatefulCallback):
         return Pool(items, retrieval, logits[..., target].sigmoid(), usable.to(model.device))
 
     def _choose(self, users: np.ndarray, pool: Pool) -> Choice:
-        """Choose the hard negatives and favorites of each of b users."""
+        """Choose the hard negatives and excluded positives of each of b users."""
         items, retrieval, ranking, usable = pool
         if not (ranking.isfinite() & retrieval.isfinite())[usable].all():
             raise ValueError(
@@ -359,25 +370,27 @@ class RankingDrivenEnhancer(StatefulCallback):
                 "(max_grad_norm)."
             )
         # Hard negatives
-        is_favorite = usable & (ranking > self.options.threshold)
+        is_positive = usable & (ranking > self.options.threshold)
         lowest = retrieval.masked_fill(~usable, torch.inf).amin(dim=1, keepdim=True)
         span = retrieval.masked_fill(~usable, -torch.inf).amax(dim=1, keepdim=True) - lowest
         rho = (retrieval - lowest) / span.clamp(min=1e-9) - self.options.penalty * ranking
-        rho = rho.masked_fill(~usable | is_favorite, -torch.inf)
+        rho = rho.masked_fill(~usable | is_positive, -torch.inf)
         best, places = rho.topk(self.options.num_negatives, dim=1)
         negatives = items.gather(1, places).masked_fill(best == -torch.inf, -1)
 
-        # Favorites
-        best, places = ranking.masked_fill(~is_favorite, -torch.inf).topk(self.favorites.shape[1], dim=1)
+        # Excluded positives
+        best, places = ranking.masked_fill(~is_positive, -torch.inf).topk(self.excluded_positives.shape[1], dim=1)
         is_missing = (best == -torch.inf) | (self.options.max_favorites == 0)
-        favorites = items.gather(1, places).masked_fill(is_missing, -1)
+        excluded_positives = items.gather(1, places).masked_fill(is_missing, -1)
 
         # Statistics
         num_usable = usable.sum(dim=1)
         mean_probability = ranking.masked_fill(~usable, 0.0).sum(dim=1) / num_usable.clamp(min=1)
         is_short = num_usable < self.options.num_negatives
-        sums = torch.stack([(negatives >= 0).sum(), (favorites >= 0).sum(), mean_probability.sum(), is_short.sum()])
-        return Choice(negatives.cpu(), favorites.cpu(), sums.float().cpu())
+        sums = torch.stack(
+            [(negatives >= 0).sum(), (excluded_positives >= 0).sum(), mean_probability.sum(), is_short.sum()]
+        )
+        return Choice(negatives.cpu(), excluded_positives.cpu(), sums.float().cpu())
 
     def _write_examples(self, file: Path, epoch: int, users: np.ndarray, choice: Choice) -> None:
         """Append a line with the statistics and the items of three users, by title."""
@@ -387,7 +400,7 @@ class RankingDrivenEnhancer(StatefulCallback):
             lists = {
                 "last items": self.items[user][-4:-1],
                 "disliked": choice.negatives[row],
-                "favorites": choice.favorites[row],
+                "favorites": choice.excluded_positives[row],
             }
             titles = {name: [names[item] for item in items if item >= 0] for name, items in lists.items()}
             examples.append({"user": user, **titles})

@@ -103,7 +103,7 @@ def test_hard_negatives_are_retrieved_high_and_ranked_low(tmp_path, pool, ids, r
         order = rho.masked_fill(liked, -torch.inf).argsort(descending=True)[: min(3, int((~liked).sum()))]
         assert set(items[order].tolist()) == {item for item in enhancer.negatives[user].tolist() if item >= 0}
         best = items[expected.masked_fill(~liked, -1).argsort(descending=True)[: min(2, int(liked.sum()))]]
-        assert best.tolist() == [item for item in enhancer.favorites[user].tolist() if item >= 0]
+        assert best.tolist() == [item for item in enhancer.excluded_positives[user].tolist() if item >= 0]
     lines = [json.loads(line) for line in (tmp_path / "enhancer.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert all(title.startswith("Film ") for title in lines[0]["examples"][0]["disliked"])
@@ -152,7 +152,9 @@ def test_a_resumed_enhancer_run_equals_an_uninterrupted_one(tmp_path, ids, optio
     train("parts", save_strategy="steps", save_steps=5)  # in the middle of an epoch of three steps
     resumed, again, rest = train("parts", resume=str(tmp_path / "parts" / "checkpoint-5"))
     assert rest[-7:] == losses[-7:]
-    assert torch.equal(enhancer.negatives, again.negatives) and torch.equal(enhancer.favorites, again.favorites)
+    assert torch.equal(enhancer.negatives, again.negatives) and torch.equal(
+        enhancer.excluded_positives, again.excluded_positives
+    )
     assert (enhancer.negatives >= 0).any()
     for first, second in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(first, second)
@@ -163,7 +165,7 @@ def test_a_resumed_enhancer_run_equals_an_uninterrupted_one(tmp_path, ids, optio
 def test_relabeling_appends_a_favorite_to_the_last_row_only():
     model = build_model()
     enhancer = build_enhancer(model, pool="beam", relabel=True)
-    enhancer.favorites[1] = torch.tensor([4, -1])
+    enhancer.excluded_positives[1] = torch.tensor([4, -1])
     rows = [{**enhancer_rows(enhancer)[1], "last": last} for last in (True, False)] + [enhancer_rows(enhancer)[2]]
     batch = enhancer.collator(collate)(rows)
     tokens = model.layout.item_tokens(model.catalog.item_codes[4].long())
