@@ -191,7 +191,7 @@ def make_unique(out: Path, last_level_size: int) -> dict:
     decoded = quantizer.decode(codes[sample, :-1])
     statistics = codebook_statistics(codes[:, :-1], quantizer.codebook_sizes, _floats(embeddings[sample]), decoded)
     print(statistics)
-    return {"codebook_sizes": [*quantizer.codebook_sizes, width], "health": statistics.to_dict()}
+    return {"codebook_sizes": [*quantizer.codebook_sizes, width], "codebook_statistics": statistics.to_dict()}
 
 
 def write_tokenizer(out: Path) -> dict:

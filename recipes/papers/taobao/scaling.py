@@ -92,7 +92,9 @@ def both_splits(measured: dict[str, dict]) -> dict[str, dict]:
     stages["rows"]["users"] = stages["users"]["users"]
     for key in ("repeat_share", "recency_recall@5"):
         stages["rows"][key] = measured["test rows"][key]
-    statistics = stages["suffixes"].pop("health")
+    # Version 0.1 saved the statistics as "health"; read it until 0.3.
+    key = "health" if "health" in stages["suffixes"] else "codebook_statistics"
+    statistics = stages["suffixes"].pop(key)
     stages["suffixes"] |= {"items": stages["items"]["items"]}
     stages["suffixes"] |= {key: statistics[key] for key in ("collision_rate", "largest_group", "reconstruction_error")}
     return stages
