@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -31,6 +32,19 @@ REMOVED_FLAGS = {
 TRAINER_GROUP = "Options of transformers.TrainingArguments"
 
 
+class DefaultsFormatter(ArgumentDefaultsHelpFormatter):
+    """Show "Required." or the default behind each help text that states no default itself."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        text = action.help or ""
+        if action.required:
+            return f"{text} Required."
+        # A flag without a value shares its default with the flag that it negates.
+        if action.nargs == 0 or "Default: " in text:
+            return text
+        return super()._get_help_string(action)
+
+
 def parse_arguments(
     *dataclass_types: Any, defaults: Mapping[str, Any] | None = None, arguments: Sequence[str] | None = None
 ) -> tuple[Any, ...]:
@@ -49,7 +63,11 @@ def parse_arguments(
         is_trainer = issubclass(dataclass_type, TrainingArguments)
         # transformers reads the title of a group from this attribute.
         dataclass_type._argument_group_name = TRAINER_GROUP if is_trainer else title_of(dataclass_type)
-    parser = HfArgumentParser(list(dataclass_types), usage="%(prog)s [options]")  # the list of options follows
+    # The list of options follows the usage.
+    parser = HfArgumentParser(list(dataclass_types), usage="%(prog)s [options]", formatter_class=DefaultsFormatter)
+    for action in parser._actions:
+        if action.nargs == 0 and action.const is False:
+            action.help = f"Set --{action.dest} to False."
     for dataclass_type in dataclass_types:
         if not issubclass(dataclass_type, TrainingArguments):
             move_inherited_options(parser, dataclass_type)

@@ -85,6 +85,8 @@ def arguments_from_config(name: str, doc: str, config_class: type, names: Sequen
         default = None if default is MISSING else default
         kind = argument_type(known[argument].type)
         text = texts[argument]
+        if dict in (known[argument].type, *get_args(known[argument].type)):
+            text += " Write a JSON object."
         if are_optional:
             text += f" Default: the checkpoint's value, or {default} in a new model."
             kind = kind | None

@@ -10,6 +10,7 @@ import torch
 
 from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
 from recipes.common.config_arguments import arguments_from_config
+from recipes.training.enhancer import OPEN_OPTIONS
 
 # Fields of `UniGRFConfig` that do not follow from the data.
 ARCHITECTURE = (
@@ -100,7 +101,11 @@ class MechanismArguments:
         default=False, metadata={"help": "Weigh the generation and the ranking loss by how slowly each converges."}
     )
     adaptive_temperature: float = field(
-        default=0.1, metadata={"help": "Temperature of the adaptive weights' softmax. Lower values move them apart."}
+        default=0.1,
+        metadata={
+            "help": "Temperature of the adaptive weights' softmax. A lower temperature moves the weights further "
+            "apart."
+        },
     )
     adaptive_form: str = field(
         default="loss_ratio",
@@ -114,17 +119,21 @@ class MechanismArguments:
     )
     enhancer: bool = field(
         default=False,
-        metadata={"help": "Choose hard negatives and favorites of each user by the ranking scores (UniGRF)."},
+        metadata={"help": "Choose hard negatives and excluded positives of each user by the ranking scores (UniGRF)."},
     )
     enhancer_target: str = field(
         default="like", metadata={"help": "Ranking target whose probability the enhancer reads, e.g. a behavior."}
     )
     relabel: bool = field(
-        default=False, metadata={"help": "Train the enhancer's best favorite as the next item after a user's history."}
+        default=False,
+        metadata={"help": "Train the enhancer's best excluded positive as the next item after a user's history."},
     )
     enhancer_options: str = field(
         default="{}",
-        metadata={"help": "Other options of the enhancer as a JSON object, e.g. '{\"num_negatives\": 8}'."},
+        metadata={
+            "help": "Other options of the enhancer as a JSON object, e.g. '{\"num_negatives\": 8}'. Names: "
+            f"{', '.join(sorted(OPEN_OPTIONS))}."
+        },
     )
 
 

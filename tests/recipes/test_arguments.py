@@ -9,11 +9,12 @@ from helpers import ROOT
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
-from recipes import evaluate, train
+from recipes import evaluate
 from recipes.benchmarks import decoding
 from recipes.common.arguments import RENAMED_FLAGS, TRAINER_GROUP, parse_arguments, title_of
 from recipes.papers.recochain import reproduce
 from recipes.training import arguments as training_arguments
+from recipes.training.arguments import DataArguments, ModelArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
@@ -104,8 +105,8 @@ def test_an_old_flag_sets_what_its_new_name_sets(old):
 )
 @pytest.mark.filterwarnings("ignore:.*since version 0.2:FutureWarning")
 def test_flags_of_the_config_may_stand_alone(word, value):
-    (arguments,) = parse_arguments(train.ModelArguments, arguments=[word])
-    assert arguments == train.ModelArguments(history_item_representations=value)
+    (arguments,) = parse_arguments(ModelArguments, arguments=[word])
+    assert arguments == ModelArguments(history_item_representations=value)
 
 
 def own_fields(dataclass_type):
@@ -124,11 +125,11 @@ def test_every_field_of_the_config_has_a_flag():
     assert {*training_arguments.ARCHITECTURE, "num_retrieved_items"} == of_config
     of_training = {entry.name for entry in fields(UniGRFTrainingConfig)} - inherited
     assert set(training_arguments.OBJECTIVE) == of_training
-    assert of_config | of_training <= {entry.name for entry in fields(train.ModelArguments)}
+    assert of_config | of_training <= {entry.name for entry in fields(ModelArguments)}
 
 
 def test_flags_default_to_the_fields_of_the_config():
-    arguments = train.ModelArguments()
+    arguments = ModelArguments()
     defaults = UniGRFTrainingConfig()
     assert arguments.objective() == {name: getattr(defaults, name) for name in training_arguments.OBJECTIVE}
     assert arguments.architecture() == {"num_retrieved_items": UniGRFConfig().num_retrieved_items}
@@ -174,9 +175,9 @@ def parser_of(command, monkeypatch):
 def test_flags_of_a_training_are_grouped_by_their_dataclass(monkeypatch):
     groups = parser_of("recipes.train", monkeypatch)._action_groups
     flags = {group.title: {option.dest for option in group._group_actions} for group in groups}
-    kinds = [kind for kind in train.ModelArguments.__mro__ if is_dataclass(kind)]
+    kinds = [kind for kind in ModelArguments.__mro__ if is_dataclass(kind)]
     assert len(kinds) == 6
-    for kind in (*kinds, train.DataArguments):
+    for kind in (*kinds, DataArguments):
         assert flags[title_of(kind)] == own_fields(kind)
     titles = [group.title for group in groups if group._group_actions]
     assert titles[-1] == TRAINER_GROUP and len(titles) == len(set(titles)) == 9, "and one of --help"
@@ -189,6 +190,25 @@ def test_the_help_of_every_flag_stands_alone(command, monkeypatch):
     texts = {option.dest: option.help or "" for option in options if option.dest != "help"}
     assert texts
     assert {name: text for name, text in texts.items() if not (text[:1].isupper() and text.endswith("."))} == {}
+
+
+@dataclass
+class ThirdArguments:
+    """What comes third."""
+
+    needed: str = field(metadata={"help": "Needed."})
+    described: int | None = field(default=None, metadata={"help": "Number. Default: the checkpoint's value."})
+    shown: int = field(default=3, metadata={"help": "Shown."})
+    is_on: bool = field(default=True, metadata={"help": "Switch it on."})
+
+
+def test_help_states_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(ThirdArguments, arguments=["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("Needed. Required.", "checkpoint's value. --shown", "Shown. (default: 3)", "on. (default: True)"):
+        assert part in text
+    assert text.endswith("--no-is-on Set --is_on to False.")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -161,7 +161,9 @@ class ReproduceArguments:
     refit: bool = field(
         default=False, metadata={"help": "Train on the validation targets, too, and test the last epoch."}
     )
-    relabel: bool = field(default=False, metadata={"help": "Train the enhancer's favorites as positives, too."})
+    relabel: bool = field(
+        default=False, metadata={"help": "Train the enhancer's excluded positives as next items, too."}
+    )
     variant: str = field(
         default="",
         metadata={"help": "Name in the folder's name, for runs with other options. Empty: no such name."},
