@@ -1,4 +1,4 @@
-"""The style of the tests: short names, no imports among test files, no private names of the packages."""
+"""The style: names of variables everywhere; in tests also short names, no imports among files, no private names."""
 
 import ast
 import functools
@@ -9,15 +9,26 @@ from helpers import ROOT
 
 FILES = sorted((ROOT / "tests").rglob("*.py"))
 PACKAGES = ("modeling_unigrf", "tokenization", "recipes")
+PACKAGE_FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 FORBIDDEN_NAMES = {"found", "given", "more", "nothing", "one", "own", "told"}
 
 
 @functools.cache
 def private_names():
     """Return the names of private functions and classes of the packages."""
-    trees = [ast.parse(file.read_text()) for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    trees = [ast.parse(file.read_text()) for file in PACKAGE_FILES]
     names = {str(getattr(node, "name", "")) for tree in trees for node in ast.walk(tree)}
     return {name for name in names if re.match(r"_[a-z]", name)}
+
+
+def forbidden_variables(source):
+    """List the variables and arguments whose names say nothing."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) if name in FORBIDDEN_NAMES:
+                names.append(name)
+    return names
 
 
 def style_problems(source, private):
@@ -38,14 +49,17 @@ def style_problems(source, private):
                 problems.append(f"private {name}")
             case ast.Constant(value=str(text)):
                 problems += [f"private {name}" for name in re.findall(r"\b_[a-z]\w*", text) if name in private]
-            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) if name in FORBIDDEN_NAMES:
-                problems.append(f"variable {name}")
-    return problems
+    return problems + [f"variable {name}" for name in forbidden_variables(source)]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_tests_follow_the_style(file):
     assert style_problems(file.read_text(), private_names()) == []
+
+
+@pytest.mark.parametrize("file", PACKAGE_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_variables_of_the_packages_are_nouns(file):
+    assert forbidden_variables(file.read_text()) == []
 
 
 def test_broken_style_is_reported():
