@@ -58,6 +58,7 @@ from recipes.benchmarks.report import (
 from recipes.common.arguments import parse_arguments
 from recipes.common.profiling import PeakMemory, bf16_speed_up
 from recipes.common.run_tracking import command, made_by
+from recipes.training.model_init import create_model
 
 LLAMA = {
     "model_type": "llama",
@@ -177,13 +178,12 @@ def build_model(codes: torch.Tensor, codebook_sizes: list[int], **fields) -> Uni
         **fields,
     }
     config = UniGRFConfig(text_config=LLAMA, codebook_sizes=codebook_sizes, **fields)
-    model = UniGRFForCausalLM(config).eval()
+    width = config.content_embedding_dim
+    model = create_model(config, codes, torch.randn(len(codes), width) if width else None).eval()
     model.generation_config.exclude_history = False
     # Spread the scores as training does, so that beams differ.
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
-    width = config.content_embedding_dim
-    model.set_catalog(codes, torch.randn(len(codes), width) if width else None)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
