@@ -27,7 +27,8 @@ from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation import inference as measure
 from recipes.evaluation.inference import Measurement
 from recipes.results import tables as results
-from recipes.training.model_init import fresh_model
+from recipes.training.arguments import DataArguments, ModelArguments
+from recipes.training.model_init import build_model, fresh_model
 from tokenization import SemanticIdTokenizer
 
 
@@ -238,9 +239,9 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
 
     def start_from_first(tokenizer, **options):
-        data_args = train.DataArguments(data_dir="", max_items=4)
+        data_args = DataArguments(data_dir="", max_items=4)
         data = PreparedData(tokenizer, dataset, torch.zeros(30, 4))
-        return train.build_model(train.ModelArguments(init_from=str(first), **options), data_args, data)
+        return build_model(ModelArguments(init_from=str(first), **options), data_args, data)
 
     with pytest.raises(ValueError, match="Start from a model that was trained on this data"):
         codes = np.roll(tokenizer.item_codes, 1, axis=0)

@@ -19,8 +19,6 @@ LAYERS = [
 # Recipes that run door recipes from beginning to end, and so may import them.
 SEQUENCES = {
     "recipes.demo": {"recipes.prepare", "recipes.train", "recipes.evaluate"},
-    "recipes.papers.recochain.reproduce": {"recipes.train"},
-    "recipes.papers.recochain.sasrec": {"recipes.train"},
 }
 
 

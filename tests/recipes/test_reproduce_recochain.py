@@ -127,7 +127,7 @@ def test_an_ablation_changes_only_what_it_names(row, prepared, tmp_path, monkeyp
         trained.append((vars(model_args) | {"seed": training_args.seed}, vars(data_args), training_args))
         return tmp_path / "checkpoint"
 
-    monkeypatch.setattr(reproduce_recochain.train, "train", train)
+    monkeypatch.setattr(reproduce_recochain, "train", train)
 
     def stages(name: str) -> list[dict]:
         trained.clear()

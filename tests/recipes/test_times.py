@@ -17,7 +17,9 @@ from recipes.data.windows import cut_windows
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.inference import Measurement, batches, candidates, invalid_items, like_auc
 from recipes.prepare import PrepareArguments, prepare
+from recipes.training.arguments import DataArguments, ModelArguments
 from recipes.training.collator import TrainingCollator
+from recipes.training.model_init import build_model
 from tokenization import SemanticIdTokenizer
 
 HSTU = {"model_type": "hstu", "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
@@ -217,9 +219,9 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, extra, monkeypatc
     checkpoint = train.train(*train.parse(train_flags(prepared, tmp_path, *options, text_config=TIMED)))
     model = UniGRFForCausalLM.from_pretrained(checkpoint)
     torch.manual_seed(42)  # the seed of the training
-    untrained = train.build_model(
-        train.ModelArguments(text_config=json.dumps(TIMED)),
-        train.DataArguments(data_dir="", max_items=5),
+    untrained = build_model(
+        ModelArguments(text_config=json.dumps(TIMED)),
+        DataArguments(data_dir="", max_items=5),
         PreparedData(SemanticIdTokenizer.from_pretrained(checkpoint), DatasetDict(), torch.zeros(20, 4)),
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):

@@ -15,13 +15,15 @@ from recipes.common import run_tracking as runs
 from recipes.data.prepared import check_same_items, load_prepared
 from recipes.papers.recochain import reproduce as reproduce_recochain
 from recipes.prepare import PrepareArguments, prepare
+from recipes.training.arguments import DataArguments, ModelArguments
+from recipes.training.model_init import build_model
 from tokenization import SemanticIdTokenizer
 
 
 def test_train_without_arguments_builds_the_default_model(prepared, tmp_path):
     data = load_prepared(prepared)
     model_args, data_args, _ = train.parse([f"--data_dir={prepared}", f"--output_dir={tmp_path}"])
-    model = train.build_model(model_args, data_args, data)
+    model = build_model(model_args, data_args, data)
     fields = data.tokenizer.config_fields() | {"content_embedding_dim": data.embeddings.shape[1]}
     by_hand = UniGRFForCausalLM(UniGRFConfig(**fields))
     assert model.config.to_dict() == by_hand.config.to_dict()
@@ -43,17 +45,17 @@ def test_train_without_arguments_builds_the_default_model(prepared, tmp_path):
 )
 def test_init_from_takes_the_same_backbone_alone(prepared, tmp_path, first, others):
     data = load_prepared(prepared)
-    data_args = train.DataArguments(data_dir=str(prepared), max_items=5)
+    data_args = DataArguments(data_dir=str(prepared), max_items=5)
     options = {"text_config": json.dumps({**first, "num_hidden_layers": 1})}
-    train.build_model(train.ModelArguments(**options), data_args, data).save_pretrained(tmp_path)
+    build_model(ModelArguments(**options), data_args, data).save_pretrained(tmp_path)
     data.tokenizer.save_pretrained(tmp_path)
-    again = train.build_model(train.ModelArguments(**options, init_from=str(tmp_path)), data_args, data)
-    without = train.build_model(train.ModelArguments(init_from=str(tmp_path)), data_args, data)
+    again = build_model(ModelArguments(**options, init_from=str(tmp_path)), data_args, data)
+    without = build_model(ModelArguments(init_from=str(tmp_path)), data_args, data)
     assert again.config.to_dict() == without.config.to_dict()
     for wrong in ({**first, **others}, {"model_type": first["model_type"], **others}):
-        wrong_args = train.ModelArguments(text_config=json.dumps(wrong), init_from=str(tmp_path))
+        wrong_args = ModelArguments(text_config=json.dumps(wrong), init_from=str(tmp_path))
         with pytest.raises(ValueError, match="`init_from` must be a checkpoint with"):
-            train.build_model(wrong_args, data_args, data)
+            build_model(wrong_args, data_args, data)
 
 
 def test_a_training_that_failed_early_blocks_no_other(prepared, tmp_path):

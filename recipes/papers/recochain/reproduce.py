@@ -29,13 +29,13 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
-from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.run_tracking import command, made_by, require_single_process
 from recipes.evaluation.inference import Measurement, candidates, fused_lists, load_checkpoint, save_serving_options
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.recochain.report import COLUMNS, RETIRED_ABLATIONS, collect
+from recipes.training.run import parse, train
 from tokenization import SemanticIdTokenizer
 
 SMALL = {
@@ -232,7 +232,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         f"--per_device_train_batch_size={max(1, int(args.batch_size * settings['batch_share']))}",
         f"--learning_rate={args.learning_rate}",
     ]
-    return train.train(*train.parse(arguments))
+    return train(*parse(arguments))
 
 
 def train_stages(args: ReproduceArguments) -> Path:
@@ -258,7 +258,7 @@ def train_stages(args: ReproduceArguments) -> Path:
         f"--max_long_items={args.max_long_items}",
         f"--exclude_history={args.exclude_history}",
     ]
-    return train.train(*train.parse(arguments))
+    return train(*parse(arguments))
 
 
 def without_none(arguments: dict) -> dict:

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from datasets import load_from_disk
 
-from recipes import train
 from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import rounded
 from recipes.common.run_tracking import command, made_by, require_single_process
 from recipes.evaluation.inference import Measurement, candidates, load_checkpoint, load_metric
 from recipes.papers.recochain.reproduce import SMALL
+from recipes.training.run import parse, train
 from tokenization import SemanticIdTokenizer
 
 
@@ -77,7 +77,7 @@ def train_setting(args: SasrecArguments, learning_rate: float, dropout: float, s
         "--history_item_representations=False",
         "--save_total_limit=1",
     ]
-    return train.train(*train.parse(options))
+    return train(*parse(options))
 
 
 def measure(args: SasrecArguments, checkpoint: Path) -> dict[str, dict[str, float]]:
