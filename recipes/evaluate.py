@@ -41,6 +41,7 @@ from recipes.evaluation.inference import (
     save_serving_options,
 )
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
+from recipes.evaluation.report import LISTS
 from tokenization import SemanticIdTokenizer
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
@@ -322,11 +323,11 @@ def measure_test(
     measurement: Measurement,
     chosen: dict,
 ) -> dict:
-    """Measure generation alone and the ranked lists on test, with the choice of validation."""
+    """Measure the lists by generation_score and by score on test, with the choice of validation."""
     targets = torch.tensor(split["target"][:]).long()
     scored = candidates(model, tokenizer, split, chosen["num_beams"], measurement)
     beams = scored
-    # Generation alone lists no dense candidates.
+    # The list by generation_score has no dense candidates.
     if args.num_dense_candidates:
         beams = candidates(model, tokenizer, split, chosen["num_beams"], replace(measurement, num_dense_candidates=0))
     weights = (chosen["ranking_weight"], args.list_length, chosen["dense_weight"], args.rerank_top_k)
@@ -368,5 +369,5 @@ def protocol_of(args: EvaluateArguments, record: dict, dataset: DatasetDict, tra
 if __name__ == "__main__":
     (arguments,) = parse_arguments(EvaluateArguments)
     result = evaluate_checkpoint(arguments)
-    for name in ("generation", "ranked"):
-        print(name, ", ".join(f"{key} {value:.4f}" for key, value in result[name].items()))
+    for name, label in LISTS.items():
+        print(f"{label}:", ", ".join(f"{key} {value:.4f}" for key, value in result[name].items()))

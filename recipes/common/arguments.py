@@ -27,7 +27,7 @@ RENAMED_FLAGS = {
 # Flags of version 0.1 that are gone, and the reason.
 REMOVED_FLAGS = {
     "exclude_candidate": "it changed no result beyond the deviation over seeds",
-    "config_fields": "each field of the config has a flag of its own",
+    "config_fields": "most fields of the config have flags of their own, which --help lists",
 }
 TRAINER_GROUP = "Options of transformers.TrainingArguments"
 

@@ -139,7 +139,7 @@ def test_flags_default_to_the_fields_of_the_config():
     ("word", "message"),
     [
         ("--exclude_candidate=True", "gone since version 0.2"),
-        ("--config_fields={}", "each field of the config has a flag"),
+        ("--config_fields={}", "most fields of the config have flags"),
         ("--what", ""),
     ],
 )
