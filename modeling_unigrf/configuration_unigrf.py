@@ -177,6 +177,8 @@ class UniGRFConfig(PreTrainedConfig):
             `i % embedding_table_size`. None: one row an item, and `add_items` appends rows. 0: no table.
         history_item_representations (`bool`, defaults to `True`):
             Add the representation of each item of a history to the behavior behind its codes (RecoChain, section 1).
+        num_transitions (`int`, defaults to 0):
+            Most successors of an item in the table of transitions, which `model.set_transitions` makes. 0: no table.
         num_retrieved_items (`int`, defaults to 0):
             Items of the user's long history that each candidate is ranked with (RecoChain, section 1). Their content
             embeddings have the greatest cosine to the candidate's. 0: candidates have no sub-history.
@@ -236,6 +238,7 @@ class UniGRFConfig(PreTrainedConfig):
     project_content_embeddings: bool = True
     embedding_table_size: int | None = None
     history_item_representations: bool = True
+    num_transitions: int = 0
     num_retrieved_items: int = 0
     rank_by_dense_score: bool = True
     next_logit_bias: float | int = 0.0
@@ -424,7 +427,7 @@ class UniGRFConfig(PreTrainedConfig):
                 f"`ranking_targets` must be among {[NEXT_TARGET, *self.behaviors]}, got {self.ranking_targets}. "
                 "Leave the field out for all of them."
             )
-        for name in ("content_embedding_dim", "embedding_table_size", "num_retrieved_items"):
+        for name in ("content_embedding_dim", "embedding_table_size", "num_transitions", "num_retrieved_items"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}. Set it to 0 for none.")
         if self.history_item_representations and not self.has_item_representations:

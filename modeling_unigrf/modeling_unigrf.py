@@ -8,6 +8,7 @@ Heads and scores are in `scoring_unigrf.py`, training in `objective_unigrf.py`, 
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ from .recommendation_unigrf import (
 )
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock, UniGRFItemEncoder, UniGRFRankingHead
 from .shared_prefix_unigrf import prefill
+from .transitions_unigrf import UniGRFTransitions, check_histories
 from .trie_unigrf import CatalogTrie
 
 
@@ -244,16 +246,20 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
         self.catalog = UniGRFCatalog(config)
+        self.transitions = UniGRFTransitions(config) if config.num_transitions else None
         self.layout = ItemLayout(config)
         # Equal in all processes: DDP would send them round before each forward.
-        self._ddp_params_and_buffers_to_ignore = ["catalog.item_codes", "catalog.content_embeddings"]
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.startswith(("catalog.", "transitions."))
+        ]
         if config.tie_word_embeddings:
             self._tied_weights_keys = {"lm_head.weight": f"{self._embeddings_name}.weight"}
 
     @property
     def scorer(self) -> ItemScorer:
         """The functions that turn states into scores of codes and items."""
-        return ItemScorer(self.config, self.layout, self.catalog, self.lm_head, self.item_encoder, self.ranking_head)
+        heads = (self.lm_head, self.item_encoder, self.ranking_head)
+        return ItemScorer(self.config, self.layout, self.catalog, *heads, self.transitions)
 
     @property
     def _embeddings_name(self) -> str:
@@ -306,6 +312,64 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
             self.item_encoder.reset_rows(num_items, config.initializer_range)
             config.embedding_table_size = num_items
         config.num_items = num_items
+        # Transitions of another catalog say nothing about this one.
+        if self.transitions is not None:
+            self.transitions.register_buffers(num_items, config.num_transitions)
+            self.transitions.to(self.catalog.item_codes.device)
+
+    def set_transitions(self, histories: Sequence[Sequence[int]], num_transitions: int = 200) -> None:
+        """
+        Make the table of transitions from the histories that training reads. Call it before training.
+
+        An item that no history holds gets a stand-in: the item of the nearest content embedding among the others.
+
+        Args:
+            histories: Item indices of each user, oldest first.
+            num_transitions: Most successors of an item in the table, 6 bytes each.
+
+        Raises:
+            ValueError: for `num_transitions` below 1 and items outside the catalog. The model stays unchanged then.
+        """
+        if num_transitions < 1:
+            raise ValueError(
+                f"`num_transitions` must be 1 or more, got {num_transitions}. Do not call `set_transitions` for a "
+                "model without transitions."
+            )
+        check_histories(histories, self.config.num_items, None)
+        self.config.num_transitions = min(num_transitions, self.config.num_items)
+        self.transitions = UniGRFTransitions(self.config).to(self.catalog.item_codes.device)
+        self.transitions.add(histories)
+        is_known = self.transitions.item_counts > 0
+        self._choose_stand_ins((~is_known).nonzero()[:, 0])
+
+    def update_transitions(self, histories: Sequence[Sequence[int]], num_new: Sequence[int] | None = None) -> None:
+        """
+        Add newer interactions to the table of transitions, without training.
+
+        Args:
+            histories: Item indices of each user, oldest first: the new items, behind some of the earlier ones.
+            num_new: Number of last items of each history that are new. None: all of them.
+
+        Raises:
+            ValueError: for a model without transitions, items outside the catalog, and numbers that do not fit. The
+                table stays unchanged then.
+        """
+        if self.transitions is None:
+            raise ValueError(
+                "`update_transitions` needs a model with a table of transitions, got num_transitions=0. Make the "
+                "table from all histories with `model.set_transitions(histories)`."
+            )
+        check_histories(histories, self.config.num_items, num_new)
+        self.transitions.add(histories, num_new)
+
+    def _choose_stand_ins(self, items: torch.LongTensor) -> None:
+        """Choose stand-ins for items that training does not know, by their content embeddings."""
+        transitions = self.transitions
+        places = torch.arange(transitions.num_items, device=transitions.stand_ins.device)
+        is_known = (transitions.stand_ins == places) & (transitions.item_counts > 0)
+        is_known[items] = False
+        if self.catalog.content_embeddings is not None:
+            transitions.choose_stand_ins(items, is_known.nonzero()[:, 0], self.catalog.content_embeddings)
 
     def add_items(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None = None) -> None:
         """
@@ -360,6 +424,9 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         if config.next_logit_bias:
             config.next_logit_bias += math.log(max(1, len(all_codes) - 1) / max(1, config.num_items - 1))
         catalog.put(all_codes, all_embeddings, trie)
+        if self.transitions is not None:
+            self.transitions.append(len(item_codes))
+            self._choose_stand_ins(torch.arange(config.num_items, len(all_codes), device=catalog.item_codes.device))
         config.num_items = len(all_codes)
 
     def _grow_last_level(self, codebook_sizes: list[int]) -> None:

@@ -16,6 +16,7 @@ from .inputs_unigrf import History
 from .item_lists_unigrf import item_list
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
+from .transitions_unigrf import TransitionSettings, last_items
 from .trie_unigrf import CatalogTrie, ItemFilter
 
 
@@ -41,7 +42,13 @@ class ServingOptions:
         dense_weight (`float`, defaults to 0.0): Weight of the dense-retrieval score in the fused score. 0: leave the
             dense-retrieval score out.
         num_dense_candidates (`int`, defaults to 0): Items of the best dense-retrieval score that are ranked beside
-            the beams. They cost a pass over the whole catalog. 0: beams alone.
+            the beams. They cost a pass over the whole catalog. 0: none.
+        transition_weight (`float`, defaults to 0.0): Weight of the transition score in the fused score. 0: leave the
+            transition score out.
+        num_transition_candidates (`int`, defaults to 0): Items of the best transition score that are ranked beside
+            the beams. They cost a pass over the whole catalog. 0: none.
+        history_decay, transition_smoothing, popularity_weight, content_weight (`float`): The fields of
+            `TransitionSettings`.
         rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned: the best by generation and
             dense-retrieval scores. 0: all beams.
     """
@@ -55,6 +62,12 @@ class ServingOptions:
     ranking_weight: float = 1.0
     dense_weight: float = 0.0
     num_dense_candidates: int = 0
+    transition_weight: float = 0.0
+    num_transition_candidates: int = 0
+    history_decay: float = TransitionSettings.history_decay
+    transition_smoothing: float = TransitionSettings.transition_smoothing
+    popularity_weight: float = TransitionSettings.popularity_weight
+    content_weight: float = TransitionSettings.content_weight
     rerank_top_k: int = 0
 
     @classmethod
@@ -87,7 +100,19 @@ class ServingOptions:
     @property
     def max_return_sequences(self) -> int:
         """Length of the longest list."""
-        return self.num_ranked_beams + self.num_dense_candidates
+        return self.num_ranked_beams + self.num_dense_candidates + self.num_transition_candidates
+
+    @property
+    def reads_transitions(self) -> bool:
+        """Whether a call needs transition scores."""
+        return bool(self.transition_weight or self.num_transition_candidates)
+
+    @property
+    def transition_settings(self) -> TransitionSettings:
+        """The settings of the transition score."""
+        return TransitionSettings(
+            self.history_decay, self.transition_smoothing, self.popularity_weight, self.content_weight
+        )
 
     def check(self, config: UniGRFConfig) -> None:
         """
@@ -101,13 +126,15 @@ class ServingOptions:
                 f"`ranking_target` must be among {config.ranking_targets}, got {self.ranking_target!r}. Leave it out "
                 "for the first."
             )
-        is_possible = self.num_beams >= 1 and min(self.num_dense_candidates, self.rerank_top_k) >= 0
+        numbers = (self.num_dense_candidates, self.num_transition_candidates, self.rerank_top_k)
+        is_possible = self.num_beams >= 1 and min(numbers) >= 0
         if not (is_possible and 1 <= self.num_return_sequences <= self.max_return_sequences):
             raise ValueError(
                 "`num_return_sequences` must be from 1 to num_beams (or rerank_top_k, if not 0) + "
-                f"num_dense_candidates, got num_return_sequences={self.num_return_sequences}, "
-                f"num_beams={self.num_beams}, rerank_top_k={self.rerank_top_k}, "
-                f"num_dense_candidates={self.num_dense_candidates}. Ask for fewer items, or search for more."
+                "num_dense_candidates + num_transition_candidates, got "
+                f"num_return_sequences={self.num_return_sequences}, num_beams={self.num_beams}, "
+                f"rerank_top_k={self.rerank_top_k}, num_dense_candidates={self.num_dense_candidates}, "
+                f"num_transition_candidates={self.num_transition_candidates}. Ask for fewer items, or search for more."
             )
         if (self.dense_weight or self.num_dense_candidates) and not config.has_dense_scores:
             raise ValueError(
@@ -115,6 +142,7 @@ class ServingOptions:
                 f"{self.dense_weight} and {self.num_dense_candidates}. Leave both out, or train a model with the "
                 "ranking target 'next' and content_embedding_dim or embedding_table_size."
             )
+        self._check_transitions(config)
         for name in ("max_items", "max_long_items"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -124,6 +152,24 @@ class ServingOptions:
             raise ValueError(
                 f"`max_items` must be at most the {most} items that the backbone has positions for, got "
                 f"{self.max_items}. Take fewer items, or a backbone with more positions (max_position_embeddings)."
+            )
+
+    def _check_transitions(self, config: UniGRFConfig) -> None:
+        if self.reads_transitions and not config.num_transitions:
+            raise ValueError(
+                "`transition_weight` and `num_transition_candidates` must be 0 for a model without transitions, got "
+                f"{self.transition_weight} and {self.num_transition_candidates}. Leave both out, or make the table "
+                "with `model.set_transitions(histories)`."
+            )
+        if self.content_weight and self.reads_transitions and not config.content_embedding_dim:
+            raise ValueError(
+                "`content_weight` must be 0 for a model without content embeddings, got "
+                f"{self.content_weight}. Leave it out."
+            )
+        if not (0 <= self.history_decay <= 1 and 0 < self.transition_smoothing < float("inf")):
+            raise ValueError(
+                "`history_decay` must be from 0 to 1 and `transition_smoothing` positive, got "
+                f"{self.history_decay} and {self.transition_smoothing}. Leave them out for the defaults."
             )
 
 
@@ -142,11 +188,13 @@ class UniGRFRecommendation(ModelOutput):
     Args:
         item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Item indices.
         scores (`torch.FloatTensor` of shape `(batch_size, R)`): The fused scores, `generation_scores +
-            ranking_weight * ranking_scores + dense_weight * dense_scores`.
+            ranking_weight * ranking_scores + dense_weight * dense_scores + transition_weight * transition_scores`.
         generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
         ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target's logit.
         dense_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The dense-retrieval scores. None
             without item representations or the target `"next"`.
+        transition_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The transition scores. None
+            unless `transition_weight` or `num_transition_candidates` ask for them.
     """
 
     item_indices: torch.LongTensor | None = None
@@ -154,6 +202,7 @@ class UniGRFRecommendation(ModelOutput):
     generation_scores: torch.FloatTensor | None = None
     ranking_scores: torch.FloatTensor | None = None
     dense_scores: torch.FloatTensor | None = None
+    transition_scores: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -163,6 +212,14 @@ class Candidates:
     items: torch.LongTensor
     log_probs: torch.FloatTensor
     states: torch.FloatTensor
+
+    def join(self, items: torch.LongTensor, log_probs: torch.FloatTensor, states: torch.FloatTensor) -> "Candidates":
+        """Append further candidates."""
+        return Candidates(
+            torch.cat([self.items, items], dim=1),
+            torch.cat([self.log_probs, log_probs], dim=1),
+            torch.cat([self.states, states], dim=1),
+        )
 
 
 def check_catalog_device(catalog: CatalogTrie, device: torch.device) -> None:
@@ -255,39 +312,78 @@ def recommend_items(
             keys = keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2]))
         # Their states: the search has run all codes but the last.
         states = read_candidates(backbone, scorer, candidate_block, context, items, keys)[:, :, -1]
-        # Dense candidates: items that are no beams.
-        if options.num_dense_candidates:
-            dense_items = scorer.top_dense_items(
-                history_states, options.num_dense_candidates, space.trie, space.item_filter
-            )
-            is_beam = (dense_items[..., None] == items[:, None]) & (log_probs > -torch.inf)[:, None]
-            is_new = (dense_items >= 0) & ~is_beam.any(dim=2)
-            dense_items = dense_items.clamp(min=0)
-            dense_states = read_candidates(backbone, scorer, candidate_block, context, dense_items)
-            dense_log_probs = scorer.item_log_probs(dense_items, history_states, dense_states)
-            items = torch.cat([items, dense_items], dim=1)
-            log_probs = torch.cat([log_probs, dense_log_probs.masked_fill(~is_new, -torch.inf)], dim=1)
-            states = torch.cat([states, dense_states[:, :, -1]], dim=1)
-    return fuse(scorer, Candidates(items, log_probs, states), history_states, options)
+        candidates = Candidates(items, log_probs, states)
+        # Candidates of the other scores.
+        transition_scores = None
+        if options.reads_transitions:
+            last = last_items(history.rows, history.items, len(history.input_ids))
+            transition_scores = scorer.transition_scores(last, options.transition_settings)
+        further = further_candidates(scorer, space, history_states, transition_scores, options)
+        if further.shape[1]:
+            known = items.masked_fill(log_probs == -torch.inf, -1)
+            if scorer.transitions is not None:
+                # `item_log_probs` knows better than the search how likely an item is that training did not know.
+                is_untrained = scorer.is_untrained(items) & (items[..., None] == further[:, None]).any(dim=2)
+                candidates.log_probs = log_probs.masked_fill(is_untrained, -torch.inf)
+                known = known.masked_fill(is_untrained, -1)
+            is_other = (further >= 0) & ~(further[..., None] == known[:, None]).any(dim=2)
+            further = further.clamp(min=0)
+            states = read_candidates(backbone, scorer, candidate_block, context, further)
+            log_probs = scorer.item_log_probs(further, history_states, states).masked_fill(~is_other, -torch.inf)
+            candidates = candidates.join(further, log_probs, states[:, :, -1])
+    return fuse(scorer, candidates, history_states, transition_scores, options)
+
+
+def further_candidates(
+    scorer: ItemScorer,
+    space: SearchSpace,
+    history_states: torch.FloatTensor,
+    transition_scores: torch.FloatTensor | None,
+    options: ServingOptions,
+) -> torch.LongTensor:
+    """Find the items `[B, N]` of the best dense-retrieval and transition scores, each item once; -1: no item."""
+    parts = [torch.empty(len(history_states), 0, dtype=torch.long, device=history_states.device)]
+    if options.num_dense_candidates:
+        scores_of = scorer.all_dense_scores(history_states)
+        parts.append(scorer.top_items(scores_of, options.num_dense_candidates, space.trie, space.item_filter))
+    if options.num_transition_candidates:
+        items = scorer.top_items(
+            lambda part: transition_scores[:, part],
+            options.num_transition_candidates,
+            space.trie,
+            space.item_filter,
+        )
+        is_repeated = (items[..., None] == parts[-1][:, None]).any(dim=2)
+        parts.append(items.masked_fill(is_repeated, -1))
+    return torch.cat(parts, dim=1)
 
 
 def fused_scores(
-    columns: dict[str, torch.FloatTensor], ranking_weight: float, dense_weight: float
+    columns: dict[str, torch.FloatTensor], ranking_weight: float, dense_weight: float, transition_weight: float = 0.0
 ) -> torch.FloatTensor:
     """
-    Compute `generation_scores + ranking_weight * ranking_scores + dense_weight * dense_scores`.
+    Compute the fused scores: `generation_scores`, plus the other scores times their weights.
 
     A weight of 0 leaves out its scores, even infinite ones.
     """
-    weights = {"generation_scores": 1.0, "ranking_scores": ranking_weight, "dense_scores": dense_weight}
+    weights = {
+        "generation_scores": 1.0,
+        "ranking_scores": ranking_weight,
+        "dense_scores": dense_weight,
+        "transition_scores": transition_weight,
+    }
     return sum(weight * columns[name] for name, weight in weights.items() if weight)
 
 
 def fuse(
-    scorer: ItemScorer, candidates: Candidates, history_states: torch.FloatTensor, options: ServingOptions
+    scorer: ItemScorer,
+    candidates: Candidates,
+    history_states: torch.FloatTensor,
+    transition_scores: torch.FloatTensor | None,
+    options: ServingOptions,
 ) -> UniGRFRecommendation:
     """Rank candidates at history ends `[B, hidden_size]` and list the best by the fused score."""
-    # The three scores.
+    # The scores.
     target = scorer.config.ranking_targets.index(options.ranking_target)
     logits = scorer.ranking_logits(candidates.states, history_states, candidates.items)[..., target]
     columns = {
@@ -297,9 +393,11 @@ def fuse(
     dense_scores = scorer.dense_scores(history_states, candidates.items)
     if dense_scores is not None:
         columns["dense_scores"] = dense_scores
+    if transition_scores is not None:
+        columns["transition_scores"] = transition_scores.gather(1, candidates.items)
 
     # Their fusion.
-    scores = fused_scores(columns, options.ranking_weight, options.dense_weight)
+    scores = fused_scores(columns, options.ranking_weight, options.dense_weight, options.transition_weight)
     is_item = candidates.log_probs > -torch.inf
     columns = {
         name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()

@@ -6,6 +6,7 @@ An item has three scores. The *generation score* is log P(item | history), the s
 *dense-retrieval score* is a dot product of the state at the history's end and the item's representation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from .catalog_unigrf import INT8_ONE, UniGRFCatalog
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
 from .layout_unigrf import ItemLayout
+from .transitions_unigrf import TransitionSettings, UniGRFTransitions
 from .trie_unigrf import CatalogTrie, ItemFilter
 
 # Segments of a candidate block.
@@ -180,6 +182,7 @@ class ItemScorer:
         code_head (`nn.Module`): `lm_head`, a linear layer without bias, with a row for each token.
         item_encoder (`UniGRFItemEncoder`): Makes item representations.
         ranking_head (`UniGRFRankingHead`): Makes logits of the ranking targets.
+        transitions (`UniGRFTransitions`, *optional*): Counts of what users took next. None: the model has none.
     """
 
     config: UniGRFConfig
@@ -188,6 +191,7 @@ class ItemScorer:
     code_head: nn.Module
     item_encoder: UniGRFItemEncoder
     ranking_head: UniGRFRankingHead
+    transitions: UniGRFTransitions | None = None
 
     @property
     def has_dense_scores(self) -> bool:
@@ -240,6 +244,9 @@ class ItemScorer:
         """
         Compute `log P(item | history)`, the generation score.
 
+        The last code of an item that training did not know was never trained. Such an item has an even share of the
+        items with its other codes.
+
         Args:
             items (`torch.LongTensor` of shape `(batch_size, N)`): Item indices.
             history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): States at the ends of the
@@ -253,8 +260,15 @@ class ItemScorer:
         total = history_states.new_zeros(items.shape, dtype=torch.float32)
         for level in range(self.layout.num_levels):
             before = history_states[:, None] if level == 0 else states[:, :, level - 1]
-            log_probs = self.code_log_probs(before, level)
-            total += log_probs.expand(-1, items.shape[1], -1).gather(2, codes[..., level : level + 1])[..., 0]
+            log_probs = self.code_log_probs(before, level).expand(-1, items.shape[1], -1)
+            log_probs = log_probs.gather(2, codes[..., level : level + 1])[..., 0]
+            if self.transitions is not None and 0 < level == self.layout.num_levels - 1:
+                trie = self.catalog.trie
+                group = trie.nodes_of(codes)[..., -2]
+                log_probs = torch.where(
+                    self.is_untrained(items), -trie.num_leaves(level - 1, group).float().log(), log_probs
+                )
+            total += log_probs
         return total
 
     def content_embeddings(self, items: torch.LongTensor) -> torch.Tensor | None:
@@ -265,8 +279,24 @@ class ItemScorer:
         return rows / INT8_ONE if rows.dtype == torch.int8 else rows
 
     def representations(self, items: torch.LongTensor) -> torch.Tensor | None:
-        """Make the representations `[..., hidden_size]` of items `[...]`; None if the model has none."""
-        return self.item_encoder(items, self.content_embeddings(items))
+        """
+        Make the representations `[..., hidden_size]` of items `[...]`; None if the model has none.
+
+        An item that training did not know has the learned row of its stand-in.
+        """
+        rows = items if self.transitions is None else self.transitions.stand_ins[items].long()
+        return self.item_encoder(rows, self.content_embeddings(items))
+
+    def is_untrained(self, items: torch.LongTensor) -> torch.BoolTensor:
+        """Return whether each item has a stand-in, since training did not know it; for a model with transitions."""
+        return self.transitions.stand_ins[items] != items
+
+    def transition_scores(self, histories: torch.LongTensor, settings: TransitionSettings) -> torch.FloatTensor:
+        """Compute the transition scores `[B, num_items]` after last items `[B, H]`, last first (-1: none)."""
+        embeddings = None
+        if settings.content_weight and self.catalog.content_embeddings is not None:
+            embeddings = self.content_embeddings(torch.arange(self.catalog.num_items, device=histories.device))
+        return self.transitions.scores(histories, embeddings, settings)
 
     def history_representations(self, input_ids: torch.LongTensor) -> torch.FloatTensor | None:
         """
@@ -297,15 +327,23 @@ class ItemScorer:
             return None
         return self.ranking_head.dense_scores(history_states[:, None], self.representations(items)).float()
 
-    def top_dense_items(
-        self, history_states: torch.FloatTensor, count: int, trie: CatalogTrie, item_filter: ItemFilter | None
+    def all_dense_scores(self, history_states: torch.FloatTensor) -> Callable[[torch.LongTensor], torch.FloatTensor]:
+        """Return a function of items `[n]`: their dense-retrieval scores `[B, n]` at `[B, hidden_size]`, float32."""
+        queries = self.ranking_head.history_query(history_states)
+        return lambda items: (queries @ self.representations(items).T).float()
+
+    @staticmethod
+    def top_items(
+        scores_of: Callable[[torch.LongTensor], torch.FloatTensor],
+        count: int,
+        trie: CatalogTrie,
+        item_filter: ItemFilter | None,
     ) -> torch.LongTensor:
         """
-        Find the items of a catalog with the best dense-retrieval score, among those that the filter allows.
+        Find the items of a catalog with the best scores, among those that the filter allows.
 
         Args:
-            history_states (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): States at the ends of the
-                histories.
+            scores_of (`Callable`): Function of item indices `[n]`: their scores `[batch_size, n]`, float32.
             count (`int`): Most items of each request.
             trie (`CatalogTrie`): The catalog, or a part of it.
             item_filter (`ItemFilter`, *optional*): The items that each request allows or blocks. None: allow all
@@ -315,17 +353,18 @@ class ItemScorer:
             `torch.LongTensor` of shape `(batch_size, min(count, trie.num_items))`: item indices, -1 for none.
         """
         last_level = len(trie.levels) - 1
-        queries = self.ranking_head.history_query(history_states)
-        best = queries.new_empty(len(queries), 0, dtype=torch.float32)
-        best_items = best.long()
-        for leaves in torch.arange(trie.num_items, device=queries.device).split(MAX_LEAVES):
+        best = None
+        for leaves in torch.arange(trie.num_items, device=trie.leaf_items.device).split(MAX_LEAVES):
             items = trie.leaf_items[leaves].long()
-            scores = (queries @ self.representations(items).T).float()
+            scores = scores_of(items)
+            if best is None:
+                best = scores[:, :0]
+                best_items = best.long()
             if item_filter is not None and item_filter.concerns(last_level):
                 is_alive = item_filter.alive(last_level, leaves.expand(len(scores), -1))
-                scores.masked_fill_(~is_alive, -torch.inf)
+                scores = scores.masked_fill(~is_alive, -torch.inf)
+            items = torch.cat([best_items, items.expand(len(scores), -1)], dim=1)
             scores = torch.cat([best, scores], dim=1)
-            items = torch.cat([best_items, items.expand(len(queries), -1)], dim=1)
             best, order = scores.topk(min(count, scores.shape[1]), dim=1)
             best_items = items.gather(1, order)
         return best_items.masked_fill(best == -torch.inf, -1)
