@@ -246,7 +246,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
         self.catalog = UniGRFCatalog(config)
-        self.transitions = UniGRFTransitions(config) if config.num_transitions else None
+        has_transitions = config.num_transitions > 0
+        self.transitions = UniGRFTransitions(config.num_items, config.num_transitions) if has_transitions else None
         self.layout = ItemLayout(config)
         # Equal in all processes: DDP would send them round before each forward.
         self._ddp_params_and_buffers_to_ignore = [
@@ -337,7 +338,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
             )
         check_histories(histories, self.config.num_items, None)
         self.config.num_transitions = min(num_transitions, self.config.num_items)
-        self.transitions = UniGRFTransitions(self.config).to(self.catalog.item_codes.device)
+        self.transitions = UniGRFTransitions(self.config.num_items, self.config.num_transitions)
+        self.transitions.to(self.catalog.item_codes.device)
         self.transitions.add(histories)
         is_known = self.transitions.item_counts > 0
         self._choose_stand_ins((~is_known).nonzero()[:, 0])

@@ -15,6 +15,12 @@ FORWARD = (
     "ranking_target",
     "dense_weight",
     "num_dense_candidates",
+    "transition_weight",
+    "num_transition_candidates",
+    "history_decay",
+    "transition_smoothing",
+    "popularity_weight",
+    "content_weight",
     "rerank_top_k",
     "catalog",
 )
@@ -24,6 +30,7 @@ SCORES = {
     "generation_scores": "generation_score",
     "ranking_scores": "ranking_score",
     "dense_scores": "dense_score",
+    "transition_scores": "transition_score",
 }
 LONG_HISTORY = {"items": "long_items", "behaviors": "long_behaviors", "timestamps": "long_timestamps"}
 
@@ -44,7 +51,8 @@ class RecommendationPipeline(Pipeline):
         exclude_history (`bool`, *optional*): Recommend no item of the history. None: the choice in
             `generation_config`.
         num_beams, num_return_sequences, ranking_weight, ranking_target, dense_weight, num_dense_candidates,
-            rerank_top_k: The fields of `ServingOptions`. None: the values in `generation_config`.
+            transition_weight, num_transition_candidates, history_decay, transition_smoothing, popularity_weight,
+            content_weight, rerank_top_k: The fields of `ServingOptions`. None: the values in `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.
 
@@ -83,7 +91,8 @@ class RecommendationPipeline(Pipeline):
         Returns:
             A list of dicts for each history, best first, with `item_id`, `title` (None without titles), `score`
             (fused), `generation_score` (log P) and `ranking_score` (log sigmoid). Models with dense-retrieval scores
-            add `dense_score`. Several histories have a list of such lists.
+            add `dense_score`, and models that serve transitions add `transition_score`. Several histories have a list
+            of such lists.
 
         Raises:
             ValueError: for unknown items or behaviors, empty histories, misspelled parameters, and an allow-list

@@ -88,9 +88,9 @@ class UniGRFTransitions(nn.Module):
     (int32) and `stand_in_cosines` (float16) describe the stand-in; an item that training knew stands for itself.
     """
 
-    def __init__(self, config):
+    def __init__(self, num_items: int, num_neighbors: int):
         super().__init__()
-        self.register_buffers(config.num_items, config.num_transitions)
+        self.register_buffers(num_items, num_neighbors)
 
     def register_buffers(self, num_items: int, num_neighbors: int) -> None:
         """Make an empty table."""
@@ -104,6 +104,12 @@ class UniGRFTransitions(nn.Module):
     def num_items(self) -> int:
         """Number of items."""
         return len(self.item_counts)
+
+    def clear(self) -> None:
+        """Forget all interactions, to count them anew; stand-ins stay."""
+        self.neighbors.fill_(-1)
+        self.counts.zero_()
+        self.item_counts.zero_()
 
     def add(self, histories: Sequence[Sequence[int]], num_new: Sequence[int] | None = None) -> None:
         """
@@ -155,11 +161,11 @@ class UniGRFTransitions(nn.Module):
         self.neighbors = torch.cat([self.neighbors, none])
         self.counts = torch.cat([self.counts, self.counts.new_zeros(none.shape)])
         self.item_counts = torch.cat([self.item_counts, self.item_counts.new_zeros(count)])
-        own = torch.arange(first, first + count, dtype=torch.int32, device=device)
-        self.stand_ins = torch.cat([self.stand_ins, own])
+        places = torch.arange(first, first + count, dtype=torch.int32, device=device)
+        self.stand_ins = torch.cat([self.stand_ins, places])
         self.stand_in_cosines = torch.cat([self.stand_in_cosines, self.stand_in_cosines.new_ones(count)])
 
-    def choose_stand_ins(self, items: torch.LongTensor, among: torch.LongTensor, embeddings: torch.Tensor) -> None:
+    def choose_stand_ins(self, items: torch.Tensor, among: torch.Tensor, embeddings: torch.Tensor) -> None:
         """
         Give each of `items` the nearest of the items `among` as its stand-in.
 

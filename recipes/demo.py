@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import load_from_disk
 
 from recipes import train
 from recipes.common.arguments import parse_arguments
@@ -28,7 +27,7 @@ from recipes.common.files import write_json
 from recipes.common.profiling import bf16_speed_up
 from recipes.common.run_tracking import Stages, made_by
 from recipes.data import movielens
-from recipes.data.prepared import prepared
+from recipes.data.prepared import load_prepared
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.baselines import baseline_results
 from recipes.evaluation.report import COLUMNS, LISTS, write_report
@@ -121,8 +120,9 @@ def write_tables(args: DemoArguments, interactions_file: Path, items_file: Path)
 
 def write_baselines(data_dir: Path, file: Path) -> None:
     """Measure the baselines, and write their results."""
-    num_items = prepared(data_dir)["counts"]["catalog"]
-    file.write_text(json.dumps(baseline_results(load_from_disk(str(data_dir / "dataset")), num_items)))
+    data = load_prepared(data_dir)
+    results = baseline_results(data.dataset, data.tokenizer.num_items, embeddings=data.embeddings)
+    file.write_text(json.dumps(results))
 
 
 def folder_flags(root: Path, work: dict) -> list[str]:

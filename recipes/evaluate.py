@@ -24,12 +24,13 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
-from recipes.data.prepared import check_same_items, prepared
-from recipes.evaluation.baselines import baseline_results
+from recipes.data.prepared import check_same_items, load_prepared, prepared
+from recipes.evaluation.baselines import Transitions, baseline_results
 from recipes.evaluation.inference import (
     Measurement,
     candidates,
@@ -42,6 +43,7 @@ from recipes.evaluation.inference import (
 )
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
 from recipes.evaluation.report import LISTS
+from recipes.evaluation.transitions import as_options, warn_of_edges
 from tokenization import SemanticIdTokenizer
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
@@ -51,6 +53,7 @@ STORED_OPTIONS = (
     "exclude_history",
     "ranking_target",
     "num_dense_candidates",
+    "num_transition_candidates",
     "rerank_top_k",
 )
 
@@ -98,6 +101,19 @@ class EvaluateArguments:
     num_dense_candidates: int = field(
         default=0,
         metadata={"help": "Items of the best dense-retrieval score that are added to the beams. 0: beams alone."},
+    )
+    transition_weights: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0],
+        metadata={
+            "help": "Weights of the transition score that validation chooses from, for a model with transitions."
+        },
+    )
+    num_transition_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "Items of the best transition score that are added to the beams. None: 50 for a model with "
+            "transitions, else 0."
+        },
     )
     rerank_top_k: int = field(
         default=0,
@@ -168,8 +184,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     # Inputs
     record, tokenizer, model = load_inputs(args)
     args = with_defaults(args, model)
-    measurement = Measurement(**{option.name: getattr(args, option.name) for option in fields(Measurement)})
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
+    settings = transition_settings(args, model, dataset["validation"])
+    names = {option.name for option in fields(Measurement)} - {"transition_settings"}
+    measurement = Measurement(**{name: getattr(args, name) for name in names}, transition_settings=settings)
     protocol = protocol_of(args, record, dataset, interactions_of(args.checkpoint, record))
     if protocol["trained on"] == OTHER_INTERACTIONS:
         print(
@@ -180,15 +198,24 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
 
     # Validation chooses
-    dense_weights = args.dense_weights if model.config.has_dense_scores else [0.0]
-    trials = try_settings(args, model, tokenizer, dataset["validation"], measurement, dense_weights)
-    chosen = choose(args, trials, dense_weights, is_ranker)
+    grid = {
+        "num_beams": args.num_beams,
+        "ranking_weight": [0.0, *args.ranking_weights],
+        "dense_weight": args.dense_weights if model.config.has_dense_scores else [0.0],
+        "transition_weight": [0.0] if settings is None else args.transition_weights,
+    }
+    trials = try_settings(args, model, tokenizer, dataset["validation"], measurement, grid)
+    chosen = choose(trials, grid, is_ranker)
 
     # Test measures the choice
     results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen)
     if baselines is None and args.baselines:
         baselines = baseline_results(
-            dataset, tokenizer.num_items, args.list_length, exclude_history=args.exclude_history
+            dataset,
+            tokenizer.num_items,
+            args.list_length,
+            exclude_history=args.exclude_history,
+            embeddings=load_prepared(args.data_dir).embeddings,
         )
     baselines = baselines or {}
     checked = invalid_items(model, tokenizer, dataset["test"], chosen["num_beams"], measurement)
@@ -197,6 +224,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "selection": selection_of(args, chosen, baselines),
         "validation": trials,
         "baselines": {name: result["test"] for name, result in baselines.items()},
+        "new items": new_item_recall(dataset, baselines, results["ranks"]),
         "generation": results["generation"],
         "ranked": results["ranked"],
         "beam holds the target": results["beam holds the target"],
@@ -209,8 +237,47 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     # Files
     ranks = {name: result["ranks"] for name, result in baselines.items()} | results["ranks"]
     write_results(Path(args.output_dir), metrics, ranks)
-    save_serving_options(args.checkpoint, **chosen, **{name: getattr(args, name) for name in STORED_OPTIONS})
+    stored = {name: getattr(args, name) for name in STORED_OPTIONS}
+    stored |= {} if settings is None else as_options(settings)
+    save_serving_options(args.checkpoint, **chosen, **stored)
+    name_stronger_baselines(metrics)
     return metrics
+
+
+def transition_settings(
+    args: EvaluateArguments, model: UniGRFForCausalLM, validation: Dataset
+) -> TransitionSettings | None:
+    """Choose the settings of the model's transition score on validation; None for a model without transitions."""
+    if model.transitions is None:
+        return None
+    everything = torch.arange(model.config.num_items, device=model.device)
+    ranker = Transitions(model.config.num_items, model.scorer.content_embeddings(everything))
+    ranker.transitions = model.transitions
+    settings = ranker.choose(validation["items"][:], validation["target"][:], args.exclude_history).settings
+    warn_of_edges(settings)
+    return settings
+
+
+def new_item_recall(dataset: DatasetDict, baselines: dict, ranks: dict) -> dict:
+    """Compute the recall@10 of test targets that never occur in training, for each list; empty without targets."""
+    trained = np.concatenate([np.array(items) for items in dataset["train"]["items"][:]])
+    is_new = ~np.isin(dataset["test"]["target"][:], trained)
+    if not is_new.any():
+        return {}
+    lists = {name: result["ranks"] for name, result in baselines.items()} | ranks
+    hits = {
+        name: float(np.mean([rank is not None and rank <= 10 for rank in np.array(values, object)[is_new]]))
+        for name, values in lists.items()
+    }
+    return {"targets": int(is_new.sum()), **{f"recall@10 of {name}": value for name, value in hits.items()}}
+
+
+def name_stronger_baselines(metrics: dict) -> None:
+    """Say which baselines are ahead of the ranked list on test."""
+    ours = metrics["ranked"]["ndcg@10"]
+    for name, values in metrics["baselines"].items():
+        if values["ndcg@10"] > ours:
+            print(f"the baseline {name} is ahead: ndcg@10 {values['ndcg@10']:.4f} against {ours:.4f} of this model")
 
 
 def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict) -> dict:
@@ -237,10 +304,11 @@ def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, Uni
     Raises:
         ValueError: for options that exclude each other, a checkpoint that is no local folder, and data of other items.
     """
-    if args.rerank_top_k and args.num_dense_candidates:
+    if args.rerank_top_k and (args.num_dense_candidates or args.num_transition_candidates):
         raise ValueError(
-            f"`rerank_top_k` or `num_dense_candidates` must be 0, got {args.rerank_top_k} and "
-            f"{args.num_dense_candidates}. Measure one at a time: results do not record which candidates are beams."
+            "`rerank_top_k` or `num_dense_candidates` must be 0, and `num_transition_candidates` with it, got "
+            f"{args.rerank_top_k}, {args.num_dense_candidates} and {args.num_transition_candidates}. Measure one at a "
+            "time: results do not record which candidates are beams."
         )
     if not (Path(args.checkpoint) / "config.json").is_file():
         raise ValueError(
@@ -270,6 +338,9 @@ def with_defaults(args: EvaluateArguments, model: UniGRFForCausalLM) -> Evaluate
         ranking_target=args.ranking_target or options.ranking_target,
         ranking_weights=[weight for weight in args.ranking_weights if weight] if is_ranker else [],
     )
+    if args.num_transition_candidates is None:
+        count = 0 if args.rerank_top_k or not config.num_transitions else min(50, config.num_items)
+        args = replace(args, num_transition_candidates=count)
     if args.max_items and config.max_history_items and args.max_items > config.max_history_items:
         raise ValueError(
             f"`max_items` must be at most the {config.max_history_items} items that the backbone has positions for, "
@@ -286,21 +357,33 @@ def try_settings(
     tokenizer: SemanticIdTokenizer,
     split: Dataset,
     measurement: Measurement,
-    dense_weights: list[float],
+    grid: dict[str, list],
 ) -> list[dict]:
-    """Measure every number of beams with every pair of fusion weights on validation."""
+    """Measure every number of beams with all combinations of fusion weights on validation."""
     targets = torch.tensor(split["target"][:]).long()
     trials = []
     for num_beams in args.num_beams:
         scored = candidates(model, tokenizer, split, num_beams, measurement)
-        for weight, dense_weight in product([0.0, *args.ranking_weights], dense_weights):
-            setting = {"num_beams": num_beams, "ranking_weight": weight, "dense_weight": dense_weight}
-            lists = fused_lists(scored, weight, args.list_length, dense_weight, args.rerank_top_k)
+        for values in product(*list(grid.values())[1:]):
+            setting = dict(zip(grid, (num_beams, *values), strict=True))
+            lists = chosen_lists(args, scored, setting)
             trials.append({**setting, **mean_values(target_ranks(lists, targets))})
     return trials
 
 
-def choose(args: EvaluateArguments, trials: list[dict], dense_weights: list[float], is_ranker: bool) -> dict:
+def chosen_lists(args: EvaluateArguments, scored: dict[str, torch.Tensor], setting: dict) -> list[list[int]]:
+    """List the candidates by the fused score with the weights of a setting."""
+    return fused_lists(
+        scored,
+        setting["ranking_weight"],
+        args.list_length,
+        setting["dense_weight"],
+        args.rerank_top_k,
+        setting["transition_weight"],
+    )
+
+
+def choose(trials: list[dict], grid: dict[str, list], is_ranker: bool) -> dict:
     """
     Choose the setting of the best NDCG@10; a ranker's setting must rank.
 
@@ -308,11 +391,10 @@ def choose(args: EvaluateArguments, trials: list[dict], dense_weights: list[floa
     """
     eligible = [trial for trial in trials if trial["ranking_weight"] or not is_ranker]
     best = max(eligible, key=lambda trial: trial["ndcg@10"])
-    values = {"num_beams": args.num_beams, "ranking_weight": args.ranking_weights, "dense_weight": dense_weights}
-    for name, choices in values.items():
+    for name, choices in grid.items():
         if len(choices) > 1 and best[name] == max(choices):
             print(f"validation chose {name}={best[name]}, the largest value tried: a larger value may be better")
-    return {name: best[name] for name in values}
+    return {name: best[name] for name in grid}
 
 
 def measure_test(
@@ -327,13 +409,12 @@ def measure_test(
     targets = torch.tensor(split["target"][:]).long()
     scored = candidates(model, tokenizer, split, chosen["num_beams"], measurement)
     beams = scored
-    # The list by generation_score has no dense candidates.
-    if args.num_dense_candidates:
-        beams = candidates(model, tokenizer, split, chosen["num_beams"], replace(measurement, num_dense_candidates=0))
-    weights = (chosen["ranking_weight"], args.list_length, chosen["dense_weight"], args.rerank_top_k)
+    # The list by generation_score has no further candidates.
+    if measurement != measurement.beams_alone:
+        beams = candidates(model, tokenizer, split, chosen["num_beams"], measurement.beams_alone)
     ranks = {
         "generation": target_ranks(fused_lists(beams, 0.0, args.list_length), targets),
-        "ranked": target_ranks(fused_lists(scored, *weights), targets),
+        "ranked": target_ranks(chosen_lists(args, scored, chosen), targets),
     }
     return {
         **{name: mean_values(values) for name, values in ranks.items()},

@@ -13,8 +13,8 @@ The output folder has a file for every `--shard_size` rows, in the order of the 
 `datasets.load_dataset("parquet", data_dir=...)` and pandas read the folder.
 
     part-00000-of-00012.parquet   `user_id`; `item_ids`: list<string>; `scores`, `generation_scores`, `ranking_scores`
-                                  and, for a model with that score, `dense_scores`: list<float>. Best first, shorter
-                                  if fewer items are left.
+                                  and, for a model with these scores, `dense_scores` and `transition_scores`:
+                                  list<float>. Best first, shorter if fewer items are left.
     .recommend.json               the model, the histories and the settings; hidden from readers of the folder
 
 A second run of the same command makes the missing files, in any number of processes. A run with another model, other
@@ -44,8 +44,8 @@ from recipes.data.encoding import HistoryEncoder
 from recipes.data.histories import Histories, check_columns, check_rows, load_histories, read_histories
 from tokenization import SemanticIdTokenizer
 
-# `dense_scores` only for a model with that score.
-SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores")
+# The last two only for a model with that score.
+SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores", "transition_scores")
 # Settings that are serving options of the model.
 SETTABLE_OPTIONS = (
     "num_beams",
@@ -192,7 +192,7 @@ def recommend_rows(
 
     # Run the model.
     shape = (len(lengths), settings.num_return_sequences)
-    names = SCORES if model.config.has_dense_scores else SCORES[:-1]
+    names = scores_of(model)
     best_items = np.full(shape, -1)
     scores = {name: np.zeros(shape, np.float32) for name in names}
     max_long_items = model.serving_options().max_long_items if model.config.num_retrieved_items else 0
@@ -219,6 +219,15 @@ def recommend_rows(
             values[rows] = best[name].cpu()
         bar.update(len(rows))
     return list_columns(tokenizer, best_items, scores)
+
+
+def scores_of(model: UniGRFForCausalLM) -> list[str]:
+    """Return the names of the scores that the model's lists have."""
+    is_missing = {
+        "dense_scores": not model.config.has_dense_scores,
+        "transition_scores": not model.serving_options().reads_transitions,
+    }
+    return [name for name in SCORES if not is_missing.get(name)]
 
 
 def list_columns(

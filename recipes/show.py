@@ -19,7 +19,7 @@ from recipes.common.arguments import parse_arguments
 if TYPE_CHECKING:
     from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
 
-SCORES = ("generation_score", "ranking_score", "dense_score", "score")
+SCORES = ("generation_score", "ranking_score", "dense_score", "transition_score", "score")
 TITLE_WIDTH = 48
 
 
@@ -76,7 +76,7 @@ def print_user(recommender: "RecommendationPipeline", user: dict) -> None:
     items = recommender(request)
 
     # The held-out item, and the table.
-    columns = [name for name in SCORES if name != "dense_score" or config.has_dense_scores]
+    columns = [name for name in SCORES if name in items[0]]
     target = tokenizer.item_ids[user["target"]]
     ranks = [rank for rank, item in enumerate(items, 1) if item["item_id"] == target]
     place = f"rank {ranks[0]}" if ranks else f"not among the {len(items)} recommended items"
@@ -94,6 +94,7 @@ def fusion_formula(model: "UniGRFForCausalLM", columns: list[str]) -> str:
     """Write the fused score as a sum of the other columns, with the weights that the checkpoint serves."""
     options = model.serving_options()
     weights = {"ranking_score": options.ranking_weight, "dense_score": options.dense_weight}
+    weights["transition_score"] = options.transition_weight
     terms = [f"{weights[name]:g} * {name}" for name in columns if name in weights]
     return " + ".join(["score = generation_score", *terms])
 

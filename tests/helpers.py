@@ -354,6 +354,7 @@ def preferring(weight: float, targets: list[int]) -> dict[str, torch.Tensor]:
         "generation_scores": torch.tensor([generation] * len(targets)),
         "ranking_scores": torch.tensor([ranking] * len(targets)),
         "dense_scores": torch.zeros(len(targets), 3),
+        "transition_scores": torch.zeros(len(targets), 3),
     }
 
 

@@ -1,8 +1,9 @@
-"""Measure popularity and item-kNN on prepared data: the baselines that a generative recommender has to beat.
+"""Measure counting and text on prepared data: the baselines that a generative recommender has to beat.
 
     python -m recipes.evaluation.baselines --data_dir runs/demo/data --output_file runs/demo/baselines.json
 
-Both baselines are fitted on the training histories alone. Validation NDCG@10 chooses the settings of item-kNN. The
+The baselines are popularity, item-kNN, the transition score of the model, and the cosine of contents. They are fitted
+on the training histories alone. Validation NDCG@10 chooses the settings of item-kNN and of the transition score. The
 test history is the training history and the validation item. The lists rank the whole catalog, without the items of
 the history.
 
@@ -18,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import DatasetDict, load_from_disk
+import torch
+from datasets import DatasetDict
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from modeling_unigrf.transitions_unigrf import TransitionSettings, UniGRFTransitions
 from recipes.common.arguments import parse_arguments
-from recipes.data.prepared import prepared
+from recipes.data.prepared import load_prepared
 from recipes.evaluation.inference import ranks_as_json
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
+from recipes.evaluation.transitions import as_options, choose_transition_settings, score_by_transitions
 
 Histories = Sequence[Sequence[int]]
 
@@ -36,6 +40,8 @@ GRID: dict[str, tuple[Any, ...]] = {
 }
 # Dense rows at a time: memory stays below 4 * BLOCK * num_items floats.
 BLOCK = 1024
+# Successors of an item that the baseline keeps, as recipes.train does.
+NUM_TRANSITIONS = 200
 
 
 @dataclass
@@ -173,24 +179,94 @@ class ItemKNN(Ranker):
         return (profiles @ self.similarity.T).toarray()
 
 
+class Transitions(Ranker):
+    """
+    Rank items by the transition score of the model: directed counts, popularity and the cosine of contents.
+
+    Args:
+        num_items (`int`): Items of the catalog.
+        embeddings (`torch.Tensor` of shape `(num_items, D)`, *optional*): Content embeddings. None: no cosine.
+        settings (`TransitionSettings`): Settings of the score.
+    """
+
+    def __init__(
+        self, num_items: int, embeddings: torch.Tensor | None = None, settings: TransitionSettings | None = None
+    ) -> None:
+        super().__init__(num_items)
+        self.embeddings = embeddings
+        self.settings = TransitionSettings() if settings is None else settings
+
+    def fit(self, histories: Histories) -> "Transitions":
+        """Count the transitions of the training histories."""
+        self.transitions = UniGRFTransitions(self.num_items, min(NUM_TRANSITIONS, self.num_items))
+        self.transitions.add(histories)
+        if self.embeddings is not None:
+            is_taken = self.transitions.item_counts > 0
+            taken = is_taken.nonzero()[:, 0]
+            self.transitions.choose_stand_ins((~is_taken).nonzero()[:, 0], taken, self.embeddings)
+        return self
+
+    def scores(self, histories: Histories) -> np.ndarray:
+        """Return the transition scores."""
+        return score_by_transitions(self.transitions, histories, self.embeddings, self.settings)
+
+    def choose(self, histories: Histories, targets: Sequence[int], exclude_history: bool) -> "Transitions":
+        """Choose the settings on validation."""
+
+        def top_items(part: Histories, settings: TransitionSettings) -> np.ndarray:
+            self.settings = settings
+            return self.top_items(part, 10, exclude_history=exclude_history)
+
+        has_content = self.embeddings is not None
+        self.settings = choose_transition_settings(top_items, histories, targets, has_content)
+        return self
+
+
+class TextCosine(Ranker):
+    """
+    Rank items by the cosine of their content to that of the history, as the transition score does.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(num_items, D)`): Content embeddings.
+        history_decay (`float`, defaults to 0.6): Weight of an item of the history over that of the item behind it.
+    """
+
+    def __init__(self, embeddings: torch.Tensor, history_decay: float = 0.6) -> None:
+        super().__init__(len(embeddings))
+        self.embeddings = embeddings
+        self.settings = TransitionSettings(history_decay, popularity_weight=0.0, content_weight=1.0)
+
+    def fit(self, histories: Histories) -> "TextCosine":
+        """Count nothing: the content says all."""
+        self.transitions = UniGRFTransitions(self.num_items, 1)
+        return self
+
+    def scores(self, histories: Histories) -> np.ndarray:
+        """Return the cosines."""
+        return score_by_transitions(self.transitions, histories, self.embeddings, self.settings)
+
+
 def baseline_results(
     dataset: DatasetDict,
     num_items: int,
     k: int = 50,
     *,
     exclude_history: bool = True,
+    embeddings: torch.Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
-    Fit the baselines on `train`, choose item-kNN's settings from `GRID` on `validation`, and measure on `test`.
+    Fit the baselines on `train`, choose their settings on `validation`, and measure on `test`.
 
     Args:
         dataset: Splits of `recipes.prepare`: `train` with `items`; `validation` and `test` with `items` and `target`.
         num_items: Items of the catalog.
         k: Items of a ranked list. MRR counts within the list.
-        exclude_history: Leave the items of a history out of its list. False: measure recency as a third baseline.
+        exclude_history: Leave the items of a history out of its list. False: measure recency, too.
+        embeddings: Content embeddings `[num_items, D]`. None: transitions without content, and no text cosine.
 
     Returns:
-        A dict of the baselines `popularity`, `item_knn` and, without `exclude_history`, `recency`. Each has
+        A dict of the baselines `popularity`, `item_knn`, `transitions`, with embeddings `text_cosine` and, without
+        `exclude_history`, `recency`. Each has
         `settings`, `validation` and `test` (values of the metric next_item), and `ranks`: the rank of every test
         target from 1, None for a target outside the list.
     """
@@ -216,13 +292,23 @@ def baseline_results(
 
     # Test measures all baselines.
     results = {}
-    rankers: dict[str, Ranker] = {"popularity": Popularity(num_items), "item_knn": ItemKNN(num_items, **settings)}
+    rankers: dict[str, Ranker] = {
+        "popularity": Popularity(num_items),
+        "item_knn": ItemKNN(num_items, **settings),
+        "transitions": Transitions(num_items, embeddings),
+    }
+    if embeddings is not None:
+        rankers["text_cosine"] = TextCosine(embeddings)
     if not exclude_history:
         rankers["recency"] = Recency(num_items)
     for name, ranker in rankers.items():
-        validation, _ = measure(ranker.fit(train), "validation")
-        test, ranks = measure(ranker, "test")
+        ranker.fit(train)
         chosen = settings if name == "item_knn" else {}
+        if isinstance(ranker, Transitions):
+            ranker.choose(*splits["validation"], exclude_history)
+            chosen = as_options(ranker.settings)
+        validation, _ = measure(ranker, "validation")
+        test, ranks = measure(ranker, "test")
         results[name] = {"settings": chosen, "validation": validation, "test": test, "ranks": ranks_as_json(ranks)}
     return results
 
@@ -253,8 +339,8 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
 def main() -> None:
     """Measure the baselines on a prepared folder."""
     (args,) = parse_arguments(BaselineArguments)
-    num_items = prepared(args.data_dir)["counts"]["catalog"]
-    results = baseline_results(load_from_disk(str(Path(args.data_dir) / "dataset")), num_items, args.k)
+    data = load_prepared(args.data_dir)
+    results = baseline_results(data.dataset, data.tokenizer.num_items, args.k, embeddings=data.embeddings)
     for name, result in results.items():
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in result["test"].items())
         print(f"{name} {result['settings']}: {numbers} (lists of {args.k} items)")

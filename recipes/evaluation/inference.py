@@ -5,7 +5,7 @@ the scores with any weights. `save_serving_options` writes the chosen weights in
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import evaluate
@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.recommendation_unigrf import fused_scores
+from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.files import whole_file
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.leave_one_out import columns_read
@@ -36,6 +37,8 @@ class Measurement:
         ranking_target (`str`, *optional*): Ranking target whose logit is the ranking score. None: the checkpoint's.
         num_dense_candidates (`int`, defaults to 0): Items of the best dense-retrieval score, added to the beams. 0:
             beams alone.
+        num_transition_candidates (`int`, defaults to 0): Items of the best transition score, added to the beams.
+        transition_settings (`TransitionSettings`, *optional*): Settings of the transition score. None: no such score.
         exclude_history (`bool`, defaults to `True`): Exclude the items of a user's history.
         batch_size (`int`, defaults to 64): Users of a batch.
     """
@@ -44,8 +47,15 @@ class Measurement:
     max_long_items: int | None = None
     ranking_target: str | None = None
     num_dense_candidates: int = 0
+    num_transition_candidates: int = 0
+    transition_settings: TransitionSettings | None = None
     exclude_history: bool = True
     batch_size: int = 64
+
+    @property
+    def beams_alone(self) -> "Measurement":
+        """The measurement without further candidates."""
+        return replace(self, num_dense_candidates=0, num_transition_candidates=0)
 
 
 def load_metric(name: str) -> evaluate.EvaluationModule:
@@ -106,25 +116,33 @@ def candidates(
     Search the candidates of every user of a split.
 
     Returns:
-        `item_indices`, `generation_scores`, `ranking_scores` and, for a model with dense-retrieval scores,
-        `dense_scores`: each `[U, K]`.
+        `item_indices`, `generation_scores`, `ranking_scores` and, for a model with these scores, `dense_scores` and
+        `transition_scores`: each `[U, K]`.
     """
     names = ["item_indices", "generation_scores", "ranking_scores"]
     if model.config.has_dense_scores:
         names.append("dense_scores")
+    transition_options = {}
+    if measurement.transition_settings is not None:
+        names.append("transition_scores")
+        # A weight of 0 would leave the scores out; fusion comes later.
+        transition_options = {**asdict(measurement.transition_settings), "transition_weight": 1.0}
+    num_further = measurement.num_dense_candidates + measurement.num_transition_candidates
     columns = {name: [None] * len(split) for name in names}
     for rows, users, inputs in batches(model, tokenizer, split, measurement, f"beams of {num_beams}"):
         best = model.recommend(
             **inputs,
             num_beams=num_beams,
-            num_return_sequences=num_beams + measurement.num_dense_candidates,
+            num_return_sequences=num_beams + num_further,
             ranking_weight=0.0,
             ranking_target=measurement.ranking_target,
             exclude_history=False,
             blocked_items=[user["items"] for user in users] if measurement.exclude_history else None,
             dense_weight=0.0,
             num_dense_candidates=measurement.num_dense_candidates,
+            num_transition_candidates=measurement.num_transition_candidates,
             rerank_top_k=0,
+            **transition_options,
         )
         for name, column in columns.items():
             for row, values in zip(rows, best[name].cpu(), strict=True):
@@ -133,7 +151,12 @@ def candidates(
 
 
 def fused_lists(
-    scored: dict[str, torch.Tensor], weight: float, length: int, dense_weight: float = 0.0, num_ranked: int = 0
+    scored: dict[str, torch.Tensor],
+    weight: float,
+    length: int,
+    dense_weight: float = 0.0,
+    num_ranked: int = 0,
+    transition_weight: float = 0.0,
 ) -> list[list[int]]:
     """
     List the items of every user by the fused score, best first, padded with -1.
@@ -145,11 +168,12 @@ def fused_lists(
         weight: Weight of the ranking score. 0: leave it out.
         length: Items of a list.
         dense_weight: Weight of the dense-retrieval score. 0: leave it out.
+        transition_weight: Weight of the transition score. 0: leave it out.
         num_ranked: Candidates that are ranked and listed, the best by the other scores (`rerank_top_k`). 0: all. Both
             weights 0: generation alone lists all candidates.
     """
     # The fused scores.
-    scores = fused_scores(scored, weight, dense_weight)
+    scores = fused_scores(scored, weight, dense_weight, transition_weight)
     absent = scored["generation_scores"] == -torch.inf
 
     # The candidates that are ranked: the best by the other scores.

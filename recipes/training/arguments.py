@@ -192,6 +192,13 @@ class DataArguments:
         default=1000,
         metadata={"help": "Most recent items from which sub-histories are retrieved. Needs num_retrieved_items."},
     )
+    num_transitions: int = field(
+        default=200,
+        metadata={
+            "help": "Most successors of an item in the table of transitions, 6 bytes each. 0: make no table from "
+            "data_dir."
+        },
+    )
     exclude_history: bool = field(
         default=False,
         metadata={"help": "Exclude the items of a history from the beams of stage II. Needs num_train_beams."},

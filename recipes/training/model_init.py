@@ -30,6 +30,8 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, data: Prep
             with too few positions for `data_args.max_items`.
     """
     model = fresh_model(model_args, data) if model_args.init_from is None else model_from_checkpoint(model_args, data)
+    if data_args.num_transitions:
+        model.set_transitions(data.dataset["train"]["items"][:], data_args.num_transitions)
     serving = model.generation_config
     serving.max_items = data_args.max_items
     serving.max_long_items = (data_args.max_long_items if model_args.num_retrieved_items else None) or None

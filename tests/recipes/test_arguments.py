@@ -118,7 +118,14 @@ def own_fields(dataclass_type):
 def test_every_field_of_the_config_has_a_flag():
     # The data determines the others.
     of_data = {"behaviors", "codebook_sizes", "num_items", "content_embedding_dim", "int8_content_embeddings"}
-    of_data |= {"pad_token_id", "bos_token_id", "eos_token_id", "next_logit_bias", "training_config"}
+    of_data |= {
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "next_logit_bias",
+        "training_config",
+        "num_transitions",
+    }
     inherited = {entry.name for entry in fields(PreTrainedConfig)}
     of_config = {entry.name for entry in fields(UniGRFConfig)} - inherited - of_data
     of_config |= {"tie_word_embeddings"} & {entry.name for entry in fields(UniGRFConfig)}

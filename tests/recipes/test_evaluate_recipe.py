@@ -64,6 +64,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     assert metrics["protocol"]["trained on"] == "these interactions"
     assert metrics["invalid_items"] == 0 and metrics["generated_items_checked"] >= 40 * 5
     assert {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr"} <= set(metrics["ranked"])
+    assert set(metrics["baselines"]) == {"popularity", "item_knn", "transitions", "text_cosine"}
     assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
     assert metrics["ranking"]["auc"] > 0.5
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
@@ -105,7 +106,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         selecting = EvaluateArguments(
             str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], dense_weights=[0.0]
         )
-        selecting = replace(selecting, baselines=False)
+        selecting = replace(selecting, baselines=False, transition_weights=[1.0], num_transition_candidates=0)
         chosen = evaluate_checkpoint(selecting)
         assert targets == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
         assert chosen["selection"]["ranking_weight"] == 0.5 and chosen["baselines"] == {}
@@ -126,12 +127,12 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.count("recommended, score = ") == shown.count("\nheld out, ") == len(split)
     assert "<- held out" in shown and "inf" not in shown
-    options = model.serving_options()
-    listed = re.findall(r"^    Film.*?((?:  +-?\d+\.\d{3}){4})", shown, re.MULTILINE)
+    options = UniGRFForCausalLM.from_pretrained(checkpoint).serving_options()
+    listed = re.findall(r"^    Film.*?((?:  +-?\d+\.\d{3}){5})", shown, re.MULTILINE)
     columns = np.array([row.split() for row in listed], float)
     assert len(columns) == options.num_return_sequences * len(split)
-    weights = [1, options.ranking_weight, options.dense_weight]
-    np.testing.assert_allclose(columns[:, :3] @ weights, columns[:, 3], atol=0.005)
+    weights = [1, options.ranking_weight, options.dense_weight, options.transition_weight]
+    np.testing.assert_allclose(columns[:, :4] @ weights, columns[:, 4], atol=0.02)
     other = tmp_path / "other"
     shutil.copytree(prepared, other)
     ids = tokenizer.item_ids[::-1]
@@ -189,6 +190,8 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         ranking_weights=[1.0],
         dense_weights=[0.0, 0.5],
         num_dense_candidates=4,
+        transition_weights=[0.0],
+        num_transition_candidates=0,
         list_length=8,
         max_items=4,
         max_long_items=12,
@@ -278,7 +281,15 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
     flags = train_flags(prepared, tmp_path, "--max_items=4", "--max_steps=2")
     checkpoint = train.train(*train.parse([*flags, "--ranking_loss_weight=0", "--negatives_per_item=0"]))
     metrics = evaluate_checkpoint(
-        EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path), [5], dense_weights=[0.0, 1.0], list_length=5)
+        EvaluateArguments(
+            str(checkpoint),
+            str(prepared),
+            str(tmp_path),
+            [5],
+            dense_weights=[0.0, 1.0],
+            transition_weights=[0.0],
+            list_length=5,
+        )
     )
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}
     assert len(metrics["validation"]) == 2 and {row["ranking_weight"] for row in metrics["validation"]} == {0.0}

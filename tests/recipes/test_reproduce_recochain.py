@@ -93,7 +93,7 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
     )
     data = json.loads(whole)
     table_rows = recochain_report.ablations_of(data)
-    assert len(table_rows) == 8 + 2 + 2 + 2 + 2 and data["baselines"].keys() == {"popularity", "item_knn"}
+    assert len(table_rows) == 8 + 2 + 2 + 2 + 2 and set(data["baselines"]) == {"popularity", "item_knn", "transitions"}
     rows = recochain_report.table(data).splitlines()
     for beginning in (
         "| default | 20 | 1 |",

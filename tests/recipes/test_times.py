@@ -221,7 +221,7 @@ def test_from_tables_with_times_to_metrics(prepared, tmp_path, extra, monkeypatc
     torch.manual_seed(42)  # the seed of the training
     untrained = build_model(
         ModelArguments(text_config=json.dumps(TIMED)),
-        DataArguments(data_dir="", max_items=5),
+        DataArguments(data_dir="", max_items=5, num_transitions=0),
         PreparedData(SemanticIdTokenizer.from_pretrained(checkpoint), DatasetDict(), torch.zeros(20, 4)),
     )
     for layer, before in zip(model.model.language_model.layers, untrained.model.language_model.layers, strict=True):

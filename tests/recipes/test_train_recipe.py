@@ -26,6 +26,7 @@ def test_train_without_arguments_builds_the_default_model(prepared, tmp_path):
     model = build_model(model_args, data_args, data)
     fields = data.tokenizer.config_fields() | {"content_embedding_dim": data.embeddings.shape[1]}
     by_hand = UniGRFForCausalLM(UniGRFConfig(**fields))
+    by_hand.set_transitions(data.dataset["train"]["items"][:])
     assert model.config.to_dict() == by_hand.config.to_dict()
     shapes, expected = (
         {name: (value.shape, value.dtype) for name, value in built.state_dict().items()} for built in (model, by_hand)

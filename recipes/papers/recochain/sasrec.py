@@ -74,6 +74,7 @@ def train_setting(args: SasrecArguments, learning_rate: float, dropout: float, s
         "--negatives_per_item=0",
         "--project_content_embeddings=False",
         "--embedding_table_size=0",
+        "--num_transitions=0",
         "--history_item_representations=False",
         "--save_total_limit=1",
     ]
