@@ -40,7 +40,7 @@ from .recommendation_unigrf import (
 )
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock, UniGRFItemEncoder, UniGRFRankingHead
 from .shared_prefix_unigrf import prefill
-from .transitions_unigrf import UniGRFTransitions, check_histories
+from .transitions_unigrf import UniGRFTransitions, check_histories, last_items
 from .trie_unigrf import CatalogTrie
 
 
@@ -617,6 +617,37 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         """Return the options of `recommend`: those of `generation_config` (None: the model's), with `overrides`."""
         generation_config = self.generation_config if generation_config is None else generation_config
         return ServingOptions.from_generation_config(generation_config, self.config, overrides)
+
+    @torch.no_grad()
+    def explain(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None, items: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        """
+        Say which items of each history speak for some items, by the counts of the transition score.
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, T)`): The arguments of `recommend`.
+            items (`torch.LongTensor` of shape `(batch_size, R)`): Item indices, e.g. of a list; -1: none.
+
+        Returns:
+            The last items of the histories `[batch_size, H]`, last item first (-1: none), and what each adds to the
+            transition scores, `[batch_size, R, H]`.
+
+        Raises:
+            ValueError: for a model without transitions, and the reasons of `recommend`.
+        """
+        if self.transitions is None:
+            raise ValueError(
+                "`explain` needs a model with a table of transitions, got num_transitions=0. Make the table with "
+                "`model.set_transitions(histories)`."
+            )
+        trie = self.catalog.trie
+        items = check_items("items", items, len(input_ids), trie.num_items)
+        # A list explains the history alone.
+        history = check_history(self.config, self.layout, trie, input_ids, attention_mask, reads_long_history=False)
+        last = last_items(history.rows, history.items, len(input_ids))
+        settings = self.serving_options().transition_settings
+        return last, self.transitions.shares_of_history(last, items.clamp(min=0), settings)
 
     @torch.no_grad()
     def recommend(

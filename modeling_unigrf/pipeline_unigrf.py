@@ -23,6 +23,7 @@ FORWARD = (
     "content_weight",
     "rerank_top_k",
     "catalog",
+    "num_reasons",
 )
 # Scores of `recommend`, and their names in an item of the list.
 SCORES = {
@@ -55,6 +56,8 @@ class RecommendationPipeline(Pipeline):
             content_weight, rerank_top_k: The fields of `ServingOptions`. None: the values in `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.
+        num_reasons (`int`, defaults to 0): Most items of the history that `because` names for each recommended item,
+            by what they add to its transition score. 0: none.
 
     A model with `num_retrieved_items` also searches the history beyond `max_items`, up to `max_long_items` of its
     items.
@@ -91,8 +94,9 @@ class RecommendationPipeline(Pipeline):
         Returns:
             A list of dicts for each history, best first, with `item_id`, `title` (None without titles), `score`
             (fused), `generation_score` (log P) and `ranking_score` (log sigmoid). Models with dense-retrieval scores
-            add `dense_score`, and models that serve transitions add `transition_score`. Several histories have a list
-            of such lists.
+            add `dense_score`, and models that serve transitions add `transition_score`. With `num_reasons`, `because`
+            lists the ids of the history's items that speak most for the item. Several histories have a list of such
+            lists.
 
         Raises:
             ValueError: for unknown items or behaviors, empty histories, misspelled parameters, and an allow-list
@@ -210,7 +214,7 @@ class RecommendationPipeline(Pipeline):
         indices = torch.as_tensor(self.tokenizer.item_indices(item_ids, unknown=unknown)).long()
         return torch.nn.functional.pad(indices + 1, (1, 0))[None]
 
-    def _forward(self, model_inputs, **parameters):
+    def _forward(self, model_inputs, num_reasons=0, **parameters):
         lists = {}
         for name in ("allowed_items", "blocked_items"):
             rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
@@ -222,20 +226,31 @@ class RecommendationPipeline(Pipeline):
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
         long_history = {name: model_inputs.pop(key) - 1 for name, key in LONG_HISTORY.items() if key in model_inputs}
         # `preprocess` has blocked the whole history.
-        return self.model.recommend(
+        best = self.model.recommend(
             **model_inputs, **lists, long_history=long_history or None, **parameters, exclude_history=False
         )
+        if not num_reasons:
+            return best
+        history, shares = self.model.explain(
+            model_inputs["input_ids"], model_inputs["attention_mask"], best.item_indices
+        )
+        shares, places = shares.topk(min(num_reasons, shares.shape[2]), dim=2)
+        history = history[:, None].expand(-1, shares.shape[1], -1)
+        reasons = history.gather(2, places).masked_fill(shares <= 0, -1)
+        return {**best, "reasons": reasons}
 
     def postprocess(self, model_outputs):
         """Turn the output of `recommend` for a request into a list of dicts, best first."""
         item_ids = self.tokenizer.item_ids
         titles = self.tokenizer.titles
         scores = {name: model_outputs[key][0].tolist() for key, name in SCORES.items() if key in model_outputs}
+        reasons = model_outputs["reasons"][0].tolist() if "reasons" in model_outputs else None
         return [
             {
                 "item_id": item_ids[item],
                 "title": None if titles is None else titles[item],
                 **{name: values[row] for name, values in scores.items()},
+                **({"because": [item_ids[i] for i in reasons[row] if i >= 0]} if reasons is not None else {}),
             }
             for row, item in enumerate(model_outputs["item_indices"][0].tolist())
             if item >= 0

@@ -211,6 +211,29 @@ class UniGRFTransitions(nn.Module):
         summands = ratios.log1p() * decay[:, None]
         return successors.masked_fill(is_none, self.num_items), summands.masked_fill(is_none, 0.0)
 
+    def shares_of_history(
+        self, histories: torch.LongTensor, items: torch.LongTensor, settings: TransitionSettings
+    ) -> torch.FloatTensor:
+        """
+        Compute what each item of the histories adds to the transition scores of some items, by its counts.
+
+        Args:
+            histories (`torch.LongTensor` of shape `(batch_size, H)`): Last items, last first; -1: none.
+            items (`torch.LongTensor` of shape `(batch_size, R)`): Item indices.
+            settings (`TransitionSettings`): Settings of the score.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, R, H)`.
+        """
+        successors, summands = self.contributions(histories, settings)
+        sources, factors = self._sources()
+        shares = [
+            summands.masked_fill(successors != sources[column][:, None, None], 0.0).sum(dim=2)
+            * factors[column][:, None]
+            for column in items.unbind(dim=1)
+        ]
+        return torch.stack(shares, dim=1)
+
     def scores(
         self, histories: torch.LongTensor, embeddings: torch.Tensor | None, settings: TransitionSettings
     ) -> torch.FloatTensor:

@@ -32,6 +32,7 @@ from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.baselines import baseline_results
 from recipes.evaluation.report import COLUMNS, LISTS, write_report
 from recipes.prepare import PrepareArguments, prepare
+from recipes.training.arguments import ModelArguments
 from tokenization import SemanticIdTokenizer
 
 # For 1,682 items, this uses all codes and leaves few collisions.
@@ -87,7 +88,7 @@ def main(args: DemoArguments) -> None:
 
     # Training
     flags = [*TRAINING, f"--bf16={bf16_speed_up() > 1}"]
-    work = {"prepared": asdict(preparing), "model": asdict(train.ModelArguments()), "training": flags}
+    work = {"prepared": asdict(preparing), "model": asdict(ModelArguments()), "training": flags}
     training = train.parse([*folder_flags(root, work), f"--seed={args.seed}", *flags])
     stages("train", work, lambda: train.train(*training), [root / "checkpoint" / "training_log.json"])
 

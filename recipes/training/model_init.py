@@ -74,6 +74,12 @@ def model_from_checkpoint(model_args: ModelArguments, data: PreparedData) -> Uni
     )
     earlier = SemanticIdTokenizer.from_pretrained(checkpoint)
     check_first_items(model, earlier, data.tokenizer, checkpoint)
+    add_new_items(model, earlier, data, checkpoint)
+    return model
+
+
+def add_new_items(model: UniGRFForCausalLM, earlier: SemanticIdTokenizer, data: PreparedData, checkpoint: str) -> None:
+    """Add the items of a prepared folder that the `earlier` tokenizer lacks, after a check of the embeddings."""
     reads_embeddings = model.config.content_embedding_dim > 0
     if reads_embeddings:
         check_same_encoder(model, earlier, data.embeddings, checkpoint)
@@ -81,7 +87,6 @@ def model_from_checkpoint(model_args: ModelArguments, data: PreparedData) -> Uni
         new_items = slice(earlier.num_items, None)
         codes = torch.from_numpy(data.tokenizer.item_codes[new_items].copy())
         model.add_items(codes, data.embeddings[new_items] if reads_embeddings else None)
-    return model
 
 
 def check_first_items(

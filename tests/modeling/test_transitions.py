@@ -231,3 +231,14 @@ def test_models_without_transitions_reject_their_options():
     with pytest.raises(ValueError, match="`content_weight` must be 0"):
         without.recommend(input_ids, mask, transition_weight=1.0, content_weight=1.0)
     assert without.recommend(input_ids, mask, transition_weight=1.0).transition_scores.isfinite().all()
+
+
+def test_explanations_add_up_to_the_counts_of_the_score():
+    model = build_model()
+    model.set_transitions([*users(), list(range(30))])
+    input_ids, mask, items = random_histories(model, [4, 2])
+    everything = torch.arange(30).expand(2, -1)
+    history, shares = model.explain(input_ids, mask, everything)
+    assert [[item for item in row if item >= 0] for row in history.tolist()] == [row[::-1] for row in items]
+    options = TransitionSettings(popularity_weight=0.0)
+    torch.testing.assert_close(shares.sum(dim=2), model.scorer.transition_scores(history, options))
