@@ -111,9 +111,9 @@ def test_names_read_from_imported_modules_exist():
             if f"{node.module}.{alias.name}" in modules(ROOT)
         }
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-                if not hasattr(importlib.import_module(aliases[node.value.id]), node.attr):
-                    missing.append(f"{name}: {node.value.id}.{node.attr}")
+            is_read = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
+            if is_read and not hasattr(importlib.import_module(aliases[node.value.id]), node.attr):
+                missing.append(f"{name}: {node.value.id}.{node.attr}")
     assert missing == []
 
 
