@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-COUNT_DECAY = 0.5
-WINDOW = 10
+# One choice for all data: goods prefer a faster decay, films a slower one, both by little.
+COUNT_DECAY = 0.7
+WINDOW = 20
 # Last items of a history that the score reads.
 MAX_SCORED_ITEMS = 20
 # Rows of a matrix product between items that are in memory at a time.

@@ -13,9 +13,9 @@ from recipes.evaluation.metrics.next_item.next_item import mean_values, target_r
 
 # Values that validation chooses from, one setting after the other, twice.
 GRID: dict[str, tuple[float, ...]] = {
-    "history_decay": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "history_decay": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     "transition_smoothing": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0),
-    "popularity_weight": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
+    "popularity_weight": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     "content_weight": (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0),
 }
 # Users of validation that choose.

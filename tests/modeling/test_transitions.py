@@ -17,9 +17,9 @@ OPTIONS = {**vars(SETTINGS), "transition_weight": 0.5}
 
 
 def users(seed=0, count=12, num_items=30):
-    """Draw histories of 0 to 14 items."""
+    """Draw histories of 0 to 24 items."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 15, (count,), generator=generator).tolist()
+    lengths = torch.randint(0, 25, (count,), generator=generator).tolist()
     return [torch.randint(num_items, (length,), generator=generator).tolist() for length in lengths]
 
 
@@ -28,8 +28,8 @@ def expected_counts(histories):
     counts = Counter()
     for history in histories:
         for later, target in enumerate(history):
-            for distance in range(1, min(10, later) + 1):
-                counts[history[later - distance], target] += 0.5 ** (distance - 1)
+            for distance in range(1, min(20, later) + 1):
+                counts[history[later - distance], target] += 0.7 ** (distance - 1)
     return counts
 
 
@@ -58,7 +58,7 @@ def expected_score(model, histories, history, item):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), cut=st.integers(0, 14))
+@given(seed=st.integers(0, 10**6), cut=st.integers(0, 24))
 def test_counting_in_parts_equals_counting_at_once(seed, cut):
     histories = users(seed)
     model = build_model()
