@@ -18,8 +18,8 @@ GRID: dict[str, tuple[float, ...]] = {
     "popularity_weight": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     "content_weight": (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0),
 }
-# Users of validation that choose.
-MAX_USERS = 2000
+# Users of validation that choose: fewer choose by chance.
+MAX_USERS = 4000
 
 
 def padded_last_items(histories: Sequence[Sequence[int]]) -> torch.LongTensor:
