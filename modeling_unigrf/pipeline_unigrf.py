@@ -11,6 +11,7 @@ PREPROCESS = ("max_items", "max_long_items", "unknown", "exclude_history")
 FORWARD = (
     "num_beams",
     "num_return_sequences",
+    "generation_weight",
     "ranking_weight",
     "ranking_target",
     "dense_weight",
@@ -51,8 +52,8 @@ class RecommendationPipeline(Pipeline):
         unknown (`"error"` or `"skip"`, defaults to `"error"`): Reject or skip item ids that the item map lacks.
         exclude_history (`bool`, *optional*): Recommend no item of the history. None: the choice in
             `generation_config`.
-        num_beams, num_return_sequences, ranking_weight, ranking_target, dense_weight, num_dense_candidates,
-            transition_weight, num_transition_candidates, history_decay, transition_smoothing, popularity_weight,
+        num_beams, num_return_sequences, generation_weight, ranking_weight, ranking_target, dense_weight,
+            num_dense_candidates, transition_weight, num_transition_candidates, history_decay, transition_smoothing, popularity_weight,
             content_weight, rerank_top_k: The fields of `ServingOptions`. None: the values in `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.

@@ -37,6 +37,8 @@ class ServingOptions:
         exclude_history (`bool`, defaults to `True`): Recommend no item of the user's history.
         ranking_target (`str`, *optional*): The ranking target that orders the list. None: the first of the config's
             `ranking_targets`.
+        generation_weight (`float`, defaults to 1.0): Weight of the generation score in the fused score. 0: the beams
+            propose candidates, and the other scores order them.
         ranking_weight (`float`, defaults to 1.0): Weight of the ranking score in the fused score. 0: leave the
             ranking score out.
         dense_weight (`float`, defaults to 0.0): Weight of the dense-retrieval score in the fused score. 0: leave the
@@ -59,6 +61,7 @@ class ServingOptions:
     max_long_items: int | None = None
     exclude_history: bool = True
     ranking_target: str | None = None
+    generation_weight: float = 1.0
     ranking_weight: float = 1.0
     dense_weight: float = 0.0
     num_dense_candidates: int = 0
@@ -187,8 +190,8 @@ class UniGRFRecommendation(ModelOutput):
 
     Args:
         item_indices (`torch.LongTensor` of shape `(batch_size, R)`): Item indices.
-        scores (`torch.FloatTensor` of shape `(batch_size, R)`): The fused scores, `generation_scores +
-            ranking_weight * ranking_scores + dense_weight * dense_scores + transition_weight * transition_scores`.
+        scores (`torch.FloatTensor` of shape `(batch_size, R)`): The fused scores: the sum of the scores
+            below, each times its weight.
         generation_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log P(item | history)`.
         ranking_scores (`torch.FloatTensor` of shape `(batch_size, R)`): `log sigmoid` of the ranking target's logit.
         dense_scores (`torch.FloatTensor` of shape `(batch_size, R)`, *optional*): The dense-retrieval scores. None
@@ -359,20 +362,25 @@ def further_candidates(
 
 
 def fused_scores(
-    columns: dict[str, torch.FloatTensor], ranking_weight: float, dense_weight: float, transition_weight: float = 0.0
+    columns: dict[str, torch.FloatTensor],
+    ranking_weight: float,
+    dense_weight: float,
+    transition_weight: float = 0.0,
+    generation_weight: float = 1.0,
 ) -> torch.FloatTensor:
     """
-    Compute the fused scores: `generation_scores`, plus the other scores times their weights.
+    Compute the fused scores: the sum of the scores times their weights, zeros if all weights are 0.
 
     A weight of 0 leaves out its scores, even infinite ones.
     """
     weights = {
-        "generation_scores": 1.0,
+        "generation_scores": generation_weight,
         "ranking_scores": ranking_weight,
         "dense_scores": dense_weight,
         "transition_scores": transition_weight,
     }
-    return sum(weight * columns[name] for name, weight in weights.items() if weight)
+    zeros = torch.zeros_like(columns["generation_scores"])
+    return sum((weight * columns[name] for name, weight in weights.items() if weight), zeros)
 
 
 def fuse(
@@ -397,7 +405,8 @@ def fuse(
         columns["transition_scores"] = transition_scores.gather(1, candidates.items)
 
     # Their fusion.
-    scores = fused_scores(columns, options.ranking_weight, options.dense_weight, options.transition_weight)
+    weights = (options.ranking_weight, options.dense_weight, options.transition_weight, options.generation_weight)
+    scores = fused_scores(columns, *weights)
     is_item = candidates.log_probs > -torch.inf
     columns = {
         name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()

@@ -68,8 +68,15 @@ class EvaluateArguments:
     num_beams: list[int] = field(
         default_factory=lambda: [20, 50, 100], metadata={"help": "Numbers of beams that validation chooses from."}
     )
+    generation_weights: list[float] = field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 1.0],
+        metadata={
+            "help": "Weights of the generation score that validation chooses from; only 1 for a model without "
+            "transitions."
+        },
+    )
     ranking_weights: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0],
+        default_factory=lambda: [0.1, 0.25, 0.5, 1.0, 2.0],
         metadata={"help": "Weights of the ranking score that validation chooses from."},
     )
     ranking_target: str | None = field(
@@ -200,6 +207,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     # Validation chooses
     grid = {
         "num_beams": args.num_beams,
+        "generation_weight": [1.0] if settings is None else args.generation_weights,
         "ranking_weight": [0.0, *args.ranking_weights],
         "dense_weight": args.dense_weights if model.config.has_dense_scores else [0.0],
         "transition_weight": [0.0] if settings is None else args.transition_weights,
@@ -366,6 +374,9 @@ def try_settings(
         scored = candidates(model, tokenizer, split, num_beams, measurement)
         for values in product(*list(grid.values())[1:]):
             setting = dict(zip(grid, (num_beams, *values), strict=True))
+            # Something has to order the list.
+            if not any(values):
+                continue
             lists = chosen_lists(args, scored, setting)
             trials.append({**setting, **mean_values(target_ranks(lists, targets))})
     return trials
@@ -380,6 +391,7 @@ def chosen_lists(args: EvaluateArguments, scored: dict[str, torch.Tensor], setti
         setting["dense_weight"],
         args.rerank_top_k,
         setting["transition_weight"],
+        setting["generation_weight"],
     )
 
 

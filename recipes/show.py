@@ -95,8 +95,9 @@ def fusion_formula(model: "UniGRFForCausalLM", columns: list[str]) -> str:
     options = model.serving_options()
     weights = {"ranking_score": options.ranking_weight, "dense_score": options.dense_weight}
     weights["transition_score"] = options.transition_weight
+    generation = "" if options.generation_weight == 1 else f"{options.generation_weight:g} * "
     terms = [f"{weights[name]:g} * {name}" for name in columns if name in weights]
-    return " + ".join(["score = generation_score", *terms])
+    return " + ".join([f"score = {generation}generation_score", *terms])
 
 
 if __name__ == "__main__":

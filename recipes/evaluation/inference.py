@@ -134,6 +134,7 @@ def candidates(
             **inputs,
             num_beams=num_beams,
             num_return_sequences=num_beams + num_further,
+            generation_weight=1.0,
             ranking_weight=0.0,
             ranking_target=measurement.ranking_target,
             exclude_history=False,
@@ -157,6 +158,7 @@ def fused_lists(
     dense_weight: float = 0.0,
     num_ranked: int = 0,
     transition_weight: float = 0.0,
+    generation_weight: float = 1.0,
 ) -> list[list[int]]:
     """
     List the items of every user by the fused score, best first, padded with -1.
@@ -169,11 +171,12 @@ def fused_lists(
         length: Items of a list.
         dense_weight: Weight of the dense-retrieval score. 0: leave it out.
         transition_weight: Weight of the transition score. 0: leave it out.
+        generation_weight: Weight of the generation score. 0: leave it out.
         num_ranked: Candidates that are ranked and listed, the best by the other scores (`rerank_top_k`). 0: all. Both
             weights 0: generation alone lists all candidates.
     """
     # The fused scores.
-    scores = fused_scores(scored, weight, dense_weight, transition_weight)
+    scores = fused_scores(scored, weight, dense_weight, transition_weight, generation_weight)
     absent = scored["generation_scores"] == -torch.inf
 
     # The candidates that are ranked: the best by the other scores.

@@ -102,7 +102,7 @@ def test_transition_candidates_equal_a_full_search():
     log_probs = exact_scores(model, input_ids, mask)
     rows = torch.tensor([0] * 4 + [1] * 2)
     last = last_items(rows, torch.tensor(items[0] + items[1]), 2)
-    expected = (log_probs + 0.5 * model.scorer.transition_scores(last, SETTINGS)).sort(dim=1, descending=True)
+    expected = (0.3 * log_probs + 0.5 * model.scorer.transition_scores(last, SETTINGS)).sort(dim=1, descending=True)
     for num_beams, num_candidates in ((1, 30), (30, 0), (5, 40)):
         best = model.recommend(
             input_ids,
@@ -111,6 +111,7 @@ def test_transition_candidates_equal_a_full_search():
             num_transition_candidates=num_candidates,
             num_dense_candidates=4,
             num_return_sequences=30,
+            generation_weight=0.3,
             ranking_weight=0.0,
             **OPTIONS,
         )

@@ -106,7 +106,9 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         selecting = EvaluateArguments(
             str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], dense_weights=[0.0]
         )
-        selecting = replace(selecting, baselines=False, transition_weights=[1.0], num_transition_candidates=0)
+        selecting = replace(
+            selecting, baselines=False, transition_weights=[1.0], generation_weights=[1.0], num_transition_candidates=0
+        )
         chosen = evaluate_checkpoint(selecting)
         assert targets == [dataset["validation"]["target"][:], dataset["test"]["target"][:]]
         assert chosen["selection"]["ranking_weight"] == 0.5 and chosen["baselines"] == {}
@@ -131,7 +133,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     listed = re.findall(r"^    Film.*?((?:  +-?\d+\.\d{3}){5})", shown, re.MULTILINE)
     columns = np.array([row.split() for row in listed], float)
     assert len(columns) == options.num_return_sequences * len(split)
-    weights = [1, options.ranking_weight, options.dense_weight, options.transition_weight]
+    weights = [options.generation_weight, options.ranking_weight, options.dense_weight, options.transition_weight]
     np.testing.assert_allclose(columns[:, :4] @ weights, columns[:, 4], atol=0.02)
     other = tmp_path / "other"
     shutil.copytree(prepared, other)
@@ -191,6 +193,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         dense_weights=[0.0, 0.5],
         num_dense_candidates=4,
         transition_weights=[0.0],
+        generation_weights=[1.0],
         num_transition_candidates=0,
         list_length=8,
         max_items=4,
@@ -288,6 +291,7 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
             [5],
             dense_weights=[0.0, 1.0],
             transition_weights=[0.0],
+            generation_weights=[1.0],
             list_length=5,
         )
     )
