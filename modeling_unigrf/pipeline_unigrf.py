@@ -54,7 +54,8 @@ class RecommendationPipeline(Pipeline):
             `generation_config`.
         num_beams, num_return_sequences, generation_weight, ranking_weight, ranking_target, dense_weight,
             num_dense_candidates, transition_weight, num_transition_candidates, history_decay, transition_smoothing,
-            popularity_weight, content_weight, rerank_top_k: The fields of `ServingOptions`. None: the values in `generation_config`.
+            popularity_weight, content_weight, rerank_top_k: The fields of `ServingOptions`. None: the values in
+            `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.
         num_reasons (`int`, defaults to 0): Most items of the history that `because` names for each recommended item,
