@@ -667,9 +667,9 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         """
         Recommend the next items of each history (RecoChain, inference).
 
-        Beams and their ranking run on the cache of one prefill. The list is sorted by the fused score, `log P(item |
-        history) + ranking_weight * log sigmoid(rank) + dense_weight * dense score`. PEFT's prompt learning has no
-        effect here and in `rank`: only its `forward` and `generate` add virtual tokens.
+        Beams and their ranking run on the cache of one prefill. The list is sorted by the fused score, the sum of the
+        scores of `UniGRFRecommendation`, each times its weight. PEFT's prompt learning has no effect here and in
+        `rank`: only its `forward` and `generate` add virtual tokens.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded.

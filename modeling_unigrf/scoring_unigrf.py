@@ -1,9 +1,9 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Scoring: from the backbone's output states to scores of codes and of items.
 
-An item has three scores. The *generation score* is log P(item | history), the sum of its codes' log-probabilities. The
-*ranking score* comes from the state at the item's last code (or at the end of its candidate block). The
-*dense-retrieval score* is a dot product of the state at the history's end and the item's representation.
+An item has three scores of these states. The *generation score* is log P(item | history), the sum of its codes'
+log-probabilities. The *ranking score* comes from the state at the item's last code (or at the end of its candidate
+block). The *dense-retrieval score* is a dot product of the state at the history's end and the item's representation.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,8 @@ class TransitionSettings:
 
     Args:
         history_decay (`float`, defaults to 0.6): Weight of an item of the history over that of the item behind it.
-        transition_smoothing (`float`, defaults to 100.0): Interactions at which a count is compared with popularity.
+        transition_smoothing (`float`, defaults to 100.0): Factor of an item's share of all
+            interactions; counts are compared with the product.
         popularity_weight (`float`, defaults to 1.0): Weight of the log number of interactions.
         content_weight (`float`, defaults to 0.0): Weight of the cosine of content embeddings.
     """

@@ -15,7 +15,7 @@ pipeline and recipes.recommend serve what was measured.
 """
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from recipes.evaluation.inference import (
 )
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
 from recipes.evaluation.report import LISTS
-from recipes.evaluation.transitions import as_options, warn_of_edges
+from recipes.evaluation.transitions import warn_of_edges
 from tokenization import SemanticIdTokenizer
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
@@ -246,7 +246,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     ranks = {name: result["ranks"] for name, result in baselines.items()} | results["ranks"]
     write_results(Path(args.output_dir), metrics, ranks)
     stored = {name: getattr(args, name) for name in STORED_OPTIONS}
-    stored |= {} if settings is None else as_options(settings)
+    stored |= {} if settings is None else asdict(settings)
     save_serving_options(args.checkpoint, **chosen, **stored)
     name_stronger_baselines(metrics)
     return metrics

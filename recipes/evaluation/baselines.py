@@ -14,7 +14,7 @@ test targets.
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from recipes.common.arguments import parse_arguments
 from recipes.data.prepared import load_prepared
 from recipes.evaluation.inference import ranks_as_json
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
-from recipes.evaluation.transitions import as_options, choose_transition_settings, score_by_transitions
+from recipes.evaluation.transitions import choose_transition_settings, score_by_transitions
 
 Histories = Sequence[Sequence[int]]
 
@@ -306,7 +306,7 @@ def baseline_results(
         chosen = settings if name == "item_knn" else {}
         if isinstance(ranker, Transitions):
             ranker.choose(*splits["validation"], exclude_history)
-            chosen = as_options(ranker.settings)
+            chosen = asdict(ranker.settings)
         validation, _ = measure(ranker, "validation")
         test, ranks = measure(ranker, "test")
         results[name] = {"settings": chosen, "validation": validation, "test": test, "ranks": ranks_as_json(ranks)}

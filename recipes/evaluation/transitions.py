@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,6 @@ def choose_transition_settings(
     histories: Sequence[Sequence[int]],
     targets: Sequence[int],
     has_content: bool,
-    names: tuple[str, ...] = tuple(GRID),
 ) -> TransitionSettings:
     """
     Choose settings by the NDCG@10 of validation users, at most `MAX_USERS` of them.
@@ -58,7 +56,6 @@ def choose_transition_settings(
         histories: Histories of the validation users.
         targets: The item that each of them took next.
         has_content: Whether items have content embeddings.
-        names: The settings to choose; the others keep their defaults.
     """
     chosen = np.random.default_rng(0).permutation(len(targets))[:MAX_USERS]
     histories = [histories[row] for row in chosen]
@@ -67,8 +64,8 @@ def choose_transition_settings(
     def ndcg(settings: TransitionSettings) -> float:
         return mean_values(target_ranks(top_items(histories, settings).tolist(), targets))["ndcg@10"]
 
-    names = tuple(name for name in names if has_content or name != "content_weight")
-    best = TransitionSettings(content_weight=15.0 if "content_weight" in names else 0.0)
+    names = [name for name in GRID if has_content or name != "content_weight"]
+    best = TransitionSettings(content_weight=15.0 if has_content else 0.0)
     best_ndcg = ndcg(best)
     for name in tqdm(names * 2, desc="transition settings", unit="setting"):
         for value in GRID[name]:
@@ -84,8 +81,3 @@ def warn_of_edges(settings: TransitionSettings) -> None:
     for name, value in asdict(settings).items():
         if value == max(GRID[name]) or (value == min(GRID[name]) and value):
             print(f"validation chose {name}={value:g}, the edge of the values tried: one beyond it may be better")
-
-
-def as_options(settings: TransitionSettings) -> dict[str, Any]:
-    """Return settings as serving options."""
-    return asdict(settings)
