@@ -41,6 +41,11 @@ def refresh(args: RefreshArguments) -> Path:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"`output_dir` must be new or empty, got {output_dir}. Choose another folder.")
     prepared(args.data_dir)
+    if not (Path(args.checkpoint) / "config.json").is_file():
+        raise ValueError(
+            f"`checkpoint` must be a local folder with a model, got {args.checkpoint!r}. Check the path, or "
+            "download it first: `hf download`."
+        )
     model, earlier = load_checkpoint(args.checkpoint)
     if model.transitions is None:
         raise ValueError(
