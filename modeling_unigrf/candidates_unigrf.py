@@ -93,9 +93,11 @@ def read_candidates(
             for column in (context.long_history.items, context.long_history.behaviors, context.long_history.timestamps)
         )
         # An empty place may name any item, or -1.
-        representations = scorer.representations(retrieved.clamp(min=0))
+        representations = [
+            scorer.item_encoder.widen(scorer.representations(read)) for read in (items, retrieved.clamp(min=0))
+        ]
         behavior_ids = behaviors.new_tensor(scorer.layout.behavior_token_ids)[behaviors]
-        block = candidate_block(scorer.representations(items), representations, embed(backbone, behavior_ids))
+        block = candidate_block(*representations, embed(backbone, behavior_ids))
         token_mask = nn.functional.pad(places >= 0, (tokens.shape[2] + 1, 1), value=True)
         if query_time is not None:
             item_time = query_time[:, None, None].expand(*items.shape, tokens.shape[2] + 2)

@@ -175,6 +175,9 @@ class UniGRFConfig(PreTrainedConfig):
         embedding_table_size (`int`, *optional*):
             Rows of the learned embedding table, the second part of item representations. Item i reads row
             `i % embedding_table_size`. None: one row an item, and `add_items` appends rows. 0: no table.
+        representation_size (`int`, *optional*):
+            Width of the item representations. A width below the backbone's keeps a small catalog from overfitting.
+            None: the backbone's width.
         history_item_representations (`bool`, defaults to `True`):
             Add the representation of each item of a history to the behavior behind its codes (RecoChain, section 1).
         num_transitions (`int`, defaults to 0):
@@ -237,6 +240,7 @@ class UniGRFConfig(PreTrainedConfig):
     int8_content_embeddings: bool = False
     project_content_embeddings: bool = True
     embedding_table_size: int | None = None
+    representation_size: int | None = None
     history_item_representations: bool = True
     num_transitions: int = 0
     num_retrieved_items: int = 0
@@ -276,6 +280,8 @@ class UniGRFConfig(PreTrainedConfig):
         if not is_dataclass(self.training_config):
             self.training_config = UniGRFTrainingConfig.from_fields(self.training_config or {})
         super().__post_init__(**kwargs)
+        if self.representation_size is None:
+            self.representation_size = self.hidden_size
         # The vocabulary is the items' tokens, not a backbone's default of 32,000.
         self.text_config.vocab_size = self.num_item_tokens if vocab_size is None else vocab_size
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -430,6 +436,11 @@ class UniGRFConfig(PreTrainedConfig):
         for name in ("content_embedding_dim", "embedding_table_size", "num_transitions", "num_retrieved_items"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}. Set it to 0 for none.")
+        if self.representation_size < 1:
+            raise ValueError(
+                f"`representation_size` must be 1 or more, got {self.representation_size}. Leave it out for the "
+                "backbone's width."
+            )
         if self.history_item_representations and not self.has_item_representations:
             raise ValueError(
                 "`history_item_representations=True` must come with item representations, got none. Set "

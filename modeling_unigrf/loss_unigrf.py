@@ -12,7 +12,7 @@ from .negatives_unigrf import LastItems, PackedNegatives
 from .scoring_unigrf import ItemScorer
 
 # Items of a full softmax; a larger catalog is sampled.
-MAX_SOFTMAX_ITEMS = 8192
+MAX_SOFTMAX_ITEMS = 20_000
 # A hard negative counts this often in a softmax of all codes.
 HARD_NEGATIVE_WEIGHT = 30.0
 
@@ -224,7 +224,7 @@ def sampled_softmax_loss(
     """
     Compute the sampled-softmax loss: the mean cross-entropy of the true items by dot product.
 
-    The alternatives are all items or, in a catalog of more than 8,192 items, a uniform sample that all positions
+    The alternatives are all items or, in a catalog of more than 20,000 items, a uniform sample that all positions
     share. Each item of a sample stands for several items, whose log number is added to its logit (Jean et al. 2015,
     section 3). The true item does not count as a draw.
 

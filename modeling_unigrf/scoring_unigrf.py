@@ -29,16 +29,18 @@ class UniGRFItemEncoder(nn.Module):
     The representation of an item: its projected content embedding plus a learned row of the embedding table.
 
     RecoChain's item token (section 1) also has a multimodal and a learned part. Items share codes, but no
-    representations.
+    representations. They have `config.representation_size` numbers; `widen` maps them to the backbone's width.
     """
 
     def __init__(self, config: UniGRFConfig):
         super().__init__()
-        width = config.hidden_size
+        width = config.representation_size
         dim = config.content_embedding_dim
         num_rows = config.embedding_table_size
+        is_narrow = width != config.hidden_size and config.has_item_representations
         self.proj = nn.Linear(dim, width) if dim and config.project_content_embeddings else None
         self.table = nn.Embedding(num_rows, width) if num_rows else None
+        self.to_hidden = nn.Linear(width, config.hidden_size, bias=False) if is_narrow else None
         # An adapter's wrapper of the table has no such number.
         self.num_rows = num_rows
 
@@ -55,7 +57,7 @@ class UniGRFItemEncoder(nn.Module):
                 have none.
 
         Returns:
-            `torch.FloatTensor` of shape `(..., hidden_size)`; None if there is neither part.
+            `torch.FloatTensor` of shape `(..., representation_size)`; None if there is neither part.
         """
         representations = None
         if self.proj is not None:
@@ -65,6 +67,10 @@ class UniGRFItemEncoder(nn.Module):
             return representations
         learned = self.table(items % self.num_rows)
         return learned if representations is None else representations + learned
+
+    def widen(self, representations: torch.Tensor) -> torch.Tensor:
+        """Map representations `[..., representation_size]` to the backbone's width, `[..., hidden_size]`."""
+        return representations if self.to_hidden is None else self.to_hidden(representations)
 
     def add_rows(self, count: int) -> None:
         """Append rows for new items to the embedding table, each the mean of the other rows."""
@@ -125,19 +131,21 @@ class UniGRFRankingHead(nn.Module):
     def __init__(self, config: UniGRFConfig):
         super().__init__()
         width = config.hidden_size
+        size = config.representation_size
         num_targets = len(config.ranking_targets)
         self.dense = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.ranking_dropout)
         self.out_proj = nn.Linear(width, num_targets)
         has_representations = config.has_item_representations
-        self.query = nn.Linear(width, num_targets * width) if has_representations else None
+        self.query = nn.Linear(width, num_targets * size) if has_representations else None
+        self.to_hidden = nn.Linear(size, width, bias=False) if has_representations and size != width else None
         self.next_index = config.ranking_targets.index(NEXT_TARGET) if NEXT_TARGET in config.ranking_targets else None
-        self.history_query = nn.Linear(width, width) if config.has_dense_scores else None
+        self.history_query = nn.Linear(width, size) if config.has_dense_scores else None
         self.stops_dense_gradient = config.training_config.stop_gradient_dense_score
         self.adds_dense_score = config.rank_by_dense_score and config.has_dense_scores
 
     def dense_scores(self, history_states: torch.Tensor, representations: torch.Tensor) -> torch.Tensor:
-        """Compute scores `[...]` of states at the history's end and representations, both `[..., hidden_size]`."""
+        """Compute scores `[...]` of states `[..., hidden_size]` at the history's end and of representations."""
         return (self.history_query(history_states) * representations).sum(dim=-1)
 
     def forward(
@@ -150,8 +158,8 @@ class UniGRFRankingHead(nn.Module):
             hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): States at the last codes of the items.
             history_states (`torch.FloatTensor` that broadcasts to this shape): States at the end of the history before
                 each item.
-            representations (`torch.FloatTensor` of shape `(..., hidden_size)`, *optional*): Representations of the
-                items. None: the items have none.
+            representations (`torch.FloatTensor` of shape `(..., representation_size)`, *optional*): Representations of
+                the items. None: the items have none.
 
         Returns:
             `torch.FloatTensor` of shape `(..., num_ranking_targets)`: logits.
@@ -159,9 +167,11 @@ class UniGRFRankingHead(nn.Module):
         if self.query is None:
             return self.out_proj(self.dropout(nn.functional.silu(self.dense(hidden_states))))
         # Add a dot product, which a perceptron is slow to learn.
-        queries = self.query(hidden_states).unflatten(-1, (-1, hidden_states.shape[-1]))
-        match = (queries * representations[..., None, :]).sum(dim=-1) * hidden_states.shape[-1] ** -0.5
-        mixed = nn.functional.silu(self.dense(hidden_states + representations))
+        size = representations.shape[-1]
+        queries = self.query(hidden_states).unflatten(-1, (-1, size))
+        match = (queries * representations[..., None, :]).sum(dim=-1) * size**-0.5
+        added = representations if self.to_hidden is None else self.to_hidden(representations)
+        mixed = nn.functional.silu(self.dense(hidden_states + added))
         logits = self.out_proj(self.dropout(mixed)) + match
         if not self.adds_dense_score:
             return logits
@@ -280,7 +290,7 @@ class ItemScorer:
 
     def representations(self, items: torch.LongTensor) -> torch.Tensor | None:
         """
-        Make the representations `[..., hidden_size]` of items `[...]`; None if the model has none.
+        Make the representations `[..., representation_size]` of items `[...]`; None if the model has none.
 
         An item that training did not know has the learned row of its stand-in.
         """
@@ -313,7 +323,7 @@ class ItemScorer:
             return None
         places, codes = self.layout.behavior_items(input_ids)
         items = self.catalog.trie.lookup(codes)
-        representations = self.representations(items.clamp(min=0)) * (items >= 0)[:, None]
+        representations = self.item_encoder.widen(self.representations(items.clamp(min=0))) * (items >= 0)[:, None]
         added = representations.new_zeros(*input_ids.shape, self.config.hidden_size)
         return added.index_put(tuple(places.unbind(dim=1)), representations)
 

@@ -30,6 +30,7 @@ def packed_rows(
     seed: int,
     stride: int | None = None,
     *,
+    item_dropout: float = 0.0,
     with_times: bool = False,
 ) -> Dataset:
     """
@@ -45,26 +46,31 @@ def packed_rows(
         crops_per_epoch: Number of crops of each history.
         seed: Seed that mixes the windows of all users before they are packed.
         stride: Items between two overlapping windows. None, the default: `crops_per_epoch` cuts the histories.
+        item_dropout: Share of the items that each window leaves out, other ones in every crop.
         with_times: Whether rows have timestamps.
 
     Returns:
         `Dataset` with the columns of `encode_row`.
     """
+    generator = np.random.default_rng(seed)
     windows = [
-        (user, start, end)
+        (user, np.arange(start, end))
         for user, items in enumerate(histories["items"])
         for start, end in cut_windows(len(items), max_items + 1, crops_per_epoch, stride)
     ]
     # Shuffle first, so that a row holds windows of several users.
-    windows = [windows[index] for index in np.random.default_rng(seed).permutation(len(windows))]
-    rows = pack(np.array([end - start for _, start, end in windows]), max_items + 1)
-    columns = [histories[name][:] for name in columns_read(histories, with_times)]
+    windows = [windows[index] for index in generator.permutation(len(windows))]
+    if item_dropout:
+        kept = [(user, places[generator.random(len(places)) >= item_dropout]) for user, places in windows]
+        windows = [(user, places) for user, places in kept if len(places)]
+    rows = pack(np.array([len(places) for _, places in windows]), max_items + 1)
+    columns = [[np.asarray(values) for values in histories[name]] for name in columns_read(histories, with_times)]
 
     def encode_rows(batch):
         encoded = [
             [
-                encode_row(tokenizer, *(column[user][start:end] for column in columns))
-                for user, start, end in (windows[index] for index in row)
+                encode_row(tokenizer, *(column[user][places] for column in columns))
+                for user, places in (windows[index] for index in row)
             ]
             for row in batch["windows"]
         ]

@@ -20,6 +20,7 @@ ARCHITECTURE = (
     "ranking_targets",
     "project_content_embeddings",
     "embedding_table_size",
+    "representation_size",
     "history_item_representations",
     "rank_by_dense_score",
     "ranking_dropout",
@@ -181,6 +182,10 @@ class DataArguments:
     max_items: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
     crops_per_epoch: int = field(
         default=1, metadata={"help": "Crops of each history in an epoch, each cut at other places."}
+    )
+    item_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of the items that each crop of a history leaves out, other ones in every crop."},
     )
     stride: int | None = field(
         default=None,

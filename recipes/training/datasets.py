@@ -35,7 +35,15 @@ def build_datasets(
             train, tokenizer, *crop_options, max_long_items, data_args.stride, excludes_history, with_times=with_times
         )
     else:
-        train_rows = packed_rows(train, tokenizer, *crop_options, seed, data_args.stride, with_times=with_times)
+        train_rows = packed_rows(
+            train,
+            tokenizer,
+            *crop_options,
+            seed,
+            data_args.stride,
+            item_dropout=data_args.item_dropout,
+            with_times=with_times,
+        )
     if model_args.caches_candidates:
         train_rows = train_rows.add_column("row", range(len(train_rows)))
     validation_rows = held_out_rows(

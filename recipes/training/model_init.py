@@ -14,6 +14,7 @@ FIXED_PARTS = (
     "ranking_targets",
     "project_content_embeddings",
     "embedding_table_size",
+    "representation_size",
     "history_item_representations",
     "tie_word_embeddings",
 )
