@@ -218,28 +218,32 @@ def sampled_softmax_loss(
     states: torch.Tensor,
     items: torch.LongTensor,
     representations: Callable[[torch.LongTensor], torch.Tensor],
-    num_items: int,
+    known_items: torch.LongTensor,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """
     Compute the sampled-softmax loss: the mean cross-entropy of the true items by dot product.
 
-    The alternatives are all items or, in a catalog of more than 20,000 items, a uniform sample that all positions
-    share. Each item of a sample stands for several items, whose log number is added to its logit (Jean et al. 2015,
-    section 3). The true item does not count as a draw.
+    The alternatives are the items that training knows or, where these are more than 20,000, a uniform sample that all
+    positions share. Each item of a sample stands for several items, whose log number is added to its logit (Jean et
+    al. 2015, section 3). The true item does not count as a draw. An item that nobody took is no alternative: training
+    would only learn that nobody takes what is new.
 
     Args:
         states (`torch.FloatTensor` of shape `(n, d)`): Queries at n positions.
         items (`torch.LongTensor` of shape `(n,)`): The true items.
         representations (`Callable`): Function of item indices `[m]`: their item representations `[m, d]`.
-        num_items (`int`): Items of the catalog.
+        known_items (`torch.LongTensor` of shape `(k,)`): The items that training knows, in order.
         generator (`torch.Generator`, *optional*): Draws the sample. None: the global generator.
     """
-    if num_items <= MAX_SOFTMAX_ITEMS:
-        total = softmax_over_items(states, representations(torch.arange(num_items, device=states.device)), items)
+    if len(known_items) <= MAX_SOFTMAX_ITEMS:
+        # An evaluation may have other targets.
+        alternatives = torch.cat([known_items, items]).unique()
+        total = softmax_over_items(states, representations(alternatives), torch.searchsorted(alternatives, items))
     else:
-        sample = torch.randint(num_items, (MAX_SOFTMAX_ITEMS,), device=states.device, generator=generator)
-        logits = (states @ representations(sample).T).float() + math.log(num_items / MAX_SOFTMAX_ITEMS)
+        draws = torch.randint(len(known_items), (MAX_SOFTMAX_ITEMS,), device=states.device, generator=generator)
+        sample = known_items[draws]
+        logits = (states @ representations(sample).T).float() + math.log(len(known_items) / MAX_SOFTMAX_ITEMS)
         logits = logits.masked_fill(sample == items[:, None], -torch.inf)
         true_logits = (states * representations(items)).sum(dim=1, keepdim=True).float()
         total = -torch.cat([true_logits, logits], dim=1).log_softmax(dim=1)[:, 0].sum()

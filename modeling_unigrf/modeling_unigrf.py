@@ -60,7 +60,7 @@ class UniGRFCausalLMOutput(CausalLMOutputWithPast):
         generation_loss (`torch.FloatTensor` of shape `()`): Mean cross-entropy of a code among its level's codes.
         ranking_loss (`torch.FloatTensor` of shape `()`): Mean over ranking targets of the binary cross-entropy.
         dense_loss (`torch.FloatTensor` of shape `()`): Sampled-softmax loss of the next item among all items (or
-            8,192 of them).
+            20,000 of them).
         contrastive_loss (`torch.FloatTensor` of shape `()`): Contrastive sequence loss of each row's last item among
             itself and the row's hard negatives.
         gradient_norms (`torch.FloatTensor` of shape `(2,)`): Gradient norms of generation and ranking loss at the

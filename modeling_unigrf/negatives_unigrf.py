@@ -196,6 +196,7 @@ def last_items(supervised: SupervisedItems, batch_size: int) -> LastItems:
 def pack_negatives(
     layout: ItemLayout,
     item_codes: torch.Tensor,
+    known_items: torch.LongTensor,
     supervised: SupervisedItems,
     position_ids: torch.LongTensor,
     visible: torch.BoolTensor,
@@ -206,12 +207,13 @@ def pack_negatives(
     """
     Draw random negatives and pack them, with the hard negatives, behind the histories.
 
-    A row has `negatives_per_item` uniform items for each of its supervised items. Hard negatives of semantic IDs are
-    packed; those of atomic ids are in the generation loss.
+    A row has `negatives_per_item` of the known items, drawn uniformly, for each of its supervised items. Hard
+    negatives of semantic IDs are packed; those of atomic ids are in the generation loss.
 
     Args:
         layout (`ItemLayout`): The order of the tokens.
         item_codes (`torch.IntTensor` of shape `(num_items, L)`): Codes of all items.
+        known_items (`torch.LongTensor` of shape `(k,)`): The items that training knows.
         supervised (`SupervisedItems`): The supervised items.
         position_ids (`torch.LongTensor` of shape `(batch_size, T)`): Positions of the histories' tokens.
         visible (`torch.BoolTensor` of shape `(batch_size, T, T)`): Mask of the histories, from `history_mask`.
@@ -231,7 +233,7 @@ def pack_negatives(
     # Rows without a supervised item draw, too: `is_random` leaves them out.
     weights = torch.where(has_next.any(dim=1, keepdim=True), has_next, True).float()
     ends = torch.multinomial(weights, max(1, count), replacement=True, generator=generator)[:, :count]
-    items = torch.randint(len(item_codes), (batch_size, count), device=device, generator=generator)
+    items = known_items[torch.randint(len(known_items), (batch_size, count), device=device, generator=generator)]
     target = next_item.gather(1, ends)
     is_random = (target >= 0) & (target != items) & (torch.arange(count, device=device) < wanted[:, None])
     is_random &= ~(items[:, :, None] == item_sets.excluded_positives[:, None]).any(dim=2)

@@ -40,8 +40,9 @@ def sampling_bias(num_items: int, negatives_per_item: float) -> float:
     """
     Compute the sampling bias: the log-odds that random negatives add to the `"next"` logit.
 
-    The bias says how much rarer the next item is among all items than among its negatives. It is 0 without negatives.
-    (Prior correction for case-control sampling: King and Zeng 2001, section 4.1.)
+    The bias says how much rarer the next item is among the `num_items` items that training knows than among its
+    negatives. It is 0 without negatives. (Prior correction for case-control sampling: King and Zeng 2001, section
+    4.1.)
     """
     return math.log(max(1, num_items - 1) / negatives_per_item) if negatives_per_item else 0.0
 
@@ -163,10 +164,8 @@ class Objective:
             mask = layout.history_mask(sequence_ids, loss_inputs.attention_mask)
             if packs_negatives:
                 generator = self.generator(sequence_ids.device)
-                codes = self.scorer.catalog.item_codes
-                negatives = pack_negatives(
-                    layout, codes, loss_inputs.items, position_ids, mask, per_item, sets, generator
-                )
+                parts = (layout, self.scorer.catalog.item_codes, self.scorer.known_items(), loss_inputs.items)
+                negatives = pack_negatives(*parts, position_ids, mask, per_item, sets, generator)
                 loss_inputs.negatives = negatives
                 position_ids = torch.cat([position_ids, negatives.position_ids], dim=1)
                 mask = nn.functional.pad(mask, (0, negatives.tokens.shape[1]))
@@ -258,7 +257,8 @@ class Objective:
         if num_items_in_batch is not None:
             loss = loss * (targets != -100).sum() / num_items_in_batch
         if self.is_training and "ranking_loss" in losses:
-            config.next_logit_bias = sampling_bias(config.num_items, loss_inputs.negatives_per_item)
+            num_known = len(self.scorer.known_items())
+            config.next_logit_bias = sampling_bias(num_known, loss_inputs.negatives_per_item)
         norms = {}
         if self.is_training and self.measures_gradients:
             norms["gradient_norms"] = self._gradient_norms(losses, hidden_states)
@@ -294,9 +294,9 @@ class Objective:
         """Compute the sampled-softmax loss of the items that retrieval learns."""
         states = hidden_states[positives.rows, positives.history_ends]
         queries = self.scorer.ranking_head.history_query(states)
-        num_items = len(self.scorer.catalog.item_codes)
         generator = self.generator(states.device)
-        return sampled_softmax_loss(queries, positives.items, self.scorer.representations, num_items, generator)
+        representations = self.scorer.representations
+        return sampled_softmax_loss(queries, positives.items, representations, self.scorer.known_items(), generator)
 
     def _ranking_loss(self, hidden_states: torch.Tensor, loss_inputs: LossInputs) -> torch.Tensor:
         """Compute the ranking loss of all supervised items and of the random negatives behind them."""

@@ -301,6 +301,11 @@ class ItemScorer:
         """Return whether each item has a stand-in, since training did not know it; for a model with transitions."""
         return self.transitions.stand_ins[items] != items
 
+    def known_items(self) -> torch.LongTensor:
+        """Return the items that training knows, in order: those without a stand-in, or all of them."""
+        items = torch.arange(self.catalog.num_items, device=self.catalog.item_codes.device)
+        return items if self.transitions is None else items[self.transitions.stand_ins == items]
+
     def transition_scores(self, histories: torch.LongTensor, settings: TransitionSettings) -> torch.FloatTensor:
         """Compute the transition scores `[B, num_items]` after last items `[B, H]`, last first (-1: none)."""
         embeddings = None
