@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Recommendation: candidates of a search, ranked on the search's cache, with fused scores (RecoChain, inference)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -18,6 +19,9 @@ from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
 from .transitions_unigrf import TransitionSettings, last_items
 from .trie_unigrf import CatalogTrie, ItemFilter
+
+# The scores of the fused score: each has a `_weight` in `ServingOptions` and `_scores` in `UniGRFRecommendation`.
+FUSED_SCORES = ("generation", "ranking", "dense", "transition")
 
 
 @dataclass
@@ -361,26 +365,21 @@ def further_candidates(
     return torch.cat(parts, dim=1)
 
 
-def fused_scores(
-    columns: dict[str, torch.FloatTensor],
-    ranking_weight: float,
-    dense_weight: float,
-    transition_weight: float = 0.0,
-    generation_weight: float = 1.0,
-) -> torch.FloatTensor:
+def fused_scores(columns: Mapping[str, torch.FloatTensor], weights: Mapping[str, float]) -> torch.FloatTensor:
     """
     Compute the fused scores: the sum of the scores times their weights, zeros if all weights are 0.
 
     A weight of 0 leaves out its scores, even infinite ones.
+
+    Args:
+        columns (`Mapping`): `generation_scores` and others of `UniGRFRecommendation`, each `[...]`.
+        weights (`Mapping`): `generation_weight` and other weights of `ServingOptions`. A missing weight is 0.
     """
-    weights = {
-        "generation_scores": generation_weight,
-        "ranking_scores": ranking_weight,
-        "dense_scores": dense_weight,
-        "transition_scores": transition_weight,
-    }
-    zeros = torch.zeros_like(columns["generation_scores"])
-    return sum((weight * columns[name] for name, weight in weights.items() if weight), zeros)
+    total = torch.zeros_like(columns["generation_scores"])
+    for name in FUSED_SCORES:
+        if weight := weights.get(f"{name}_weight", 0.0):
+            total = total + weight * columns[f"{name}_scores"]
+    return total
 
 
 def fuse(
@@ -405,8 +404,7 @@ def fuse(
         columns["transition_scores"] = transition_scores.gather(1, candidates.items)
 
     # Their fusion.
-    weights = (options.ranking_weight, options.dense_weight, options.transition_weight, options.generation_weight)
-    scores = fused_scores(columns, *weights)
+    scores = fused_scores(columns, vars(options))
     is_item = candidates.log_probs > -torch.inf
     columns = {
         name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()

@@ -6,8 +6,9 @@ The protocol is leave-one-out over the whole catalog. The lists leave out the it
 `--exclude_history False` says otherwise, for data with repeated items. The query time of a model that reads times is
 the time of the target, which a service knows as the time of the request.
 
-Validation chooses the number of beams and the fusion weights, by the NDCG@10 of the ranked list. Test measures the
-choice. A model without a ranking loss is measured without ranking.
+Validation chooses the number of beams and the fusion weights, by the NDCG@10 of the ranked list: a search from the
+strongest score alone (`recipes.evaluation.fusion`). Test measures the choice. A model without a ranking loss is
+measured without ranking.
 
 The output folder receives `metrics.json` and `ranks.json`, the rank of every test target. The checkpoint's
 generation_config.json receives the chosen options and the arguments in `STORED_OPTIONS`. Then `recommend`, the
@@ -16,7 +17,6 @@ pipeline and recipes.recommend serve what was measured.
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
 from recipes.data.prepared import check_same_items, load_prepared, prepared
 from recipes.evaluation.baselines import Transitions, baseline_results
+from recipes.evaluation.fusion import WEIGHTS, choose_weights
 from recipes.evaluation.inference import (
     Measurement,
     candidates,
@@ -66,18 +67,14 @@ class EvaluateArguments:
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     output_dir: str = field(metadata={"help": "Folder that receives metrics.json and ranks.json."})
     num_beams: list[int] = field(
-        default_factory=lambda: [20, 50, 100], metadata={"help": "Numbers of beams that validation chooses from."}
+        default_factory=lambda: [50], metadata={"help": "Numbers of beams that validation chooses from."}
     )
-    generation_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 1.0],
-        metadata={
-            "help": "Weights of the generation score that validation chooses from; only 1 for a model without "
-            "transitions."
-        },
+    generation_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights of the generation score that validation chooses from. None: any weight."},
     )
-    ranking_weights: list[float] = field(
-        default_factory=lambda: [0.1, 0.25, 0.5, 1.0, 2.0],
-        metadata={"help": "Weights of the ranking score that validation chooses from."},
+    ranking_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the ranking score that validation chooses from. None: any weight."}
     )
     ranking_target: str | None = field(
         default=None, metadata={"help": "Ranking target that orders the lists. None: the checkpoint's."}
@@ -99,21 +96,17 @@ class EvaluateArguments:
             "help": "Most recent items that sub-histories are retrieved from. None: the checkpoint's number, or all."
         },
     )
-    dense_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.5, 1.0, 2.0],
-        metadata={
-            "help": "Weights of the dense-retrieval score that validation chooses from, for a model with that score."
-        },
+    dense_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights of the dense-retrieval score that validation chooses from. None: any weight."},
     )
     num_dense_candidates: int = field(
         default=0,
         metadata={"help": "Items of the best dense-retrieval score that are added to the beams. 0: beams alone."},
     )
-    transition_weights: list[float] = field(
-        default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0, 8.0],
-        metadata={
-            "help": "Weights of the transition score that validation chooses from, for a model with transitions."
-        },
+    transition_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weights of the transition score that validation chooses from. None: any weight."},
     )
     num_transition_candidates: int | None = field(
         default=None,
@@ -126,13 +119,19 @@ class EvaluateArguments:
         default=0,
         metadata={"help": "Beams that are ranked: the best by generation and dense-retrieval scores. 0: all beams."},
     )
+    validation_users: int = field(
+        default=4000, metadata={"help": "Users of validation that choose, drawn at random: more take longer."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Users of a batch."})
     exclude_history: bool = field(
         default=True, metadata={"help": "Leave the items of a user's history out of the user's list."}
     )
     baselines: bool = field(
         default=True,
-        metadata={"help": "Measure popularity and a tuned item-kNN, too. Item-kNN takes hours for 300,000 items."},
+        metadata={
+            "help": "Measure popularity, item-kNN, text and transitions alone, too, each tuned. Item-kNN takes hours "
+            "for 300,000 items."
+        },
     )
 
 
@@ -205,15 +204,8 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
 
     # Validation chooses
-    grid = {
-        "num_beams": args.num_beams,
-        "generation_weight": [1.0] if settings is None else args.generation_weights,
-        "ranking_weight": [0.0, *args.ranking_weights],
-        "dense_weight": args.dense_weights if model.config.has_dense_scores else [0.0],
-        "transition_weight": [0.0] if settings is None else args.transition_weights,
-    }
-    trials = try_settings(args, model, tokenizer, dataset["validation"], measurement, grid)
-    chosen = choose(trials, grid, is_ranker)
+    trials = try_settings(args, model, tokenizer, dataset["validation"], measurement)
+    chosen = {name: trials[-1][name] for name in ("num_beams", *WEIGHTS)}
 
     # Test measures the choice
     results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen)
@@ -338,13 +330,11 @@ def with_defaults(args: EvaluateArguments, model: UniGRFForCausalLM) -> Evaluate
     """
     config = model.config
     options = model.serving_options()
-    is_ranker = config.training_config.ranking_loss_weight > 0
     args = replace(
         args,
         max_items=args.max_items or options.max_items or config.max_history_items,
         max_long_items=args.max_long_items or options.max_long_items,
         ranking_target=args.ranking_target or options.ranking_target,
-        ranking_weights=[weight for weight in args.ranking_weights if weight] if is_ranker else [],
     )
     if args.num_transition_candidates is None:
         count = 0 if args.rerank_top_k or not config.num_transitions else min(50, config.num_items)
@@ -354,8 +344,6 @@ def with_defaults(args: EvaluateArguments, model: UniGRFForCausalLM) -> Evaluate
             f"`max_items` must be at most the {config.max_history_items} items that the backbone has positions for, "
             f"got {args.max_items}. Take fewer items."
         )
-    if is_ranker and not args.ranking_weights:
-        raise ValueError("`ranking_weights` must have a weight above 0, got none. Add some, such as 0.5 1 2.")
     return args
 
 
@@ -363,50 +351,35 @@ def try_settings(
     args: EvaluateArguments,
     model: UniGRFForCausalLM,
     tokenizer: SemanticIdTokenizer,
-    split: Dataset,
+    validation: Dataset,
     measurement: Measurement,
-    grid: dict[str, list],
 ) -> list[dict]:
-    """Measure every number of beams with all combinations of fusion weights on validation."""
+    """Search for the best fusion weights of every number of beams on validation; the best setting is last."""
+    users = np.sort(np.random.default_rng(0).permutation(len(validation))[: args.validation_users])
+    split = validation.select(users)
     targets = torch.tensor(split["target"][:]).long()
+    choices = weight_choices(args, model)
     trials = []
     for num_beams in args.num_beams:
         scored = candidates(model, tokenizer, split, num_beams, measurement)
-        for values in product(*list(grid.values())[1:]):
-            setting = dict(zip(grid, (num_beams, *values), strict=True))
-            # Something has to order the list.
-            if not any(values):
-                continue
-            lists = chosen_lists(args, scored, setting)
-            trials.append({**setting, **mean_values(target_ranks(lists, targets))})
-    return trials
+
+        def measure(weights: dict[str, float], scored: dict = scored) -> dict[str, float]:
+            return mean_values(
+                target_ranks(fused_lists(scored, weights, args.list_length, args.rerank_top_k), targets)
+            )
+
+        trials += [{"num_beams": num_beams, **row} for row in choose_weights(measure, choices)]
+    return sorted(trials, key=lambda trial: trial["ndcg@10"])
 
 
-def chosen_lists(args: EvaluateArguments, scored: dict[str, torch.Tensor], setting: dict) -> list[list[int]]:
-    """List the candidates by the fused score with the weights of a setting."""
-    return fused_lists(
-        scored,
-        setting["ranking_weight"],
-        args.list_length,
-        setting["dense_weight"],
-        args.rerank_top_k,
-        setting["transition_weight"],
-        setting["generation_weight"],
-    )
-
-
-def choose(trials: list[dict], grid: dict[str, list], is_ranker: bool) -> dict:
-    """
-    Choose the setting of the best NDCG@10; a ranker's setting must rank.
-
-    Print a hint if a chosen value is the largest value tried.
-    """
-    eligible = [trial for trial in trials if trial["ranking_weight"] or not is_ranker]
-    best = max(eligible, key=lambda trial: trial["ndcg@10"])
-    for name, choices in grid.items():
-        if len(choices) > 1 and best[name] == max(choices):
-            print(f"validation chose {name}={best[name]}, the largest value tried: a larger value may be better")
-    return {name: best[name] for name in grid}
+def weight_choices(args: EvaluateArguments, model: UniGRFForCausalLM) -> dict[str, list[float] | None]:
+    """Return the values that each weight of the fused score may have; None: any value."""
+    return {
+        "generation_weight": args.generation_weights,
+        "ranking_weight": args.ranking_weights if model.config.training_config.ranking_loss_weight else [0.0],
+        "dense_weight": args.dense_weights if model.config.has_dense_scores else [0.0],
+        "transition_weight": args.transition_weights if model.transitions is not None else [0.0],
+    }
 
 
 def measure_test(
@@ -425,8 +398,8 @@ def measure_test(
     if measurement != measurement.beams_alone:
         beams = candidates(model, tokenizer, split, chosen["num_beams"], measurement.beams_alone)
     ranks = {
-        "generation": target_ranks(fused_lists(beams, 0.0, args.list_length), targets),
-        "ranked": target_ranks(chosen_lists(args, scored, chosen), targets),
+        "generation": target_ranks(fused_lists(beams, {"generation_weight": 1.0}, args.list_length), targets),
+        "ranked": target_ranks(fused_lists(scored, chosen, args.list_length, args.rerank_top_k), targets),
     }
     return {
         **{name: mean_values(values) for name, values in ranks.items()},

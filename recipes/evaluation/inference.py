@@ -152,36 +152,28 @@ def candidates(
 
 
 def fused_lists(
-    scored: dict[str, torch.Tensor],
-    weight: float,
-    length: int,
-    dense_weight: float = 0.0,
-    num_ranked: int = 0,
-    transition_weight: float = 0.0,
-    generation_weight: float = 1.0,
+    scored: dict[str, torch.Tensor], weights: dict[str, float], length: int, num_ranked: int = 0
 ) -> list[list[int]]:
     """
     List the items of every user by the fused score, best first, padded with -1.
 
-    `recommend` gives the same lists, with a new search for each pair of weights. A test compares the two.
+    `recommend` gives the same lists, with a new search for each choice of weights. A test compares the two.
 
     Args:
         scored: Result of `candidates`.
-        weight: Weight of the ranking score. 0: leave it out.
+        weights: The weights of `fused_scores`.
         length: Items of a list.
-        dense_weight: Weight of the dense-retrieval score. 0: leave it out.
-        transition_weight: Weight of the transition score. 0: leave it out.
-        generation_weight: Weight of the generation score. 0: leave it out.
-        num_ranked: Candidates that are ranked and listed, the best by the other scores (`rerank_top_k`). 0: all. Both
-            weights 0: generation alone lists all candidates.
+        num_ranked: Candidates that are ranked and listed, the best by log P and the dense-retrieval score
+            (`rerank_top_k`). 0, or generation alone: all.
     """
     # The fused scores.
-    scores = fused_scores(scored, weight, dense_weight, transition_weight, generation_weight)
+    scores = fused_scores(scored, weights)
     absent = scored["generation_scores"] == -torch.inf
 
     # The candidates that are ranked: the best by the other scores.
-    if num_ranked and (weight or dense_weight):
-        unranked_scores = fused_scores(scored, 0.0, dense_weight).masked_fill(absent, -torch.inf)
+    if num_ranked and (weights.get("ranking_weight") or weights.get("dense_weight")):
+        first_weights = {"generation_weight": 1.0, "dense_weight": weights.get("dense_weight", 0.0)}
+        unranked_scores = fused_scores(scored, first_weights).masked_fill(absent, -torch.inf)
         best = unranked_scores.topk(min(num_ranked, scores.shape[1]), dim=1).indices
         absent = absent | torch.ones_like(absent).scatter_(1, best, False)
 

@@ -104,7 +104,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
         patched.setattr(evaluate_recipe, "candidates", scores)
         patched.setattr(evaluate_recipe, "invalid_items", lambda *args: {"checked": 0, "invalid": 0})
         selecting = EvaluateArguments(
-            str(checkpoint), str(prepared), str(tmp_path), [5], [0.5, 1.0], dense_weights=[0.0]
+            str(checkpoint), str(prepared), str(tmp_path), [5], ranking_weights=[0.5, 1.0], dense_weights=[0.0]
         )
         selecting = replace(
             selecting, baselines=False, transition_weights=[1.0], generation_weights=[1.0], num_transition_candidates=0
@@ -201,7 +201,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     )
     config = (checkpoint / "config.json").read_text()
     metrics = evaluate_checkpoint(measured)
-    assert len(metrics["validation"]) == 4 and metrics["selection"]["dense_weight"] in (0.0, 0.5)
+    assert len(metrics["validation"]) == 2 and metrics["selection"]["dense_weight"] in (0.0, 0.5)
     generation_config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).generation_config
     assert (generation_config.dense_weight, generation_config.num_dense_candidates) == (
         metrics["selection"]["dense_weight"],
@@ -231,7 +231,9 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     measured = replace(measured, num_dense_candidates=0)
     how = Measurement(max_items=4, max_long_items=12)
     candidates = measure.candidates(model, tokenizer, dataset["test"], 5, how)
-    lists = measure.fused_lists(candidates, 1.0, 3, 0.5, num_ranked=3)
+    lists = measure.fused_lists(
+        candidates, {"generation_weight": 1.0, "ranking_weight": 1.0, "dense_weight": 0.5}, 3, num_ranked=3
+    )
     for rows, users, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
@@ -262,7 +264,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     with pytest.raises(ValueError, match=r"a checkpoint with {'history_item_representations': False}, got"):
         start_from_first(tokenizer, history_item_representations=False)
     assert len(dataset["test"]) == metrics["protocol"]["users"]
-    served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.0, 0.5], num_beams=[5])
+    served = replace(measured, exclude_history=False, ranking_target="like", ranking_weights=[0.5], num_beams=[5])
     selection = evaluate_checkpoint(served)["selection"]
     generation_config = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True).generation_config
     settings = {
@@ -275,8 +277,8 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     assert {name: getattr(generation_config, name) for name in settings} == settings
     assert {name: selection[name] for name in settings} == settings
     assert (checkpoint / "config.json").read_text() == config, "an evaluation leaves the config as it was"
-    with pytest.raises(ValueError, match="a weight above 0"):
-        evaluate_checkpoint(replace(measured, ranking_weights=[0.0]))
+    with pytest.raises(ValueError, match="must be above 0, got 0 for all of them"):
+        evaluate_checkpoint(replace(measured, ranking_weights=[0.0], generation_weights=[0.0], dense_weights=[0.0]))
 
 
 def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkeypatch):

@@ -374,7 +374,8 @@ def measure(
     repeats = np.array([user["target"] in user["items"] for user in splits["test"]])
 
     def metrics_at(split: str, weight: float, dense_weight: float = 0.0) -> dict[str, np.ndarray]:
-        lists = fused_lists(candidate_scores[split], weight, 10, dense_weight, num_ranked)
+        weights = {"generation_weight": 1.0, "ranking_weight": weight, "dense_weight": dense_weight}
+        lists = fused_lists(candidate_scores[split], weights, 10, num_ranked)
         return recall_and_ndcg(target_ranks(lists, targets[split]))
 
     def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
@@ -387,8 +388,8 @@ def measure(
     # Metrics of the test users by list
     lists = {"generation": (0.0, 0.0), "ranked at weight 1": (1.0, 0.0), **chosen}
     metrics = {name: metrics_at("test", *weights) for name, weights in lists.items()}
-    dense_scores = {**candidate_scores["test"], "generation_scores": candidate_scores["test"]["dense_scores"]}
-    metrics["item score alone"] = recall_and_ndcg(target_ranks(fused_lists(dense_scores, 0.0, 10), targets["test"]))
+    dense_lists = fused_lists(candidate_scores["test"], {"dense_weight": 1.0}, 10)
+    metrics["item score alone"] = recall_and_ndcg(target_ranks(dense_lists, targets["test"]))
 
     # Means over users, and the ceiling
     cells = {name: means(columns) for name, columns in metrics.items()}
