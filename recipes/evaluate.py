@@ -24,6 +24,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf.recommendation_unigrf import FUSED_SCORES
 from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
@@ -165,13 +166,19 @@ def auc_behavior(
     return like
 
 
-def interactions_of(checkpoint: str | Path, record: dict) -> str:
-    """Describe the interactions that a checkpoint was trained on: those of a prepared folder's `record`, or others."""
+def training_log(checkpoint: str | Path) -> dict:
+    """Read a checkpoint's training log; empty without one."""
     log = Path(checkpoint) / "training_log.json"
-    known = json.loads(log.read_text()).get("interactions") if log.is_file() else None
-    if known is None:
+    return json.loads(log.read_text()) if log.is_file() else {}
+
+
+def interactions_of(log: dict, record: dict) -> str:
+    """Describe the interactions of a training's `log`: those of a prepared folder's `record`, or others."""
+    if (known := log.get("interactions")) is None:
         return "not known"
-    return "these interactions" if known == record["inputs"]["interactions"] else OTHER_INTERACTIONS
+    if known != record["inputs"]["interactions"]:
+        return OTHER_INTERACTIONS
+    return "these interactions" if log.get("refit") is None else "these interactions, and those of validation"
 
 
 def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) -> dict:
@@ -189,12 +196,14 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     """
     # Inputs
     record, tokenizer, model = load_inputs(args)
-    args = with_defaults(args, model)
+    log = training_log(args.checkpoint)
+    is_refit = check_refit(log, record, args.checkpoint)
+    args = as_before_refit(args, model) if is_refit else with_defaults(args, model)
     dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
-    settings = transition_settings(args, model, dataset["validation"])
+    settings = transition_settings(args, model, dataset["validation"], is_refit)
     names = {option.name for option in fields(Measurement)} - {"transition_settings"}
     measurement = Measurement(**{name: getattr(args, name) for name in names}, transition_settings=settings)
-    protocol = protocol_of(args, record, dataset, interactions_of(args.checkpoint, record))
+    protocol = protocol_of(args, record, dataset, interactions_of(log, record))
     if protocol["trained on"] == OTHER_INTERACTIONS:
         print(
             f"{args.checkpoint} was trained on other interactions than those of {args.data_dir}, perhaps on the "
@@ -204,12 +213,17 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     like = auc_behavior(model, tokenizer, dataset["test"], args.like) if is_ranker else None
 
     # Validation chooses
-    trials = try_settings(args, model, tokenizer, dataset["validation"], measurement)
-    chosen = {name: trials[-1][name] for name in ("num_beams", *WEIGHTS)}
+    if is_refit:
+        trials = []
+        chosen = {name: getattr(model.serving_options(), name) for name in ("num_beams", *WEIGHTS)}
+    else:
+        trials = try_settings(args, model, tokenizer, dataset["validation"], measurement)
+        chosen = {name: trials[-1][name] for name in ("num_beams", *WEIGHTS)}
 
     # Test measures the choice
     results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen)
-    if baselines is None and args.baselines:
+    # The baselines know no item of validation: they are no peers of a refit.
+    if baselines is None and args.baselines and not is_refit:
         baselines = baseline_results(
             dataset,
             tokenizer.num_items,
@@ -221,12 +235,13 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     checked = invalid_items(model, tokenizer, dataset["test"], chosen["num_beams"], measurement)
     metrics = {
         "protocol": protocol,
-        "selection": selection_of(args, chosen, baselines),
+        "selection": selection_of(args, chosen, baselines, is_refit),
         "validation": trials,
         "baselines": {name: result["test"] for name, result in baselines.items()},
         "new items": new_item_recall(dataset, baselines, results["ranks"]),
         "generation": results["generation"],
         "ranked": results["ranked"],
+        "parts": results["parts"],
         "beam holds the target": results["beam holds the target"],
         "ranking": {} if like is None else like_auc(model, tokenizer, dataset["test"], like, measurement),
         "invalid_items": checked["invalid"],
@@ -240,16 +255,40 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     stored = {name: getattr(args, name) for name in STORED_OPTIONS}
     stored |= {} if settings is None else asdict(settings)
     save_serving_options(args.checkpoint, **chosen, **stored)
-    name_stronger_baselines(metrics)
+    name_stronger_lists(metrics)
     return metrics
 
 
+def check_refit(log: dict, record: dict, checkpoint: str) -> bool:
+    """Return whether a model knows the validation items of a folder; raise `ValueError` if it knows those of test."""
+    if log.get("refit") is None or log.get("interactions") != record["inputs"]["interactions"]:
+        return False
+    if log["refit"] == "test":
+        raise ValueError(
+            f"`checkpoint` must not know the test items, got {checkpoint}, which learned or counted them. Measure the "
+            "checkpoint before the refit or the refresh, or later interactions."
+        )
+    return True
+
+
+def as_before_refit(args: EvaluateArguments, model: UniGRFForCausalLM) -> EvaluateArguments:
+    """Replace all options that validation chose, or that serving stores, by those that the refit took over."""
+    options = model.serving_options()
+    return with_defaults(replace(args, **{name: getattr(options, name) for name in STORED_OPTIONS}), model)
+
+
 def transition_settings(
-    args: EvaluateArguments, model: UniGRFForCausalLM, validation: Dataset
+    args: EvaluateArguments, model: UniGRFForCausalLM, validation: Dataset, is_refit: bool = False
 ) -> TransitionSettings | None:
-    """Choose the settings of the model's transition score on validation; None for a model without transitions."""
+    """
+    Choose the settings of the model's transition score on validation, or take those that a refit took over.
+
+    The result is None for a model without transitions.
+    """
     if model.transitions is None:
         return None
+    if is_refit:
+        return model.serving_options().transition_settings
     everything = torch.arange(model.config.num_items, device=model.device)
     ranker = Transitions(model.config.num_items, model.scorer.content_embeddings(everything))
     ranker.transitions = model.transitions
@@ -272,18 +311,20 @@ def new_item_recall(dataset: DatasetDict, baselines: dict, ranks: dict) -> dict:
     return {"targets": int(is_new.sum()), **{f"recall@10 of {name}": value for name, value in hits.items()}}
 
 
-def name_stronger_baselines(metrics: dict) -> None:
-    """Say which baselines are ahead of the ranked list on test."""
+def name_stronger_lists(metrics: dict) -> None:
+    """Say which baselines, and which of the model's scores alone, are ahead of the ranked list on test."""
     ours = metrics["ranked"]["ndcg@10"]
-    for name, values in metrics["baselines"].items():
+    others = {f"baseline {name}": values for name, values in metrics["baselines"].items()}
+    others |= {f"{name} score alone": values for name, values in metrics["parts"].items()}
+    for name, values in others.items():
         if values["ndcg@10"] > ours:
-            print(f"the baseline {name} is ahead: ndcg@10 {values['ndcg@10']:.4f} against {ours:.4f} of this model")
+            print(f"the {name} is ahead: ndcg@10 {values['ndcg@10']:.4f} against {ours:.4f} of the fused list")
 
 
-def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict) -> dict:
+def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict, is_refit: bool) -> dict:
     """Describe the choice of validation, and the arguments that change the lists, for `metrics.json`."""
     return {
-        "chosen on": "validation, ranked ndcg@10",
+        "chosen on": "validation, before the refit" if is_refit else "validation, ranked ndcg@10",
         **chosen,
         **{name: getattr(args, name) for name in STORED_OPTIONS},
         **{f"settings of {name}": str(result["settings"]) for name, result in baselines.items() if result["settings"]},
@@ -390,7 +431,7 @@ def measure_test(
     measurement: Measurement,
     chosen: dict,
 ) -> dict:
-    """Measure the lists by generation_score and by score on test, with the choice of validation."""
+    """Measure the lists by generation_score, by score and by each score alone on test, as validation chose."""
     targets = torch.tensor(split["target"][:]).long()
     scored = candidates(model, tokenizer, split, chosen["num_beams"], measurement)
     beams = scored
@@ -401,8 +442,14 @@ def measure_test(
         "generation": target_ranks(fused_lists(beams, {"generation_weight": 1.0}, args.list_length), targets),
         "ranked": target_ranks(fused_lists(scored, chosen, args.list_length, args.rerank_top_k), targets),
     }
+    parts = {
+        name: target_ranks(fused_lists(scored, {f"{name}_weight": 1.0}, args.list_length), targets)
+        for name in FUSED_SCORES
+        if f"{name}_scores" in scored
+    }
     return {
         **{name: mean_values(values) for name, values in ranks.items()},
+        "parts": {name: mean_values(values) for name, values in parts.items()},
         "ranks": {name: ranks_as_json(values) for name, values in ranks.items()},
         "beam holds the target": float((beams["item_indices"] == targets[:, None]).any(dim=1).float().mean()),
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from modeling_unigrf import RecommendationPipeline
 from recipes.common.arguments import parse_arguments
+from recipes.common.files import write_json
 from recipes.data.prepared import load_prepared, prepared
 from recipes.evaluation.inference import load_checkpoint
 from recipes.training.model_init import add_new_items, check_first_items
@@ -40,7 +41,7 @@ def refresh(args: RefreshArguments) -> Path:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"`output_dir` must be new or empty, got {output_dir}. Choose another folder.")
-    prepared(args.data_dir)
+    record = prepared(args.data_dir)
     if not (Path(args.checkpoint) / "config.json").is_file():
         raise ValueError(
             f"`checkpoint` must be a local folder with a model, got {args.checkpoint!r}. Check the path, or "
@@ -61,6 +62,8 @@ def refresh(args: RefreshArguments) -> Path:
     model.transitions.clear()
     model.update_transitions(histories)
     RecommendationPipeline(model=model, tokenizer=data.tokenizer).save_pretrained(output_dir)
+    # recipes.evaluate must not measure on what was counted.
+    write_json(output_dir / "training_log.json", {"interactions": record["inputs"]["interactions"], "refit": "test"})
     print(
         f"{output_dir}: {int(model.transitions.item_counts.sum()):,} interactions instead of {before:,}, "
         f"{data.tokenizer.num_items - earlier.num_items:,} new items, {time.perf_counter() - started:.1f} seconds"

@@ -60,6 +60,25 @@ def leave_one_out(
     return DatasetDict(train=split(2, False), validation=split(2, True), test=split(1, True))
 
 
+def with_held_out(dataset: DatasetDict, refit: str) -> DatasetDict:
+    """
+    Return the splits with held-out items in training: those of `"validation"`, or of both (`"test"`).
+
+    The items of a test history are the training items and the validation item.
+    """
+    test = dataset["test"]
+    targets = [target for target in TARGETS.values() if target in test.column_names]
+    train = test
+    if refit == "test":
+        train = test.map(
+            lambda user: {name: [*user[name], user[TARGETS[name]]] for name in TARGETS if name in user},
+            features=test.features,
+            keep_in_memory=True,
+            desc="held-out items",
+        )
+    return DatasetDict({**dataset, "train": train.remove_columns(targets)})
+
+
 def columns_read(split: Dataset, with_times: bool) -> dict[str, str]:
     """
     Return the columns of a history that a model reads, each with the column of its target.

@@ -204,6 +204,18 @@ class DataArguments:
             "data_dir."
         },
     )
+    refit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out items that training reads, too, after validation has chosen: those of validation, or of "
+            "both (test), for a model that goes to production. Needs refit_from.",
+            "choices": ["validation", "test"],
+        },
+    )
+    refit_from: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint of the training that validation measured. The refit serves by its options."},
+    )
     exclude_history: bool = field(
         default=False,
         metadata={"help": "Exclude the items of a history from the beams of stage II. Needs num_train_beams."},
@@ -237,6 +249,8 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
         "candidate_refresh_epochs": [("num_train_beams", has_beams)],
         "candidate_refresh_steps": [("num_train_beams", has_beams)],
         "exclude_history": [("num_train_beams", has_beams)],
+        "refit": [("refit_from", data_args.refit_from is not None)],
+        "refit_from": [("refit", data_args.refit is not None)],
         "stop_gradient_history": [("num_train_beams or num_retrieved_items", model_args.second_stage)],
         "freeze_base_model": [("init_from", model_args.init_from is not None), ("ranking_loss_weight", has_ranking)],
         **{name: [("adaptive_weights", model_args.adaptive_weights)] for name in ADAPTIVE},

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from recipes.data.prepared import PreparedData, check_same_encoding
@@ -38,6 +39,8 @@ def build_model(model_args: ModelArguments, data_args: DataArguments, data: Prep
     serving.max_long_items = (data_args.max_long_items if model_args.num_retrieved_items else None) or None
     # Keep a weight that validation chose, but no 0 from retrieval alone.
     serving.ranking_weight = (serving.ranking_weight or 1.0) if model_args.ranking_loss_weight else 0.0
+    if data_args.refit_from is not None:
+        model.generation_config = GenerationConfig.from_pretrained(data_args.refit_from)
     check_positions(model, data_args.max_items)
     if model_args.freeze_base_model:
         model.freeze_base_model()

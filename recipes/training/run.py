@@ -13,6 +13,7 @@ from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import weights_of
 from recipes.common.run_tracking import begin, last_checkpoint, require_single_device
+from recipes.data.leave_one_out import with_held_out
 from recipes.data.prepared import load_prepared, prepared
 from recipes.training.arguments import TRAINER_DEFAULTS, DataArguments, ModelArguments, check_together
 from recipes.training.callbacks import build_callbacks
@@ -34,6 +35,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     # Data and model
     data = load_prepared(data_args.data_dir)
+    if data_args.refit is not None:
+        check_refit(data_args, training_args)
+        data.dataset = with_held_out(data.dataset, data_args.refit)
     model = build_model(model_args, data_args, data)
     with training_args.main_process_first(desc="rows"):
         train_rows, validation_rows = build_datasets(
@@ -64,6 +68,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     return run.folder
 
 
+def check_refit(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise `ValueError` for a refit that would be evaluated on what it learns, or from a missing checkpoint."""
+    if training_args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy` must be 'no' with refit, which learns the validation items, got "
+            f"{training_args.eval_strategy!r}. Leave it out."
+        )
+    if not (Path(data_args.refit_from) / "generation_config.json").is_file():
+        raise ValueError(
+            f"`refit_from` must be a checkpoint that recipes.evaluate measured, got {data_args.refit_from!r} without "
+            "generation_config.json. Train and evaluate without refit first."
+        )
+
+
 @dataclass
 class TrainingRun:
     """
@@ -73,11 +91,13 @@ class TrainingRun:
         folder (`Path`): Folder that receives the model and `training_log.json`.
         work (`str`): Hash of the arguments, the prepared data and the checkpoint to start from.
         interactions (`str`): Hash of the interactions. `recipes.evaluate` compares it with the hash of its data.
+        refit (`str`, *optional*): Held-out items that training reads.
     """
 
     folder: Path
     work: str
     interactions: str
+    refit: str | None = None
 
     @classmethod
     def begin(
@@ -100,7 +120,7 @@ class TrainingRun:
             is_first = training_args.process_index == 0
             arguments = begin(Path(training_args.output_dir), arguments, folder / "training_log.json", writes=is_first)
         work = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
-        return cls(folder, work, arguments["prepared"]["inputs"]["interactions"])
+        return cls(folder, work, arguments["prepared"]["inputs"]["interactions"], data_args.refit)
 
     @property
     def log_file(self) -> Path:
@@ -114,7 +134,7 @@ class TrainingRun:
     def write_log(self, trainer: Trainer, result: TrainOutput) -> None:
         """Write the training log."""
         log = {"work": self.work, "metrics": result.metrics, "log_history": trainer.state.log_history}
-        write_json(self.log_file, {**log, "interactions": self.interactions})
+        write_json(self.log_file, {**log, "interactions": self.interactions, "refit": self.refit})
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
