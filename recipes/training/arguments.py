@@ -140,8 +140,15 @@ class MechanismArguments:
 
 @dataclass
 class ModelArguments(ArchitectureArguments, ObjectiveArguments, StageTwoArguments, MechanismArguments):
-    """Checkpoint to start from."""
+    """Checkpoint to start from, and the generation loss."""
 
+    generation_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the mean cross-entropy of the next item's codes. 0: train a ranker alone. None: the "
+            "checkpoint's value, or the number of levels in a new model, which makes it the loss of a whole item."
+        },
+    )
     init_from: str | None = field(
         default=None,
         metadata={
@@ -167,8 +174,11 @@ class ModelArguments(ArchitectureArguments, ObjectiveArguments, StageTwoArgument
         return fields | {"num_retrieved_items": self.num_retrieved_items}
 
     def objective(self) -> dict:
-        """Return the fields of `UniGRFTrainingConfig`."""
-        return {name: getattr(self, name) for name in OBJECTIVE}
+        """Return the fields of `UniGRFTrainingConfig` that have a value."""
+        fields = {name: getattr(self, name) for name in OBJECTIVE}
+        if self.generation_loss_weight is None:
+            del fields["generation_loss_weight"]
+        return fields
 
 
 @dataclass

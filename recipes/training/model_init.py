@@ -62,7 +62,7 @@ def fresh_model(model_args: ModelArguments, data: PreparedData) -> UniGRFForCaus
         **data.tokenizer.config_fields(),
         content_embedding_dim=data.embeddings.shape[1],
         **model_args.architecture(),
-        training_config=model_args.objective(),
+        training_config={"generation_loss_weight": data.tokenizer.num_levels, **model_args.objective()},
     )
     return create_model(config, torch.from_numpy(data.tokenizer.item_codes.copy()), data.embeddings)
 

@@ -205,8 +205,8 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
     for name in ("dense_loss_weight", "weight_decay"):
         shared += [] if getattr(args, name) is None else [f"--{name}={getattr(args, name)}"]
     shared += ["--ranking_targets", NEXT_TARGET] if settings["paper"] else []
-    # RecoChain counts no transitions.
-    shared += ["--num_transitions=0"]
+    # RecoChain counts no transitions. Its figures here are those of a mean over an item's codes.
+    shared += ["--num_transitions=0", "--generation_loss_weight=1"]
     return [*shared, *([] if settings["learned"] else ["--embedding_table_size=0"])]
 
 
