@@ -24,8 +24,9 @@ histories or other settings needs another folder.
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +37,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf import ServingOptions, UniGRFForCausalLM
 from recipes.common.arguments import parse_arguments
+from recipes.common.config_arguments import arguments_from_config
 from recipes.common.files import whole_file
 from recipes.common.hashing import weights_hash
 from recipes.data.encoding import HistoryEncoder
@@ -47,14 +49,7 @@ from tokenization import SemanticIdTokenizer
 # The last two only for a model with that score.
 SCORES = ("scores", "generation_scores", "ranking_scores", "dense_scores", "transition_scores")
 # Settings that are serving options of the model.
-SETTABLE_OPTIONS = (
-    "num_beams",
-    "num_return_sequences",
-    "ranking_weight",
-    "ranking_target",
-    "max_items",
-    "exclude_history",
-)
+SERVING = tuple(option.name for option in fields(ServingOptions))
 
 
 @dataclass
@@ -76,33 +71,15 @@ class RecommendArguments:
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16."})
 
 
-@dataclass
-class RecommendSettings:
-    """Settings of the lists."""
+ServingArguments: Any = arguments_from_config(
+    "ServingArguments", "Serving options.", ServingOptions, SERVING, are_optional=True
+)
 
-    num_beams: int | None = field(
-        default=None, metadata={"help": "Candidates that the beam search finds for each user. None: the checkpoint's."}
-    )
-    num_return_sequences: int | None = field(
-        default=None, metadata={"help": "Items of a list. None: ten, or fewer if fewer candidates are ranked."}
-    )
-    ranking_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the ranking score in the fused score. None: the checkpoint's."}
-    )
-    ranking_target: str | None = field(
-        default=None, metadata={"help": "Ranking target that orders the lists. None: the checkpoint's."}
-    )
-    max_items: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most recent items of a history that the model reads. None: the checkpoint's number, or all that "
-            "fit."
-        },
-    )
-    exclude_history: bool | None = field(
-        default=None,
-        metadata={"help": "Leave all items of a user's history out of the user's list. None: as the checkpoint does."},
-    )
+
+@dataclass
+class RecommendSettings(ServingArguments):
+    """Settings of the lists; those of serving are by default the checkpoint's."""
+
     unknown: str = field(
         default="error",
         metadata={"help": "Reject unknown items (error), or drop them (skip).", "choices": ["error", "skip"]},
@@ -123,9 +100,9 @@ def resolve_settings(settings: RecommendSettings, model: UniGRFForCausalLM) -> R
     for name in ("batch_size", "shard_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`{name}` must be 1 or more, got {getattr(settings, name)}. Choose another number.")
-    options = asdict(model.serving_options(**{name: getattr(settings, name) for name in SETTABLE_OPTIONS}))
+    options = asdict(model.serving_options(**{name: getattr(settings, name) for name in SERVING}))
     options["max_items"] = options["max_items"] or model.config.max_history_items or sys.maxsize
-    return replace(settings, **{name: options[name] for name in SETTABLE_OPTIONS})
+    return replace(settings, **options)
 
 
 def work_record(
@@ -139,10 +116,7 @@ def work_record(
         # These describe the file, or the weights, which are hashed below.
         for name in ("_name_or_path", "transformers_version", "dtype"):
             part.pop(name, None)
-    options = asdict(model.serving_options())
-    # The settings have the other options.
-    served = {name: value for name, value in options.items() if name not in SETTABLE_OPTIONS}
-    digest = hashlib.sha256(json.dumps([config, served], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(weights_hash(model).encode())
 
     # The settings. The batch size only changes rounding.
@@ -192,13 +166,16 @@ def recommend_rows(
 
     # Run the model.
     shape = (len(lengths), settings.num_return_sequences)
-    names = scores_of(model)
+    names = scores_of(model, settings)
     best_items = np.full(shape, -1)
     scores = {name: np.zeros(shape, np.float32) for name in names}
-    max_long_items = model.serving_options().max_long_items if model.config.num_retrieved_items else 0
+    max_long_items = settings.max_long_items if model.config.num_retrieved_items else 0
     encoder = HistoryEncoder(tokenizer, settings.max_items, max_long_items)
     columns = {name: getattr(histories, name) for name in ("items", "behaviors", "timestamps", "query_time")}
     columns = {name: column for name, column in columns.items() if column is not None}
+    # These cut and block the histories, below.
+    of_histories = {"max_items", "max_long_items", "exclude_history"}
+    options = {name: getattr(settings, name) for name in SERVING if name not in of_histories}
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
         inputs = encoder(
@@ -206,10 +183,7 @@ def recommend_rows(
         )
         best = model.recommend(
             **inputs,
-            num_beams=settings.num_beams,
-            num_return_sequences=settings.num_return_sequences,
-            ranking_weight=settings.ranking_weight,
-            ranking_target=settings.ranking_target,
+            **options,
             # Block the whole history, not only the items that the model reads.
             exclude_history=False,
             blocked_items=[histories.items[row] for row in rows] if settings.exclude_history else None,
@@ -221,11 +195,11 @@ def recommend_rows(
     return list_columns(tokenizer, best_items, scores)
 
 
-def scores_of(model: UniGRFForCausalLM) -> list[str]:
+def scores_of(model: UniGRFForCausalLM, settings: RecommendSettings) -> list[str]:
     """Return the names of the scores that the model's lists have."""
     is_missing = {
         "dense_scores": not model.config.has_dense_scores,
-        "transition_scores": not model.serving_options().reads_transitions,
+        "transition_scores": not (settings.transition_weight or settings.num_transition_candidates),
     }
     return [name for name in SCORES if not is_missing.get(name)]
 
