@@ -94,7 +94,7 @@ def main(args: DemoArguments) -> None:
 
     # Evaluation
     measuring = EvaluateArguments(
-        checkpoint=str(root / "checkpoint"), data_dir=str(root / "data"), output_dir=str(root)
+        checkpoint=str(root / "checkpoint"), data_dir=str(root / "data"), output_dir=str(root), store=True
     )
     settings = {name: value for name, value in asdict(measuring).items() if not name.endswith(("checkpoint", "_dir"))}
     provenance = made_by(f"python -m recipes.demo --seed {args.seed}") | {"training": " ".join(flags)}

@@ -10,9 +10,9 @@ Validation chooses the number of beams and the fusion weights, by the NDCG@10 of
 strongest score alone (`recipes.evaluation.fusion`). Test measures the choice. A model without a ranking loss is
 measured without ranking.
 
-The output folder receives `metrics.json` and `ranks.json`, the rank of every test target. The checkpoint's
-generation_config.json receives the chosen options and the arguments in `STORED_OPTIONS`. Then `recommend`, the
-pipeline and recipes.recommend serve what was measured.
+The output folder receives `metrics.json` and `ranks.json`, the rank of every test target. With `--store True`, the
+checkpoint's generation_config.json receives the chosen options and the arguments in `STORED_OPTIONS`. Then
+`recommend`, the pipeline and recipes.recommend serve what was measured. Without it, the checkpoint stays as it was.
 """
 
 import json
@@ -64,7 +64,7 @@ STORED_OPTIONS = (
 class EvaluateArguments:
     """Checkpoint, data, and the choices of validation."""
 
-    checkpoint: str = field(metadata={"help": "Local checkpoint of recipes.train; it receives the chosen options."})
+    checkpoint: str = field(metadata={"help": "Local checkpoint of recipes.train."})
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     output_dir: str = field(metadata={"help": "Folder that receives metrics.json and ranks.json."})
     num_beams: list[int] = field(
@@ -127,6 +127,10 @@ class EvaluateArguments:
     exclude_history: bool = field(
         default=True, metadata={"help": "Leave the items of a user's history out of the user's list."}
     )
+    store: bool = field(
+        default=False,
+        metadata={"help": "Write the choice into the checkpoint's generation_config.json: every call then serves it."},
+    )
     baselines: bool = field(
         default=True,
         metadata={
@@ -185,7 +189,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     """
     Measure a checkpoint on test, with the choice of validation.
 
-    Write `metrics.json` and `ranks.json`, and the choice into the checkpoint.
+    Write `metrics.json` and `ranks.json` and, with `store`, the choice into the checkpoint.
 
     Args:
         args (`EvaluateArguments`): The options of the recipe.
@@ -252,9 +256,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     # Files
     ranks = {name: result["ranks"] for name, result in baselines.items()} | results["ranks"]
     write_results(Path(args.output_dir), metrics, ranks)
-    stored = {name: getattr(args, name) for name in STORED_OPTIONS}
-    stored |= {} if settings is None else asdict(settings)
-    save_serving_options(args.checkpoint, **chosen, **stored)
+    if args.store:
+        stored = {name: getattr(args, name) for name in STORED_OPTIONS}
+        stored |= {} if settings is None else asdict(settings)
+        save_serving_options(args.checkpoint, **chosen, **stored)
     name_stronger_lists(metrics)
     return metrics
 
@@ -353,8 +358,7 @@ def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, Uni
         )
     if not (Path(args.checkpoint) / "config.json").is_file():
         raise ValueError(
-            f"`checkpoint` must be a local folder, which receives the chosen options, got {args.checkpoint!r}. "
-            "Download it first: `hf download`."
+            f"`checkpoint` must be a local folder, got {args.checkpoint!r}. Download it first: `hf download`."
         )
     record = prepared(args.data_dir)
     model, tokenizer = load_checkpoint(args.checkpoint)
@@ -484,3 +488,5 @@ if __name__ == "__main__":
     result = evaluate_checkpoint(arguments)
     for name, label in LISTS.items():
         print(f"{label}:", ", ".join(f"{key} {value:.4f}" for key, value in result[name].items()))
+    if not arguments.store:
+        print(f"{arguments.checkpoint} serves as before; with --store True it serves what was measured")

@@ -114,7 +114,7 @@ def measured_recommender(folder: Path, metrics: dict) -> RecommendationPipeline:
         raise ValueError(
             f"`metrics` must be the metrics of this checkpoint, got { ({name: selection[name] for name in changed}) } "
             f"in metrics.json and { ({name: served[name] for name in changed}) } in the checkpoint. Run "
-            "recipes.evaluate."
+            "recipes.evaluate with --store True."
         )
     if weights_hash(recommender.model) != metrics["weights"]:
         raise ValueError(

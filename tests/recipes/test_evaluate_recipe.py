@@ -58,6 +58,7 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
             num_beams=[5, 10],
             ranking_weights=[0.5, 1.0],
             list_length=10,
+            store=True,
         )
     )
     assert metrics["protocol"]["history"] == "the last 10 items", "the length of the training"
@@ -196,6 +197,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         generation_weights=[1.0],
         num_transition_candidates=0,
         list_length=8,
+        store=True,
         max_items=4,
         max_long_items=12,
     )
@@ -295,6 +297,7 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
             transition_weights=[0.0],
             generation_weights=[1.0],
             list_length=5,
+            store=True,
         )
     )
     assert metrics["selection"]["ranking_weight"] == 0 and metrics["ranking"] == {}

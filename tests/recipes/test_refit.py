@@ -18,7 +18,9 @@ def test_a_refit_learns_held_out_items_and_keeps_the_choice(prepared, tmp_path):
         return train.train(*train.parse(train_flags(prepared, tmp_path / name, *short)))
 
     def measured(checkpoint):
-        arguments = EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path / "metrics"), [5], list_length=5)
+        arguments = EvaluateArguments(
+            str(checkpoint), str(prepared), str(tmp_path / "metrics"), [5], list_length=5, store=True
+        )
         return evaluate_checkpoint(arguments)
 
     first = trained("first")
