@@ -19,6 +19,7 @@ from .old_names_unigrf import SERVING_FIELDS, convert_old_fields, convert_old_ov
 NEXT_TARGET = "next"
 # pad, bos, eos, unk
 NUM_SPECIAL_TOKENS = 4
+REPRESENTATION_SIZE = 64
 # Name every class: transformers would name only the class that it saves.
 AUTO_MAP = {
     "AutoConfig": "configuration_unigrf.UniGRFConfig",
@@ -176,8 +177,8 @@ class UniGRFConfig(PreTrainedConfig):
             Rows of the learned embedding table, the second part of item representations. Item i reads row
             `i % embedding_table_size`. None: one row an item, and `add_items` appends rows. 0: no table.
         representation_size (`int`, *optional*):
-            Width of the item representations. A width below the backbone's keeps a small catalog from overfitting.
-            None: the backbone's width.
+            Width of the item representations. The codes gain from a wide backbone, the items from narrow
+            representations. None: 64, or the width of a narrower backbone.
         history_item_representations (`bool`, defaults to `True`):
             Add the representation of each item of a history to the behavior behind its codes (RecoChain, section 1).
         num_transitions (`int`, defaults to 0):
@@ -259,7 +260,7 @@ class UniGRFConfig(PreTrainedConfig):
         if is_dataclass(self.training_config):
             # Copy: another config may share it.
             self.training_config = deepcopy(self.training_config)
-        convert_old_fields(self, kwargs)
+        is_old = convert_old_fields(self, kwargs)
         reject_misplaced_fields(kwargs)
         vocab_size = kwargs.pop("vocab_size", None)
         for name, value in vars(self).items():
@@ -281,7 +282,7 @@ class UniGRFConfig(PreTrainedConfig):
             self.training_config = UniGRFTrainingConfig.from_fields(self.training_config or {})
         super().__post_init__(**kwargs)
         if self.representation_size is None:
-            self.representation_size = self.hidden_size
+            self.representation_size = self.hidden_size if is_old else min(REPRESENTATION_SIZE, self.hidden_size)
         # The vocabulary is the items' tokens, not a backbone's default of 32,000.
         self.text_config.vocab_size = self.num_item_tokens if vocab_size is None else vocab_size
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -75,11 +75,14 @@ def warn_of_old_names(names: list[str], instead: str) -> None:
     logger.warning_once(f"{', '.join(names)}: names of unigrf 0.1, which 0.3 will reject. {instead}")
 
 
-def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
+def convert_old_fields(config: PreTrainedConfig, fields: dict) -> bool:
     """
     Take the fields of a 0.1 config out of `fields`, and set `config` and its `training_config` by them.
 
     Serving fields wait in `config.old_serving_fields` for the model, which has the `generation_config`.
+
+    Returns:
+        Whether there were such fields.
 
     Raises:
         ValueError: for token ids that do not follow from behaviors and codebook sizes.
@@ -87,7 +90,7 @@ def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
     known = (*MODEL_FIELDS, *TRAINING_FIELDS, *SERVING_FIELDS, *DERIVED_FIELDS, *REMOVED_FIELDS)
     old = {name: fields.pop(name) for name in known if name in fields}
     if not old:
-        return
+        return False
     warn_of_old_names(sorted(old), "Save the model again, or see CHANGELOG.md for the new names.")
     for name, new_name in MODEL_FIELDS.items():
         if name in old:
@@ -110,6 +113,7 @@ def convert_old_fields(config: PreTrainedConfig, fields: dict) -> None:
         if old.get(name, value) != value:
             logger.warning_once(f"{name}={old[name]} has no effect any more: the model always uses {value}.")
     config.old_serving_fields = {new_name: old[name] for name, new_name in SERVING_FIELDS.items() if name in old}
+    return True
 
 
 def convert_old_overrides(fields: dict) -> dict:

@@ -38,10 +38,7 @@ from tokenization import SemanticIdTokenizer
 # For 1,682 items, this uses all codes and leaves few collisions.
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 TRAINING = [
-    "--crops_per_epoch=8",
-    "--num_train_epochs=1",
-    "--learning_rate=2e-3",
-    "--warmup_steps=60",
+    "--item_dropout=0.1",
     "--per_device_train_batch_size=32",
     "--logging_steps=20",
     "--eval_strategy=steps",

@@ -297,9 +297,9 @@ def transition_settings(
     everything = torch.arange(model.config.num_items, device=model.device)
     ranker = Transitions(model.config.num_items, model.scorer.content_embeddings(everything))
     ranker.transitions = model.transitions
-    settings = ranker.choose(validation["items"][:], validation["target"][:], args.exclude_history).settings
-    warn_of_edges(settings)
-    return settings
+    ranker.choose(validation["items"][:], validation["target"][:], args.exclude_history)
+    warn_of_edges(ranker.settings)
+    return ranker.settings
 
 
 def new_item_recall(dataset: DatasetDict, baselines: dict, ranks: dict) -> dict:

@@ -1,7 +1,6 @@
 """Train generation and ranking in one model, with the stock `Trainer`, on prepared data.
 
-    python -m recipes.train --data_dir runs/demo/data --output_dir runs/demo/training --bf16 \
-        --crops_per_epoch 8 --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 32
+    python -m recipes.train --data_dir runs/demo/data --output_dir runs/demo/training --bf16
     # several processes
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.train ...
     # RecoChain's stage II, from a checkpoint of stage I
@@ -13,7 +12,9 @@ The recipe takes every argument of `transformers.TrainingArguments`. The checkpo
 the same command resumes from the last of the Trainer's checkpoints, or reuses a finished model. A run with other
 arguments or data needs another `--output_dir`.
 
-- Rows: a window of `--max_items` items and the next item. Several windows are packed into a row, to avoid padding.
+- Rows: a window of `--max_items` items and the next item, without a share of the items (`--item_dropout`). An epoch
+  cuts each history `--crops_per_epoch` times, at other places; a second epoch would repeat the same windows. Several
+  windows are packed into a row, to avoid padding.
   With `--enhancer`, a row has a single window, since its pools belong to a user. The rows stay in memory, in each
   process: some 70 bytes per interaction and crop.
 - Evaluation loss: the loss of each user's validation target, which is not trained on.

@@ -46,6 +46,10 @@ ENHANCING = ("enhancer_target", "relabel", "enhancer_options")
 TRAINER_DEFAULTS = {
     # The Trainer's 5e-5 suits large models that are fine-tuned.
     "learning_rate": 2e-3,
+    "warmup_steps": 0.05,
+    # Every crop of an epoch is another one: a second epoch would repeat them.
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.1,
     "adam_beta2": 0.98,
@@ -190,12 +194,19 @@ class DataArguments:
         default=None, metadata={"help": "Folder of the finished model. None: output_dir/checkpoint."}
     )
     max_items: int = field(default=50, metadata={"help": "Most recent items of a history that the model reads."})
-    crops_per_epoch: int = field(
-        default=1, metadata={"help": "Crops of each history in an epoch, each cut at other places."}
+    crops_per_epoch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Crops of each history in an epoch, each cut at other places. None: 12, or fewer, so that an "
+            "epoch has at most 10 million items; 1 with the enhancer and in stage II."
+        },
     )
     item_dropout: float = field(
-        default=0.0,
-        metadata={"help": "Share of the items that each crop of a history leaves out, other ones in every crop."},
+        default=0.2,
+        metadata={
+            "help": "Share of the items that each crop of a history leaves out, other ones in every crop. Rows of the "
+            "enhancer and of stage II leave out none."
+        },
     )
     stride: int | None = field(
         default=None,
@@ -255,6 +266,7 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
     """List each option that is set, an option that it needs, and whether that option is set."""
     has_beams = model_args.num_train_beams > 0
     has_ranking = model_args.ranking_loss_weight > 0
+    packs_no_rows = model_args.enhancer or model_args.second_stage
     needs = {
         "candidate_refresh_epochs": [("num_train_beams", has_beams)],
         "candidate_refresh_steps": [("num_train_beams", has_beams)],
@@ -266,6 +278,7 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
         **{name: [("adaptive_weights", model_args.adaptive_weights)] for name in ADAPTIVE},
         **{name: [("enhancer", model_args.enhancer)] for name in ENHANCING},
         "enhancer": [("ranking_loss_weight", has_ranking)],
+        "item_dropout": [("packed rows (no enhancer, no stage II)", not packs_no_rows)],
     }
     values = {**asdict(data_args), **asdict(model_args)}
     options = (*dataclass_fields(DataArguments), *dataclass_fields(ModelArguments))

@@ -6,6 +6,16 @@ from recipes.data.prepared import PreparedData
 from recipes.data.training_datasets import held_out_rows, history_rows, packed_rows, second_stage_rows
 from recipes.training.arguments import DataArguments, ModelArguments
 
+# Crops of a history in an epoch, and most items of an epoch.
+CROPS = 12
+MAX_EPOCH_ITEMS = 10_000_000
+
+
+def default_crops(train: Dataset, is_packed: bool) -> int:
+    """Return the crops of each history in an epoch: fewer for more interactions, 1 for rows that are not packed."""
+    num_items = sum(len(items) for items in train["items"])
+    return max(1, min(CROPS, MAX_EPOCH_ITEMS // max(1, num_items))) if is_packed else 1
+
 
 def build_datasets(
     model_args: ModelArguments, data_args: DataArguments, data: PreparedData, seed: int, with_times: bool
@@ -25,7 +35,8 @@ def build_datasets(
     """
     train = data.dataset["train"]
     tokenizer = data.tokenizer
-    crop_options = (data_args.max_items, data_args.crops_per_epoch)
+    is_packed = not (model_args.enhancer or model_args.second_stage)
+    crop_options = (data_args.max_items, data_args.crops_per_epoch or default_crops(train, is_packed))
     max_long_items = data_args.max_long_items if model_args.num_retrieved_items else 0
     excludes_history = data_args.exclude_history and model_args.second_stage
     if model_args.enhancer:

@@ -206,7 +206,7 @@ def shared_arguments(args: ReproduceArguments) -> list[str]:
         shared += [] if getattr(args, name) is None else [f"--{name}={getattr(args, name)}"]
     shared += ["--ranking_targets", NEXT_TARGET] if settings["paper"] else []
     # RecoChain counts no transitions. Its figures here are those of a mean over an item's codes.
-    shared += ["--num_transitions=0", "--generation_loss_weight=1"]
+    shared += ["--num_transitions=0", "--generation_loss_weight=1", "--warmup_steps=0"]
     return [*shared, *([] if settings["learned"] else ["--embedding_table_size=0"])]
 
 
@@ -231,6 +231,7 @@ def train_stage_one(args: ReproduceArguments) -> Path:
         "--negatives_per_item=0",
         f"--num_train_epochs={args.epochs * settings['first_times']}",
         f"--crops_per_epoch={min(args.crops_per_epoch, settings['window'])}",
+        "--item_dropout=0",
         f"--per_device_train_batch_size={max(1, int(args.batch_size * settings['batch_share']))}",
         f"--learning_rate={args.learning_rate}",
     ]

@@ -75,6 +75,9 @@ def train_setting(args: SasrecArguments, learning_rate: float, dropout: float, s
         "--project_content_embeddings=False",
         "--embedding_table_size=0",
         "--num_transitions=0",
+        "--crops_per_epoch=1",
+        "--item_dropout=0",
+        "--warmup_steps=0",
         "--history_item_representations=False",
         "--save_total_limit=1",
     ]
