@@ -20,7 +20,7 @@ from recipes.evaluation.report import COLUMNS
 from recipes.papers.recochain import report as recochain_report
 from recipes.papers.taobao import report as taobao_report
 from recipes.papers.unigrf import report as unigrf_report
-from recipes.results import headline
+from recipes.results import headline, lists
 
 RESULTS = Path(__file__).parent
 RECIPES = RESULTS.parent
@@ -30,7 +30,7 @@ SEED = "seed of the codebooks"  # and of everything else in recipes.demo
 PAPERS = RECIPES / "papers"
 PAGES: dict[Path, tuple[str, ...]] = {
     RECIPES.parent / "README.md": ("headline",),
-    RESULTS / "README.md": ("index", DEMO),
+    RESULTS / "README.md": ("index", "lists", DEMO),
     RECIPES / "benchmarks" / "README.md": ("decoding_ratios", "decoding_h100_ratios"),
     RECIPES / "benchmarks" / "results" / "README.md": ("decoding", "decoding_h100"),
     PAPERS / "unigrf" / "README.md": ("unigrf_ml1m_excerpt",),
@@ -138,6 +138,7 @@ TABLES = {
 SHORT_TABLES = {
     "headline": headline.readme_table,
     "index": headline.index_table,
+    "lists": lists.table,
 }
 
 
