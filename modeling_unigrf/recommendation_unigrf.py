@@ -55,6 +55,8 @@ class ServingOptions:
             the beams. They cost a pass over the whole catalog. 0: none.
         history_decay, transition_smoothing, popularity_weight, content_weight (`float`): The fields of
             `TransitionSettings`.
+        new_item_bonus (`float`, defaults to 0.0): Added to the fused score of every item that training did not know
+            (`scorer.is_untrained`): learned scores bury what is new. Needs a table of transitions.
         rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned: the best by generation and
             dense-retrieval scores. 0: all beams.
     """
@@ -75,6 +77,7 @@ class ServingOptions:
     transition_smoothing: float = TransitionSettings.transition_smoothing
     popularity_weight: float = TransitionSettings.popularity_weight
     content_weight: float = TransitionSettings.content_weight
+    new_item_bonus: float = 0.0
     rerank_top_k: int = 0
 
     @classmethod
@@ -162,11 +165,11 @@ class ServingOptions:
             )
 
     def _check_transitions(self, config: UniGRFConfig) -> None:
-        if self.reads_transitions and not config.num_transitions:
+        if (self.reads_transitions or self.new_item_bonus) and not config.num_transitions:
             raise ValueError(
-                "`transition_weight` and `num_transition_candidates` must be 0 for a model without transitions, got "
-                f"{self.transition_weight} and {self.num_transition_candidates}. Leave both out, or make the table "
-                "with `model.set_transitions(histories)`."
+                "`transition_weight`, `num_transition_candidates` and `new_item_bonus` must be 0 for a model without "
+                f"transitions, got {self.transition_weight}, {self.num_transition_candidates} and "
+                f"{self.new_item_bonus}. Leave them out, or make the table with `model.set_transitions(histories)`."
             )
         if self.content_weight and self.reads_transitions and not config.content_embedding_dim:
             raise ValueError(
@@ -372,13 +375,17 @@ def fused_scores(columns: Mapping[str, torch.FloatTensor], weights: Mapping[str,
     A weight of 0 leaves out its scores, even infinite ones.
 
     Args:
-        columns (`Mapping`): `generation_scores` and others of `UniGRFRecommendation`, each `[...]`.
-        weights (`Mapping`): `generation_weight` and other weights of `ServingOptions`. A missing weight is 0.
+        columns (`Mapping`): `generation_scores` and others of `UniGRFRecommendation`, each `[...]`; with a bonus,
+            `is_new`, whether training did not know the item.
+        weights (`Mapping`): `generation_weight`, other weights of `ServingOptions` and `new_item_bonus`. A missing
+            weight is 0.
     """
     total = torch.zeros_like(columns["generation_scores"])
     for name in FUSED_SCORES:
         if weight := weights.get(f"{name}_weight", 0.0):
             total = total + weight * columns[f"{name}_scores"]
+    if bonus := weights.get("new_item_bonus", 0.0):
+        total = total + bonus * columns["is_new"]
     return total
 
 
@@ -404,7 +411,8 @@ def fuse(
         columns["transition_scores"] = transition_scores.gather(1, candidates.items)
 
     # Their fusion.
-    scores = fused_scores(columns, vars(options))
+    is_new = scorer.is_untrained(candidates.items) if options.new_item_bonus else None
+    scores = fused_scores({**columns, "is_new": is_new}, vars(options))
     is_item = candidates.log_probs > -torch.inf
     columns = {
         name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()

@@ -32,7 +32,7 @@ from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
 from recipes.data.prepared import check_same_items, load_prepared, prepared
 from recipes.evaluation.baselines import Transitions, baseline_results
-from recipes.evaluation.fusion import WEIGHTS, choose_weights
+from recipes.evaluation.fusion import WEIGHTS, choose_bonus, choose_weights
 from recipes.evaluation.inference import (
     Measurement,
     candidates,
@@ -49,6 +49,8 @@ from recipes.evaluation.transitions import warn_of_edges
 from tokenization import SemanticIdTokenizer
 
 OTHER_INTERACTIONS = "other interactions, among which may be what is held out here"
+# What validation chooses, beside the settings of the transition score.
+CHOSEN = ("num_beams", *WEIGHTS, "new_item_bonus")
 STORED_OPTIONS = (
     "max_items",
     "max_long_items",
@@ -219,10 +221,10 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     # Validation chooses
     if is_refit:
         trials = []
-        chosen = {name: getattr(model.serving_options(), name) for name in ("num_beams", *WEIGHTS)}
+        chosen = {name: getattr(model.serving_options(), name) for name in CHOSEN}
     else:
         trials = try_settings(args, model, tokenizer, dataset["validation"], measurement)
-        chosen = {name: trials[-1][name] for name in ("num_beams", *WEIGHTS)}
+        chosen = {name: trials[-1][name] for name in CHOSEN}
 
     # Test measures the choice
     results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen)
@@ -403,18 +405,24 @@ def try_settings(
     users = np.sort(np.random.default_rng(0).permutation(len(validation))[: args.validation_users])
     split = validation.select(users)
     targets = torch.tensor(split["target"][:]).long()
+    is_new = np.zeros(len(targets), bool)
+    if model.transitions is not None:
+        is_new = model.scorer.is_untrained(targets.to(model.device)).cpu().numpy()
     choices = weight_choices(args, model)
-    trials = []
+    trials: list[list[dict]] = []
     for num_beams in args.num_beams:
         scored = candidates(model, tokenizer, split, num_beams, measurement)
 
         def measure(weights: dict[str, float], scored: dict = scored) -> dict[str, float]:
-            return mean_values(
-                target_ranks(fused_lists(scored, weights, args.list_length, args.rerank_top_k), targets)
-            )
+            ranks = target_ranks(fused_lists(scored, weights, args.list_length, args.rerank_top_k), targets)
+            return {**mean_values(ranks), "new items": float((ranks <= 10)[is_new].mean()) if is_new.any() else 0.0}
 
-        trials += [{"num_beams": num_beams, **row} for row in choose_weights(measure, choices)]
-    return sorted(trials, key=lambda trial: trial["ndcg@10"])
+        rows = choose_weights(measure, choices)
+        if is_new.any():
+            rows += choose_bonus(measure, rows.pop())
+        trials.append([{"num_beams": num_beams, "new_item_bonus": 0.0, **row} for row in rows])
+    trials.sort(key=lambda rows: rows[-1]["ndcg@10"])
+    return [row for rows in trials for row in rows]
 
 
 def weight_choices(args: EvaluateArguments, model: UniGRFForCausalLM) -> dict[str, list[float] | None]:

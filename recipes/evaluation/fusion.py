@@ -1,4 +1,7 @@
-"""Choose the weights of the fused score on validation: a search that starts from the strongest score alone."""
+"""Choose the weights of the fused score on validation: a search that starts from the strongest score alone.
+
+Then choose the bonus of new items. Validation has few of them, and the NDCG@10 hardly sees them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,6 +11,9 @@ FACTORS = (0.5, 0.7, 1.4, 2.0)
 FIRST_VALUES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 # A step has to gain this share of the NDCG@10: smaller gains are chance.
 LEAST_GAIN = 1e-3
+# Bonuses of new items, in the unit of the greatest weight, and the share of the NDCG@10 that a bonus may cost.
+BONUSES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+BONUS_COST = 0.01
 
 
 def choose_weights(
@@ -72,3 +78,30 @@ def next_values(values: Sequence[float] | None, current: float) -> Sequence[floa
     if values is not None:
         return values
     return [0.0, *(current * factor for factor in FACTORS)] if current else FIRST_VALUES
+
+
+def choose_bonus(
+    measure: Callable[[dict[str, float]], dict[str, float]], best: dict[str, float]
+) -> list[dict[str, float]]:
+    """
+    Choose the `new_item_bonus` that finds most new items, among those that cost at most `BONUS_COST` of the NDCG@10.
+
+    Args:
+        measure: As in `choose_weights`, for weights and `new_item_bonus`. Its metrics have `new items`, the recall of
+            the new items among the targets.
+        best: The best row of `choose_weights`.
+
+    Returns:
+        The rows of the bonuses that were tried; the chosen one is last.
+    """
+    weights = {name: best[name] for name in WEIGHTS}
+    unit = max(weights.values())
+    rows = [best | {"new_item_bonus": 0.0}]
+    for bonus in BONUSES:
+        row = weights | {"new_item_bonus": bonus * unit}
+        row = row | measure(row)
+        if row["ndcg@10"] < best["ndcg@10"] * (1 - BONUS_COST):
+            break
+        rows.append(row)
+    chosen = max(rows, key=lambda row: row["new items"])
+    return [row for row in rows if row is not chosen] + [chosen]

@@ -119,7 +119,7 @@ def candidates(
 
     Returns:
         `item_indices`, `generation_scores`, `ranking_scores` and, for a model with these scores, `dense_scores` and
-        `transition_scores`: each `[U, K]`.
+        `transition_scores` and `is_new`: each `[U, K]`.
     """
     names = ["item_indices", "generation_scores", "ranking_scores"]
     if model.config.has_dense_scores:
@@ -144,13 +144,18 @@ def candidates(
             dense_weight=0.0,
             num_dense_candidates=measurement.num_dense_candidates,
             num_transition_candidates=measurement.num_transition_candidates,
+            new_item_bonus=0.0,
             rerank_top_k=0,
             **transition_options,
         )
         for name, column in columns.items():
             for row, values in zip(rows, best[name].cpu(), strict=True):
                 column[row] = values
-    return {name: torch.stack(column) for name, column in columns.items()}
+    scored = {name: torch.stack(column) for name, column in columns.items()}
+    if model.transitions is not None:
+        items = scored["item_indices"].clamp(min=0).to(model.device)
+        scored["is_new"] = model.scorer.is_untrained(items).cpu()
+    return scored
 
 
 def fused_lists(

@@ -243,3 +243,21 @@ def test_explanations_add_up_to_the_counts_of_the_score():
     assert [[item for item in row if item >= 0] for row in history.tolist()] == [row[::-1] for row in items]
     options = TransitionSettings(popularity_weight=0.0)
     torch.testing.assert_close(shares.sum(dim=2), model.scorer.transition_scores(history, options))
+
+
+def test_a_bonus_lifts_what_training_did_not_know():
+    model = build_model()
+    model.set_transitions([[item for item in history if item < 25] for history in users()])
+    is_new = model.scorer.is_untrained(torch.arange(30))
+    assert is_new[25:].all() and model.scorer.known_items().tolist() == (~is_new).nonzero()[:, 0].tolist()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    options = {"num_beams": 30, "num_return_sequences": 30, "exclude_history": False, **OPTIONS}
+    plain = model.recommend(input_ids, mask, **options)
+    lifted = model.recommend(input_ids, mask, new_item_bonus=1e3, **options)
+    assert is_new[lifted.item_indices[:, : is_new.sum()]].all()
+    score = dict(zip(plain.item_indices[0].tolist(), plain.scores[0].tolist(), strict=True))
+    for item, value in zip(lifted.item_indices[0].tolist(), lifted.scores[0].tolist(), strict=True):
+        assert value == pytest.approx(score[item] + 1e3 * is_new[item], abs=1e-3)
+    without = build_model()
+    with pytest.raises(ValueError, match="must be 0 for a model without"):
+        without.recommend(input_ids, mask, new_item_bonus=1.0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.evaluation.fusion import LEAST_GAIN, WEIGHTS, choose_weights, single_scores
+from recipes.evaluation.fusion import BONUS_COST, LEAST_GAIN, WEIGHTS, choose_bonus, choose_weights, single_scores
 
 FREE = dict.fromkeys(WEIGHTS)
 
@@ -48,3 +48,17 @@ def test_values_to_choose_from_are_kept():
     assert tuple(trials[-1][name] for name in WEIGHTS) == (1.0, 2.0, 0.0, 3.0)
     with pytest.raises(ValueError, match="must be above 0, got 0 for all"):
         choose_weights(hill([1, 0, 0, 0]), {name: [0.0] for name in WEIGHTS})
+
+
+def test_the_bonus_finds_new_items_at_little_cost():
+    def measure(weights):
+        bonus = weights["new_item_bonus"]
+        return {"ndcg@10": 0.1 - 0.0004 * bonus**2, "new items": min(bonus, 1.4)}
+
+    best = {"generation_weight": 0.5, "ranking_weight": 0.0, "dense_weight": 0.0, "transition_weight": 1.0}
+    best |= measure({"new_item_bonus": 0.0})
+    rows = choose_bonus(measure, best)
+    assert rows[-1]["new_item_bonus"] == 1.5, "the smallest of those that find most"
+    assert rows[-1]["ndcg@10"] >= best["ndcg@10"] * (1 - BONUS_COST)
+    none = choose_bonus(lambda weights: {"ndcg@10": 0.1, "new items": 0.0}, best | {"new items": 0.0})
+    assert none[-1]["new_item_bonus"] == 0, "without effect, no bonus"
