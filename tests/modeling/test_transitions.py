@@ -257,7 +257,7 @@ def test_a_bonus_lifts_what_training_did_not_know():
     assert is_new[lifted.item_indices[:, : is_new.sum()]].all()
     score = dict(zip(plain.item_indices[0].tolist(), plain.scores[0].tolist(), strict=True))
     for item, value in zip(lifted.item_indices[0].tolist(), lifted.scores[0].tolist(), strict=True):
-        assert value == pytest.approx(score[item] + 1e3 * is_new[item], abs=1e-3)
+        assert value == pytest.approx(score[item] + 1e3 * bool(is_new[item]), abs=1e-3)
     without = build_model()
     with pytest.raises(ValueError, match="must be 0 for a model without"):
         without.recommend(input_ids, mask, new_item_bonus=1.0)
