@@ -11,8 +11,10 @@ The other commands read GroupLens's folders (https://grouplens.org/datasets/movi
 redistribution).
 """
 
+import csv
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -61,9 +63,9 @@ def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]
         ValueError: if a file is missing.
     """
     if path is None:
-        interactions = pd.read_csv(_recbole_file("ml-100k.inter"), sep="\t")
+        interactions = read_lines(_recbole_file("ml-100k.inter"), sep="\t")
         interactions.columns = ["user_id", "item_id", "rating", "timestamp"]
-        items = pd.read_csv(_recbole_file("ml-100k.item"), sep="\t", dtype=str, keep_default_na=False)
+        items = read_lines(_recbole_file("ml-100k.item"), sep="\t", dtype=str)
         items.columns = ["item_id", "title", "year", "genres"]
         # Undo changes of the wheel: a misspelled title, years in a column.
         items["title"] = items["title"].replace("unkonwn", "unknown")
@@ -73,9 +75,9 @@ def movielens_100k(path: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]
     else:
         folder = Path(path)
         ratings = folder / "u.data" if (folder / "u.data").exists() else folder / "u.data.gz"
-        interactions = pd.read_csv(_existing(ratings), sep="\t", names=["user_id", "item_id", "rating", "timestamp"])
+        interactions = read_lines(_existing(ratings), sep="\t", names=["user_id", "item_id", "rating", "timestamp"])
         columns = ["item_id", "title", "date", "video_date", "url", *ML_100K_GENRES]
-        items = pd.read_csv(_existing(folder / "u.item"), sep="|", names=columns, encoding="latin-1")
+        items = read_lines(_existing(folder / "u.item"), sep="|", names=columns, encoding="latin-1")
         names = pd.Series(ML_100K_GENRES)
         genres = pd.Series([", ".join(names[row == 1]) for row in items[ML_100K_GENRES].to_numpy()])
     return _interactions(interactions), _items(items["item_id"], items["title"], genres)
@@ -104,7 +106,7 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         positions = interactions["position"].astype("int64")
         return _interactions(interactions).assign(position=positions), _movies_1m(folder)
     # "::" separates the columns, and the fast parser takes one character only.
-    interactions = pd.read_csv(
+    interactions = read_lines(
         _existing(folder / "ratings.dat"),
         sep=":",
         usecols=[0, 2, 4, 6],
@@ -112,6 +114,11 @@ def movielens_1m(path: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         header=None,
     )
     return _interactions(interactions), _movies_1m(folder)
+
+
+def read_lines(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a table of MovieLens, whose quotes and empty fields are text, with these options of `pandas.read_csv`."""
+    return pd.read_csv(path, quoting=csv.QUOTE_NONE, keep_default_na=False, **options)
 
 
 def _movies_1m(folder: Path) -> pd.DataFrame:

@@ -1,10 +1,12 @@
 """Read and validate the tables of `recipes.prepare`; errors name the rows."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Unix times from 1973 to 2286.
 SECONDS = (1e8, 1e10)
 # Least Unix time in milliseconds, from 1985.
@@ -20,28 +22,25 @@ def read_table(path: Path, required: list[str]) -> pd.DataFrame:
         required: Columns that must be present and have no null. Those that end in `_id` become str.
 
     Raises:
-        ValueError: for a file that is missing, unreadable or empty, and for missing columns or values.
+        ValueError: for a file that is missing, unreadable or empty, lines that are no rows, and missing columns or
+            values.
     """
-    separators = {".csv": ",", ".tsv": "\t"}
-    if not path.is_file() or path.suffix not in (*separators, ".parquet"):
+    if not path.is_file() or path.suffix not in (*SEPARATORS, ".parquet"):
         raise ValueError(f"`path` must be an existing .csv, .tsv or .parquet file, got {path}. Check path and suffix.")
+    if path.suffix in SEPARATORS:
+        check_lines(path)
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
             # As text: "007" keeps its zeros, and "NA" is a title.
-            table = pd.read_csv(path, sep=separators[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
+            table = pd.read_csv(path, sep=SEPARATORS[path.suffix], dtype="str", keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         # pandas and Arrow raise no others for unreadable files.
         raise ValueError(
             f"`path` must be a whole {path.suffix} table (in UTF-8, if it is text), got {path}, which cannot be read: "
             f"{error}. Write the file again."
         ) from error
-    if path.suffix != ".parquet" and not isinstance(table.index, pd.RangeIndex):
-        raise ValueError(
-            "`path` must be a table with as many fields in a row as in its header, got rows with more fields in "
-            f"{path}. Check whether every row ends in a separator."
-        )
     missing = [name for name in required if name not in table]
     if missing:
         raise ValueError(
@@ -53,6 +52,44 @@ def read_table(path: Path, required: list[str]) -> pd.DataFrame:
     for name in required:
         check_rows(table[name].notna(), table[name], f"a {name} in every row", "an empty value", path)
     return table.reset_index(drop=True).astype({name: "str" for name in required if name.endswith("_id")})
+
+
+def check_lines(path: Path) -> None:
+    """
+    Check that each line of a .csv or .tsv file is a row of as many fields as the header.
+
+    A quote that nobody closes would swallow separators and line breaks, and rows with them.
+
+    Raises:
+        ValueError: with the first line that is no such row.
+    """
+    separator = SEPARATORS[path.suffix]
+    num_expected = None
+    # pandas reports bytes that are not UTF-8.
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        for number, line in enumerate(file, start=1):
+            num_fields = count_fields(line, separator)
+            # pandas skips lines without text.
+            if num_fields == num_expected or not line.strip():
+                continue
+            if num_expected is not None or num_fields is None:
+                problem = "quotes that enclose no field" if num_fields is None else f"{num_fields} fields"
+                raise ValueError(
+                    f"`{path}` must have a row of {num_expected or 'all'} fields in each line, got {problem} in line "
+                    f"{number}. Put a field with quotes into quotes, and double those inside. For texts with line "
+                    "breaks, write a Parquet file."
+                )
+            num_expected = num_fields
+
+
+def count_fields(line: str, separator: str) -> int | None:
+    """Count the fields of a line; None if a quoted field does not end with its quote."""
+    if '"' not in line:
+        return line.count(separator) + 1
+    try:
+        return len(next(csv.reader([line], delimiter=separator, strict=True)))
+    except csv.Error:
+        return None
 
 
 def read_interactions(path: Path) -> pd.DataFrame:
