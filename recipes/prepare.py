@@ -47,7 +47,7 @@ from recipes.common.arguments import parse_arguments
 from recipes.common.files import write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
-from recipes.data.tables import check_rows, read_interactions, read_table
+from recipes.data.tables import check_rows, read_interactions, read_table, text_column
 from recipes.data.text_encoders import MINILM, content_embeddings
 from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
 from tokenization.vocabulary_layout import check_behaviors
@@ -291,7 +291,7 @@ def training_popularity(splits: DatasetDict, num_items: int) -> np.ndarray:
 
 def titles_of(items: pd.DataFrame) -> list[str] | None:
     """Return the titles of the items; None if the table has no titles."""
-    return items["title"].fillna("").astype(str).tolist() if "title" in items else None
+    return text_column(items["title"]).fillna("").tolist() if "title" in items else None
 
 
 def with_new_items(earlier: SemanticIdTokenizer, items: pd.DataFrame, embeddings: np.ndarray) -> SemanticIdTokenizer:

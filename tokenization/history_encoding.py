@@ -1,11 +1,12 @@
 """Item histories to token IDs, vectorized: the encoding methods of `SemanticIdTokenizer`."""
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 
+from .cell_values import as_text, as_values
 from .item_catalog import ItemCatalog
 from .vocabulary_layout import PAD, UNKNOWN_TIME, VocabularyLayout
 
@@ -153,26 +154,13 @@ def _any_outside(values: np.ndarray, end: int) -> bool:
     return len(values) > 0 and int(values.astype(np.int64, copy=False).view(np.uint64).max()) >= end
 
 
-def _as_list(name: str, values: Iterable) -> list:
-    """Convert a sequence, array, tensor or table column to a list.
-
-    Raises:
-        ValueError: A string, which Python would split into letters.
-    """
-    if isinstance(values, str):
-        raise ValueError(
-            f"`{name}` must be a list with one value per item, got the string {values!r}. Put the string into a list."
-        )
-    return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
-
-
 def _as_histories(items: Sequence) -> tuple[list[list], bool]:
     """Return the histories as lists of item IDs, and whether `items` was a batch.
 
     Raises:
         ValueError: An empty batch or history, or a string in place of a list.
     """
-    items = _as_list("items", items)
+    items = as_values("items", items)
     if len(items) == 0:
         raise ValueError(
             "`items` must have at least one item in a history, got an empty history. For a new user, call "
@@ -180,7 +168,7 @@ def _as_histories(items: Sequence) -> tuple[list[list], bool]:
         )
     # Arrays and tensors are histories; a 0-d array is an ID.
     batched = isinstance(items[0], list | tuple) or getattr(items[0], "ndim", 0) > 0
-    histories = [_as_list("items", history) for history in items] if batched else [items]
+    histories = [as_values("items", history) for history in items] if batched else [items]
     if not all(histories):
         empty = [len(history) for history in histories].index(0)
         raise ValueError(
@@ -195,7 +183,7 @@ def _flatten_per_item(name: str, values: Sequence, lengths: np.ndarray, batched:
     Raises:
         ValueError: A history with different numbers of values and items.
     """
-    rows = [_as_list(name, row) for row in values] if batched else [_as_list(name, values)]
+    rows = [as_values(name, row) for row in values] if batched else [as_values(name, values)]
     num_values = [len(row) for row in rows]
     if num_values != lengths.tolist():
         raise ValueError(
@@ -218,7 +206,7 @@ def _behavior_index(
             )
         return np.zeros(lengths.sum(), dtype=np.int64)
     index_of = {name: i for i, name in enumerate(layout.behaviors)}
-    names = _flatten_per_item("behaviors", behaviors, lengths, batched)
+    names = [as_text(name) for name in _flatten_per_item("behaviors", behaviors, lengths, batched)]
     unknown = list(dict.fromkeys(str(name) for name in names if name not in index_of))
     if unknown:
         raise ValueError(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from .cell_values import as_id, as_text, as_values
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, read_tensors
 from .semantic_ids import unique_codes
@@ -132,8 +133,8 @@ class ItemCatalog:
 
     def rows(self, item_ids: Iterable) -> np.ndarray:
         """Look up the row of each item ID: n IDs -> int64 [n], -1 for an unknown ID."""
-        get = self._row_of_id.get
-        return np.array([get(item_id, -1) for item_id in as_strings(item_ids)], dtype=np.int64)
+        get: Callable = self._row_of_id.get
+        return np.array([get(as_id(item_id), -1) for item_id in as_values("item_ids", item_ids)], dtype=np.int64)
 
     def lookup(self, codes: np.ndarray) -> np.ndarray:
         """Look up the row of each semantic ID: in-range integers [n, L] -> int64 [n], -1 for an unused ID."""
@@ -285,38 +286,26 @@ class ItemCatalog:
         return keys
 
 
-def as_strings(values: Iterable) -> list[str]:
-    """Convert IDs of any type to the strings that the catalog stores; arrays and tensors by their Python values.
-
-    Raises:
-        ValueError: A string in place of a list.
-    """
-    if isinstance(values, str):
-        raise ValueError(f"`item_ids` must be a list of IDs, got the string {values!r}. Put the string into a list.")
-    if isinstance(values, np.ndarray | torch.Tensor):
-        values = values.tolist()
-    return [str(value.item() if isinstance(value, torch.Tensor) else value) for value in values]
-
-
 def as_new_ids(values: Iterable) -> list[str]:
-    """Convert the IDs of new items to strings.
+    """Convert the IDs of new items to the strings that the catalog stores.
 
     Raises:
-        ValueError: An ID is None, or `values` is a string.
+        ValueError: A value that is no ID, or a string in place of a list.
     """
-    if not isinstance(values, str):
-        values = values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
-        if None in values:
-            raise ValueError(
-                f"`item_ids` must have an ID for each item, got None at index {values.index(None)} of {len(values)}. "
-                "Give the item an ID."
-            )
-    return as_strings(values)
+    values = as_values("item_ids", values)
+    ids = [as_id(value) for value in values]
+    if None in ids:
+        index = ids.index(None)
+        raise ValueError(
+            f"`item_ids` must have an ID for each item, got {values[index]!r} at index {index} of {len(values)}. Give "
+            f"the item an ID, a string or an integer."
+        )
+    return [item_id for item_id in ids if item_id is not None]
 
 
 def as_titles(values: Iterable) -> list[str]:
-    """Convert titles to strings; a missing title (None or the NaN of a table) becomes empty."""
-    return as_strings("" if value is None or value != value else value for value in values)
+    """Convert titles to strings; a missing title becomes empty."""
+    return [as_text(value) or "" for value in as_values("titles", values)]
 
 
 def _with_current_keys(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from .cell_values import as_values
 from .history_decoding import decode_rows
 from .history_encoding import check_rows, encode_batch, encode_indices, known_rows, pad_timestamps
-from .item_catalog import ItemCatalog, as_strings
+from .item_catalog import ItemCatalog
 from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
 from .vocabulary_layout import SPECIAL_TOKENS, VocabularyLayout, check_behaviors
@@ -188,7 +189,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
 
     def item_indices(self, item_ids: Iterable[Hashable], *, unknown: Literal["error", "skip"] = "error") -> np.ndarray:
         """Look up catalog rows: n item IDs -> int64 [n]. Unknown IDs raise `ValueError`, or "skip" drops them."""
-        rows, is_known = known_rows(self._catalog, as_strings(item_ids), unknown)
+        rows, is_known = known_rows(self._catalog, as_values("item_ids", item_ids), unknown)
         return rows[is_known]
 
     def item_tokens(self, item_indices: np.ndarray | torch.Tensor) -> np.ndarray:

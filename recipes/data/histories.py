@@ -1,6 +1,6 @@
 """Load, check and look up histories in the user's own ids, as `recipes.recommend` takes them.
 
-Columns: `user_id` (any type), `items` (a list of item ids, strings or integers, oldest first) and `behaviors` (a list
+Columns: `user_id` (any type), `items` (a list of item ids, strings or numbers, oldest first) and `behaviors` (a list
 of as many names). A tokenizer with a single behavior needs no `behaviors`. These lines make histories from a table of
 interactions:
 
@@ -31,6 +31,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
 from tokenization import SemanticIdTokenizer
+from tokenization.cell_values import as_id
 from tokenization.vocabulary_layout import UNKNOWN_TIME
 
 COLUMNS = ("user_id", "items", "behaviors", "timestamps", "query_time")
@@ -135,9 +136,9 @@ def check_type(name: str, column_type: pa.DataType, tokenizer: SemanticIdTokeniz
             f"`timestamps` must be lists of seconds and `query_time` a number of seconds, got {name} of type "
             f"{column_type}. Convert the column."
         )
-    if name not in TIMES and not (is_text or (name == "items" and pa.types.is_integer(value_type))):
+    if name not in TIMES and not (is_text or (name == "items" and is_number)):
         raise ValueError(
-            "`items` must be lists of item ids (strings or integers) and `behaviors` lists of names out of "
+            "`items` must be lists of item ids (strings or numbers) and `behaviors` lists of names out of "
             f"{tokenizer.behaviors}, got {name} of type {column_type}. Make histories from the table of interactions "
             "as the docstring of recipes.data.histories shows. The data set of recipes.prepare holds indices."
         )
@@ -151,7 +152,7 @@ def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_hist
     """
     # Values of all rows, and the row of each value.
     ids, item_rows = flatten_lists(table["items"])
-    items = look_up_items(ids.cast(pa.string()), tokenizer)
+    items = look_up_items(ids, tokenizer)
     behaviors = np.zeros_like(items)
     behavior_rows = time_rows = item_rows
     timestamps = query_time = None
@@ -206,12 +207,15 @@ def flatten_lists(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     return pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
 
 
-def look_up_items(ids: pa.StringArray, tokenizer: SemanticIdTokenizer) -> np.ndarray:
-    """Look up the catalog rows of n item ids: int64 `[n]`, -1 for an unknown id."""
-    # Distinct ids alone: the cost must not grow with the catalog.
-    catalog_rows = tokenizer.item_indices(ids.unique().to_pylist(), unknown="skip")
+def look_up_items(ids: pa.Array, tokenizer: SemanticIdTokenizer) -> np.ndarray:
+    """Look up the catalog rows of n item ids of any type: int64 `[n]`, -1 for an unknown or missing id."""
+    # Distinct ids alone: the cost must not grow with the history.
+    distinct = ids.dictionary_encode()
+    names = [as_id(value) for value in distinct.dictionary.to_pylist()]
+    catalog_rows = tokenizer.item_indices(names, unknown="skip")
     known_ids = pa.array([tokenizer.item_ids[item] for item in catalog_rows], pa.string())
-    return pa.array(catalog_rows).take(pc.index_in(ids, value_set=known_ids)).fill_null(-1).to_numpy()
+    rows = pa.array(catalog_rows).take(pc.index_in(pa.array(names, pa.string()), value_set=known_ids))
+    return rows.take(distinct.indices).fill_null(-1).to_numpy()
 
 
 def seconds(column: pa.Array) -> np.ndarray:

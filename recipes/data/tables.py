@@ -1,10 +1,14 @@
 """Read and validate the tables of `recipes.prepare`; errors name the rows."""
 
 import csv
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from tokenization.cell_values import as_id, as_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Unix times from 1973 to 2286.
@@ -49,9 +53,25 @@ def read_table(path: Path, required: list[str]) -> pd.DataFrame:
         )
     if len(table) == 0:
         raise ValueError(f"`path` must be a table with rows, got only a header in {path}. Check how it was written.")
+    table = table.reset_index(drop=True)
     for name in required:
-        check_rows(table[name].notna(), table[name], f"a {name} in every row", "an empty value", path)
-    return table.reset_index(drop=True).astype({name: "str" for name in required if name.endswith("_id")})
+        # A text file cannot tell an empty value from a missing one.
+        is_filled = table[name].notna() & (table[name] != "")
+        check_rows(is_filled, table[name], f"a {name} in every row", "an empty value", path)
+        if name.endswith("_id"):
+            ids = text_column(table[name], as_id)
+            check_rows(ids.notna(), table[name], f"a string or an integer as {name}", "another value", path)
+            table[name] = ids
+    return table
+
+
+def text_column(column: pd.Series, convert: Callable[[Any], str | None] = as_text) -> pd.Series:
+    """Convert the distinct values of a column to str by `convert`; missing and nested values stay missing."""
+    if pd.api.types.is_object_dtype(column):
+        column = column.where(column.map(lambda value: isinstance(value, Hashable)), None)
+    codes, distinct = pd.factorize(column)
+    texts = np.array([*map(convert, distinct), None], dtype=object)
+    return pd.Series(texts[codes], index=column.index, dtype="str")
 
 
 def check_lines(path: Path) -> None:
@@ -128,7 +148,7 @@ def read_interactions(path: Path) -> pd.DataFrame:
     # Behaviors
     if "behavior" in table:
         check_rows(table["behavior"].notna(), table["behavior"], "a behavior in every row", "an empty behavior", path)
-        behavior = table["behavior"].astype(str)
+        behavior = text_column(table["behavior"])
     else:
         behavior = pd.Series("interact", index=table.index, dtype="str")
     if behavior.nunique() > 127:

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from recipes.common.files import whole_file
 from recipes.common.hashing import weights_of
-from recipes.data.tables import check_rows
+from recipes.data.tables import check_rows, text_column
 from recipes.data.wheel_files import wheel_file
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -168,7 +168,7 @@ def texts_of(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
             f"`text_template` must name columns of {path}, got {template!r} and the columns {list(items.columns)} "
             f"without {missing}. Pass --text_template with columns that exist, or embeddings."
         )
-    values = items[columns].astype(object).where(items[columns].notna(), "").astype(str)
+    values = items[columns].apply(text_column).fillna("")
     has_text = (values.apply(lambda column: column.str.strip()) != "").any(axis=1)
     check_rows(has_text, items["item_id"], "a text for every item", "an empty text", path)
     return [template.format_map(row) for row in values.to_dict("records")]

@@ -272,6 +272,15 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
             {"interactions": interactions_table().assign(timestamp=[1_600_000_000] * 3 + [1_700_000_000_000] * 6)},
             "one unit.*seconds beside milliseconds.*3 of 9 rows",
         ),
+        ({"items": changed(items_table(), 3, "item_id", ""), "suffix": ".parquet"}, "item_id in every row.*row 3"),
+        (
+            {"items": items_table().assign(item_id=np.arange(12) + 2.0**53), "suffix": ".parquet"},
+            "a string or an integer as item_id.*12 of 12",
+        ),
+        (
+            {"items": items_table().assign(item_id=[[item] for item in ITEM_IDS]), "suffix": ".parquet"},
+            "a string or an integer as item_id.*12 of 12",
+        ),
         ({"interactions": changed(interactions_table(), 5, "behavior", None)}, "empty behavior.*row 5"),
         ({"interactions": changed(interactions_table(), 1, "item_id", "77")}, r"unknown item_id in 1 of 9.*\('77'\)"),
         ({"interactions": interactions_table()[4:]}, "users with 3 or more interactions, got at most 2"),
@@ -314,6 +323,19 @@ def test_unreadable_files_are_rejected_by_name(arguments, content, message):
     np.savez(several, a=np.ones(3))
     with pytest.raises(ValueError, match=r"one array in a \.npy"):
         prepare(replace(arguments(), embeddings=str(several)))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64", "Int64", "category", "object", "bytes"])
+def test_ids_and_titles_of_any_type_become_their_text(arguments, embeddings, dtype):
+    numbers = pd.Series(range(12))
+    ids = numbers.astype(str).str.encode("utf-8") if dtype == "bytes" else numbers.astype(dtype)
+    titles = pd.Series([None, *range(1, 12)], dtype="Int64" if dtype == "int64" else "object")
+    titles = titles.astype("object" if dtype == "bytes" else "float64" if dtype == "float64" else titles.dtype)
+    interactions = interactions_table().assign(item_id=interactions_table()["item_id"].astype(int).astype("float32"))
+    args = arguments(interactions, pd.DataFrame({"item_id": ids, "title": titles}), embeddings, suffix=".parquet")
+    tokenizer = SemanticIdTokenizer.from_pretrained(prepare(args) / "tokenizer")
+    assert tokenizer.item_ids == [str(number) for number in range(12)]
+    assert tokenizer.titles == ["", *(str(number) for number in range(1, 12))]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])

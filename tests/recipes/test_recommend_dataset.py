@@ -238,13 +238,14 @@ def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_p
     assert not (tmp_path / "timed").exists()
 
 
-def test_item_ids_and_user_ids_of_other_types(model, tmp_path):
+@pytest.mark.parametrize("kind", [int, float])
+def test_item_ids_and_user_ids_of_other_types(model, tmp_path, kind):
     codes = model.catalog.item_codes
     sizes = model.config.codebook_sizes
     names = model.config.behaviors
     tokenizer = SemanticIdTokenizer.from_codes(range(100, 130), codes, sizes, names)
     dataset = Dataset.from_dict(
-        {"user_id": ["b", "a"], "items": [[104, 129], [100]], "behaviors": [["like"] * 2, ["like"]]}
+        {"user_id": ["b", "a"], "items": [[kind(104), kind(129)], [kind(100)]], "behaviors": [["like"] * 2, ["like"]]}
     )
     dataset = dataset.select([1, 0, 1])  # a view of the table
     recommend_dataset(model, tokenizer, dataset, tmp_path, RecommendSettings(**OPTIONS))
@@ -372,8 +373,8 @@ def test_all_bad_rows_are_reported_before_the_model_runs(model, tokenizer, tmp_p
         (histories().select([]), "got 0 rows"),
         (Dataset.from_dict({"user_id": [1], "items": ["sku-1"], "behaviors": [["like"]]}), "items of type string"),
         (
-            Dataset.from_dict({"user_id": [1], "items": [[1.0]], "behaviors": [["like"]]}),
-            "items of type list<.*double",
+            Dataset.from_dict({"user_id": [1], "items": [[True]], "behaviors": [["like"]]}),
+            "items of type list<.*bool",
         ),
         # recipes.prepare writes indices, which are no ids.
         (Dataset.from_dict({"user_id": ["u"], "items": [[1]], "behaviors": [[0]]}), "behaviors of type list<.*int64"),

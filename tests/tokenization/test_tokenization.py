@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,30 @@ def test_unknown_items_are_named_or_skipped_with_their_behaviors():
     assert skipped == tokenizer.encode_history(["x", "z"], ["view", "like"])
     with pytest.raises(ValueError, match="got none in row 1: all of its item IDs are unknown"):
         tokenizer.encode_history([["x"], ["q"]], [["like"], ["like"]], unknown="skip")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT, np.float32("nan"), 2.0**53, ["x"]], ids=repr)
+def test_missing_values_are_no_items_and_no_titles(missing):
+    columns = ([[0], [1]], [2], ["view"])
+    with pytest.raises(ValueError, match=r"must have an ID for each item, got .* at index 1 of 2"):
+        SemanticIdTokenizer.from_codes(["x", missing], *columns)
+    names = ["None", "nan", "<NA>", "NaT", "9007199254740992", "['x']"]
+    tokenizer = SemanticIdTokenizer.from_codes(names, np.arange(6)[:, None], [6], ["view"])
+    with pytest.raises(ValueError, match="got 1 unknown"):
+        tokenizer.encode_history([names[0], missing])
+    assert tokenizer.item_indices([missing, "nan"], unknown="skip").tolist() == [1]
+    if str(missing) in names[:4]:
+        assert SemanticIdTokenizer.from_codes(["x", "y"], *columns, titles=["X", missing]).titles == ["X", ""]
+
+
+@pytest.mark.parametrize("kind", [str, int, float, str.encode, np.int32, np.float32, np.str_, torch.tensor, Decimal])
+def test_an_id_is_the_same_string_in_any_type(kind):
+    values = [kind(item if kind in (str, str.encode, np.str_) else int(item)) for item in ("7", "30")]
+    tokenizer = SemanticIdTokenizer.from_codes(values, [[0], [1]], [2], ["1", "2"], titles=values)
+    assert tokenizer.item_ids == tokenizer.titles == ["7", "30"]
+    assert tokenizer.item_indices(values[::-1]).tolist() == [1, 0]
+    behaviors = [kind("2") if kind in (str, str.encode, np.str_) else kind(2)] * 2
+    assert tokenizer.encode_history(values, behaviors) == tokenizer.encode_history([7, 30], ["2", "2"])
 
 
 def test_malformed_histories_are_rejected():
