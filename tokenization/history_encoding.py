@@ -205,7 +205,7 @@ def _behavior_index(
                 "per item."
             )
         return np.zeros(lengths.sum(), dtype=np.int64)
-    index_of = {name: i for i, name in enumerate(layout.behaviors)}
+    index_of: dict[str | None, int] = {name: i for i, name in enumerate(layout.behaviors)}
     names = [as_text(name) for name in _flatten_per_item("behaviors", behaviors, lengths, batched)]
     unknown = list(dict.fromkeys(str(name) for name in names if name not in index_of))
     if unknown:
