@@ -89,8 +89,8 @@ class RecommendationPipeline(Pipeline):
         Args:
             inputs: A history or a list of histories (or a torch `Dataset` or generator of histories). A history is a
                 list of item ids, or a dict with `items`. A model of several behaviors also needs `behaviors`. A model
-                that reads times also takes `timestamps` and `query_time`, in seconds. The lists of item ids
-                `allowed_items` and `blocked_items` restrict the request.
+                that reads times also takes `timestamps` and `query_time`, in seconds or as datetimes. The lists of
+                item ids `allowed_items` and `blocked_items` restrict the request.
             batch_size (`int`, *optional*): Histories that run together. None: 1.
 
         Returns:
@@ -146,7 +146,7 @@ class RecommendationPipeline(Pipeline):
         if config.reads_times and "timestamps" not in encoded:
             encoded["timestamps"] = torch.full_like(encoded["input_ids"], -1)
         if request.get("query_time") is not None:
-            encoded["query_time"] = torch.tensor([request["query_time"]]).long()
+            encoded["query_time"] = torch.as_tensor(self.tokenizer.encode_times([request["query_time"]])[:1])
         elif "timestamps" in encoded:
             encoded["query_time"] = encoded["timestamps"][:, -1]
 

@@ -21,11 +21,12 @@ def as_values(name: str, values: Iterable) -> list:
     """Convert a sequence, array, tensor or table column to a list.
 
     Raises:
-        ValueError: A string, which Python would split into letters.
+        ValueError: A string, which Python would split into letters, or a value that is no list.
     """
-    if isinstance(values, str | bytes):
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        kind = "string" if isinstance(values, str | bytes) else "value"
         raise ValueError(
-            f"`{name}` must be a list with one value per item, got the string {values!r}. Put the string into a list."
+            f"`{name}` must be a list with one value per item, got the {kind} {values!r}. Put the {kind} into a list."
         )
     return values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else list(values)
 
@@ -71,7 +72,10 @@ def as_seconds(values: Iterable) -> np.ndarray:
         float64 [n]: -1 for a missing value and for -1; NaN for what is no time between 1970 and the year 9999, such as
         milliseconds.
     """
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    # Objects: numpy would turn mixed values into strings, and True into 1.
+    array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     if array.dtype.kind == "M":
         # Years beyond 2262 overflow nanoseconds.
         seconds = array.astype("datetime64[us]").astype(np.int64) / 1e6
@@ -80,9 +84,30 @@ def as_seconds(values: Iterable) -> np.ndarray:
         seconds = array.astype(np.float64)
         seconds[np.isnan(seconds)] = UNKNOWN_TIME
     else:
-        seconds = np.array([_seconds(value) for value in array.tolist()], dtype=np.float64)
+        seconds = np.array([_seconds(value) for value in array], dtype=np.float64)
     is_time = (seconds == UNKNOWN_TIME) | ((seconds >= 0) & (seconds < END_OF_TIME))
     return np.where(is_time, seconds, np.nan)
+
+
+def whole_seconds(name: str, values: Iterable) -> np.ndarray:
+    """Convert times to whole seconds since 1970, as `as_seconds` reads them: n times -> int64 [n].
+
+    Args:
+        name: Name of the argument, for the error message.
+        values: n times.
+
+    Raises:
+        ValueError: A value that is no time, such as text or milliseconds, with its position.
+    """
+    values = values if isinstance(values, np.ndarray | torch.Tensor) else as_values(name, values)
+    seconds = as_seconds(values)
+    wrong = np.flatnonzero(np.isnan(seconds))
+    if len(wrong):
+        raise ValueError(
+            f"`{name}` must be seconds since 1970, datetimes, or None or -1 for an unknown time, got "
+            f"{values[wrong[0]]!r} at position {wrong[0]} of {len(seconds)}. Divide milliseconds by 1,000."
+        )
+    return seconds.astype(np.int64)
 
 
 def _seconds(value: Any) -> float:

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .cell_values import as_text, as_values
+from .cell_values import as_text, as_values, whole_seconds
 from .item_catalog import ItemCatalog
 from .vocabulary_layout import PAD, UNKNOWN_TIME, VocabularyLayout
 
@@ -216,12 +216,10 @@ def _behavior_index(
 
 
 def _times(timestamps: Sequence, lengths: np.ndarray, batched: bool) -> np.ndarray:
-    """Convert the seconds of all histories, concatenated, None to -1: int64 [sum of lengths]."""
-    values = _flatten_per_item("timestamps", timestamps, lengths, batched)
-    times = np.asarray([UNKNOWN_TIME if value is None else value for value in values], dtype=np.float64)
-    if not np.isfinite(times).all():
-        raise ValueError("`timestamps` must be seconds or None, got NaN or infinity. Pass None for an unknown time.")
-    return times.astype(np.int64)
+    """Convert the times of all histories to seconds, concatenated, -1 for an unknown time: int64 [sum of lengths]."""
+    # Before lists are made: numpy would turn dates into integers.
+    rows = [whole_seconds("timestamps", row) for row in (timestamps if batched else [timestamps])]
+    return np.array(_flatten_per_item("timestamps", rows, lengths, True), dtype=np.int64)
 
 
 def _pad_left(rows: list[np.ndarray], value: int) -> np.ndarray:

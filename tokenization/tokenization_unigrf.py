@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from .cell_values import as_values
+from .cell_values import as_values, whole_seconds
 from .history_decoding import decode_rows
 from .history_encoding import check_rows, encode_batch, encode_indices, known_rows, pad_timestamps
 from .item_catalog import ItemCatalog
@@ -214,8 +214,8 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             behaviors: A behavior name for each item, in the same shape. None: the tokenizer has a single behavior.
             max_items: Number of most recent known items to keep. None: all.
             unknown: "error" rejects unknown item IDs, "skip" drops them and their behaviors.
-            timestamps: Seconds of each item in the same shape, with None for an unknown time. Only models that read
-                times need them. None: the result has no `timestamps`.
+            timestamps: Time of each item in the same shape, as `encode_times` takes it. Only models that read times
+                need them. None: the result has no `timestamps`.
             return_tensors: "pt" or "np" for int64 tensors [B, T], B = 1 for one history. None: lists.
 
         Returns:
@@ -223,8 +223,8 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             lists of lists for a batch. A batch is padded on the left.
 
         Raises:
-            ValueError: An unknown ID or behavior, a history without known items, columns of different lengths, or no
-                behaviors for a tokenizer with several.
+            ValueError: An unknown ID or behavior, a history without known items, columns of different lengths, times
+                that are no seconds, or no behaviors for a tokenizer with several.
         """
         columns, batched = encode_batch(self._layout, self._catalog, items, behaviors, max_items, unknown, timestamps)
         if return_tensors is not None:
@@ -246,12 +246,20 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         """
         return encode_indices(self._layout, self._catalog, item_index, behavior_index)
 
-    def encode_times(self, timestamps: np.ndarray) -> np.ndarray:
-        """Repeat each item's time in seconds for its tokens: int64 [n] -> int64 [1 + n * (num_levels + 1)].
+    def encode_times(self, timestamps: Iterable) -> np.ndarray:
+        """Repeat each item's time for its tokens; `<bos>` takes the time of the first item.
 
-        `<bos>` takes the time of the first item. An unknown time is -1; `pad` fills the column `timestamps` with -1.
+        Args:
+            timestamps: n numbers of seconds, datetimes or dates (without a zone: in UTC), or missing values.
+
+        Returns:
+            Seconds since 1970, int64 [1 + n * (num_levels + 1)], -1 for an unknown time; `pad` fills the column
+            `timestamps` with -1.
+
+        Raises:
+            ValueError: A value that is no time from 1970 to the year 9999, such as milliseconds.
         """
-        return self._layout.encode_times(np.asarray(timestamps, dtype=np.int64))
+        return self._layout.encode_times(whole_seconds("timestamps", timestamps))
 
     def decode_indices(self, token_ids: np.ndarray | torch.Tensor | Sequence) -> np.ndarray | list[np.ndarray]:
         """Decode token IDs to catalog rows: [T] -> int64 [n]; [B, T], or B lists of any lengths, -> B arrays.

@@ -9,9 +9,9 @@ interactions:
     users = table.sort_values("timestamps", kind="stable").groupby("user_id")
     users.agg(list).reset_index().to_parquet("histories.parquet")
 
-A model that reads times needs `timestamps`: a list of as many seconds, null for an unknown time. The optional column
-`query_time` holds the seconds at which the next item is requested. A null, or no such column, stands for the time of
-the last item.
+A model that reads times needs `timestamps`: a list of as many seconds or dates, null for an unknown time. The optional
+column `query_time` holds the time at which the next item is requested. A null, or no such column, stands for the time
+of the last item.
 
 The `dataset/` of recipes.prepare holds no such histories: its items are catalog indices, without the held-out ones.
 """
@@ -31,7 +31,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
 from tokenization import SemanticIdTokenizer
-from tokenization.cell_values import as_id
+from tokenization.cell_values import as_id, as_seconds
 from tokenization.vocabulary_layout import UNKNOWN_TIME
 
 COLUMNS = ("user_id", "items", "behaviors", "timestamps", "query_time")
@@ -40,6 +40,7 @@ FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 # Problems of a row that `unknown="skip"` allows.
 UNKNOWN = "with items that the catalog does not have"
 EMPTY = "without an item"
+WRONG_TIMES = "with times that are no seconds from 1970 to the year 9999, such as milliseconds"
 
 
 @dataclass
@@ -131,9 +132,10 @@ def check_type(name: str, column_type: pa.DataType, tokenizer: SemanticIdTokeniz
     value_type = column_type if name == "query_time" else getattr(column_type, "value_type", pa.null())
     is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
     is_number = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
-    if name in TIMES and not is_number:
+    is_date = pa.types.is_timestamp(value_type) or pa.types.is_date(value_type)
+    if name in TIMES and not (is_number or is_date):
         raise ValueError(
-            f"`timestamps` must be lists of seconds and `query_time` a number of seconds, got {name} of type "
+            f"`timestamps` must be lists of seconds or dates and `query_time` one of them, got {name} of type "
             f"{column_type}. Convert the column."
         )
     if name not in TIMES and not (is_text or (name == "items" and is_number)):
@@ -156,15 +158,18 @@ def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_hist
     behaviors = np.zeros_like(items)
     behavior_rows = time_rows = item_rows
     timestamps = query_time = None
+    wrong_times = []
     if "behaviors" in table.column_names:
         names, behavior_rows = flatten_lists(table["behaviors"])
         known_names = pa.array(tokenizer.behaviors)
         behaviors = pc.index_in(names.cast(pa.string()), value_set=known_names).fill_null(-1).to_numpy()
     if "timestamps" in table.column_names:
         times, time_rows = flatten_lists(table["timestamps"])
-        timestamps = seconds(times)
+        timestamps, is_wrong = read_times(times)
+        wrong_times.append(time_rows[is_wrong])
     if "query_time" in table.column_names:
-        query_time = seconds(table["query_time"].combine_chunks())
+        query_time, is_wrong = read_times(table["query_time"].combine_chunks())
+        wrong_times.append(np.flatnonzero(is_wrong))
 
     # Problems
     lengths, num_behaviors, num_times = (
@@ -177,6 +182,7 @@ def read_histories(table: pa.Table, tokenizer: SemanticIdTokenizer, exclude_hist
         EMPTY: np.flatnonzero(lengths == 0),
         "with another number of behaviors than of items": uneven_behaviors,
         "with another number of timestamps than of items": uneven_times,
+        WRONG_TIMES: np.unique(np.concatenate(wrong_times or [item_rows[:0]])),
         f"with behaviors that are none of {tokenizer.behaviors}": np.unique(behavior_rows[behaviors < 0]),
     }
     # Uneven rows end in an error, so any values will do.
@@ -218,10 +224,13 @@ def look_up_items(ids: pa.Array, tokenizer: SemanticIdTokenizer) -> np.ndarray:
     return rows.take(distinct.indices).fill_null(-1).to_numpy()
 
 
-def seconds(column: pa.Array) -> np.ndarray:
-    """Convert numbers to int64; -1 for a null, NaN or infinity."""
-    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return np.where(np.isfinite(values), values, UNKNOWN_TIME).astype(np.int64)
+def read_times(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Convert n times to seconds, int64 `[n]`, -1 for an unknown time; also return the mask of what is no time."""
+    is_date = pa.types.is_temporal(column.type)
+    # Numbers and null as floats; dates without their zone, since Arrow stores them in UTC.
+    times = column.cast(pa.timestamp("us") if is_date else pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    seconds = as_seconds(times)
+    return np.nan_to_num(seconds, nan=UNKNOWN_TIME).astype(np.int64), np.isnan(seconds)
 
 
 def check_rows(

@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tokenization.cell_values import as_id, as_text
+from tokenization.cell_values import as_id, as_seconds, as_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-# Unix times from 1973 to 2286.
-SECONDS = (1e8, 1e10)
-# Least Unix time in milliseconds, from 1985.
-MILLISECONDS = 5e11
 
 
 def read_table(path: Path, required: list[str]) -> pd.DataFrame:
@@ -120,12 +116,12 @@ def read_interactions(path: Path) -> pd.DataFrame:
         path: A table with `user_id`, `item_id`, `timestamp` or `position`, and optionally `behavior`.
 
     Returns:
-        `user_id`, `item_id` and `behavior` (str), `timestamp` and `position` (int64 or float64), in file order.
+        `user_id`, `item_id` and `behavior` (str), `timestamp` (seconds, float64) and `position`, in file order.
         `position` orders the interactions of a user: the column of the file, or else the timestamp. Without a column
         `timestamp`, all timestamps are -1 (unknown).
 
     Raises:
-        ValueError: for missing columns, null values, timestamps that are neither numbers nor ISO 8601 dates, and
+        ValueError: for missing columns, null values, timestamps that are neither seconds nor ISO 8601 dates, and
             positions that are no numbers.
     """
     table = read_table(path, ["user_id", "item_id"])
@@ -160,22 +156,16 @@ def read_interactions(path: Path) -> pd.DataFrame:
 
 
 def read_timestamps(table: pd.DataFrame, path: Path) -> pd.Series:
-    """Read numbers as they are and dates as Unix seconds; -1 without the column; raise `ValueError` for others."""
+    """Read seconds, or dates as seconds, float64; -1 without the column; raise `ValueError` for other values."""
     values = table["timestamp"] if "timestamp" in table else pd.Series(-1, index=table.index)
-    numbers = values if pd.api.types.is_datetime64_any_dtype(values) else pd.to_numeric(values, errors="coerce")
-    if pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
-        timestamps = numbers
-    else:
-        dates = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601")
-        timestamps = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    is_finite = pd.Series(np.isfinite(timestamps.to_numpy(dtype=np.float64)), index=table.index)
-    check_rows(
-        is_finite, values, "timestamps that are all numbers or all ISO 8601 dates", "an unparsable timestamp", path
-    )
-    is_in_range = (timestamps >= -1) & (timestamps < 2**63)
-    check_rows(is_in_range, values, "timestamps of 0 or more (or -1, not known) below 2**63", "another", path)
-    is_one_unit = ~(timestamps.between(*SECONDS) & (timestamps > MILLISECONDS).any())
-    check_rows(is_one_unit, values, "timestamps in one unit", "seconds beside milliseconds or finer ones", path)
+    times = values if pd.api.types.is_datetime64_any_dtype(values) else pd.to_numeric(values, errors="coerce")
+    if not times.notna().any() or pd.api.types.is_datetime64_any_dtype(times):
+        times = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601").dt.tz_convert(None)
+    expected = "timestamps that are all numbers or all ISO 8601 dates"
+    check_rows(times.notna(), values, expected, "an unparsable timestamp", path)
+    timestamps = pd.Series(as_seconds(times.to_numpy()), index=table.index)
+    expected = "timestamps in seconds, or dates, from 1970 to the year 9999 (or -1, not known)"
+    check_rows(timestamps.notna(), values, expected, "others, such as milliseconds,", path)
     return timestamps
 
 

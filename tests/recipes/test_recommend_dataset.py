@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -189,6 +190,24 @@ def timed_model(tokenizer, **config):
     return model
 
 
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_dates_in_histories_equal_seconds(tokenizer, tmp_path, unit):
+    model = timed_model(tokenizer)
+    dataset = with_times(histories())
+    dates = dataset.with_format("arrow")[:]
+    for name in ("timestamps", "query_time"):
+        kind = pa.timestamp(unit, "Europe/Paris" if unit == "s" else None)
+        column = dates[name].cast(pa.list_(pa.timestamp("s")) if name == "timestamps" else pa.timestamp("s"))
+        column = column.cast(pa.list_(kind) if name == "timestamps" else kind)
+        dates = dates.set_column(dates.column_names.index(name), name, column)
+    settings = RecommendSettings(**OPTIONS)
+    first, second = (
+        pd.read_parquet(recommend_dataset(model, tokenizer, each, tmp_path / name, settings))
+        for name, each in {"seconds": dataset, "dates": Dataset(dates)}.items()
+    )
+    pd.testing.assert_frame_equal(first, second)
+
+
 @pytest.mark.parametrize(("query_time", "retrieved"), [(True, 0), (False, 0), (True, 2)])
 def test_a_timed_model_reads_item_times_and_the_query_time(tokenizer, tmp_path, query_time, retrieved):
     model = timed_model(tokenizer, num_retrieved_items=retrieved)
@@ -235,6 +254,8 @@ def test_invalid_times_are_rejected_only_by_timed_models(model, tokenizer, tmp_p
     )
     dates = dataset.remove_columns("query_time").add_column("query_time", ["2026-01-01"] * len(dataset))
     check_rejected(dates, "got query_time of type string")
+    late = changed(dataset, {2: {"query_time": 1_700_000_000_000}, 5: {"timestamps": [5, 6, 7, 8, -2]}})
+    check_rejected(late, r"2 with times that are no seconds.*\[986, 965\]")
     assert not (tmp_path / "timed").exists()
 
 

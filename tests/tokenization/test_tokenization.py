@@ -1,6 +1,7 @@
 """The semantic-ID tokenizer: encoding and decoding, growing, saving and loading."""
 
 import copy
+import datetime
 import json
 import shutil
 from decimal import Decimal
@@ -162,6 +163,43 @@ def test_times_are_repeated_for_each_token_and_padded():
     batch = DataCollatorForSeq2Seq(tokenizer)([{**row, "labels": row["input_ids"]} for row in rows])
     assert batch["timestamps"][1].tolist() == [-1] * 2 * step + times[1].tolist()
     assert batch["attention_mask"][1].tolist() == [0] * 2 * step + [1] * (1 + step)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [86_400, None],
+        [86_400.9, float("nan")],
+        np.array(["1970-01-02", "NaT"], "datetime64[ns]"),
+        np.array(["1970-01-02", "NaT"], "datetime64[D]"),
+        pd.to_datetime(["1970-01-02", None], utc=True),
+        pd.Series(pd.to_datetime(["1970-01-02", None])),
+        pd.Series([86_400, None], dtype="Int64"),
+        [pd.Timestamp("1970-01-02T05:00:00+05:00"), pd.NaT],
+        [datetime.date(1970, 1, 2), pd.NA],
+        [np.datetime64("1970-01-02", "ns"), -1],
+        torch.tensor([86_400, -1]),
+    ],
+    ids=short_id,
+)
+def test_any_time_becomes_seconds(times):
+    tokenizer = small_tokenizer()
+    expected = tokenizer.encode_history(["x", "y"], timestamps=[86_400, -1])
+    assert tokenizer.encode_history(["x", "y"], timestamps=times) == expected
+    assert tokenizer.encode_times(times).tolist() == expected["timestamps"]
+    batch = tokenizer.encode_history([["x", "y"]] * 2, timestamps=[times, times])
+    assert batch["timestamps"] == [expected["timestamps"]] * 2
+
+
+@pytest.mark.parametrize(
+    "time", [1_700_000_000_000, -2, "2026-01-01", True, float("inf"), datetime.date(1969, 1, 1), [5]], ids=repr
+)
+def test_what_is_no_time_is_rejected_with_its_position(time):
+    tokenizer = small_tokenizer()
+    with pytest.raises(ValueError, match=r"`timestamps` must be seconds since 1970.* at position 1 of 2"):
+        tokenizer.encode_history(["x", "y"], timestamps=[5, time])
+    with pytest.raises(ValueError, match="must be a list with one value per item"):
+        tokenizer.encode_history(["x"], timestamps=5)
 
 
 def test_missing_titles_are_empty_and_a_failed_save_is_harmless(tmp_path):
