@@ -3,9 +3,10 @@
 
 `generate(num_beams=K)` runs `beam_search` (`beam_search_unigrf.py`) in place of stock beam search. With options that
 this search lacks, `generate` falls back on stock beam search and logs a warning. In every mode `TrieLogitsProcessor`
-leaves only codes that continue an item.
+leaves only codes that continue an item, whatever other logits processors do.
 """
 
+from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -31,7 +32,7 @@ from .layout_unigrf import ItemLayout
 from .old_names_unigrf import convert_old_inputs
 from .recommendation_unigrf import check_catalog_device, serving_defaults
 from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
-from .trie_unigrf import CatalogTrie
+from .trie_unigrf import CatalogTrie, check_scores
 
 logger = logging.get_logger(__name__)
 
@@ -40,9 +41,27 @@ STOCK_OPTIONS = ("do_sample", "output_attentions", "output_hidden_states", "outp
 TRAINING_INPUTS = ("item_sets", "labels", "candidates", "hard_negatives", "excluded_positives", "blocked_items")
 
 
+def process_open_codes(
+    processors: LogitsProcessorList, input_ids: torch.LongTensor, scores: torch.FloatTensor
+) -> torch.FloatTensor:
+    """
+    Call other logits processors on `scores [n, vocab_size]` of the rows `input_ids [n, T]`.
+
+    Codes that the trie has closed, with scores of -inf, stay closed.
+
+    Raises:
+        ValueError: for scores of NaN or infinity, before or after the call.
+    """
+    is_closed = scores == -torch.inf
+    is_bad = ~(scores < torch.inf).all()
+    scores = processors(input_ids, scores).masked_fill(is_closed, -torch.inf)
+    check_scores("scores", is_bad | ~(scores < torch.inf).all())
+    return scores
+
+
 class TrieLogitsProcessor(LogitsProcessor):
     """
-    Leave the codes that continue an item, as log-probabilities within their level.
+    Leave the codes that continue an item, as log-probabilities within their level, to the other logits processors.
 
     The processor has no access to beams, so it looks up the trie node of the unfinished item at the end of each row.
 
@@ -50,15 +69,32 @@ class TrieLogitsProcessor(LogitsProcessor):
         layout (`ItemLayout`): The order of the tokens.
         trie (`CatalogTrie`): The items that exist.
         pad_token_id (`int`): The only token that the processor leaves to a finished row.
+        others (`Sequence[LogitsProcessor]`): Processors that follow. They cannot open a code that the trie closes.
+        num_beams (`int`, defaults to 1): Rows of each request.
     """
 
-    def __init__(self, layout: ItemLayout, trie: CatalogTrie, pad_token_id: int):
+    def __init__(
+        self,
+        layout: ItemLayout,
+        trie: CatalogTrie,
+        pad_token_id: int,
+        others: Sequence[LogitsProcessor] = (),
+        num_beams: int = 1,
+    ):
         self.layout = layout
         self.trie = trie
         self.pad_token_id = pad_token_id
+        self.others = LogitsProcessorList(others)
+        self.num_beams = num_beams
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Process `scores [n, vocab_size]`, logits or log-probabilities, of the rows `input_ids [n, T]`."""
+        """
+        Process `scores [n, vocab_size]`, logits or log-probabilities, of the rows `input_ids [n, T]`.
+
+        Raises:
+            ValueError: for the reasons of `process_open_codes`, and if the other processors leave a request no code.
+        """
+        # The codes that continue an item.
         unfinished = self.layout.unfinished_items(input_ids)
         lengths = unfinished.lengths
         path = self.trie.nodes_of(nn.functional.pad(unfinished.codes, (0, 1), value=-1))
@@ -73,7 +109,22 @@ class TrieLogitsProcessor(LogitsProcessor):
             log_probs = scores[rows, codes].log_softmax(dim=-1)
             parent, _, code = self.trie.levels[length].children(nodes[rows])
             processed[rows[parent], code + codes.start] = log_probs[parent, code]
+
+        # The other processors.
+        processed = process_open_codes(self.others, input_ids, processed)
+        has_code = (processed > -torch.inf).any(dim=1) | is_done
+        check_items_are_left(has_code.view(-1, self.num_beams).any(dim=1))
         return processed
+
+
+def check_items_are_left(has_item: torch.BoolTensor) -> None:
+    """Raise `ValueError` unless `has_item [B]` is True for every request."""
+    if not has_item.all():
+        raise ValueError(
+            "Logits processors and options of `generate` must leave each request an item of the catalog, got none for "
+            f"request {int((~has_item).nonzero()[0])}. Allow all codes of an item, or pass "
+            "`catalog=model.catalog.subset(items)`."
+        )
 
 
 class ItemComplete(StoppingCriteria):
@@ -131,7 +182,8 @@ class BeamLogitsProcessors:
         codes = self.layout.level_slices[level]
         parent, _, code = self.trie.levels[level].children(beams.nodes[:, filled].flatten())
         scores[parent, code + codes.start] = log_probs[:, filled].flatten(0, 1)[parent, code]
-        return self.processors(sequences, scores)[:, codes].unflatten(0, (-1, self.num_beams))[:, :count]
+        scores = process_open_codes(self.processors, sequences, scores)
+        return scores[:, codes].unflatten(0, (-1, self.num_beams))[:, :count]
 
 
 def generation_defaults(config: UniGRFConfig) -> dict:
@@ -161,13 +213,14 @@ class UniGRFGenerationMixin(GenerationMixin):
         self.generation_config.update(**missing, allow_custom_entries=True)
         self.generation_config._from_model_config = False
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        """Put the trie's processor first: that of `generate(catalog=...)`, or of the whole catalog."""
-        processors = super()._get_logits_processor(*args, **kwargs)
-        tries = [processor for processor in processors if isinstance(processor, TrieLogitsProcessor)]
+    def _get_logits_processor(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
+        """Put all processors into the trie's: that of `generate(catalog=...)`, or of the whole catalog."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        tries = [processor.trie for processor in processors if isinstance(processor, TrieLogitsProcessor)]
         others = [processor for processor in processors if not isinstance(processor, TrieLogitsProcessor)]
-        tries = tries or [TrieLogitsProcessor(self.layout, self.catalog.trie, self.config.pad_token_id)]
-        return LogitsProcessorList([*tries, *others])
+        trie = tries[0] if tries else self.catalog.trie
+        parts = (self.layout, trie, self.config.pad_token_id, others, generation_config.num_beams or 1)
+        return LogitsProcessorList([TrieLogitsProcessor(*parts)])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Take a cache without a window, unless the caller chose a cache: masks take care of sliding windows."""
@@ -219,7 +272,8 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist. Also for
-                training inputs, and for a `catalog` on another device.
+                training inputs, for a `catalog` on another device, for logits processors that leave a row no item,
+                and for scores that are not finite.
         """
         kwargs = convert_old_inputs(kwargs)
         catalog = kwargs.pop("catalog", catalog)
@@ -317,18 +371,16 @@ def search_with_processors(
     The cache holds the histories alone afterwards.
 
     Raises:
-        ValueError: if the rows end in unfinished items of different lengths.
+        ValueError: if the rows end in unfinished items of different lengths, or the processors leave a row no item.
     """
     layout = scorer.layout
     input_ids = history.input_ids
     num_beams = generation_config.num_beams
-    tries = [processor for processor in logits_processor if isinstance(processor, TrieLogitsProcessor)]
-    others = [processor for processor in logits_processor if not isinstance(processor, TrieLogitsProcessor)]
-    trie = tries[0].trie
+    trie = logits_processor[0].trie
     process = None
-    if others:
+    if logits_processor[0].others:
         process = BeamLogitsProcessors(
-            LogitsProcessorList(others), scorer.config.vocab_size, layout, trie, input_ids, num_beams
+            logits_processor[0].others, scorer.config.vocab_size, layout, trie, input_ids, num_beams
         )
     unfinished = layout.unfinished_items(input_ids)
     num_codes = int(unfinished.lengths[0])
@@ -342,7 +394,9 @@ def search_with_processors(
     history_states = prefill(backbone, history, scorer.history_representations(input_ids), cache)
     mask = history.attention_mask.bool()
     with cache_rollback(cache):
-        return beam_search(backbone, scorer, space, history_states, mask, cache, num_beams, history.query_time)
+        beams = beam_search(backbone, scorer, space, history_states, mask, cache, num_beams, history.query_time)
+    check_items_are_left(beams.scores[:, 0] > -torch.inf)
+    return beams
 
 
 def as_stock_output(
@@ -383,8 +437,12 @@ def mark_missing_items(
         length (`int`): Tokens of a history.
         pad_token_id (`int`): The padding token.
         generation_config (`GenerationConfig`): The caller's options.
+
+    Raises:
+        ValueError: if a request has no item.
     """
     is_missing = output.sequences_scores < -1e8
+    check_items_are_left(~is_missing.view(-1, generation_config.num_return_sequences).all(dim=1))
     output.sequences[is_missing, length:] = pad_token_id
     output.sequences_scores[is_missing] = -torch.inf
     if not generation_config.return_dict_in_generate:

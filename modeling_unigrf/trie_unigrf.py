@@ -104,6 +104,15 @@ class TrieLevel:
         return parent, child, (self.ranks[parents] >= 0).nonzero()[:, 1]
 
 
+def check_scores(name: str, is_bad: torch.Tensor | bool) -> None:
+    """Raise `ValueError` if `is_bad`, a single boolean: NaN or infinity would take the place of the best item."""
+    if is_bad:
+        raise ValueError(
+            f"`{name}` must be finite, got NaN or infinity. Check the model's weights and the logits processors, or "
+            "load the model in bfloat16 or float32 if float16 overflows."
+        )
+
+
 def top(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Compute `scores.topk(count)` of `[B, n]`.
@@ -114,7 +123,8 @@ def top(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.LongTenso
     if len(scores) > 1 or scores.shape[1] % 32 or scores.shape[1] < 128 * count:
         return scores.topk(count, dim=1)
     bound = scores.view(-1, 32).amax(dim=1).topk(count, sorted=False).values.amin()
-    places = (scores[0] >= bound).nonzero()[:, 0]
+    # NaN counts as greatest, as in topk.
+    places = (~(scores[0] < bound)).nonzero()[:, 0]
     best, order = scores[0].index_select(0, places).topk(count)
     return best[None], places.index_select(0, order)[None]
 
@@ -265,6 +275,9 @@ class CatalogTrie:
         Returns:
             `(scores, parent, child, code)`, each `[batch_size, K']`, best first. `parent` is the beam of each child.
             K' is `count`, or fewer if no request has as many children. Rows with fewer children end in -inf.
+
+        Raises:
+            ValueError: for the log-probability NaN or +inf of a child.
         """
         trie_level = self.levels[level]
         batch_size, width = nodes.shape
@@ -304,8 +317,10 @@ class CatalogTrie:
             parent = parents.take(best)
             child = children.take(best)
             code = codes.take(best)
-        # Drop the last places, which no request fills.
-        if float(best_scores[:, -1].max()) == -torch.inf:
+        # Scores of NaN or +inf come first. Drop the last places, which no request fills.
+        highest, last = torch.stack([best_scores[:, 0].max(), best_scores[:, -1].max()]).tolist()
+        check_scores("log_probs", not highest < torch.inf)
+        if last == -torch.inf:
             count = max(1, int((best_scores > -torch.inf).sum(dim=1).max()))
             return best_scores[:, :count], parent[:, :count], child[:, :count], code[:, :count]
         return best_scores, parent, child, code

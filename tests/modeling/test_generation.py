@@ -106,6 +106,68 @@ def test_allowed_tokens_per_row_act_as_in_stock_generate(batch_size):
     torch.testing.assert_close(fast.sequences_scores, stock.sequences_scores, atol=1e-5, rtol=1e-5)
 
 
+class OpenAll(LogitsProcessor):
+    """Give the best scores to tokens that continue no item, in place."""
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill_(scores == -torch.inf, 100.0)
+
+
+MODES = {
+    "greedy": {"num_beams": 1},
+    "sample": {"num_beams": 1, "do_sample": True, "top_k": 3},
+    "beams": {"num_beams": 4, "num_return_sequences": 4},
+    "stock beams": {"num_beams": 4, "num_return_sequences": 4, "max_time": 60.0},
+    "sampled beams": {"num_beams": 4, "num_return_sequences": 4, "do_sample": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"logits_processor": LogitsProcessorList([OpenAll()])},
+        {"remove_invalid_values": True},
+        {"sequence_bias": {(7,): 90.0, (11,): 90.0, (1,): 90.0}},
+        {"bad_words_ids": [[5], [9], [10]]},
+        {"suppress_tokens": [4, 6, 8]},
+        {"begin_suppress_tokens": [4, 6]},
+        {"min_new_tokens": 4, "repetition_penalty": 5.0, "no_repeat_ngram_size": 2},
+        {"prefix_allowed_tokens_fn": lambda row, tokens: [4, 5, 8, 9, 11, 12, 14, 15]},
+    ],
+    ids=short_id,
+)
+def test_no_processor_opens_what_the_trie_closes(mode, option):
+    model = build_model(codebook_sizes=(4, 3, 3, 2), num_items=20)
+    input_ids, mask, _ = random_histories(model, [3, 1])
+    for catalog in (None, model.catalog.subset(range(8))):
+        try:
+            sequences = model.generate(input_ids, attention_mask=mask, catalog=catalog, **mode, **option)
+        except ValueError as error:
+            assert "must leave each request an item of the catalog" in str(error)
+            continue
+        items = generated_items(model, sequences, input_ids.shape[1]).view(2, -1)
+        is_padding = (sequences[:, input_ids.shape[1] :] == model.config.pad_token_id).all(dim=1).view(2, -1)
+        assert ((items >= 0) | is_padding).all() and (items[:, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(18)) if row == 0 else [1, 2]},
+        {"suppress_tokens": list(range(4, 18))},
+        {"forced_eos_token_id": 2},
+    ],
+    ids=short_id,
+)
+def test_processors_that_leave_no_item_are_an_error(mode, option):
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [3, 1])
+    with pytest.raises(ValueError, match=r"leave each request an item of the catalog, got none for request [01]"):
+        model.generate(input_ids, attention_mask=mask, **mode, **option)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
