@@ -1,8 +1,10 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Recommendation: candidates of a search, ranked on the search's cache, with fused scores (RecoChain, inference)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from .item_lists_unigrf import item_list
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
 from .transitions_unigrf import TransitionSettings, last_items
-from .trie_unigrf import CatalogTrie, ItemFilter
+from .trie_unigrf import CatalogTrie, ItemFilter, check_scores
 
 # The scores of the fused score: each has a `_weight` in `ServingOptions` and `_scores` in `UniGRFRecommendation`.
 FUSED_SCORES = ("generation", "ranking", "dense", "transition")
@@ -42,7 +44,7 @@ class ServingOptions:
         ranking_target (`str`, *optional*): The ranking target that orders the list. None: the first of the config's
             `ranking_targets`.
         generation_weight (`float`, defaults to 1.0): Weight of the generation score in the fused score. 0: the beams
-            propose candidates, and the other scores order them.
+            propose candidates, and the other scores order them. No weight of a score may be negative.
         ranking_weight (`float`, defaults to 1.0): Weight of the ranking score in the fused score. 0: leave the
             ranking score out.
         dense_weight (`float`, defaults to 0.0): Weight of the dense-retrieval score in the fused score. 0: leave the
@@ -96,6 +98,7 @@ class ServingOptions:
         values = {name: getattr(generation_config, name, None) for name in names}
         values |= {name: value for name, value in overrides.items() if value is not None}
         options = cls(**{name: value for name, value in values.items() if value is not None})
+        options._check_numbers()
         options.ranking_target = options.ranking_target or config.ranking_targets[0]
         if options.num_return_sequences is None:
             options.num_return_sequences = min(10, options.max_return_sequences)
@@ -136,8 +139,8 @@ class ServingOptions:
                 f"`ranking_target` must be among {config.ranking_targets}, got {self.ranking_target!r}. Leave it out "
                 "for the first."
             )
-        numbers = (self.num_dense_candidates, self.num_transition_candidates, self.rerank_top_k)
-        is_possible = self.num_beams >= 1 and min(numbers) >= 0
+        counts = (self.num_dense_candidates, self.num_transition_candidates, self.rerank_top_k)
+        is_possible = self.num_beams >= 1 and min(counts) >= 0
         if not (is_possible and 1 <= self.num_return_sequences <= self.max_return_sequences):
             raise ValueError(
                 "`num_return_sequences` must be from 1 to num_beams (or rerank_top_k, if not 0) + "
@@ -164,6 +167,22 @@ class ServingOptions:
                 f"{self.max_items}. Take fewer items, or a backbone with more positions (max_position_embeddings)."
             )
 
+    def _check_numbers(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            # A float's default is a float, a count's an integer or None.
+            if isinstance(field.default, float):
+                may_be_negative = field.name == "popularity_weight"
+                is_good = isinstance(value, Real) and math.isfinite(value) and (value >= 0 or may_be_negative)
+                expected = "a finite number" if may_be_negative else "a finite number from 0"
+            elif field.name in ("exclude_history", "ranking_target"):
+                continue
+            else:
+                is_good = value is None or isinstance(value, Integral)
+                expected = "an integer"
+            if not is_good or isinstance(value, bool):
+                raise ValueError(f"`{field.name}` must be {expected}, got {value!r}. Leave it out for the default.")
+
     def _check_transitions(self, config: UniGRFConfig) -> None:
         if (self.reads_transitions or self.new_item_bonus) and not config.num_transitions:
             raise ValueError(
@@ -176,7 +195,7 @@ class ServingOptions:
                 "`content_weight` must be 0 for a model without content embeddings, got "
                 f"{self.content_weight}. Leave it out."
             )
-        if not (0 <= self.history_decay <= 1 and 0 < self.transition_smoothing < float("inf")):
+        if not (self.history_decay <= 1 and self.transition_smoothing > 0):
             raise ValueError(
                 "`history_decay` must be from 0 to 1 and `transition_smoothing` positive, got "
                 f"{self.history_decay} and {self.transition_smoothing}. Leave them out for the defaults."
@@ -396,7 +415,12 @@ def fuse(
     transition_scores: torch.FloatTensor | None,
     options: ServingOptions,
 ) -> UniGRFRecommendation:
-    """Rank candidates at history ends `[B, hidden_size]` and list the best by the fused score."""
+    """
+    Rank candidates at history ends `[B, hidden_size]` and list the best by the fused score.
+
+    Raises:
+        ValueError: for a candidate whose scores are not finite.
+    """
     # The scores.
     target = scorer.config.ranking_targets.index(options.ranking_target)
     logits = scorer.ranking_logits(candidates.states, history_states, candidates.items)[..., target]
@@ -413,10 +437,12 @@ def fuse(
     # Their fusion.
     is_new = scorer.is_untrained(candidates.items) if options.new_item_bonus else None
     scores = fused_scores({**columns, "is_new": is_new}, vars(options))
-    is_item = candidates.log_probs > -torch.inf
-    columns = {
-        name: column.masked_fill(~is_item, -torch.inf) for name, column in {"scores": scores, **columns}.items()
-    }
+    columns = {"scores": scores, **columns}
+    is_item = candidates.log_probs != -torch.inf
+    # The log sigmoid of an infinite logit may be finite.
+    values = torch.stack([*columns.values(), logits])
+    check_scores("scores", (~values.isfinite() & is_item).any())
+    columns = {name: column.masked_fill(~is_item, -torch.inf) for name, column in columns.items()}
 
     # The list.
     count = options.num_return_sequences
@@ -442,7 +468,12 @@ def rank_candidates(
     history_states: torch.FloatTensor | None,
     candidates_per_pack: int | None,
 ) -> torch.FloatTensor:
-    """Rank checked candidates of checked histories: see `UniGRFForCausalLM.rank`."""
+    """
+    Rank checked candidates of checked histories: see `UniGRFForCausalLM.rank`.
+
+    Raises:
+        ValueError: for another cache, and for logits that are not finite.
+    """
     length = history.input_ids.shape[1]
     is_new = cache is None
     cache = DynamicCache() if is_new else cache
@@ -464,4 +495,6 @@ def rank_candidates(
         with cache_rollback(cache):
             states = read_candidates(backbone, scorer, candidate_block, context, pack)
         logits.append(scorer.ranking_logits(states[:, :, -1], history_states, pack))
-    return torch.cat(logits, dim=1)
+    logits = torch.cat(logits, dim=1)
+    check_scores("logits", ~logits.isfinite().all())
+    return logits

@@ -157,6 +157,74 @@ def test_candidates_and_caches_that_do_not_fit_are_rejected():
     assert model.rank(input_ids, mask, torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 3)
 
 
+# A row of the weights, and the calls that read it.
+ROWS = {
+    "lm_head.weight": (7, "recommend generate"),
+    "model.language_model.layers.1.mlp.down_proj.weight": (7, "recommend generate rank"),
+    "item_encoder.table.weight": (7, "recommend rank"),
+    "ranking_head.out_proj.bias": (0, "recommend rank"),
+    "ranking_head.history_query.bias": (7, "recommend rank"),
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sizes", [(4, 3, 3, 2), (4096,)], ids=["levels", "atomic"])
+@pytest.mark.parametrize("name", ROWS)
+def test_scores_that_are_not_finite_end_a_call(name, sizes, value):
+    model = build_model(codebook_sizes=sizes, num_items=50)
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    row, calls = ROWS[name]
+    model.get_parameter(name).data[row] = value
+    message = "must be finite, got NaN or infinity"
+    with pytest.raises(ValueError, match=message):
+        model.recommend(input_ids, mask, num_dense_candidates=50)
+    if "generate" in calls:
+        for options in ({"num_beams": 1}, {"num_beams": 1, "do_sample": True}, {"num_beams": 4}, {"max_time": 60.0}):
+            with pytest.raises(ValueError, match=message):
+                model.generate(input_ids, attention_mask=mask, **{"num_beams": 3, **options})
+    if "rank" in calls:
+        with pytest.raises(ValueError, match=message):
+            model.rank(input_ids, mask, torch.tensor([[7], [7]]))
+
+
+def test_an_overflow_of_float16_ends_a_call():
+    model = build_model().half()
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    model.recommend(input_ids, mask)
+    model.ranking_head.history_query.weight.data *= 6e4
+    with pytest.raises(ValueError, match="load the model in bfloat16 or float32"):
+        model.recommend(input_ids, mask)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_weight", "ranking_weight", "dense_weight", "transition_weight", "content_weight"]
+)
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "1", True])
+def test_weights_of_scores_are_finite_and_not_negative(name, value):
+    model = build_model()
+    model.set_transitions([[1, 2, 3]])
+    with pytest.raises(ValueError, match=f"`{name}` must be a finite number from 0, got {value!r}"):
+        model.serving_options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("popularity_weight", float("nan")),
+        ("history_decay", float("nan")),
+        ("history_decay", 1.5),
+        ("transition_smoothing", 0.0),
+        ("transition_smoothing", float("inf")),
+        ("num_beams", 2.5),
+        ("rerank_top_k", "3"),
+        ("max_items", 1.5),
+    ],
+)
+def test_serving_numbers_out_of_range_are_rejected(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` .*must be|must be .*`{name}`|`{name}` positive"):
+        build_model().serving_options(**{name: value})
+
+
 def test_added_items_are_generated_and_old_scores_stay():
     model = build_model(codebook_sizes=(4, 3, 3, 3), num_items=20)
     input_ids, mask, _ = random_histories(model, [4, 2])

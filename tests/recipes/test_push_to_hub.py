@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import HfArgumentParser
 
 from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM, UniGRFModel
 from recipes import push_to_hub
-from recipes.push_to_hub import PushArguments, check_files, push
+from recipes.push_to_hub import PushArguments, check_files, check_loading, push
 from recipes.recommend import weights_hash
 from tokenization import SemanticIdTokenizer
 
@@ -247,6 +248,14 @@ def test_a_folder_that_does_not_load_is_not_uploaded(run, hub, monkeypatch):
     with pytest.raises(ValueError, match=r"(?s)got .*trie_unigrf.*nothing was uploaded"):
         push(arguments(run))
     assert hub == []
+
+
+@pytest.mark.parametrize(("loaded", "expected"), [("NaN", 1.0), ("1.0", float("nan")), ("NaN", float("nan"))])
+def test_scores_of_nan_are_not_uploaded(tmp_path, monkeypatch, loaded, expected):
+    process = SimpleNamespace(returncode=0, stdout=f'[{{"score": {loaded}}}]')
+    monkeypatch.setattr(push_to_hub.subprocess, "run", lambda *_, **__: process)
+    with pytest.raises(ValueError, match="must recommend with the checkpoint's scores"):
+        check_loading(tmp_path, lambda *_, **__: [{"score": expected}], HISTORY)
 
 
 def test_an_invalid_push_is_rejected_before_writing(run, hub, tmp_path):
