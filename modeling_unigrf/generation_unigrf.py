@@ -31,7 +31,7 @@ from .inputs_unigrf import History, check_history, check_times
 from .layout_unigrf import ItemLayout
 from .old_names_unigrf import convert_old_inputs
 from .recommendation_unigrf import check_catalog_device, serving_defaults
-from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
+from .shared_prefix_unigrf import cache_rollback, check_cache, check_cached_tokens, prefill, record_tokens
 from .trie_unigrf import CatalogTrie, check_scores
 
 logger = logging.get_logger(__name__)
@@ -291,16 +291,18 @@ class UniGRFGenerationMixin(GenerationMixin):
             kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
-            mask = kwargs.get("attention_mask")
-            check_history(
+            names = ("attention_mask", "timestamps", "query_time")
+            history = check_history(
                 self.config,
                 self.layout,
                 self.catalog.trie,
                 input_ids,
-                mask,
+                *(kwargs.get(name) for name in names),
                 may_be_unfinished=True,
                 reads_long_history=False,
             )
+            if isinstance(kwargs.get("cache"), DynamicCache):
+                check_cached_tokens(kwargs["cache"], history)
             unfinished = self.layout.unfinished_items(input_ids)
             for length in unfinished.lengths.unique().tolist():
                 # Raise here if no item begins with a row's codes.
@@ -326,6 +328,8 @@ class UniGRFGenerationMixin(GenerationMixin):
             output = super()._beam_search(
                 input_ids, logits_processor, stopping_criteria, config, synced_gpus, **model_kwargs
             )
+            # Stock beam search reorders the rows of its cache.
+            record_tokens(output.cache, 0, None)
             return mark_missing_items(output, input_ids.shape[1], self.config.pad_token_id, generation_config)
         num_beams = generation_config.num_beams
         inputs = {

@@ -39,7 +39,7 @@ from .recommendation_unigrf import (
     recommend_items,
 )
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock, UniGRFItemEncoder, UniGRFRankingHead
-from .shared_prefix_unigrf import prefill
+from .shared_prefix_unigrf import prefill, record_tokens
 from .transitions_unigrf import UniGRFTransitions, check_histories, last_items
 from .trie_unigrf import CatalogTrie
 
@@ -205,6 +205,8 @@ class UniGRFModel(UniGRFPreTrainedModel):
                     "Leave them out, or train `hstu` with num_time_buckets."
                 )
             kwargs["timestamps"] = timestamps
+        tokens = (input_ids, attention_mask, timestamps, kwargs.get("target_timestamps"))
+        num_cached = 0 if cache is None else cache.get_seq_length()
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -222,7 +224,7 @@ class UniGRFModel(UniGRFPreTrainedModel):
             inputs_embeds = inputs_embeds if item_representations is None else inputs_embeds + item_representations
             inputs_embeds = nn.functional.dropout(inputs_embeds, self.config.embedding_dropout, self.training)
             input_ids = None
-        return self.language_model(
+        outputs = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -231,6 +233,8 @@ class UniGRFModel(UniGRFPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        record_tokens(getattr(outputs, "cache", None), num_cached, *tokens)
+        return outputs
 
 
 class UniGRFItemModel(UniGRFPreTrainedModel):

@@ -18,7 +18,7 @@ from .configuration_unigrf import UniGRFConfig
 from .inputs_unigrf import History
 from .item_lists_unigrf import item_list
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
-from .shared_prefix_unigrf import cache_rollback, check_cache, prefill
+from .shared_prefix_unigrf import cache_rollback, check_cache, check_cached_tokens, prefill
 from .transitions_unigrf import TransitionSettings, last_items
 from .trie_unigrf import CatalogTrie, ItemFilter, check_scores
 
@@ -483,7 +483,8 @@ def rank_candidates(
             f"`cache` must hold the {length} tokens of input_ids, got {cache.get_seq_length()}. Fill it with "
             "`model.prefill`, or leave it out."
         )
-    if is_new or (history_states is None and scorer.has_dense_scores):
+    check_cached_tokens(cache, history)
+    if cache.get_seq_length() < length or (history_states is None and scorer.has_dense_scores):
         history_states = prefill(backbone, history, scorer.history_representations(history.input_ids), cache)
     if candidates_per_pack is None:
         # A CPU's caches hold 64 candidates; elsewhere a pack costs its launches.

@@ -223,6 +223,91 @@ def cache_rollback(cache: Cache, only_on_error: bool = False) -> Iterator[Cache]
                     layer.crop(-excess)
 
 
+def token_columns(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.LongTensor | None,
+    timestamps: torch.LongTensor | None,
+    target_timestamps: torch.LongTensor | None,
+) -> torch.LongTensor:
+    """Stack all that a token's keys and values depend on: id, mask, time and target time, `[B, T, 4]`; padding: 0."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].long()
+    times = torch.full_like(input_ids, -1) if timestamps is None else timestamps
+    if target_timestamps is None:
+        target_timestamps = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
+    return torch.stack([input_ids, mask, times, target_timestamps], dim=-1) * mask[..., None]
+
+
+def record_tokens(
+    cache: Cache | None,
+    num_cached: int,
+    input_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | dict | None = None,
+    timestamps: torch.LongTensor | None = None,
+    target_timestamps: torch.LongTensor | None = None,
+) -> None:
+    """
+    Store on a cache what its tokens are, `cache.token_columns [B, n, 4]`, for `check_cached_tokens`.
+
+    Args:
+        cache (`Cache`, *optional*): A cache that holds these tokens behind its first `num_cached`. None: no cache.
+        num_cached (`int`): Number of earlier tokens.
+        input_ids, attention_mask, timestamps, target_timestamps: The inputs of the backbone. Without `input_ids` and
+            with a mask that is not 2-D, the tokens are unknown.
+    """
+    if not isinstance(cache, DynamicCache):
+        return
+    earlier = getattr(cache, "token_columns", None)
+    cache.token_columns = None
+    if input_ids is None or not (attention_mask is None or getattr(attention_mask, "ndim", 0) == 2):
+        return
+    columns = token_columns(input_ids, attention_mask, timestamps, target_timestamps)
+    if num_cached == 0:
+        cache.token_columns = columns
+    elif earlier is not None and len(earlier) == len(columns) and earlier.shape[1] >= num_cached:
+        cache.token_columns = torch.cat([earlier[:, :num_cached], columns], dim=1)
+
+
+def check_cached_tokens(cache: DynamicCache, history: History) -> None:
+    """
+    Check that the cache holds the first tokens of the histories.
+
+    The last token's keys and values depend on the time of the next event. If that time is another one by now, the
+    token is cropped off the cache, to run again.
+
+    Raises:
+        ValueError: if the cache holds more tokens, other tokens, or tokens that the model did not run.
+    """
+    num_cached = cache.get_seq_length()
+    length = history.input_ids.shape[1]
+    advice = "Pass the cache of these histories, or a new `DynamicCache()`, also after a window of items moved."
+    if num_cached > length:
+        raise ValueError(f"`cache` must hold at most the {length} tokens of input_ids, got {num_cached}. {advice}")
+    if num_cached == 0:
+        return
+    targets = None
+    if history.timestamps is not None:
+        targets = torch.cat([history.timestamps[:, 1:], history.query_time[:, None]], dim=1)
+    columns = token_columns(history.input_ids, history.attention_mask, history.timestamps, targets)[:, :num_cached]
+    cached = getattr(cache, "token_columns", None)
+    if cached is None or cached[:, :num_cached].shape != columns.shape:
+        got = "tokens without a record" if cached is None else f"tokens of shape {tuple(cached.shape[:2])}"
+        raise ValueError(
+            f"`cache` must hold the first tokens of the {len(columns)} histories of input_ids, got {got}. {advice}"
+        )
+    differs = cached[:, :num_cached].to(columns.device) != columns
+    is_late = differs[:, -1, 3].any()
+    differs[:, -1, 3] = False
+    rows = differs.flatten(1).any(dim=1)
+    is_other, is_late = torch.stack([rows.any(), is_late]).tolist()
+    if is_other:
+        raise ValueError(
+            f"`cache` must hold the first tokens of input_ids, got other tokens (or times) in row "
+            f"{int(rows.nonzero()[0])}. {advice}"
+        )
+    if is_late:
+        cache.crop(-1)
+
+
 def without_gradient(cache: DynamicCache) -> DynamicCache:
     """Copy the cache: the same keys and values, which stop the gradient."""
     copy = DynamicCache()
@@ -254,18 +339,14 @@ def prefill(
         `torch.FloatTensor` of shape `(batch_size, hidden_size)`: the output at the last token.
 
     Raises:
-        ValueError: if the cache holds more than T tokens, or cannot be cropped.
+        ValueError: if the cache holds other tokens, or cannot be cropped.
     """
     check_cache(cache)
+    check_cached_tokens(cache, history)
     input_ids = history.input_ids
     attention_mask = history.attention_mask
     num_cached = cache.get_seq_length()
     length = input_ids.shape[1]
-    if num_cached > length:
-        raise ValueError(
-            f"`cache` must hold at most the {length} tokens of input_ids, got {num_cached}. Pass the cache of these "
-            "histories, or a new `DynamicCache()`."
-        )
     times = None
     if history.timestamps is not None:
         times = torch.cat([history.timestamps, history.query_time[:, None]], dim=1)

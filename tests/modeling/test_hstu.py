@@ -319,3 +319,21 @@ def test_timestamps_that_do_not_fit_are_rejected():
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), query_time=requests)
     with pytest.raises(ValueError, match=r"`query_time` must have shape \(2,\), one time a row"):
         model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, query_time=requests[:1])
+
+
+def test_a_cache_continues_at_a_later_query_time():
+    model = build_model("hstu")
+    input_ids, mask, _, times, requests = timed(model, [4, 2])
+    part = {"input_ids": input_ids[:, :-5], "attention_mask": mask[:, :-5], "timestamps": times[:, :-5]}
+    later = {"input_ids": input_ids, "attention_mask": mask, "timestamps": times, "query_time": requests + 10**5}
+    for first, then in ((part, later), (later, {**later, "query_time": requests + 10**7})):
+        expected = model.recommend(**then)
+        cache = DynamicCache()
+        model.recommend(**first, cache=cache)
+        again = model.recommend(**then, cache=cache)
+        assert torch.equal(again.item_indices, expected.item_indices)
+        torch.testing.assert_close(again.scores, expected.scores, atol=2e-5, rtol=1e-4)
+        assert cache.get_seq_length() == input_ids.shape[1]
+    candidates = torch.tensor([[1, 2], [3, 4]])
+    ranked = model.rank(candidates=candidates, cache=cache, **later)
+    torch.testing.assert_close(ranked, model.rank(candidates=candidates, **later), atol=2e-5, rtol=1e-4)

@@ -1,5 +1,7 @@
 """Ranking: candidates see the history and themselves, on any cache, which is rolled back."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,40 @@ def test_rank_on_a_cache_equals_rank_without_and_keeps_the_cache(backbone):
     assert torch.equal(after, model.generate(input_ids, **arguments))
     again = model.rank(input_ids, mask, candidates, cache=cache)
     torch.testing.assert_close(again, on_cache, atol=2e-5, rtol=1e-4)
+
+
+CALLS = {
+    "recommend": lambda model, cache, **inputs: model.recommend(**inputs, cache=cache),
+    "rank": lambda model, cache, **inputs: model.rank(**inputs, candidates=torch.tensor([[1], [2]]), cache=cache),
+    "prefill": lambda model, cache, **inputs: model.prefill(**inputs, cache=cache),
+    "beams": lambda model, cache, **inputs: model.generate(**inputs, cache=cache, num_beams=3),
+    "greedy": lambda model, cache, **inputs: model.generate(**inputs, cache=cache, num_beams=1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+@pytest.mark.parametrize("backbone_", ["llama", "hstu"])
+def test_a_cache_of_other_tokens_is_rejected(backbone_, call):
+    model = build_model(backbone_)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if backbone_ == "hstu":
+        inputs |= {"timestamps": torch.arange(100, 100 + input_ids.shape[1]).expand_as(input_ids)}
+    others = [{**inputs, "input_ids": input_ids.flip(0), "attention_mask": mask.flip(0)}]
+    # The window has moved by an item, which the same user took once more.
+    moved = torch.cat([input_ids[:, :1], input_ids[:, 6:], input_ids[:, -5:]], dim=1)
+    others.append({**inputs, "input_ids": moved, "attention_mask": torch.ones_like(moved)})
+    if backbone_ == "hstu":
+        others.append({**inputs, "timestamps": inputs["timestamps"] - 50})
+    for other in others:
+        cache = DynamicCache()
+        model.prefill(**inputs, cache=cache)
+        with pytest.raises(ValueError, match=r"`cache` must hold the first tokens of .* or a new `DynamicCache"):
+            call(model, cache, **other)
+        call(model, deepcopy(cache), **inputs)
+    cache.token_columns = None
+    with pytest.raises(ValueError, match="got tokens without a record"):
+        call(model, cache, **inputs)
 
 
 def test_the_cache_is_rolled_back_when_a_call_fails(monkeypatch):
