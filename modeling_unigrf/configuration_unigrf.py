@@ -26,6 +26,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_unigrf.UniGRFModel",
     "AutoModelForCausalLM": "modeling_unigrf.UniGRFForCausalLM",
 }
+CUSTOM_PIPELINES = {
+    "recommendation": {"impl": "pipeline_unigrf.RecommendationPipeline", "pt": ["AutoModelForCausalLM"]},
+}
 
 
 def _backbone_field(name: str) -> property:
@@ -313,6 +316,8 @@ class UniGRFConfig(PreTrainedConfig):
         values = super().to_dict()
         values.pop("old_serving_fields", None)
         values["training_config"] = asdict(self.training_config)
+        # Whatever saves a config names the pipeline; loading one puts classes here.
+        values["custom_pipelines"] = deepcopy(CUSTOM_PIPELINES)
         return values
 
     def __getattr__(self, name):

@@ -31,6 +31,7 @@ from .layout_unigrf import ItemLayout
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
 from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs, take_old_serving_fields
+from .pipeline_unigrf import RecommendationPipeline  # noqa: F401  # so that its file goes with every saved model
 from .recommendation_unigrf import (
     ServingOptions,
     UniGRFRecommendation,

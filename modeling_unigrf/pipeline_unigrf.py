@@ -2,7 +2,7 @@
 """`pipeline("recommendation")`: histories of the user's item ids in, recommended items with the same ids out."""
 
 import torch
-from transformers import AutoModelForCausalLM, Pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 
 from .old_names_unigrf import convert_old_inputs, convert_old_request
 
@@ -68,7 +68,29 @@ class RecommendationPipeline(Pipeline):
     _load_processor = False
     _load_image_processor = False
     _load_feature_extractor = False
-    _load_tokenizer = True
+    # Optional for `pipeline(...)`, so that `__init__` can say what a folder lacks.
+    _load_tokenizer = None
+
+    def __init__(self, model, tokenizer=None, **kwargs):
+        if tokenizer is None:
+            folder = model.name_or_path
+            raise ValueError(
+                f"`tokenizer` must be the SemanticIdTokenizer of the model, got {self._tokenizer_error(folder)}. Add "
+                f"it to the folder (`tokenizer.save_pretrained({folder!r})`), or pass it "
+                "(`pipeline(..., tokenizer=tokenizer)`)."
+            )
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+
+    @classmethod
+    def _tokenizer_error(cls, folder: str) -> str:
+        """Say why a folder gives no tokenizer, which `pipeline(...)` does not."""
+        try:
+            # Who runs a folder's pipeline trusts its tokenizer, too.
+            is_trusted = cls.__module__.startswith("transformers_modules.")
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted)
+        except (ValueError, OSError) as error:
+            return f"none from {folder!r} ({error})"
+        return "none"
 
     def _sanitize_parameters(self, **kwargs):
         kwargs = convert_old_inputs(kwargs)

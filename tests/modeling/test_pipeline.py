@@ -1,9 +1,14 @@
 """The recommendation pipeline: requests in, item ids with titles and scores out."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import HISTORY, SHORT_HISTORY, approximately, short_id
+from helpers import HISTORY, SHORT_HISTORY, approximately, run_elsewhere, short_id
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments, pipeline
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from tokenization import SemanticIdTokenizer
@@ -222,3 +227,76 @@ def test_constructor_parameters_are_checked_defaults(recommender):
         RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, exclude=True)
     three = RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, num_return_sequences=3)
     assert three(HISTORY) == recommender(HISTORY)[:3] and len(three(HISTORY, num_return_sequences=4)) == 4
+
+
+def write_folders(recommender, root: Path):
+    """Save a model and its tokenizer in every way, each into a folder below `root`."""
+    # Negatives would store a sampling bias.
+    config = {**recommender.model.config.to_dict(), "training_config": {"negatives_per_item": 0.0}}
+    model = UniGRFForCausalLM(UniGRFConfig(**config))
+    model.load_state_dict(recommender.model.state_dict())
+    tokenizer = recommender.tokenizer
+    RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(root / "pipeline")
+    model.save_pretrained(root / "parts")
+    tokenizer.save_pretrained(root / "parts")
+    tokenizer.save_pretrained(root / "parts reversed")
+    model.save_pretrained(root / "parts reversed")
+    # A learning rate of 0 leaves the weights as they are.
+    arguments = TrainingArguments(str(root), max_steps=1, learning_rate=0.0, use_cpu=True, report_to="none")
+    ids = tokenizer.encode_history(HISTORY["items"], HISTORY["behaviors"])["input_ids"]
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}], processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(root / "trainer")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(root / "merged")
+    tokenizer.save_pretrained(root / "merged")
+    return ["pipeline", "parts", "parts reversed", "checkpoint-1", "trainer", "merged"]
+
+
+LOAD_AND_SAVE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+results = []
+def recommend(folder):
+    recommender = pipeline("recommendation", model=folder, trust_remote_code=True)
+    assert type(recommender).__module__.startswith("transformers_modules.")
+    results.append(recommender(json.loads(sys.argv[1])))
+    return recommender
+
+for name in json.loads(sys.argv[2]):
+    recommender = recommend(name)
+parts = [auto.from_pretrained(name, trust_remote_code=True) for auto in (AutoModelForCausalLM, AutoTokenizer)]
+for folder, (model, tokenizer) in {"again": parts, "third": (recommender.model, recommender.tokenizer)}.items():
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recommend(folder)
+print(json.dumps(results))
+"""
+
+
+def test_whichever_object_saves_the_folder_is_whole(recommender, tmp_path):
+    names = write_folders(recommender, tmp_path)
+    *_, last = run_elsewhere(LOAD_AND_SAVE, json.dumps(HISTORY), json.dumps(names), folder=tmp_path)
+    results = json.loads(last)
+    assert len(results) == len(names) + 2
+    expected = approximately(recommender(HISTORY))
+    assert all(result == expected for result in results)
+    files = {path.name for path in (tmp_path / "pipeline").iterdir()}
+    for name in (*names, "again", "third"):
+        assert files <= {path.name for path in (tmp_path / name).iterdir()}, name
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_folder_without_a_tokenizer_says_so(recommender, damage, tmp_path):
+    recommender.model.save_pretrained(tmp_path)
+    if damage == "truncated":
+        recommender.tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "items.json").write_text("{")
+    message = "`tokenizer` must be .* Add it to the folder" if damage == "missing" else "items.json must be a complete"
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        pipeline("recommendation", model=str(tmp_path), trust_remote_code=True)
+    with pytest.raises(ValueError, match="`tokenizer` must be"):
+        RecommendationPipeline(model=recommender.model)
+    whole = pipeline("recommendation", str(tmp_path), tokenizer=recommender.tokenizer, trust_remote_code=True)
+    assert whole(HISTORY) == approximately(recommender(HISTORY))

@@ -468,10 +468,14 @@ def test_a_saved_tokenizer_loads_without_project_and_faiss(tokenizer, tmp_path, 
     assert "pip install faiss-cpu" in loaded[5]
 
 
-def test_without_trusted_code_the_plain_class_reads_the_text(tokenizer, tmp_path):
+def test_auto_tokenizer_takes_the_installed_class(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    for trust in (None, False, True):
+        assert type(AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trust)) is SemanticIdTokenizer
+
+
+def test_the_plain_class_reads_the_text(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
     plain = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ids = tokenizer.encode_history(["item1"], ["like"])["input_ids"]
     assert plain(tokenizer.decode(ids))["input_ids"] == ids and plain.padding_side == "left"
