@@ -8,13 +8,19 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_hstu import HSTUConfig  # noqa: F401  # so that AutoConfig knows it
+from .configuration_hstu import HSTUConfig
 from .old_names_unigrf import SERVING_FIELDS, convert_old_fields, convert_old_overrides
+
+if TYPE_CHECKING:
+    # transformers copies, and hashes, what a file imports. A config must go with all code: `AutoModel` takes the model
+    # that was registered for the config's class, also for another folder whose model's code differs.
+    from .modeling_unigrf import UniGRFForCausalLM  # noqa: F401
 
 NEXT_TARGET = "next"
 # pad, bos, eos, unk
@@ -281,6 +287,9 @@ class UniGRFConfig(PreTrainedConfig):
         elif isinstance(self.text_config, PreTrainedConfig):
             # Copy: another model may share it, and its vocabulary is set below.
             self.text_config = deepcopy(self.text_config)
+        if isinstance(self.text_config, dict) and self.text_config["model_type"] == HSTUConfig.model_type:
+            # AutoConfig knows the class of the folder that was loaded last.
+            self.text_config = HSTUConfig(**self.text_config)
         if not is_dataclass(self.training_config):
             self.training_config = UniGRFTrainingConfig.from_fields(self.training_config or {})
         super().__post_init__(**kwargs)

@@ -1,12 +1,13 @@
 """The recommendation pipeline: requests in, item ids with titles and scores out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import HISTORY, SHORT_HISTORY, approximately, run_elsewhere, short_id
+from helpers import HISTORY, SHORT_HISTORY, approximately, build_model, run_elsewhere, short_id
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, pipeline
 
@@ -285,6 +286,37 @@ def test_whichever_object_saves_the_folder_is_whole(recommender, tmp_path):
     files = {path.name for path in (tmp_path / "pipeline").iterdir()}
     for name in (*names, "again", "third"):
         assert files <= {path.name for path in (tmp_path / name).iterdir()}, name
+
+
+LOAD_IN_TURN = """
+from transformers import pipeline
+
+for name in json.loads(sys.argv[1]):
+    recommender = pipeline("recommendation", model=f"{name}/checkpoint", trust_remote_code=True)
+    model = recommender.model
+    parts = (recommender, recommender.tokenizer, model, model.config, model.config.text_config, model.catalog.trie)
+    modules = [sys.modules[type(part).__module__] for part in parts]
+    print(json.dumps([module.__name__.rpartition(".")[2] for module in modules if hasattr(module, "CHANGED")]))
+"""
+
+
+def test_folders_of_one_name_run_their_own_code(tmp_path):
+    model = build_model("hstu")
+    sizes = model.config.codebook_sizes
+    codes = model.catalog.item_codes.numpy()
+    model.save_pretrained(tmp_path / "whole" / "checkpoint")
+    SemanticIdTokenizer.from_codes(range(30), codes, sizes, ["dislike", "like"]).save_pretrained(
+        tmp_path / "whole" / "checkpoint"
+    )
+    files = ["pipeline_unigrf", "tokenization_unigrf", "modeling_unigrf", "configuration_unigrf", "configuration_hstu"]
+    files.append("trie_unigrf")
+    for file in files:
+        shutil.copytree(tmp_path / "whole", tmp_path / file)
+        path = tmp_path / file / "checkpoint" / f"{file}.py"
+        path.write_text(path.read_text() + "\nCHANGED = True\n")
+    order = ["whole", *files, "whole"]
+    lines = run_elsewhere(LOAD_IN_TURN, json.dumps(order), folder=tmp_path)
+    assert [json.loads(line) for line in lines] == [[], *([file] for file in files), []]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
