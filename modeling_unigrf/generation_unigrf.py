@@ -29,6 +29,7 @@ from .beam_search_unigrf import Beams, SearchSpace, beam_search
 from .configuration_unigrf import UniGRFConfig
 from .inputs_unigrf import History, check_history, check_times
 from .layout_unigrf import ItemLayout
+from .loading_unigrf import check_generation_config
 from .old_names_unigrf import convert_old_inputs
 from .recommendation_unigrf import check_catalog_device, serving_defaults
 from .shared_prefix_unigrf import cache_rollback, check_cache, check_cached_tokens, prefill, record_tokens
@@ -203,9 +204,11 @@ def generation_defaults(config: UniGRFConfig) -> dict:
 class UniGRFGenerationMixin(GenerationMixin):
     """The hooks of transformers' generation, for a model with `config`, `layout`, `catalog`, `model` and `scorer`."""
 
-    def adjust_generation_fn(self, *args, **kwargs):
-        """Complete `generation_config`: a folder's generation_config.json may be absent or lack fields."""
-        super().adjust_generation_fn(*args, **kwargs)
+    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, source, **kwargs):
+        """Complete `generation_config`: a folder's generation_config.json may lack fields."""
+        if generation_config is None and source is not None:
+            check_generation_config(source, kwargs)
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, source, **kwargs)
         defaults = generation_defaults(self.config) | getattr(self.config, "old_serving_fields", {})
         missing = {
             name: value for name, value in defaults.items() if getattr(self.generation_config, name, None) is None

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from .generation_unigrf import UniGRFGenerationMixin, generation_defaults
 from .inputs_unigrf import check_history
 from .item_lists_unigrf import check_items
 from .layout_unigrf import ItemLayout
+from .loading_unigrf import check_weights, hub_arguments, stored_dtypes
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
 from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs, take_old_serving_fields
@@ -103,17 +105,38 @@ class UniGRFPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Load a model as every model of transformers; also accept 0.1's names of weights (until 0.3)."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        Load a model as every model of transformers; also accept 0.1's names of weights (until 0.3).
+
+        Raises:
+            ValueError: for a folder that is not whole: unreadable or damaged files, no generation_config.json, or no
+                weight for a part that its config.json describes.
+        """
         kwargs["key_mapping"] = OLD_WEIGHTS | (kwargs.get("key_mapping") or {})
         serving, kwargs = take_old_serving_fields(kwargs)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        place = hub_arguments(kwargs)
+        source = pretrained_model_name_or_path
+        if source is not None and Path(source).is_dir():
+            stored_dtypes(Path(source))
+        model, loading_info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        if source is not None:
+            check_weights(model, loading_info["missing_keys"], place)
         # Otherwise `save_pretrained` would write the old names again.
         model._weight_conversions = []
         if serving:
             model.generation_config.update(**serving, allow_custom_entries=True)
-        return loaded
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save a model as every model of transformers; whoever may read its config.json may read its weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        config = folder / "config.json"
+        # safetensors writes files that only their owner may read.
+        if config.is_file():
+            for path in folder.glob("*.safetensors"):
+                path.chmod(config.stat().st_mode)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """

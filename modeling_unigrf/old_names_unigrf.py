@@ -63,6 +63,7 @@ ITEM_SETS = {
     "candidates": "candidates",
     "blocked_items": "blocked_items",
 }
+OLD_CONTENT_EMBEDDINGS = "catalogue.item_embeddings"
 # Patterns of weights' names.
 OLD_WEIGHTS = {
     r"^catalogue\.item_codes$": "catalog.item_codes",

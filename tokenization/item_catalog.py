@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from .cell_values import as_id, as_text, as_values
 from .residual_kmeans import ResidualKMeans
-from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, read_tensors
+from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, read_tensors, write_tensors
 from .semantic_ids import unique_codes
 
 
@@ -236,7 +235,7 @@ class ItemCatalog:
         if self.quantizer is not None:
             tensors |= self.quantizer.tensors()
             metadata = self.quantizer.metadata()
-        save_file(tensors, ids_path, metadata=metadata)
+        write_tensors(tensors, ids_path, metadata)
         return str(items_path), str(ids_path)
 
     @classmethod

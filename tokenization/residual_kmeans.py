@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from .kmeans_codebook import BLOCK, first_equal, fit_codebook, nearest
-from .semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
+from .semantic_id_files import SEMANTIC_IDS_FILE, read_tensors, write_tensors
 
 
 class ResidualKMeans:
@@ -246,7 +245,7 @@ class ResidualKMeans:
         path = Path(folder) / SEMANTIC_IDS_FILE
         tensors = self.tensors()
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata=self.metadata())
+        write_tensors(tensors, path, self.metadata())
         return path
 
     @classmethod

@@ -6,11 +6,13 @@ metadata. In a tokenizer's folder it also holds the item codes (`item_codes`, in
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 ITEMS_FILE = "items.json"
 SEMANTIC_IDS_FILE = "semantic_ids.safetensors"
@@ -32,6 +34,18 @@ def read_tensors(path: str | Path | None) -> tuple[dict[str, np.ndarray], dict[s
             f"{path} must be a complete safetensors file, got a truncated or damaged file ({error}). Save or download "
             "the file again."
         ) from error
+
+
+def write_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Write a whole safetensors file or none, which whoever may read the user's other files may read."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    # safetensors makes files that only their owner may read, whatever the umask.
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
+    save_file(tensors, unfinished, metadata=metadata)
+    unfinished.chmod(mode)
+    os.replace(unfinished, path)
 
 
 def read_json_object(path: str | Path | None, name: str) -> dict[str, Any]:
@@ -64,5 +78,10 @@ def _require_file(path: str | Path | None, name: str) -> Path:
         raise ValueError(
             f"{name} must stand beside the other tokenizer files, got no file{place}. Copy or download the whole "
             "folder that `save_pretrained` wrote."
+        )
+    # safetensors reports such a file as missing.
+    if not os.access(path, os.R_OK):
+        raise ValueError(
+            f"{path} must be readable, got no permission to read {name}. Ask its owner for it (`chmod a+r`)."
         )
     return Path(path)

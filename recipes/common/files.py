@@ -12,10 +12,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     Yield a hidden temporary path, and rename it to `path` at the end.
 
-    An interrupted run leaves no half-written `path`.
+    An interrupted run leaves no half-written `path`. Its mode follows the umask, also if safetensors writes the file.
     """
     unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
     yield unfinished
+    unfinished.chmod(mode)
     os.replace(unfinished, path)
 
 

@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from recipes.common.files import whole_file
+
 
 class StatefulCallback(TrainerCallback):
     """
@@ -55,7 +57,8 @@ class StatefulCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Save the tensors beside the Trainer's state."""
         if args.should_save:
-            save_file({name: tensor.clone() for name, tensor in self.tensors.items()}, self._path(args, state))
+            with whole_file(self._path(args, state)) as file:
+                save_file({name: tensor.clone() for name, tensor in self.tensors.items()}, file)
 
     @staticmethod
     def process_batches(lengths: np.ndarray, batch_size: int, args, desc: str) -> Iterator[np.ndarray]:

@@ -208,7 +208,7 @@ def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
     best = model.recommend(input_ids, mask)
     model.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
-    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path, generation_config=GenerationConfig())
     loaded.save_pretrained(tmp_path)
     for restored in (loaded, UniGRFForCausalLM.from_pretrained(tmp_path)):
         assert torch.equal(restored.generate(input_ids, attention_mask=mask), expected)

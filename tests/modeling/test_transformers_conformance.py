@@ -116,3 +116,18 @@ class UniGRFModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
             self.all_model_classes = (model_class,)
             with self.assertRaisesRegex(ValueError, r"at least.* 26 tokens .*got 4\b"):
                 super().test_resize_tokens_embeddings()
+
+    def test_base_model_prefix_loads_base_weights(self):
+        # The test puts new heads and an unknown catalog on a backbone.
+        with self.assertRaisesRegex(ValueError, "must have a whole generation_config.json"):
+            super().test_base_model_prefix_loads_base_weights()
+
+    def test_correct_missing_keys(self):
+        # The same as above.
+        with self.assertRaisesRegex(ValueError, "must have a whole generation_config.json"):
+            super().test_correct_missing_keys()
+
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        # The test loads a folder without weights.
+        with self.assertRaisesRegex(ValueError, "must have all weights of its config.json"):
+            super().test_model_weights_reload_no_missing_tied_weights()
