@@ -58,7 +58,17 @@ class UniGRFCatalog(nn.Module):
 
     @property
     def trie(self) -> CatalogTrie:
-        """The trie of `item_codes`, built at first use and again after the codes change or move."""
+        """
+        The trie of `item_codes`, built at first use and again after the codes change or move.
+
+        Raises:
+            ValueError: for offloaded codes.
+        """
+        if self.item_codes.is_meta:
+            raise ValueError(
+                "The catalog's buffers must be in memory, got them on the meta device. Offload without "
+                "`offload_buffers=True`."
+            )
         source, version = self._trie_source
         if source is not self.item_codes or version != _version(self.item_codes):
             self._store(CatalogTrie(self.item_codes, self.codebook_sizes))

@@ -71,9 +71,9 @@ def code_cross_entropy(
     retain_graph: bool = False,
 ) -> torch.Tensor:
     """Compute the cross-entropy of places `true [n]` in a slice of the tokens, from states `[n, hidden_size]`."""
-    if scorer.layout.num_levels > 1 or type(scorer.code_head) is not nn.Linear:
+    if scorer.layout.num_levels > 1 or not scorer.has_code_vectors:
         return nn.functional.cross_entropy(scorer.code_logits(states, codes).float(), true, reduction=reduction)
-    states, vectors = scorer.comparable(states.float(), scorer.code_vectors[codes].float(), dim=-1)
+    states, vectors = scorer.comparable(states.float(), scorer.code_vectors(codes).float(), dim=-1)
     return softmax_over_items(states, vectors, true, reduction, retain_graph)
 
 
@@ -92,7 +92,7 @@ def _row_logits(
     code_set: torch.LongTensor,
 ) -> torch.Tensor:
     """Compute logits `[n, m]` of each row's codes `[B, m]` (-1: none) at positions `here`, -inf at the true code."""
-    vectors = scorer.code_vectors[codes][code_set.clamp(min=0)]
+    vectors = scorer.code_vectors(codes)[code_set.clamp(min=0)]
     logits = _similarity(scorer, states, vectors.transpose(1, 2))[here]
     row_codes = code_set[here.nonzero()[:, 0]]
     return logits.masked_fill((row_codes < 0) | (row_codes == true[:, None]), -torch.inf)
@@ -113,7 +113,7 @@ def _full_softmax(
         return code_cross_entropy(scorer, queries, true, codes, "sum", retain_graph)
     losses = code_cross_entropy(scorer, queries, true, codes, "none", retain_graph)
     # The denominator counts hard negatives 30 times, excluded positives 0 times.
-    true_logits = _similarity(scorer, queries[:, None], scorer.code_vectors[codes][true][:, :, None])[:, 0, 0]
+    true_logits = _similarity(scorer, queries[:, None], scorer.code_vectors(codes)[true][:, :, None])[:, 0, 0]
     changes = 0.0
     for code_set, weight in zip(code_sets, (HARD_NEGATIVE_WEIGHT, 0.0), strict=True):
         logits = _row_logits(scorer, states, here, true, codes, code_set)
@@ -133,7 +133,7 @@ def _sampled_softmax(
 ) -> torch.Tensor:
     """Sum the cross-entropy of `true [n]` at the positions `here`, each among `count` random codes and itself."""
     queries = states[here]
-    vectors = scorer.code_vectors[codes]
+    vectors = scorer.code_vectors(codes)
     logits = [_similarity(scorer, queries[:, None], vectors[true][:, :, None])[:, 0]]
     drawn = torch.randint(len(vectors), (count,), device=states.device)
     random_logits = _similarity(scorer, queries, vectors[drawn].T)

@@ -17,6 +17,18 @@ from .shared_prefix_unigrf import check_cache
 UNKNOWN_TIME = -1
 
 
+class HSTUTable(nn.Embedding):
+    """A table of numbers, `[n, 1]`."""
+
+    def forward(self, index: torch.LongTensor) -> torch.Tensor:
+        """
+        Look up the values `[B, 1, Q, K]` at the indices `[B, Q, K]`.
+
+        The backward of `gather` is faster than that of an embedding.
+        """
+        return self.weight[:, 0].expand(*index.shape[:-1], -1).gather(-1, index)[:, None]
+
+
 class HSTUBias(nn.Module):
     """The bias of attention scores: a number for the distance of key and query, another for their time difference."""
 
@@ -24,8 +36,8 @@ class HSTUBias(nn.Module):
         super().__init__()
         self.num_positions = config.max_position_embeddings
         self.num_buckets = config.num_time_buckets
-        self.positions = nn.Embedding(2 * self.num_positions - 1, 1)
-        self.times = nn.Embedding(self.num_buckets + 1, 1) if self.num_buckets else None
+        self.positions = HSTUTable(2 * self.num_positions - 1, 1)
+        self.times = HSTUTable(self.num_buckets + 1, 1) if self.num_buckets else None
 
     def forward(self, distance: torch.LongTensor, seconds: torch.LongTensor | None) -> torch.Tensor:
         """
@@ -41,21 +53,12 @@ class HSTUBias(nn.Module):
             `torch.FloatTensor` of shape `(batch_size or 1, 1, Q, K)`.
         """
         index = (distance + self.num_positions - 1).clamp(0, 2 * self.num_positions - 2)
-        bias = table_values(self.positions, index)
+        bias = self.positions(index)
         if self.times is not None and seconds is not None:
             # Each bucket is 1.35 times wider, as in the public code.
             bucket = (seconds.clamp(min=1).float().log() / 0.301).floor().long().clamp(max=self.num_buckets)
-            bias = bias + table_values(self.times, bucket) * (seconds >= 0)[:, None]
+            bias = bias + self.times(bucket) * (seconds >= 0)[:, None]
         return bias
-
-
-def table_values(table: nn.Embedding, index: torch.LongTensor) -> torch.Tensor:
-    """
-    Look up the values `[B, 1, Q, K]` of a table `[n, 1]` at the indices `[B, Q, K]`.
-
-    The backward of `gather` is faster than that of an embedding.
-    """
-    return table.weight[:, 0].expand(*index.shape[:-1], -1).gather(-1, index)[:, None]
 
 
 class HSTULayer(nn.Module):

@@ -41,7 +41,7 @@ from .recommendation_unigrf import (
     rank_candidates,
     recommend_items,
 )
-from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock, UniGRFItemEncoder, UniGRFRankingHead
+from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock, UniGRFCodeHead, UniGRFItemEncoder, UniGRFRankingHead
 from .shared_prefix_unigrf import prefill, record_tokens
 from .transitions_unigrf import UniGRFTransitions, check_histories, last_items
 from .trie_unigrf import CatalogTrie
@@ -261,6 +261,16 @@ class UniGRFModel(UniGRFPreTrainedModel):
         return outputs
 
 
+def check_in_memory(layers: Sequence[nn.Module]) -> None:
+    """Raise `ValueError` if a layer that may grow is offloaded: offloading would bring its old rows back."""
+    offloaded = [type(layer).__name__ for layer in layers if any(weight.is_meta for weight in layer.parameters())]
+    if offloaded:
+        raise ValueError(
+            f"The catalog must change while all weights are in memory, got offloaded weights of {offloaded}. Change "
+            "and save the model first, then offload it."
+        )
+
+
 class UniGRFItemModel(UniGRFPreTrainedModel):
     """The parts of the model: backbone, heads, and the catalog of items, which is saved with the weights."""
 
@@ -269,7 +279,7 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         config.check()
         super().__init__(config)
         self.model = UniGRFModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = UniGRFCodeHead(config.hidden_size, config.vocab_size)
         self.item_encoder = UniGRFItemEncoder(config)
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
@@ -289,6 +299,14 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         """The functions that turn states into scores of codes and items."""
         heads = (self.lm_head, self.item_encoder, self.ranking_head)
         return ItemScorer(self.config, self.layout, self.catalog, *heads, self.transitions)
+
+    def set_output_embeddings(self, new_embeddings):
+        """Replace the code head; a plain linear layer gives it its weight."""
+        if type(new_embeddings) is nn.Linear:
+            head = UniGRFCodeHead(new_embeddings.in_features, new_embeddings.out_features)
+            head.weight = new_embeddings.weight
+            new_embeddings = head
+        self.lm_head = new_embeddings
 
     @property
     def _embeddings_name(self) -> str:
@@ -332,6 +350,7 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         Raises:
             ValueError: for shared or impossible codes, wrong shapes and NaN. The catalog stays unchanged then.
         """
+        check_in_memory([self.item_encoder])
         content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
         self.catalog.replace(torch.as_tensor(item_codes), content_embeddings)
         num_items = self.catalog.num_items
@@ -443,6 +462,7 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
                 f"{[type(layer).__name__ for layer in grown]}. Merge the adapter first (`merge_and_unload()`), then "
                 "add the items."
             )
+        check_in_memory(grown)
 
         # The trie raises errors before the model changes.
         trie = CatalogTrie(all_codes, sizes)

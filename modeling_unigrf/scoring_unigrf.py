@@ -24,6 +24,25 @@ ITEM, RETRIEVED, CANDIDATE = range(3)
 MAX_LEAVES = 2**16
 
 
+class UniGRFCodeHead(nn.Linear):
+    """
+    The code head `lm_head`: a linear layer without bias, with a row for each token.
+
+    Offloading and sharding have a weight in place inside `forward` alone. So the rows, too, come from there.
+    """
+
+    # A wrapper that passes arguments on has this attribute, too.
+    selects_codes = True
+
+    def __init__(self, width: int, num_tokens: int):
+        super().__init__(width, num_tokens, bias=False)
+
+    def forward(self, states: torch.Tensor | None, codes: slice = slice(None)) -> torch.Tensor:
+        """Compute logits `[..., n]` of a slice of the tokens at states `[..., hidden_size]`; None: return its rows."""
+        rows = self.weight[codes]
+        return rows if states is None else nn.functional.linear(states, rows)
+
+
 class UniGRFItemEncoder(nn.Module):
     """
     The representation of an item: its projected content embedding plus a learned row of the embedding table.
@@ -109,7 +128,7 @@ class UniGRFCandidateBlock(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(batch_size, N, k + 2, hidden_size)`.
         """
-        segments = self.segments.weight
+        segments = self.segments(torch.arange(3, device=candidates.device))
         return torch.cat(
             [
                 (candidates + segments[ITEM])[:, :, None],
@@ -189,7 +208,7 @@ class ItemScorer:
         config (`UniGRFConfig`): Configuration of the model.
         layout (`ItemLayout`): The order of the tokens.
         catalog (`UniGRFCatalog`): Codes and content embeddings of all items.
-        code_head (`nn.Module`): `lm_head`, a linear layer without bias, with a row for each token.
+        code_head (`UniGRFCodeHead`, or what an adapter or a quantization puts there): `lm_head`.
         item_encoder (`UniGRFItemEncoder`): Makes item representations.
         ranking_head (`UniGRFRankingHead`): Makes logits of the ranking targets.
         transitions (`UniGRFTransitions`, *optional*): Counts of what users took next. None: the model has none.
@@ -209,22 +228,33 @@ class ItemScorer:
         return self.ranking_head.history_query is not None
 
     @property
-    def code_vectors(self) -> torch.Tensor:
-        """Rows of `code_head`. An adapter that changes its output, but not its rows, raises a `ValueError`."""
-        if hasattr(self.code_head, "base_layer"):
+    def has_code_vectors(self) -> bool:
+        """Whether `code_head` has rows: an adapter or a quantized layer has none, but computes logits."""
+        return getattr(self.code_head, "selects_codes", False)
+
+    def code_vectors(self, codes: slice) -> torch.Tensor:
+        """
+        Return the rows `[n, hidden_size]` of `code_head` for a slice of the tokens.
+
+        Raises:
+            ValueError: for an adapter on the head and for a quantized head.
+        """
+        if not self.has_code_vectors:
+            got = "an adapter on it" if hasattr(self.code_head, "base_layer") else type(self.code_head).__name__
             raise ValueError(
-                "`lm_head` must be a plain layer where its weight is read, got an adapter on it (code_similarity="
+                f"`lm_head` must be a plain layer where its weight is read, got {got} (code_similarity="
                 f"{self.config.code_similarity!r}, code_negatives={self.config.training_config.code_negatives}). "
-                "Train lm_head whole: `LoraConfig(modules_to_save=model.modules_to_save)`."
+                "Train lm_head whole, `LoraConfig(modules_to_save=model.modules_to_save)`, and do not quantize it."
             )
-        return self.code_head.weight
+        return self.code_head(None, codes)
 
     def code_logits(self, states: torch.Tensor, codes: slice = slice(None)) -> torch.Tensor:
         """Compute logits `[..., n]` of a slice of the tokens, and of no others, from states `[..., hidden_size]`."""
-        # Run an adapter's wrapper whole.
-        if type(self.code_head) is not nn.Linear and self.config.code_similarity == "dot":
-            return self.code_head(states)[..., codes] / self.config.code_temperature
-        return self.code_similarity(states, self.code_vectors[codes].T)
+        if self.config.code_similarity == "cosine":
+            return self.code_similarity(states, self.code_vectors(codes).T)
+        # Run another layer whole.
+        logits = self.code_head(states, codes) if self.has_code_vectors else self.code_head(states)[..., codes]
+        return logits if self.config.code_temperature == 1.0 else logits / self.config.code_temperature
 
     def code_similarity(self, states: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """

@@ -429,7 +429,7 @@ def read_branches(
     # The attention: shared prefix or packed mask.
     window = sliding_window(config)
     sees_whole_history = window is None or history_mask.shape[1] + earlier + steps <= window
-    if sees_whole_history and not torch.is_grad_enabled() and shares_prefix(language_model):
+    if sees_whole_history and not torch.is_grad_enabled() and shares_prefix(language_model, flat.device):
         # Pass a trivial mask so the backbone does not build its own.
         branches = Branches(history_mask, keys, branch_mask)
         outputs = language_model(attention_mask=history_mask[:, None, None], branches=branches, **arguments)
@@ -493,23 +493,26 @@ def _packed_mask(
 
 
 @torch.no_grad()
-def shares_prefix(language_model: PreTrainedModel) -> bool:
+def shares_prefix(language_model: PreTrainedModel, device: torch.device | None = None) -> bool:
     """
     Return whether the language model attends by `shared_prefix_attention`.
+
+    `device` is that of the inputs. None: the model's, which must not be offloaded then.
 
     The first use switches a model with sdpa over for good, if a trial shows that its keyword arguments reach the
     attention. (Without branches the attention is sdpa. To switch to and fro would not be safe in threads.)
     """
     config = language_model.config
+    device = language_model.device if device is None else device
     with TRIAL:
         if config._attn_implementation == "sdpa" and getattr(language_model, "hands_down_arguments", True):
-            token = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
-            mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=language_model.device)
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
+            mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device)
             cache = DynamicCache()
             trial = Branches(mask[:, 0, 0, :1], torch.ones_like(token)[None])
             succeeded = False
             # Restore the random state: in training, dropout draws from it.
-            with torch.random.fork_rng([language_model.device] if language_model.device.type == "cuda" else []):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 language_model(input_ids=token, cache=cache, use_cache=True)
                 config._attn_implementation = SHARED_PREFIX
                 try:
