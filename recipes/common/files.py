@@ -1,10 +1,16 @@
-"""Write whole files or none."""
+"""Write whole files or none, read them with errors that name them, and check folders before the work."""
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -18,12 +24,96 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished.unlink(missing_ok=True)
     unfinished.touch()
     mode = unfinished.stat().st_mode
-    yield unfinished
-    unfinished.chmod(mode)
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        unfinished.chmod(mode)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: dict) -> None:
     """Write the whole file, or leave the earlier file as it is."""
     with whole_file(path) as file:
-        file.write_text(json.dumps(data, indent=1))
+        file.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def errors_with_path(path: str | Path) -> Iterator[None]:
+    """Raise `ValueError` with the path where a reader of JSON, Arrow or safetensors fails, which may not name it."""
+    try:
+        yield
+    except (OSError, SafetensorError, pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} must be there and whole, got {type(error).__name__}: {error} Restore it, or make it again."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise `ValueError`, with the path, for a file that is missing or holds something else."""
+    with errors_with_path(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {value!r:.80}. Restore the file, or make it again.")
+    return value
+
+
+def is_whole_json(path: Path) -> bool:
+    """Return whether a file can be read, and holds JSON to its end."""
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_writable(folder: str | Path, name: str, num_bytes: int = 2**20) -> None:
+    """
+    Create a folder for results before the work, and check that `num_bytes` can be written there.
+
+    Args:
+        folder: The folder.
+        name: The argument that names the folder, for the message.
+        num_bytes: Bytes that the results need, 1 MiB by default.
+
+    Raises:
+        ValueError: if the folder is a file, cannot be written, or has too little room.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**16))
+    except OSError as error:
+        raise ValueError(
+            f"`{name}` must be a folder that can be written, got {folder}: {error}. Choose another folder."
+        ) from error
+    if (free := shutil.disk_usage(folder).free) < num_bytes:
+        raise ValueError(
+            f"`{name}` must have room for {num_bytes / 2**20:,.1f} MB, got {free / 2**20:,.1f} MB in {folder}. Free "
+            "some space, or choose another folder."
+        )
+
+
+def file_sizes(paths: Iterable[Path], root: Path) -> dict[str, int | None]:
+    """
+    Return the size in bytes of each file, and of the files in each folder, by its path below `root`.
+
+    The size of a JSON file is None: a later stage may rewrite it.
+    """
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return {
+        os.path.relpath(file, root): None if file.suffix == ".json" else file.stat().st_size
+        for file in sorted(files)
+        if file.is_file()
+    }
+
+
+def damaged_files(sizes: Mapping[str, int | None], root: Path) -> list[str]:
+    """List the files of `file_sizes` that are missing, have another size, or are no whole JSON file today."""
+    return [
+        name
+        for name, size in sizes.items()
+        if not (root / name).is_file()
+        or ((root / name).stat().st_size != size if size is not None else not is_whole_json(root / name))
+    ]

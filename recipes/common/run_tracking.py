@@ -11,22 +11,29 @@ import os
 import platform
 import shlex
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from recipes.common.files import write_json
+from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, read_json, write_json
 
-# Fields of `TrainingArguments` that do not change the result.
-PROCESS_FIELDS = ("local_rank", "use_cpu")
+# Arguments that do not change the result: the process, and the folders of the results, which may move.
+WITHOUT_RESULT = ("local_rank", "use_cpu", "output_dir", "checkpoint_dir")
 # Compare these by their absolute paths: the working directory may differ.
-FOLDERS = ("data_dir", "output_dir", "checkpoint_dir", "init_from")
+FOLDERS = ("data_dir", "init_from", "refit_from")
+# Differs from every value.
+UNKNOWN = object()
+# What the Trainer resumes from, beside the weights.
+RESUMED_FILES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
@@ -73,7 +80,7 @@ def require_single_device(training_args: TrainingArguments) -> None:
         )
 
 
-def begin(folder: Path, arguments: dict, finished: Path, writes: bool = True) -> dict:
+def begin(folder: Path, arguments: dict, finished: Path, writes: bool = True, defaults: dict | None = None) -> dict:
     """
     Record the arguments of a training as `arguments.json` in its folder.
 
@@ -82,43 +89,54 @@ def begin(folder: Path, arguments: dict, finished: Path, writes: bool = True) ->
         arguments: Arguments of the training, as nested dicts.
         finished: File that a finished training writes.
         writes: Write the file. False: a process other than the first only compares.
+        defaults: Defaults of the arguments, nested in the same way. A record that lacks an argument, because an older
+            version wrote it, stands for the default. None: no defaults.
 
     Returns:
-        The arguments, as JSON stores them.
+        The arguments as JSON stores them, without those that do not change the result. A training that continues
+        returns its own record, also after an update that brings new arguments.
 
     Raises:
         ValueError: if the folder holds checkpoints, or the `finished` file, of a training with other arguments.
     """
-    # The arguments of this training.
+    # The arguments of this training, and those of the training in the folder.
     file = folder / "arguments.json"
+    arguments = _comparable(arguments)
+    has_checkpoints = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
+    if not (has_checkpoints or (file.exists() and finished.exists())):
+        if writes:
+            check_writable(folder, "output_dir")
+            write_json(file, arguments)
+        return arguments
+    try:
+        stored = _comparable(read_json(file))
+    except ValueError:
+        stored = {}
+
+    # Resuming would mix two trainings.
+    now = flat(arguments)
+    then = flat(stored)
+    implied = flat(_comparable(defaults or {}))
+    changed = [name for name in now if now[name] != then.get(name, implied.get(name, UNKNOWN))]
+    # An argument that this version lacks is no flag of the command.
+    changed += [name for name in then if name not in now and name.split(".")[0] not in (defaults or {})]
+    if changed:
+        raise ValueError(
+            f"`output_dir` must be new, or hold a training with the same arguments and data, got {folder} with other "
+            f"values of {sorted(changed)}. Choose another output_dir, or remove this folder."
+        )
+    return stored
+
+
+def _comparable(arguments: dict) -> dict:
+    """Convert arguments to JSON values and absolute paths, and leave out those that do not change the result."""
     arguments = json.loads(json.dumps(arguments, default=str))
     for group in arguments.values():
+        for name in WITHOUT_RESULT if isinstance(group, dict) else ():
+            group.pop(name, None)
         for name in FOLDERS if isinstance(group, dict) else ():
             if group.get(name) and Path(group[name]).exists():
                 group[name] = str(Path(group[name]).resolve())
-
-    # Those of the training in the folder.
-    has_checkpoints = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
-    is_begun = has_checkpoints or (file.exists() and finished.exists())
-    stored = json.loads(file.read_text()) if is_begun and file.exists() else {}
-    for record in (arguments, stored):
-        for name in PROCESS_FIELDS if isinstance(record, dict) else ():
-            record.get("training", {}).pop(name, None)
-
-    # Resuming would mix two trainings.
-    if is_begun and stored != arguments:
-        now = flat(arguments)
-        then = flat(stored) if isinstance(stored, dict) else {}
-        changed = sorted(
-            name for name in {*now, *then} if name not in now or name not in then or now[name] != then[name]
-        )
-        raise ValueError(
-            f"`output_dir` must be new, or hold a training with the same arguments and data, got {folder} with other "
-            f"values of {changed}. Choose another output_dir, or remove this folder."
-        )
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, arguments)
     return arguments
 
 
@@ -126,7 +144,8 @@ def last_checkpoint(folder: str | Path, files: Iterable[str] = ()) -> str | None
     """
     Return the newest complete checkpoint of the Trainer, to resume from; None if there is none.
 
-    A checkpoint is incomplete if its training was killed while it saved. A message reports each of them.
+    A checkpoint is incomplete if its training was killed while it saved: files are missing, or end too early. A
+    message reports each of them.
 
     Args:
         folder: Folder of the Trainer's checkpoints.
@@ -134,11 +153,33 @@ def last_checkpoint(folder: str | Path, files: Iterable[str] = ()) -> str | None
     """
     steps = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(steps, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        missing = [name for name in (TRAINER_STATE_NAME, *files) if not (path / name).is_file()]
-        if not missing:
+        if not (problems := checkpoint_problems(path, files)):
             return str(path)
-        print(f"skipped the incomplete checkpoint {path}: it lacks {missing}", flush=True)
+        print(f"skipped the incomplete checkpoint {path}: {'; '.join(problems)}", flush=True)
     return None
+
+
+def checkpoint_problems(folder: Path, files: Iterable[str] = ()) -> list[str]:
+    """Say which files of a Trainer's checkpoint are missing or cannot be read to their end."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    weights = set(read_json(index)["weight_map"].values()) if is_whole_json(index) else {SAFE_WEIGHTS_NAME}
+    names = [*RESUMED_FILES, *sorted(weights), *files]
+    problems = (
+        [f"it lacks {missing}"] if (missing := [name for name in names if not (folder / name).is_file()]) else []
+    )
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                read_json(file)
+            elif file.suffix == ".safetensors":
+                # Reads the header, and compares the file's size with it.
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+                problems.append(f"{file.name} is truncated")
+        except (ValueError, SafetensorError) as error:
+            problems.append(f"{file.name}: {error}")
+    return problems
 
 
 class Stages:
@@ -151,32 +192,39 @@ class Stages:
 
     def __init__(self, output_dir: Path):
         self.file = output_dir / "stages.json"
-        self.before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        # Without a whole record, nothing is known to be finished.
+        self.before = read_json(self.file) if is_whole_json(self.file) else {}
         self.done: dict[str, dict] = {}
 
     def __call__(self, name: str, arguments: dict, run: Callable[[], object], outputs: Iterable[Path] = ()) -> None:
         """
         Run a stage, unless its result can be reused.
 
-        A result can be reused if the arguments are the same, the outputs exist, and no earlier stage ran again.
+        A result can be reused if the arguments are the same, the outputs are there and whole, and no earlier stage ran
+        again.
 
         Args:
             name: Name of the stage.
             arguments: Arguments of the stage.
             run: Function that does the work.
-            outputs: Files that the function writes.
+            outputs: Files that the function writes, and folders that it fills.
         """
-        if self.before.get(name, {}).get("arguments") == arguments and all(path.exists() for path in outputs):
-            print(f"== {name}: reused from an earlier run", flush=True)
-            self.done[name] = self.before[name]
-            return
+        earlier = self.before.get(name, {})
+        outputs = list(outputs)
+        if earlier.get("arguments") == arguments and all(path.exists() for path in outputs):
+            if not (damaged := damaged_files(earlier.get("files", {}), self.file.parent)):
+                print(f"== {name}: reused from an earlier run", flush=True)
+                self.done[name] = earlier
+                return
+            print(f"== {name}: runs again, since {damaged} are missing or damaged", flush=True)
         self.before = {}  # later stages read the new result
         write_json(self.file, self.done)
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         run()
         seconds = round(time.perf_counter() - start, 1)
-        self.done[name] = {"arguments": arguments, "seconds": seconds}
+        sizes = file_sizes(outputs, self.file.parent)
+        self.done[name] = {"arguments": arguments, "seconds": seconds, "files": sizes}
         write_json(self.file, self.done)
         print(f"== {name}: {seconds} s", flush=True)
 

@@ -2,12 +2,27 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from recipes.common import result_files
 from recipes.common import run_tracking as runs
+from recipes.common.files import check_writable
 from recipes.common.run_tracking import Stages
+
+
+def trainer_checkpoint(folder, *files):
+    """Write what the Trainer resumes from, and other files of tensors."""
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, folder / name)
+    for name in ("model.safetensors", *files):
+        save_file({"weight": torch.zeros(9)}, folder / name)
+    return folder
 
 
 def test_the_folder_of_another_training_is_rejected(tmp_path):
@@ -55,18 +70,85 @@ def test_a_stage_runs_again_after_an_earlier_stage_did(tmp_path):
 
 def test_a_training_resumes_from_the_newest_whole_checkpoint(tmp_path, capsys):
     assert runs.last_checkpoint(tmp_path / "nothing") is runs.last_checkpoint(tmp_path) is None
-    for step, names in {
-        9: ["trainer_state.json", "pools.safetensors"],
-        10: ["trainer_state.json"],
-        11: ["pools.safetensors"],
-    }.items():
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in names:
-            (folder / name).touch()
+    trainer_checkpoint(tmp_path / "checkpoint-9", "pools.safetensors")
+    trainer_checkpoint(tmp_path / "checkpoint-10")
+    (trainer_checkpoint(tmp_path / "checkpoint-11") / "trainer_state.json").unlink()
     assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert "checkpoint-11: it lacks" in capsys.readouterr().out
     assert runs.last_checkpoint(tmp_path, ["pools.safetensors"]) == str(tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "pools.safetensors"]
+)
+@pytest.mark.parametrize("size", [None, 0, 0.5])
+def test_a_half_written_checkpoint_is_skipped(tmp_path, capsys, name, size):
+    trainer_checkpoint(tmp_path / "checkpoint-9", "pools.safetensors")
+    file = trainer_checkpoint(tmp_path / "checkpoint-10", "pools.safetensors") / name
+    content = file.read_bytes()
+    file.unlink()
+    if size is not None:
+        file.write_bytes(content[: int(size * len(content))])
+    assert runs.last_checkpoint(tmp_path, ["pools.safetensors"]) == str(tmp_path / "checkpoint-9")
+    assert f"skipped the incomplete checkpoint {tmp_path}/checkpoint-10" in capsys.readouterr().out
+
+
+def test_a_moved_training_and_new_arguments_are_the_same(tmp_path):
+    finished = tmp_path / "finished.json"
+    first = {"training": {"output_dir": "here", "seed": 0}, "model": {"width": 8, "gone": 1}}
+    recorded = runs.begin(tmp_path, first, finished)
+    finished.touch()
+    defaults = {"training": {"seed": 0, "newer": [1]}, "model": {"width": 4}}
+    later = {"training": {"output_dir": "there", "seed": 0, "newer": (1,)}, "model": {"width": 8}}
+    assert runs.begin(tmp_path, later, finished, defaults=defaults) == recorded
+    for changed in ({"newer": [2]}, {"seed": 1}):
+        other = {**later, "training": {**later["training"], **changed}}
+        with pytest.raises(ValueError, match=rf"other values of \['training.{next(iter(changed))}'\]"):
+            runs.begin(tmp_path, other, finished, defaults=defaults)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "half"])
+@pytest.mark.parametrize("name", ["rows.arrow", "record.json", "folder/codes.npy"])
+def test_a_stage_with_damaged_outputs_runs_again(tmp_path, name, damage):
+    outputs = [tmp_path / "rows.arrow", tmp_path / "record.json", tmp_path / "folder"]
+    ran = []
+
+    def work():
+        ran.append("work")
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        for file in ("rows.arrow", "record.json", "folder/codes.npy"):
+            (tmp_path / file).write_text('{"a": 1}')
+
+    for _ in range(2):
+        Stages(tmp_path)("a", {}, work, outputs)
+    (tmp_path / "record.json").write_text('{"a": 1, "b": 2}')  # by a later stage
+    Stages(tmp_path)("a", {}, work, outputs)
+    assert ran == ["work"]
+    if damage == "gone":
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text('{"a"' * (damage == "half"))
+    Stages(tmp_path)("a", {}, work, outputs)
+    assert ran == ["work"] * 2
+
+
+def test_a_half_written_record_of_stages_is_no_record(tmp_path):
+    (tmp_path / "stages.json").write_text('{"a": {"argum')
+    ran = []
+    Stages(tmp_path)("a", {}, lambda: ran.append("a"))
+    assert ran == ["a"]
+
+
+def test_a_folder_is_checked_before_the_work(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below", Path("/proc/nothing")):
+        with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written"):
+            check_writable(folder, "output_dir")
+    with pytest.raises(ValueError, match="`output_dir` must have room for"):
+        check_writable(tmp_path / "new", "output_dir", 2**60)
+    check_writable(tmp_path / "new", "output_dir")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_collected_runs_are_merged_and_never_mixed(tmp_path):
