@@ -1,10 +1,13 @@
 """Parse the command line of every recipe."""
 
+import math
+import re
 import sys
 import warnings
 from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -30,6 +33,15 @@ REMOVED_FLAGS = {
     "config_fields": "most fields of the config have flags of their own, which --help lists",
 }
 TRAINER_GROUP = "Options of transformers.TrainingArguments"
+# Ranges of numbers: in words, and as a function. NaN and infinity are in none of them.
+Range = tuple[str, Callable[[float], bool]]
+COUNT: Range = ("1 or more", lambda value: value >= 1)
+NOT_NEGATIVE: Range = ("0 or more", lambda value: value >= 0)
+POSITIVE: Range = ("above 0", lambda value: value > 0)
+SHARE_BELOW_ONE: Range = ("0 or more and below 1", lambda value: 0 <= value < 1)
+SEED: Range = ("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+# The ID of a Hub repository: a name, or a user and a name.
+REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
 class DefaultsFormatter(ArgumentDefaultsHelpFormatter):
@@ -76,6 +88,51 @@ def parse_arguments(
     parser.set_defaults(**(defaults or {}))
     words = sys.argv[1:] if arguments is None else list(arguments)
     return parser.parse_args_into_dataclasses([current_flag(word, parser) for word in words])
+
+
+def check_ranges(arguments: Any, ranges: Mapping[str, Range]) -> None:
+    """
+    Check the numbers of a recipe, before any work. None stands for no number.
+
+    Args:
+        arguments: Dataclass of the arguments.
+        ranges: Range of each number, or of each number in a list.
+
+    Raises:
+        ValueError: for a number that is outside its range or not finite, and for an empty list.
+    """
+    for name, (expected, is_inside) in ranges.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if not (numbers and all(math.isfinite(number) and is_inside(number) for number in numbers)):
+            kind = "hold numbers that are" if isinstance(value, list) else "be"
+            raise ValueError(f"`{name}` must {kind} {expected}, got {value}. Choose another value, or leave it out.")
+
+
+def check_folder(path: str | None, name: str, file: str = "config.json", or_repository: bool = False) -> None:
+    """
+    Check that a path of an argument is a folder with a file, before a loader takes it for a repository of the Hub.
+
+    Args:
+        path: The path. None: the argument is not set.
+        name: Name of the argument.
+        file: A file of such a folder. The default is that of a checkpoint.
+        or_repository: Allow the ID of a Hub repository, unless its first part is a local folder.
+
+    Raises:
+        ValueError: if the folder or the file is missing.
+    """
+    if path is None or (Path(path) / file).is_file():
+        return
+    if or_repository and REPOSITORY.fullmatch(path) and not Path(path.split("/")[0]).exists():
+        return
+    found = f"no {file} in it" if Path(path).is_dir() else "no such folder"
+    raise ValueError(
+        f"`{name}` must be a local folder with {file}{' or a Hub repository' * or_repository}, got {path!r}: {found}. "
+        "Check the path, or download it first: `hf download`."
+    )
 
 
 def move_inherited_options(parser: HfArgumentParser, dataclass_type: type) -> None:

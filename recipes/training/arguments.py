@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
+from recipes.common.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_ranges
 from recipes.common.config_arguments import arguments_from_config
 from recipes.training.enhancer import OPEN_OPTIONS
 
@@ -60,8 +61,39 @@ TRAINER_DEFAULTS = {
     "restore_callback_states_from_checkpoint": True,
     # True would send the catalog to all processes in every step.
     "ddp_broadcast_buffers": False,
+    # The collator chooses the columns.
+    "remove_unused_columns": False,
     # The Trainer requires it for bf16 on a CPU.
     "use_cpu": not torch.cuda.is_available(),
+}
+
+
+COUNTS = (
+    "max_items",
+    "max_long_items",
+    "crops_per_epoch",
+    "stride",
+    "adaptive_window",
+    "representation_size",
+)
+AMOUNTS = (
+    "generation_loss_weight",
+    "ranking_loss_weight",
+    "dense_loss_weight",
+    "negatives_per_item",
+    "code_negatives",
+    "embedding_table_size",
+    "num_train_beams",
+    "num_retrieved_items",
+    "num_transitions",
+    "candidate_refresh_epochs",
+    "candidate_refresh_steps",
+)
+RANGES = {
+    **dict.fromkeys(COUNTS, COUNT),
+    **dict.fromkeys(AMOUNTS, NOT_NEGATIVE),
+    **dict.fromkeys(("code_temperature", "initializer_range", "adaptive_temperature"), POSITIVE),
+    **dict.fromkeys(("item_dropout", "ranking_dropout", "embedding_dropout"), SHARE_BELOW_ONE),
 }
 
 
@@ -244,12 +276,15 @@ class DataArguments:
 
 
 def check_together(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Raise `ValueError` for options that exclude each other or have no effect."""
+    """Raise `ValueError` for numbers out of range, and options that exclude each other or have no effect."""
+    for arguments in (model_args, data_args):
+        check_ranges(arguments, {name: RANGES[name] for name in vars(arguments) if name in RANGES})
     pairs = {
         ("candidate_refresh_epochs", "candidate_refresh_steps"): model_args.candidate_refresh_epochs
         and model_args.candidate_refresh_steps,
         ("freeze_base_model", "adaptive_weights"): model_args.freeze_base_model and model_args.adaptive_weights,
         ("enhancer", "num_train_beams or num_retrieved_items"): model_args.enhancer and model_args.second_stage,
+        ("stride", "crops_per_epoch"): data_args.stride and data_args.crops_per_epoch,
     }
     for (first, second), are_both in pairs.items():
         if are_both:
@@ -271,6 +306,8 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
         "candidate_refresh_epochs": [("num_train_beams", has_beams)],
         "candidate_refresh_steps": [("num_train_beams", has_beams)],
         "exclude_history": [("num_train_beams", has_beams)],
+        "inject_target": [("num_train_beams", has_beams)],
+        "max_long_items": [("num_retrieved_items", model_args.num_retrieved_items > 0)],
         "refit": [("refit_from", data_args.refit_from is not None)],
         "refit_from": [("refit", data_args.refit is not None)],
         "stop_gradient_history": [("num_train_beams or num_retrieved_items", model_args.second_stage)],

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, set_seed
+import numpy as np
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
-from recipes.common.hashing import weights_of
+from recipes.common.arguments import check_folder, parse_arguments
+from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, read_json, write_json
+from recipes.common.hashing import sha256, weights_of
 from recipes.common.run_tracking import begin, last_checkpoint, require_single_device
 from recipes.data.leave_one_out import with_held_out
 from recipes.data.prepared import load_prepared, prepared
@@ -20,25 +22,31 @@ from recipes.training.callbacks import build_callbacks
 from recipes.training.datasets import build_datasets
 from recipes.training.model_init import build_model
 from recipes.training.stateful_callback import StatefulCallback
+from recipes.training.trainer_arguments import check_trainer_arguments
+
+# Kinds of files that make a model's folder.
+MODEL_FILES = (".json", ".safetensors", ".py")
+# Arguments of recipes.prepare that are paths; their content is hashed.
+PREPARED_PATHS = ("interactions", "items", "embeddings", "tokenizer", "output_dir")
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Train a model, or resume its training, and return the folder of the finished model."""
-    require_single_device(training_args)
+    check_arguments(model_args, data_args, training_args)
     run = TrainingRun.begin(model_args, data_args, training_args)
     # Resuming a finished training would train on.
     if run.is_finished():
         print(f"{run.folder} was trained with these arguments and data, reused")
         return run.folder
-    check_together(model_args, data_args)
+    check_writable(run.folder, "checkpoint_dir")
     set_seed(training_args.seed)
 
     # Data and model
     data = load_prepared(data_args.data_dir)
     if data_args.refit is not None:
-        check_refit(data_args, training_args)
         data.dataset = with_held_out(data.dataset, data_args.refit)
     model = build_model(model_args, data_args, data)
+    check_room(run.folder, training_args, model)
     with training_args.main_process_first(desc="rows"):
         train_rows, validation_rows = build_datasets(
             model_args, data_args, data, training_args.seed, with_times=model.config.reads_times
@@ -48,7 +56,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     callbacks, collator = build_callbacks(model_args, data_args, model, data, train_rows, training_args.seed)
     trainer = Trainer(
         model=model,
-        args=replace(training_args, remove_unused_columns=False),  # the collator chooses the columns
+        args=training_args,
         data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=validation_rows,
@@ -56,16 +64,66 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks=callbacks,
     )
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir, saved))
+    last = last_checkpoint(training_args.output_dir, saved)
+    metrics = fit(trainer, last)
 
     # Result
     if trainer.is_world_process_zero():
+        # The record of an earlier training does not vouch for new weights.
+        run.log_file.unlink(missing_ok=True)
         RecommendationPipeline(model=trainer.model, tokenizer=data.tokenizer).save_pretrained(run.folder)
-        run.write_log(trainer, result)
+        run.write_log(metrics, trainer.state.log_history)
     if training_args.distributed_state is not None:
         # The caller of any process may read the folder.
         training_args.distributed_state.wait_for_everyone()
     return run.folder
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise `ValueError` for arguments that no training can have, before any work."""
+    require_single_device(training_args)
+    check_trainer_arguments(training_args, TRAINER_DEFAULTS)
+    check_together(model_args, data_args)
+    check_folder(model_args.init_from, "init_from", or_repository=True)
+    if data_args.refit is not None:
+        check_refit(data_args, training_args)
+
+
+def check_room(folder: Path, training_args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raise `ValueError` unless the disks have room for the model, and for a checkpoint with the optimizer's state."""
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    check_writable(folder, "checkpoint_dir", num_bytes)
+    if training_args.save_strategy != "no":
+        # Adam has two moments of each weight.
+        check_writable(training_args.output_dir, "output_dir", 3 * num_bytes)
+
+
+def fit(trainer: Trainer, last: str | None) -> dict[str, float]:
+    """
+    Train, or resume from the checkpoint `last`, and return the metrics of the whole training.
+
+    The Trainer's loss and times of a resumed training are those of the last part, and leave its log. The loss of all
+    parts is the mean of the logged losses. The times of the earlier parts are not known.
+    """
+    if last is None:
+        return trainer.train().metrics
+    state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
+    else:
+        # Killed after its last step: the Trainer would take one more.
+        trainer.state = state
+        trainer._load_from_checkpoint(last)
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+    state.log_history[:] = [entry for entry in state.log_history if "train_runtime" not in entry]
+    losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
+    metrics = {"total_flos": state.total_flos, "epoch": state.epoch}
+    if losses:
+        num_steps = np.diff(list(losses), prepend=0)
+        metrics["train_loss"] = float(np.average(list(losses.values()), weights=num_steps))
+    return metrics
 
 
 def check_refit(data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -110,15 +168,18 @@ class TrainingRun:
             ValueError: if `output_dir` holds a training with other arguments.
         """
         folder = Path(data_args.checkpoint_dir or Path(training_args.output_dir) / "checkpoint")
-        arguments = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
-        arguments["prepared"] = prepared(data_args.data_dir)
-        # A checkpoint that is trained again keeps its path.
-        if model_args.init_from is not None:
-            arguments["init_from"] = weights_of(model_args.init_from)
+        arguments = recorded_arguments(model_args, data_args, training_args)
+        default_model, default_data, default_training = parse([f"--data_dir={folder}", f"--output_dir={folder}"])
+        defaults = {
+            "model": asdict(default_model),
+            "data": asdict(default_data),
+            "training": default_training.to_dict(),
+        }
         # The first process writes the file, which the others compare.
         with training_args.main_process_first(desc="arguments"):
             is_first = training_args.process_index == 0
-            arguments = begin(Path(training_args.output_dir), arguments, folder / "training_log.json", writes=is_first)
+            log_file = folder / "training_log.json"
+            arguments = begin(Path(training_args.output_dir), arguments, log_file, is_first, defaults)
         work = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
         return cls(folder, work, arguments["prepared"]["inputs"]["interactions"], data_args.refit)
 
@@ -128,13 +189,40 @@ class TrainingRun:
         return self.folder / "training_log.json"
 
     def is_finished(self) -> bool:
-        """Return whether the folder holds a model of the same work."""
-        return self.log_file.exists() and json.loads(self.log_file.read_text()).get("work") == self.work
+        """Return whether the folder holds a whole model of the same work."""
+        log = read_json(self.log_file) if is_whole_json(self.log_file) else {}
+        if log.get("work") != self.work:
+            return False
+        damaged = damaged_files(log["files"], self.folder)
+        if not damaged and weights_of(self.folder) == log["weights"]:
+            return True
+        print(f"{self.folder} is trained again, since {damaged or 'its weights'} are missing or changed", flush=True)
+        return False
 
-    def write_log(self, trainer: Trainer, result: TrainOutput) -> None:
-        """Write the training log."""
-        log = {"work": self.work, "metrics": result.metrics, "log_history": trainer.state.log_history}
-        write_json(self.log_file, {**log, "interactions": self.interactions, "refit": self.refit})
+    def write_log(self, metrics: dict[str, float], log_history: list[dict]) -> None:
+        """Write the training log, which vouches for the files of the folder."""
+        files = [file for file in self.folder.iterdir() if file.suffix in MODEL_FILES and file != self.log_file]
+        record = {"work": self.work, "files": file_sizes(files, self.folder), "weights": weights_of(self.folder)}
+        log = {"metrics": metrics, "log_history": log_history, "interactions": self.interactions, "refit": self.refit}
+        write_json(self.log_file, {**record, **log})
+
+
+def recorded_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> dict[str, dict]:
+    """Return the arguments of a training, with its data and checkpoints by their content: their paths may change."""
+    record = prepared(data_args.data_dir)
+    used = {name: value for name, value in record["arguments"].items() if name not in PREPARED_PATHS}
+    arguments = {"model": asdict(model_args), "data": asdict(data_args), "training": training_args.to_dict()}
+    arguments["prepared"] = {**record, "arguments": used}
+    del arguments["data"]["data_dir"]
+    if model_args.init_from is not None and (weights := weights_of(model_args.init_from)):
+        arguments["init_from"] = weights
+        del arguments["model"]["init_from"]
+    if data_args.refit_from is not None:
+        arguments["refit_from"] = sha256(Path(data_args.refit_from) / "generation_config.json")
+        del arguments["data"]["refit_from"]
+    return arguments
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

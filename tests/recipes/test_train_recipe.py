@@ -1,6 +1,8 @@
 """recipes.train: its arguments, its checks, and trainings that continue."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -197,3 +199,103 @@ def test_a_training_continues_with_newer_data_and_new_items(prepared, tmp_path, 
     save_file({"embeddings": torch.cat([stored, stored], dim=1)}, other / "item_embeddings.safetensors")
     with pytest.raises(ValueError, match=r"embeddings of the kind that .* was trained with, got embeddings of width"):
         train.train(*train.parse(flags))
+
+
+REFUSED = {
+    "ranges": [
+        *(f"{name}=0" for name in ("max_items", "crops_per_epoch", "stride", "max_long_items", "adaptive_window")),
+        *(f"{name}=-1" for name in ("num_transitions", "num_train_beams", "code_negatives", "num_retrieved_items")),
+        *(f"{name}=nan" for name in ("negatives_per_item", "ranking_loss_weight", "dense_loss_weight")),
+        *("item_dropout=1.5", "item_dropout=1", "ranking_dropout=-.1", "embedding_dropout=nan", "code_temperature=0"),
+        *("learning_rate=nan", "learning_rate=-1", "num_train_epochs=0", "num_train_epochs=inf", "max_steps=0"),
+        *("per_device_train_batch_size=0", "gradient_accumulation_steps=0", "save_total_limit=0", "seed=-1"),
+        *("weight_decay=-1", "max_grad_norm=nan", "adam_beta2=1", "dataloader_num_workers=-1"),
+    ],
+    "without effect": [
+        *("resume_from_checkpoint=nowhere", "resume_from_checkpoint=True", "do_train=True", "do_eval=True"),
+        *("do_predict=True", "remove_unused_columns=True", "label_smoothing_factor=0.1", "label_names=x"),
+        *("length_column_name=x", "use_cache=True", "use_liger_kernel=True", "bf16_full_eval=True"),
+        *("save_only_model=True", "prediction_loss_only=False", "push_to_hub=True", "hub_model_id=a/b"),
+        *("eval_steps=5", "eval_delay=1", "run_name=x", "metric_for_best_model=recall", "optim_target_modules=x"),
+        *("dataloader_persistent_workers=True", "max_long_items=7", "inject_target=False"),
+    ],
+    "paths": ["init_from=/nope", "init_from=tests/nope", "init_from=./nope", "init_from=a/b/c", "data_dir=/nope"],
+}
+
+
+@pytest.mark.parametrize("flag", [flag for flags in REFUSED.values() for flag in flags])
+def test_a_training_refuses_before_any_work(prepared, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("recipes.training.run.load_prepared", lambda _: pytest.fail("the work has begun"))
+    flags = ["--save_strategy=steps", f"--{flag}"]
+    with pytest.raises(ValueError, match=rf"`{flag.split('=')[0]}` .*must .*got "):
+        train.train(*train.parse(train_flags(prepared, tmp_path / "run", *flags)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["output_dir", "checkpoint_dir"])
+def test_a_training_checks_its_folders_before_the_work(prepared, tmp_path, monkeypatch, name):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("recipes.training.run.load_prepared", lambda _: pytest.fail("the work has begun"))
+    with pytest.raises(ValueError, match=f"`{name}` must be a folder that can be written"):
+        train.train(*train.parse(train_flags(prepared, tmp_path / "run", f"--{name}={tmp_path / 'file'}")))
+
+
+def test_a_finished_training_is_reused_only_while_it_is_whole(prepared, tmp_path, monkeypatch, capsys):
+    def trained(name, *flags):
+        short = ("--max_items=4", "--max_steps=1", f"--checkpoint_dir={tmp_path / 'shared'}", *flags)
+        return train.train(*train.parse(train_flags(prepared, tmp_path / name, *short)))
+
+    first = trained("one")
+    weights = (first / "model.safetensors").read_bytes()
+    trained("one")
+    assert "reused" in capsys.readouterr().out
+    for name in ("model.safetensors", "config.json", "items.json", "trie_unigrf.py", "generation_config.json"):
+        for content in (None, (first / name).read_bytes()[:-9]):
+            (first / name).unlink()
+            if content is not None:
+                (first / name).write_bytes(content)
+            trained("one")
+            assert "is trained again" in capsys.readouterr().out
+            assert (first / "model.safetensors").read_bytes() == weights
+
+    # A second training into the folder, killed in its last save.
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.training.run.TrainingRun.write_log", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            trained("two", "--seed=7")
+    assert (first / "model.safetensors").read_bytes() != weights
+    trained("one")
+    assert "reused" not in capsys.readouterr().out and (first / "model.safetensors").read_bytes() == weights
+
+
+def test_a_moved_training_goes_on_with_the_same_data(prepared, tmp_path, capsys):
+    flags = ("--max_items=4", "--max_steps=2")
+    first = train.train(*train.parse(train_flags(prepared, tmp_path / "one", *flags)))
+    shutil.copytree(prepared, tmp_path / "data")
+    for file in (tmp_path / "data").rglob("*"):
+        os.utime(file, (1, 1))
+    first.parent.rename(tmp_path / "moved")
+    moved = train.train(*train.parse(train_flags(tmp_path / "data", tmp_path / "moved", *flags)))
+    assert moved == tmp_path / "moved" / "checkpoint" and "reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", ["--max_steps=4", "--num_train_epochs=1"])
+@pytest.mark.parametrize("killed_in", ["write_log", "the last checkpoint"])
+def test_a_resumed_training_publishes_the_whole(prepared, tmp_path, monkeypatch, length, killed_in):
+    flags = ["--max_items=4", length, "--logging_steps=1", "--save_strategy=steps", "--save_steps=2"]
+    flags += ["--per_device_train_batch_size=64", "--lr_scheduler_type=constant"]
+    whole = train.train(*train.parse(train_flags(prepared, tmp_path / "whole", *flags)))
+    arguments = train.parse(train_flags(prepared, tmp_path / "resumed", *flags))
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.training.run.TrainingRun.write_log", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train.train(*arguments)
+    if killed_in != "write_log":
+        last = max((tmp_path / "resumed").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        (last / "trainer_state.json").write_text("{")
+    resumed = train.train(*arguments)
+    first, again = (json.loads((folder / "training_log.json").read_text()) for folder in (whole, resumed))
+    assert first["weights"] == again["weights"]
+    assert again["metrics"]["train_loss"] == pytest.approx(first["metrics"]["train_loss"], rel=1e-3)
+    assert again["metrics"]["epoch"] == first["metrics"]["epoch"]
+    assert not any("train_runtime" in entry for entry in (again["metrics"], *again["log_history"]))
