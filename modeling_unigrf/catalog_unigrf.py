@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from .item_lists_unigrf import item_list
+from .item_lists_unigrf import describe, item_list
 from .trie_unigrf import CatalogTrie
 
 # This int8 value stands for 1.0.
@@ -91,13 +91,42 @@ class UniGRFCatalog(nn.Module):
         Raises:
             ValueError: if there is no item, an item is outside the catalog, or the indices are no integers.
         """
-        items = item_list(items, self.item_codes.device)
+        items = item_list("items", items, self.item_codes.device)
         if items.numel() and (items.min() < 0 or items.max() >= self.num_items):
             raise ValueError(
                 f"`items` must be indices into a catalog of {self.num_items} items, got {int(items.min())} to "
                 f"{int(items.max())}. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
             )
         return CatalogTrie(self.item_codes, self.codebook_sizes, items)
+
+    def check_part(self, part: CatalogTrie) -> None:
+        """
+        Check a part of the catalog, as a call gets it. A part that fits is not compared again.
+
+        Raises:
+            ValueError: for anything but a `CatalogTrie`, and for a part on another device or of other codes.
+        """
+        advice = "Make it with `model.catalog.subset(items)`, after the model moved and after items were added."
+        if not isinstance(part, CatalogTrie):
+            raise ValueError(f"`catalog` must be a part of the model's catalog, got {describe(part)}. {advice}")
+        device = self.item_codes.device
+        if part.leaf_items.device != device:
+            raise ValueError(
+                f"`catalog` must be on the model's device {device}, got {part.leaf_items.device}. {advice}"
+            )
+        source = (self.item_codes, _version(self.item_codes))
+        checked, version = getattr(part, "checked_with", (None, 0))
+        if part is self._trie or (checked is source[0] and version == source[1]):
+            return
+        items = part.leaf_items.long()
+        fits = part.codebook_sizes == self.codebook_sizes and int(items.max()) < self.num_items
+        if not (fits and torch.equal(part.lookup(self.item_codes[items]), items)):
+            raise ValueError(
+                f"`catalog` must hold items of the model's catalog of {self.num_items} items in codebooks of "
+                f"{self.codebook_sizes} codes, got items of other codes, or codebooks of {part.codebook_sizes} codes. "
+                f"{advice}"
+            )
+        part.checked_with = source
 
     def check(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
         """

@@ -31,7 +31,7 @@ from .inputs_unigrf import History, check_history, check_times
 from .layout_unigrf import ItemLayout
 from .loading_unigrf import check_generation_config
 from .old_names_unigrf import convert_old_inputs
-from .recommendation_unigrf import check_catalog_device, serving_defaults
+from .recommendation_unigrf import serving_defaults
 from .shared_prefix_unigrf import cache_rollback, check_cache, check_cached_tokens, prefill, record_tokens
 from .trie_unigrf import CatalogTrie, check_scores
 
@@ -275,7 +275,7 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist. Also for
-                training inputs, for a `catalog` on another device, for logits processors that leave a row no item,
+                training inputs, for another `catalog`, for logits processors that leave a row no item,
                 and for scores that are not finite.
         """
         kwargs = convert_old_inputs(kwargs)
@@ -288,7 +288,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             )
         trie = self.catalog.trie
         if catalog is not None:
-            check_catalog_device(catalog, self.catalog.item_codes.device)
+            self.catalog.check_part(catalog)
             trie = catalog
             processor = TrieLogitsProcessor(self.layout, trie, self.config.pad_token_id)
             kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])

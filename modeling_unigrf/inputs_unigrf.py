@@ -5,12 +5,13 @@ The backbone reads a *history*: token ids, left-padded. A *long history* goes be
 candidate's sub-history is retrieved from the long history. *Item sets* are further items of a training row.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .configuration_unigrf import UniGRFConfig
-from .item_lists_unigrf import check_items, is_integer
+from .item_lists_unigrf import check_integers, check_items, describe, is_integer
 from .layout_unigrf import ItemLayout
 from .trie_unigrf import CatalogTrie
 
@@ -110,17 +111,17 @@ def check_history(
     Raises:
         ValueError: for rows that no item can follow, unknown items, too few positions, and other shapes.
     """
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
+    if not is_integer(input_ids) or input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(
-            "`input_ids` must have shape (batch_size, sequence_length), neither of them 0, got "
-            f"{tuple(input_ids.shape)}. Encode histories with `tokenizer.encode_history(..., return_tensors='pt')`."
+            "`input_ids` must be a tensor of integers of shape (batch_size, sequence_length), neither of them 0, got "
+            f"{describe(input_ids)}. Encode histories with `tokenizer.encode_history(..., return_tensors='pt')`."
         )
     if attention_mask is None:
         attention_mask = (input_ids != config.pad_token_id).long()
-    if attention_mask.shape != input_ids.shape:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` must have the shape {tuple(input_ids.shape)} of input_ids, got "
-            f"{tuple(attention_mask.shape)}. Pass the tokenizer's own, or leave it out."
+            f"{describe(attention_mask)}. Pass the tokenizer's own, or leave it out."
         )
     lengths, places, codes = check_tokens(layout, input_ids, attention_mask, may_be_unfinished)
     num_block_tokens = 0 if may_be_unfinished else config.num_block_tokens
@@ -203,19 +204,12 @@ def check_times(
     """
     if timestamps is None and query_time is None:
         return None
-    if timestamps is None or timestamps.shape != input_ids.shape:
-        got = "none" if timestamps is None else tuple(timestamps.shape)
-        raise ValueError(
-            f"`timestamps` must have the shape {tuple(input_ids.shape)} of input_ids, got {got}. Make them with "
-            "`tokenizer.encode_history(..., timestamps=...)`."
-        )
+    advice = "Make them with `tokenizer.encode_history(..., timestamps=...)`."
+    check_integers("timestamps", timestamps, tuple(input_ids.shape), advice)
     if query_time is None:
         return timestamps[:, -1]
-    if query_time.shape != input_ids.shape[:1]:
-        raise ValueError(
-            f"`query_time` must have shape ({len(input_ids)},), one time a row, got {tuple(query_time.shape)}. Leave "
-            "it out for the time of the last event."
-        )
+    advice = "Pass one time a row, in seconds, or leave it out for the time of the last event."
+    check_integers("query_time", query_time, (len(input_ids),), advice)
     return query_time
 
 
@@ -224,8 +218,12 @@ def check_names(name: str, tensors: dict, known: tuple[str, ...]) -> dict:
     Return the tensors of the nested input `name` that are not None.
 
     Raises:
-        ValueError: for a key that is not among the `known`.
+        ValueError: for another type, and for a key that is not among the `known`.
     """
+    if not isinstance(tensors, Mapping):
+        raise ValueError(
+            f"`{name}` must be a dict of tensors, got {describe(tensors)}. Pass keys among {list(known)}."
+        )
     if strange := sorted(set(tensors) - set(known)):
         raise ValueError(f"`{name}` must have keys among {list(known)}, got {strange}. Correct or remove them.")
     return {key: value for key, value in tensors.items() if value is not None}
@@ -246,7 +244,9 @@ def check_long_history(
     Raises:
         ValueError: for missing or superfluous long histories, other shapes, and unknown items or behaviors.
     """
-    tensors = check_names("long_history", long_history or {}, ("items", "behaviors", "timestamps"))
+    tensors = check_names(
+        "long_history", {} if long_history is None else long_history, ("items", "behaviors", "timestamps")
+    )
     if not config.num_retrieved_items:
         if tensors:
             raise ValueError(
@@ -265,12 +265,8 @@ def check_long_history(
     behaviors = tensors.get("behaviors")
     if behaviors is None and len(config.behaviors) == 1:
         behaviors = torch.zeros_like(items)
-    if behaviors is None or behaviors.shape != items.shape or not is_integer(behaviors):
-        got = "none" if behaviors is None else f"{behaviors.dtype} of shape {tuple(behaviors.shape)}"
-        raise ValueError(
-            f"`long_history['behaviors']` must be integers of shape {tuple(items.shape)} as the items, got {got}. "
-            f"Pass an index into {config.behaviors} for each item."
-        )
+    advice = f"Pass an index into {config.behaviors} for each item."
+    check_integers("long_history['behaviors']", behaviors, tuple(items.shape), advice)
     behaviors = behaviors.long()
     is_strange = ((behaviors < 0) | (behaviors >= len(config.behaviors))) & (items >= 0)
     if is_strange.any():
@@ -283,11 +279,10 @@ def check_long_history(
     timestamps = tensors.get("timestamps")
     if timestamps is None:
         timestamps = torch.full_like(items, -1)
-    elif not has_times or timestamps.shape != items.shape or not is_integer(timestamps):
+    elif not has_times or not is_integer(timestamps) or timestamps.shape != items.shape:
         raise ValueError(
             f"`long_history['timestamps']` must be integers of shape {tuple(items.shape)} beside timestamps of the "
-            f"history, got {timestamps.dtype} of shape "
-            f"{tuple(timestamps.shape)}{'' if has_times else ' and no timestamps'}. Pass both, or neither."
+            f"history, got {describe(timestamps)}{'' if has_times else ' and no timestamps'}. Pass both, or neither."
         )
     # A place without an item may hold any number.
     return LongHistory(items, behaviors.clamp(0, len(config.behaviors) - 1), timestamps.long())
@@ -301,7 +296,7 @@ def check_item_sets(item_sets: dict | None, sequence_ids: torch.LongTensor, num_
         ValueError: for other shapes, items outside the catalog, and negatives for rows of several histories.
     """
     names = ("hard_negatives", "excluded_positives", "candidates", "blocked_items")
-    tensors = check_names("item_sets", item_sets or {}, names)
+    tensors = check_names("item_sets", {} if item_sets is None else item_sets, names)
     batch_size = len(sequence_ids)
     sets = {name: check_items(f"item_sets['{name}']", items, batch_size, num_items) for name, items in tensors.items()}
     of_users = [name for name in ("hard_negatives", "excluded_positives") if name in sets]

@@ -1,14 +1,38 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
-"""Checks of item indices."""
+"""Checks of tensors of integers and of item indices."""
 
 from collections.abc import Sequence
 
 import torch
 
 
-def is_integer(items: torch.Tensor) -> bool:
-    """Return whether a tensor can hold indices; a cast would also accept masks and fractions."""
+class RequestError(ValueError):
+    """An error of one request of a batch: `message` names it as `{request}`, and `request` is its row."""
+
+    def __init__(self, message: str, request: int):
+        super().__init__(message.replace("{request}", f"request {request}"))
+        self.message = message
+        self.request = request
+
+
+def is_integer(items) -> bool:
+    """Return whether a value is a tensor that can hold indices; a cast would also accept masks and fractions."""
+    if not isinstance(items, torch.Tensor):
+        return False
     return not (items.is_floating_point() or items.is_complex() or items.dtype == torch.bool)
+
+
+def describe(value) -> str:
+    """Describe a value for messages: dtype and shape of a tensor, the type of others."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return "none" if value is None else f"a {type(value).__name__}"
+
+
+def check_integers(name: str, tensor: torch.LongTensor | None, shape: tuple[int, ...], advice: str) -> None:
+    """Raise `ValueError` unless `tensor` holds integers of the shape."""
+    if not is_integer(tensor) or tensor.shape != shape:
+        raise ValueError(f"`{name}` must be integers of shape {shape}, got {describe(tensor)}. {advice}")
 
 
 def check_items(
@@ -28,12 +52,10 @@ def check_items(
         ValueError: unless the indices are integers from `lowest` to `num_items - 1`, one row a history.
     """
     padding = ", -1 where there is none" if lowest < 0 else ""
-    shape = None if items is None else tuple(items.shape)
-    if shape is None or len(shape) != 2 or shape[0] != batch_size or not is_integer(items):
-        got = "none" if shape is None else f"{items.dtype} of shape {shape}"
+    if not is_integer(items) or items.ndim != 2 or len(items) != batch_size:
         raise ValueError(
-            f"`{name}` must be integers of shape ({batch_size}, N), one row a history, got {got}. Pass item "
-            f"indices{padding}."
+            f"`{name}` must be integers of shape ({batch_size}, N), one row a history, got {describe(items)}. Pass "
+            f"item indices{padding}, as a tensor."
         )
     if items.numel() and not lowest <= int(items.min()) <= int(items.max()) < num_items:
         raise ValueError(
@@ -43,14 +65,37 @@ def check_items(
     return items.long()
 
 
-def item_list(items: torch.Tensor | Sequence[int], device: torch.device) -> torch.LongTensor:
+def item_list(name: str, items: torch.Tensor | Sequence[int], device: torch.device) -> torch.LongTensor:
     """
-    Return item indices as a tensor.
+    Return a list of item indices as a tensor `[n]`.
 
     Raises:
-        ValueError: for a mask or fractions.
+        ValueError: for item ids, a single index, nested lists, a mask or fractions.
     """
-    items = torch.as_tensor(items, device=device)
-    if items.numel() and not is_integer(items):
-        raise ValueError(f"Item indices must be integers, got {items.dtype}. Turn a mask into `mask.nonzero()[:, 0]`.")
-    return items.long()
+    try:
+        indices = torch.as_tensor(items if hasattr(items, "__array__") else list(items), device=device)
+    except (TypeError, ValueError, RuntimeError):
+        indices = None
+    if indices is None or indices.ndim != 1 or (len(indices) and not is_integer(indices)):
+        got = repr(items)[:80] if indices is None else describe(indices)
+        raise ValueError(
+            f"`{name}` must be a list of item indices, integers, got {got}. Pass `tokenizer.item_indices(ids)`, or "
+            "`mask.nonzero()[:, 0]` for a mask."
+        )
+    return indices.long()
+
+
+def item_lists(name: str, lists: Sequence, batch_size: int, device: torch.device) -> list[torch.LongTensor]:
+    """
+    Return the lists of item indices of B requests as tensors.
+
+    Raises:
+        ValueError: for another number of lists than requests, and the reasons of `item_list`.
+    """
+    if isinstance(lists, str | dict) or not hasattr(lists, "__len__") or len(lists) != batch_size:
+        is_sized = hasattr(lists, "__len__") and not isinstance(lists, str)
+        raise ValueError(
+            f"`{name}` must hold one list for each of {batch_size} requests, got "
+            f"{len(lists) if is_sized else describe(lists)}. Pass an empty list for none."
+        )
+    return [item_list(f"{name}[{row}]", items, device) for row, items in enumerate(lists)]

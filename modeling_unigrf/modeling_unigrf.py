@@ -656,8 +656,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         if strange := sorted(set(inputs) - {"query_time", "long_history"}):
             raise TypeError(f"`rank` must get arguments of its signature, got {strange}. Correct or remove them.")
         trie = self.catalog.trie
-        candidates = check_items("candidates", candidates, len(input_ids), trie.num_items, lowest=0)
         history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)
+        candidates = check_items("candidates", candidates, len(input_ids), trie.num_items, lowest=0)
         parts = (self.model, self.scorer, self.candidate_block)
         return rank_candidates(*parts, history, candidates, cache, history_states, candidates_per_pack)
 
@@ -690,9 +690,9 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
                 "`model.set_transitions(histories)`."
             )
         trie = self.catalog.trie
-        items = check_items("items", items, len(input_ids), trie.num_items)
         # A list explains the history alone.
         history = check_history(self.config, self.layout, trie, input_ids, attention_mask, reads_long_history=False)
+        items = check_items("items", items, len(input_ids), trie.num_items)
         last = last_items(history.rows, history.items, len(input_ids))
         settings = self.serving_options().transition_settings
         return last, self.transitions.shares_of_history(last, items.clamp(min=0), settings)

@@ -16,7 +16,7 @@ from .beam_search_unigrf import SearchSpace, beam_search
 from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import UniGRFConfig
 from .inputs_unigrf import History
-from .item_lists_unigrf import item_list
+from .item_lists_unigrf import item_lists
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, check_cache, check_cached_tokens, prefill
 from .transitions_unigrf import TransitionSettings, last_items
@@ -251,15 +251,6 @@ class Candidates:
         )
 
 
-def check_catalog_device(catalog: CatalogTrie, device: torch.device) -> None:
-    """Raise `ValueError` for a part of the catalog on another device, made before the model moved."""
-    if catalog.leaf_items.device != device:
-        raise ValueError(
-            f"`catalog` must be on the model's device {device}, got {catalog.leaf_items.device}. Make it with "
-            "`model.catalog.subset(items)` after the model moved."
-        )
-
-
 def make_search_space(
     scorer: ItemScorer,
     catalog: CatalogTrie,
@@ -279,24 +270,20 @@ def make_search_space(
         allowed_items, blocked_items (`list`, *optional*): A list of item indices for each request. None: no lists.
 
     Raises:
-        ValueError: for the reasons of `ItemFilter`, for another number of lists than requests, and for a catalog on
-            another device.
+        ValueError: for the reasons of `ItemFilter`, `item_lists` and `UniGRFCatalog.check_part`.
     """
     item_codes = scorer.catalog.item_codes
     batch_size = len(history.input_ids)
-    check_catalog_device(catalog, item_codes.device)
-    for name, lists in (("allowed_items", allowed_items), ("blocked_items", blocked_items)):
-        if lists is not None and len(lists) != batch_size:
-            raise ValueError(
-                f"`{name}` must hold one list for each of {batch_size} requests, got {len(lists)}. Pass an empty list "
-                "for none."
-            )
+    scorer.catalog.check_part(catalog)
+    if allowed_items is not None:
+        allowed_items = item_lists("allowed_items", allowed_items, batch_size, item_codes.device)
+    if blocked_items is not None:
+        blocked_items = item_lists("blocked_items", blocked_items, batch_size, item_codes.device)
     if exclude_history:
-        lists = [[]] * batch_size if blocked_items is None else blocked_items
-        blocked_items = [
-            torch.cat([history.items[history.rows == row], item_list(items, item_codes.device)])
-            for row, items in enumerate(lists)
-        ]
+        read_items = [history.items[history.rows == row] for row in range(batch_size)]
+        if blocked_items is not None:
+            read_items = [torch.cat(pair) for pair in zip(read_items, blocked_items, strict=True)]
+        blocked_items = read_items
     if allowed_items is None and blocked_items is None:
         return SearchSpace(catalog)
     return SearchSpace(catalog, ItemFilter(catalog, item_codes, allowed_items, blocked_items))

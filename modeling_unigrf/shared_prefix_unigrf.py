@@ -200,7 +200,7 @@ def attention_mask_4d(
 def check_cache(cache: Cache) -> None:
     """Raise `ValueError` unless tokens can be appended to the cache and cropped off again."""
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})
         raise ValueError(
             f"`cache` must be a `DynamicCache()` with plain layers, got {type(cache).__name__} with layers {kinds}. "
             "Pass `DynamicCache()`, or leave the cache out: beams and candidates are appended and cropped off again."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .item_lists_unigrf import item_list
+from .item_lists_unigrf import RequestError, item_list
 
 # A level's table of ranks may always have this many entries.
 DENSE_ENTRIES = 2**17
@@ -358,9 +358,10 @@ class ItemFilter:
         is_empty = request.bincount(minlength=batch_size) == (0 if self.is_allow_list else trie.num_items)
         if is_empty.any():
             name, content = ("allowed_items", "none") if self.is_allow_list else ("blocked_items", "all of them")
-            raise ValueError(
+            raise RequestError(
                 f"`{name}` must leave each request an item of the catalog that is not blocked, got {content} for "
-                f"request {int(is_empty.nonzero()[0])}. Leave the request out, or change its lists."
+                "{request}. Leave the request out, or change its lists.",
+                int(is_empty.nonzero()[0]),
             )
         # For each level: request * num_nodes + node, sorted.
         self.num_nodes = [level.num_nodes for level in trie.levels]
@@ -375,15 +376,16 @@ class ItemFilter:
     def _paths(trie: CatalogTrie, item_codes: torch.Tensor, lists) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Return requests `[n]` and nodes `[n, L]` of the n distinct listed items that the trie has."""
         device = item_codes.device
-        lists = [item_list(items, device).flatten() for items in lists]
+        lists = [item_list(f"items[{row}]", items, device) for row, items in enumerate(lists)]
         items = torch.cat(lists)
         if len(items) and (items.min() < 0 or items.max() >= len(item_codes)):
             is_outside = [bool(((row < 0) | (row >= len(item_codes))).any()) for row in lists]
             request = is_outside.index(True)
-            raise ValueError(
+            raise RequestError(
                 f"Item lists must hold indices into a catalog of {len(item_codes)} items, got "
-                f"{int(lists[request].min())} to {int(lists[request].max())} for request {request}. Pass item "
-                "indices, e.g. `tokenizer.item_indices(ids)`."
+                f"{int(lists[request].min())} to {int(lists[request].max())} for {{request}}. Pass item "
+                "indices, e.g. `tokenizer.item_indices(ids)`.",
+                request,
             )
         lengths = torch.tensor([len(row) for row in lists], device=device)
         request = torch.arange(len(lists), device=device).repeat_interleave(lengths)

@@ -1,8 +1,9 @@
 """Generation: generated items exist, and the search equals exact scoring and stock `generate`."""
 
+import numpy as np
 import pytest
 import torch
-from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, random_histories, short_id
+from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, long_histories, random_histories, short_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -261,7 +262,7 @@ def test_histories_that_no_item_can_follow_are_rejected():
         )
         unknown[0, 1:5] = model.layout.item_tokens(torch.tensor(missing))
         model.recommend(unknown, mask)
-    with pytest.raises(ValueError, match=r"must have the shape \(2, 11\) of input_ids, got \(2, 10\)"):
+    with pytest.raises(ValueError, match=r"must have the shape \(2, 11\) of input_ids, got .* \(2, 10\)"):
         model.recommend(input_ids, mask[:, 1:])
     cache = model(input_ids, mask, use_cache=True).cache
     with pytest.raises(ValueError, match="at most the 6 tokens of input_ids, got 11"):
@@ -320,12 +321,116 @@ def test_item_lists_that_leave_no_item_are_rejected():
     with pytest.raises(ValueError, match="a catalog of 30 items, got 30 to 30 for request 0"):
         model.recommend(input_ids, mask, blocked_items=[[30], []])
     for wrong in (torch.ones(30, dtype=torch.bool), [1.9]):  # a cast would turn both into indices
-        with pytest.raises(ValueError, match="Item indices must be integers"):
+        with pytest.raises(ValueError, match="must be a list of item indices, integers"):
             model.recommend(input_ids, mask, allowed_items=[[3], wrong])
-        with pytest.raises(ValueError, match="Item indices must be integers"):
+        with pytest.raises(ValueError, match="must be a list of item indices, integers"):
             model.catalog.subset(wrong)
     with pytest.raises(ValueError, match="one list for each of 2 requests, got 1"):
         model.recommend(input_ids, mask, allowed_items=[[3]])
+
+
+WRONG_LISTS = [
+    ["a", "b", "c"],
+    [1, 2, 3],
+    [["sku-1"], [], []],
+    [[1], [[2]], []],
+    [[1], [None], []],
+    [[1], None, []],
+    np.array([1, 2, 3]),
+    torch.tensor([1, 2, 3]),
+    np.array([[1.0], [2.0], [3.0]]),
+    [np.array(["sku-1"]), [], []],
+    "abc",
+    {0: [1], 1: [2], 2: [3]},
+    7,
+]
+
+
+@pytest.mark.parametrize("lists", WRONG_LISTS, ids=lambda lists: str(lists)[:20])
+def test_lists_of_another_type_are_rejected(lists):
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [2, 1, 1])
+    for name in ("allowed_items", "blocked_items"):
+        for exclude_history in (False, True):
+            with pytest.raises(ValueError, match=f"`{name}.* must (be a list of item indices|hold one list for each)"):
+                model.recommend(input_ids, mask, exclude_history=exclude_history, **{name: lists})
+
+
+def test_arrays_of_item_indices_are_lists():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [2, 1, 1])
+    expected = model.recommend(input_ids, mask, allowed_items=[[1, 4], [2, 5], [3, 6]])
+    for lists in (
+        np.array([[1, 4], [2, 5], [3, 6]]),
+        torch.tensor([[1, 4], [2, 5], [3, 6]]).int(),
+        [{1, 4}, (2, 5), range(3, 7, 3)],
+    ):
+        best = model.recommend(input_ids, mask, allowed_items=lists)
+        assert torch.equal(best.item_indices, expected.item_indices)
+
+
+@pytest.mark.parametrize("items", [["sku-1"], "sku-1", 3, [[1, 2]], [1.5], [True], None, np.array([0.0])], ids=str)
+def test_a_part_of_other_things_than_indices_is_rejected(items):
+    model = build_model()
+    with pytest.raises(ValueError, match="`items` must be a list of item indices"):
+        model.catalog.subset(items)
+    input_ids, mask, _ = random_histories(model, [2])
+    if items is not None:
+        for call in (model.recommend, model.generate):
+            with pytest.raises(ValueError, match=r"`catalog` must be a part of the model's catalog, got a .*subset"):
+                call(input_ids, attention_mask=mask, catalog=items)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_part_of_another_catalog_is_rejected(grows):
+    model = build_model(codebook_sizes=(4, 3, 3), num_items=20)
+    input_ids, mask, _ = random_histories(model, [2])
+    part = model.catalog.subset([1, 2, 3])
+    codes = model.catalog.item_codes
+    known = set(map(tuple, codes.tolist()))
+    free = next(
+        code for code in torch.cartesian_prod(*map(torch.arange, (4, 3, 3))).tolist() if tuple(code) not in known
+    )
+    new = codes[:1].clone().index_fill_(1, torch.tensor([2]), 3) if grows else torch.tensor([free])
+    model.add_items(new, torch.zeros(1, 6))
+    calls = (model.recommend, model.generate)
+    for call in calls:
+        if grows:
+            with pytest.raises(
+                ValueError, match=r"`catalog` must hold items of the model's catalog .*after items were"
+            ):
+                call(input_ids, attention_mask=mask, catalog=part)
+        else:
+            call(input_ids, attention_mask=mask, catalog=part)
+    model.set_catalog(model.catalog.item_codes.flip(0), model.catalog.content_embeddings)
+    for call in calls:
+        with pytest.raises(ValueError, match="`catalog` must hold items of the model's catalog"):
+            call(input_ids, attention_mask=mask, catalog=part)
+
+
+def test_inputs_of_another_type_are_rejected():
+    model = build_model("hstu", num_retrieved_items=2)
+    input_ids, mask, _ = random_histories(model, [2, 1])
+    times = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    longer = long_histories(model, [3, 2])["long_history"]
+    good = {"input_ids": input_ids, "attention_mask": mask, "timestamps": times, "query_time": times[:, -1] + 1}
+    calls = [model.recommend, lambda **inputs: model.rank(**inputs, candidates=torch.tensor([[1], [2]]))]
+    for name, value in good.items():
+        for wrong in (value.tolist(), value.numpy(), "abc", value.double() if name != "attention_mask" else 3):
+            for call in (*calls, model.generate, model.prefill):
+                inputs = good | ({} if call in (model.generate, model.prefill) else {"long_history": longer})
+                with pytest.raises(ValueError, match=f"`{name}` must"):
+                    call(**(inputs | {name: wrong}))
+    for wrong in ([[1], [2]], {"items": [[1], [2]]}, {**longer, "behaviors": longer["behaviors"].tolist()}):
+        for call in calls:
+            with pytest.raises(ValueError, match=r"`long_history.* must be"):
+                call(**good, long_history=wrong)
+    for wrong in ([[1], [2]], np.array([[1], [2]]), torch.tensor([[1.0], [2.0]])):
+        with pytest.raises(ValueError, match="`candidates` must be integers of shape"):
+            model.rank(**good, candidates=wrong, long_history=longer)
+    for wrong in ((), "cache", [input_ids]):
+        with pytest.raises(ValueError, match="`cache` must be a `DynamicCache"):
+            model.recommend(**good, cache=wrong, long_history=longer)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])

@@ -313,11 +313,11 @@ def test_timestamps_that_do_not_fit_are_rejected():
         model.recommend(input_ids, mask, timestamps=times)
     model = build_model("hstu")
     input_ids, mask, _, times, requests = timed(model, [3, 1])
-    with pytest.raises(ValueError, match=r"`timestamps` must have the shape .* of input_ids, got"):
+    with pytest.raises(ValueError, match=r"`timestamps` must be integers of shape .*, got"):
         model.recommend(input_ids, mask, timestamps=times[:, 1:])
-    with pytest.raises(ValueError, match=r"`timestamps` must have the shape .* of input_ids, got none"):
+    with pytest.raises(ValueError, match=r"`timestamps` must be integers of shape .*, got none"):
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), query_time=requests)
-    with pytest.raises(ValueError, match=r"`query_time` must have shape \(2,\), one time a row"):
+    with pytest.raises(ValueError, match=r"`query_time` must be integers of shape \(2,\), got .* Pass one time a row"):
         model.generate(input_ids, attention_mask=mask, num_beams=3, timestamps=times, query_time=requests[:1])
 
 
