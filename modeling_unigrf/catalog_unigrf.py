@@ -25,7 +25,7 @@ def first_codes(num_items: int, codebook_sizes: list[int]) -> torch.IntTensor:
     return torch.stack(columns[::-1], dim=1).int()
 
 
-def _version(tensor: torch.Tensor) -> int:
+def codes_version(tensor: torch.Tensor) -> int:
     """Count the in-place changes of a tensor. A tensor of `torch.inference_mode()` has no count: 0."""
     return 0 if tensor.is_inference() else tensor._version
 
@@ -70,13 +70,13 @@ class UniGRFCatalog(nn.Module):
                 "`offload_buffers=True`."
             )
         source, version = self._trie_source
-        if source is not self.item_codes or version != _version(self.item_codes):
+        if source is not self.item_codes or version != codes_version(self.item_codes):
             self._store(CatalogTrie(self.item_codes, self.codebook_sizes))
         return self._trie
 
     def _store(self, trie: CatalogTrie) -> None:
         self._trie = trie
-        self._trie_source = (self.item_codes, _version(self.item_codes))
+        self._trie_source = (self.item_codes, codes_version(self.item_codes))
 
     def subset(self, items: torch.LongTensor) -> CatalogTrie:
         """
@@ -114,7 +114,7 @@ class UniGRFCatalog(nn.Module):
             raise ValueError(
                 f"`catalog` must be on the model's device {device}, got {part.leaf_items.device}. {advice}"
             )
-        source = (self.item_codes, _version(self.item_codes))
+        source = (self.item_codes, codes_version(self.item_codes))
         checked, version = getattr(part, "checked_with", (None, 0))
         if part is self._trie or (checked is source[0] and version == source[1]):
             return

@@ -1,10 +1,19 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """`pipeline("recommendation")`: histories of the user's item ids in, recommended items with the same ids out."""
 
+from collections.abc import Sized
+from dataclasses import dataclass
+from types import GeneratorType
+from typing import Any
+
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 
+from .catalog_unigrf import codes_version
+from .item_lists_unigrf import RequestError, describe
 from .old_names_unigrf import convert_old_inputs, convert_old_request
+from .recommendation_unigrf import ServingOptions
 
 REQUEST_KEYS = ("items", "behaviors", "timestamps", "query_time", "allowed_items", "blocked_items")
 PREPROCESS = ("max_items", "max_long_items", "unknown", "exclude_history")
@@ -22,6 +31,7 @@ FORWARD = (
     "transition_smoothing",
     "popularity_weight",
     "content_weight",
+    "new_item_bonus",
     "rerank_top_k",
     "catalog",
     "num_reasons",
@@ -35,6 +45,29 @@ SCORES = {
     "transition_scores": "transition_score",
 }
 LONG_HISTORY = {"items": "long_items", "behaviors": "long_behaviors", "timestamps": "long_timestamps"}
+
+
+@dataclass
+class NumberedRequest:
+    """A request of a call with many, and its row, which errors name."""
+
+    row: int
+    request: Any
+
+
+class NumberedRequests(Dataset):
+    """The requests of a data set, numbered."""
+
+    def __init__(self, requests):
+        self.requests = requests
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.requests)
+
+    def __getitem__(self, row: int) -> NumberedRequest:
+        """Return a request with its row."""
+        return NumberedRequest(row, self.requests[row])
 
 
 class RecommendationPipeline(Pipeline):
@@ -54,7 +87,7 @@ class RecommendationPipeline(Pipeline):
             `generation_config`.
         num_beams, num_return_sequences, generation_weight, ranking_weight, ranking_target, dense_weight,
             num_dense_candidates, transition_weight, num_transition_candidates, history_decay, transition_smoothing,
-            popularity_weight, content_weight, rerank_top_k: The fields of `ServingOptions`. None: the values in
+            popularity_weight, content_weight, new_item_bonus, rerank_top_k: The fields of `ServingOptions`. None: the values in
             `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.
@@ -92,6 +125,54 @@ class RecommendationPipeline(Pipeline):
             return f"none from {folder!r} ({error})"
         return "none"
 
+    def __init__(self, *args, **kwargs):
+        """
+        Make the pipeline from `model` and `tokenizer`; other arguments are those of `Pipeline` and of a call.
+
+        Raises:
+            ValueError: for a tokenizer of another model, and misspelled parameters.
+        """
+        super().__init__(*args, **kwargs)
+        self._checked_codes = (None, 0, None)
+        self.check_tokenizer()
+
+    def check_tokenizer(self) -> None:
+        """
+        Check that model and tokenizer have the same items, codes and behaviors. Codes that fit are compared once.
+
+        Raises:
+            ValueError: for a tokenizer of another model, and items that one of the two lacks.
+        """
+        advice = (
+            "Load both from one folder. After `codes = tokenizer.add_items(...)`, call `model.add_items(codes, ...)`."
+        )
+        tokenizer = self.tokenizer
+        if not hasattr(tokenizer, "config_fields"):
+            raise ValueError(f"`tokenizer` must be a SemanticIdTokenizer, got {describe(tokenizer)}. {advice}")
+        codes = self.model.catalog.item_codes
+        expected = {
+            "num_items": len(codes),
+            **{name: getattr(self.model.config, name) for name in ("codebook_sizes", "behaviors", "bos_token_id")},
+        }
+        actual = tokenizer.config_fields()
+        for name, value in expected.items():
+            if actual[name] != value:
+                raise ValueError(
+                    f"`tokenizer` must have the model's {name}={value}, got {name}={actual[name]}. {advice}"
+                )
+        version = codes_version(codes)
+        known_codes, known_version, known_item_codes = self._checked_codes
+        if known_codes is codes and known_version == version and known_item_codes is tokenizer.item_codes:
+            return
+        differs = (codes.cpu().numpy() != tokenizer.item_codes).any(axis=1)
+        if differs.any():
+            item = int(differs.argmax())
+            raise ValueError(
+                f"`tokenizer` must have the model's codes {codes[item].tolist()} for item {item}, got "
+                f"{tokenizer.item_codes[item].tolist()} for the item {tokenizer.item_ids[item]!r}. {advice}"
+            )
+        self._checked_codes = (codes, version, tokenizer.item_codes)
+
     def _sanitize_parameters(self, **kwargs):
         kwargs = convert_old_inputs(kwargs)
         if strange := sorted(set(kwargs) - {*PREPROCESS, *FORWARD}):
@@ -123,9 +204,10 @@ class RecommendationPipeline(Pipeline):
             lists.
 
         Raises:
-            ValueError: for unknown items or behaviors, empty histories, misspelled parameters, and an allow-list
-                without items.
+            ValueError: for unknown items or behaviors, empty histories, misspelled parameters, an allow-list without
+                items, and a tokenizer of another model. The message names the request, counted from 0.
         """
+        self.check_tokenizer()
         if isinstance(inputs, (list, tuple)):
             if not inputs:
                 raise ValueError(
@@ -133,14 +215,15 @@ class RecommendationPipeline(Pipeline):
                 )
             # A history may be an array.
             is_batch = isinstance(inputs[0], (list, tuple, dict)) or getattr(inputs[0], "ndim", 0) > 0
-            inputs = list(inputs) if is_batch else {"items": list(inputs)}
+            inputs = list(NumberedRequests(inputs)) if is_batch else {"items": list(inputs)}
+        elif isinstance(inputs, Dataset) and isinstance(inputs, Sized):
+            inputs = NumberedRequests(inputs)
+        elif isinstance(inputs, Dataset | GeneratorType):
+            inputs = (NumberedRequest(row, request) for row, request in enumerate(inputs))
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs, max_items=None, max_long_items=None, unknown="error", exclude_history=None):
-        """Turn a request into the inputs of `recommend`."""
-        # The history.
-        request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
-        items = list(request["items"])
+        """Turn a request into the inputs of `recommend`, and the request's row (-1: the only request)."""
         config = self.model.config
         if max_long_items is not None and not config.num_retrieved_items:
             raise ValueError(
@@ -150,6 +233,18 @@ class RecommendationPipeline(Pipeline):
         options = self.model.serving_options(
             max_items=max_items, max_long_items=max_long_items, exclude_history=exclude_history
         )
+        if not isinstance(inputs, NumberedRequest):
+            return {**self._encode(inputs, unknown, options), "row": torch.tensor([-1])}
+        try:
+            return {**self._encode(inputs.request, unknown, options), "row": torch.tensor([inputs.row])}
+        except ValueError as error:
+            raise ValueError(f"Request {inputs.row}: {error}") from error
+
+    def _encode(self, inputs, unknown: str, options: ServingOptions) -> dict[str, torch.LongTensor]:
+        # The history.
+        request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
+        items = list(request["items"])
+        config = self.model.config
         encoded = self.tokenizer.encode_history(
             items,
             request.get("behaviors"),
@@ -198,11 +293,13 @@ class RecommendationPipeline(Pipeline):
                 "remove the others."
             )
         for name in ("items", "allowed_items", "blocked_items"):
+            ids = request.get(name)
             # Python would read a string as a list of one-letter ids.
-            if isinstance(request.get(name), str):
-                raise ValueError(
-                    f"`{name}` must be a list of item ids, got the string {request[name]!r}. Put it in a list."
-                )
+            if isinstance(ids, str):
+                raise ValueError(f"`{name}` must be a list of item ids, got the string {ids!r}. Put it in a list.")
+            is_list = hasattr(ids, "__iter__") and not isinstance(ids, bytes | dict) and getattr(ids, "ndim", 1) > 0
+            if not is_list and (ids is not None or name == "items"):
+                raise ValueError(f"`{name}` must be a list of item ids, got {ids!r}. Put the ids in a list.")
         return request
 
     def _long_history(self, request: dict, unknown: str, max_long_items: int | None) -> dict[str, torch.LongTensor]:
@@ -239,6 +336,7 @@ class RecommendationPipeline(Pipeline):
         return torch.nn.functional.pad(indices + 1, (1, 0))[None]
 
     def _forward(self, model_inputs, num_reasons=0, **parameters):
+        numbers = model_inputs.pop("row").tolist()
         lists = {}
         for name in ("allowed_items", "blocked_items"):
             rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
@@ -250,9 +348,12 @@ class RecommendationPipeline(Pipeline):
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
         long_history = {name: model_inputs.pop(key) - 1 for name, key in LONG_HISTORY.items() if key in model_inputs}
         # `preprocess` has blocked the whole history.
-        best = self.model.recommend(
-            **model_inputs, **lists, long_history=long_history or None, **parameters, exclude_history=False
-        )
+        try:
+            best = self.model.recommend(
+                **model_inputs, **lists, long_history=long_history or None, **parameters, exclude_history=False
+            )
+        except RequestError as error:
+            raise RequestError(error.message, max(0, numbers[error.request])) from error
         if not num_reasons:
             return best
         history, shares = self.model.explain(

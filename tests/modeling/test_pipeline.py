@@ -223,6 +223,87 @@ def test_invalid_requests_are_rejected(recommender, request_, parameters, messag
         recommender(request_, **parameters)
 
 
+def small_parts(order=range(40), behaviors=("dislike", "like")):
+    """Build a model over 40 atomic IDs, and a tokenizer with the items in some order."""
+    ids = [f"i{item}" for item in order]
+    model = build_model(codebook_sizes=(40,), num_items=40, embeddings=False)
+    model.set_catalog(torch.arange(40)[:, None])
+    return model, SemanticIdTokenizer.from_codes(ids, np.array(order)[:, None], [40], list(behaviors))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"order": range(39, -1, -1)}, r"codes \[0\] for item 0, got \[39\] for the item 'i39'"),
+        ({"order": range(39)}, "num_items=40, got num_items=39"),
+        ({"behaviors": ("like", "dislike")}, "behaviors="),
+        ({"behaviors": ("dislike", "like", "love")}, "behaviors="),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_rejected(other, message):
+    model, tokenizer = small_parts()
+    RecommendationPipeline(model=model, tokenizer=tokenizer)({"items": ["i3"], "behaviors": ["like"]})
+    with pytest.raises(ValueError, match=f"`tokenizer` must have the .*{message}"):
+        RecommendationPipeline(model=model, tokenizer=small_parts(**other)[1])
+
+
+def test_items_that_one_part_lacks_are_an_error():
+    request = {"items": ["i3"], "behaviors": ["like"]}
+    for adds_to_model in (False, True):
+        model, tokenizer = small_parts()
+        recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
+        recommender(request)
+        if adds_to_model:
+            model.add_items(torch.tensor([[40]]))
+        else:
+            codes = tokenizer.add_items(["new"], np.zeros((1, 2)))
+        with pytest.raises(ValueError, match="`tokenizer` must have the model's num_items=4"):
+            recommender(request)
+        if adds_to_model:
+            tokenizer.add_items(["new"], np.zeros((1, 2)))
+        else:
+            model.add_items(codes)
+        assert recommender(request)
+        model.catalog.item_codes[[0, 1]] = model.catalog.item_codes[[1, 0]]
+        with pytest.raises(ValueError, match=r"codes .* for item 0"):
+            recommender(request)
+
+
+class Requests(torch.utils.data.Dataset):
+    def __init__(self, requests):
+        self.requests = requests
+
+    def __len__(self):
+        return len(self.requests)
+
+    def __getitem__(self, row):
+        return self.requests[row]
+
+
+@pytest.mark.parametrize("form", [list, tuple, iter, Requests], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({**SHORT_HISTORY, "allowed_items": ["film 5"]}, "for request 2"),
+        ({**SHORT_HISTORY, "blocked_items": ["007", *(f"film {i}" for i in range(60) if i)]}, "for request 2"),
+        ({"items": [], "behaviors": []}, "Request 2: .*at least one item"),
+        ({"items": ["film 99"], "behaviors": ["like"]}, "Request 2: .*film 99"),
+        ({"items": ["film 5"], "behaviors": ["bought"]}, "Request 2: .*bought"),
+        ({"items": 5, "behaviors": ["like"]}, "Request 2: `items` must be a list of item ids, got 5"),
+        ({**SHORT_HISTORY, "blocked_items": 7}, "Request 2: `blocked_items` must be a list of item ids, got 7"),
+        ({**SHORT_HISTORY, "title": "x"}, "Request 2: A history must have"),
+        (None, "Request 2: `items` must be a list of item ids, got None"),
+    ],
+    ids=short_id,
+)
+def test_an_error_names_its_request(recommender, form, batch_size, request_, message):
+    requests = [SHORT_HISTORY, HISTORY, request_, SHORT_HISTORY]
+    requests = (request for request in requests) if form is iter else form(requests)
+    with pytest.raises(ValueError, match=message):
+        list(recommender(requests, batch_size=batch_size))
+
+
 def test_constructor_parameters_are_checked_defaults(recommender):
     with pytest.raises(ValueError, match=r"Parameters must be among .* got \['exclude'\]"):
         RecommendationPipeline(model=recommender.model, tokenizer=recommender.tokenizer, exclude=True)
