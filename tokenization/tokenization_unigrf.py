@@ -53,8 +53,8 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         self._layout = VocabularyLayout(check_behaviors(behaviors), self._catalog.codebook_sizes)
         vocabulary = self._layout.vocabulary()
         backend = load_backend(tokenizer_file, vocabulary) if catalog is None else build_backend(vocabulary)
-        # Saved with the tokenizer, so that a plain PreTrainedTokenizerFast pads alike.
-        kwargs = {**SPECIAL_TOKENS, "padding_side": "left", **kwargs}
+        # Saved with the tokenizer, so that a plain PreTrainedTokenizerFast pads and keeps the last tokens alike.
+        kwargs = {**SPECIAL_TOKENS, "padding_side": "left", "truncation_side": "left", **kwargs}
         super().__init__(tokenizer_object=backend, behaviors=list(self._layout.behaviors), **kwargs)
         # Do not save how the tokenizer was loaded.
         for key in ("is_local", "local_files_only"):

@@ -427,6 +427,16 @@ def test_padding_and_added_tokens_work_as_in_any_tokenizer(tmp_path):
         assert len(copied) == 11 and copied.vocab_size == 10
 
 
+def test_truncation_keeps_the_last_tokens(tmp_path):
+    small_tokenizer().save_pretrained(tmp_path)
+    for kind in (SemanticIdTokenizer, PreTrainedTokenizerFast):
+        tokenizer = kind.from_pretrained(tmp_path)
+        text = "<bos> <a_2> <b_0> <like>"
+        assert tokenizer(text, truncation=True, max_length=2)["input_ids"] == tokenizer(text)["input_ids"][-2:]
+        tokenizer.truncation_side = "right"
+        assert tokenizer(text, truncation=True, max_length=2)["input_ids"] == tokenizer(text)["input_ids"][:2]
+
+
 LOAD_AND_GROW = """
 from transformers import AutoTokenizer
 import numpy as np
