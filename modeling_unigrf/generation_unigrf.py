@@ -232,8 +232,13 @@ class UniGRFGenerationMixin(GenerationMixin):
             model_kwargs["cache"] = DynamicCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+        if generation_config.stop_strings is not None:
+            raise ValueError(
+                f"`stop_strings` must be None, since every row stops at the end of an item, got "
+                f"{generation_config.stop_strings!r}. Leave them out."
+            )
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         criteria.append(ItemComplete(self.layout))
         return criteria
 

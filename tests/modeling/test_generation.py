@@ -202,6 +202,14 @@ def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
     assert torch.equal(loaded.generate(input_ids, **arguments), expected)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1}, {"num_beams": 1, "do_sample": True}], ids=str)
+def test_stop_strings_are_rejected(options):
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    with pytest.raises(ValueError, match="`stop_strings` must be None, since every row stops at the end of an item"):
+        model.generate(input_ids, attention_mask=mask, stop_strings=["<b_1>"], tokenizer=object(), **options)
+
+
 def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
     model = build_model(num_items=60, exclude_history=True)
     input_ids, mask, _ = random_histories(model, [4, 2])
