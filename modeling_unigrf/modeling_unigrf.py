@@ -154,6 +154,11 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
+def build_transitions(config: UniGRFConfig) -> UniGRFTransitions | None:
+    """Build the empty table of transitions, if the model has one."""
+    return UniGRFTransitions(config.num_items, config.num_transitions) if config.num_transitions else None
+
+
 # These accept position_ids, but compute positions from the row index.
 IGNORES_POSITION_IDS = ("gpt_neo", "opt")
 # Backbones with these fields go by places, or see later tokens.
@@ -161,14 +166,26 @@ REJECTED_FIELDS = {"alibi": (True,), "is_decoder": (False,), "use_bidirectional_
 
 
 class UniGRFModel(UniGRFPreTrainedModel):
-    """The backbone alone: token sequence -> hidden states and cache."""
+    """
+    The backbone alone: token sequence -> hidden states and cache. The last state of a history is a user's vector.
 
-    def __init__(self, config: UniGRFConfig):
+    Args:
+        config (`UniGRFConfig`): Configuration of the model.
+        reads_items (`bool`, defaults to `True`): Hold the parts that make item representations. False: the caller of
+            `forward` passes them, as `UniGRFForCausalLM` does.
+    """
+
+    def __init__(self, config: UniGRFConfig, reads_items: bool = True):
         super().__init__(config)
         # Compare types: code loaded from a folder has its own HSTU class.
         is_hstu = config.text_config.model_type == HSTUConfig.model_type
         self.language_model = (HSTUModel if is_hstu else AutoModel.from_config)(config.text_config)
         self._check_backbone()
+        self.reads_items = reads_items and config.history_item_representations
+        if self.reads_items:
+            self.item_encoder = UniGRFItemEncoder(config)
+            self.catalog = UniGRFCatalog(config)
+            self.transitions = build_transitions(config)
         self.post_init()
 
     def _check_backbone(self) -> None:
@@ -215,8 +232,8 @@ class UniGRFModel(UniGRFPreTrainedModel):
         Args:
             timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Times in seconds; -1: unknown.
             item_representations (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`, *optional*): Added to
-                the embeddings. With `config.history_item_representations`, `input_ids` with behaviors need them.
-                `UniGRFForCausalLM` makes them by `scorer.history_representations(input_ids)`.
+                the embeddings. None: the model makes them, with `config.history_item_representations`. The backbone
+                inside `UniGRFForCausalLM` needs them for `input_ids` with behaviors.
 
         Raises:
             ValueError: for timestamps that the backbone does not read, and without needed item representations.
@@ -235,7 +252,10 @@ class UniGRFModel(UniGRFPreTrainedModel):
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         # Embeddings, with the item representations.
-        if self.config.history_item_representations and input_ids is not None and item_representations is None:
+        if self.reads_items and input_ids is not None and item_representations is None:
+            parts = (self.config, ItemLayout(self.config), self.catalog, None, self.item_encoder, None)
+            item_representations = ItemScorer(*parts, self.transitions).history_representations(input_ids)
+        elif self.config.history_item_representations and input_ids is not None and item_representations is None:
             behaviors = input_ids.new_tensor(self.config.behavior_token_ids)
             if torch.isin(input_ids, behaviors).any():
                 raise ValueError(
@@ -278,14 +298,13 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         # `from_pretrained(..., num_retrieved_items=10)` changes a checked config.
         config.check()
         super().__init__(config)
-        self.model = UniGRFModel(config)
+        self.model = UniGRFModel(config, reads_items=False)
         self.lm_head = UniGRFCodeHead(config.hidden_size, config.vocab_size)
         self.item_encoder = UniGRFItemEncoder(config)
         self.ranking_head = UniGRFRankingHead(config)
         self.candidate_block = UniGRFCandidateBlock(config) if config.num_retrieved_items else None
         self.catalog = UniGRFCatalog(config)
-        has_transitions = config.num_transitions > 0
-        self.transitions = UniGRFTransitions(config.num_items, config.num_transitions) if has_transitions else None
+        self.transitions = build_transitions(config)
         self.layout = ItemLayout(config)
         # Equal in all processes: DDP would send them round before each forward.
         self._ddp_params_and_buffers_to_ignore = [
@@ -533,7 +552,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): `input_ids`, with -100 at tokens that
-                are no targets; shifted inside. Do not set `label_smoothing_factor`: `Trainer` would replace the loss.
+                are no targets; shifted inside.
             timestamps (`torch.LongTensor` of shape `(batch_size, T)`, *optional*): Times in seconds; -1: unknown.
                 `target_timestamps`, of the same shape, are the times of the events that the outputs predict. Without
                 them: the times of the next tokens.
@@ -547,7 +566,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
                 is this micro-batch's share of them. Candidates have that share, too. None: no accumulation.
 
         Raises:
-            ValueError: for a supervised item outside the catalog, and inputs that do not fit labels or config.
+            ValueError: for a supervised item outside the catalog, inputs that do not fit labels or config, and a
+                `Trainer` with `label_smoothing_factor` or `compute_loss_func`, which would replace the loss.
         """
         kwargs = convert_old_inputs(kwargs) if kwargs else kwargs
         long_history = kwargs.pop("long_history", long_history)
@@ -555,6 +575,11 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         # A sequence that is spread over devices comes with `shift_labels`.
         targets = kwargs.pop("shift_labels", None)
+        if self.training and labels is None and targets is None and num_items_in_batch is not None:
+            raise ValueError(
+                "`labels` must reach the model, which computes the loss, got none from a Trainer that takes them for "
+                "a loss of its own. Set label_smoothing_factor=0 and no compute_loss_func."
+            )
         if labels is not None and targets is None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, long_histories, random_histories
+from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, long_histories, random_histories, short_id
+from transformers import AutoModel
 from transformers.cache_utils import DynamicCache
 
 from modeling_unigrf import UniGRFForCausalLM
@@ -108,6 +109,21 @@ def test_an_item_outside_the_catalog_is_read_by_its_codes_alone():
     states = model.model(input_ids, mask, item_representations=vectors).last_hidden_state
     expected = model.model(inputs_embeds=embed_by_hand(model, input_ids[0])[None]).last_hidden_state
     torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"embedding_table_size": 0}, {"project_content_embeddings": False}], ids=short_id
+)
+def test_auto_model_gives_the_states_of_any_history(backbone, options, tmp_path):
+    model = build(backbone, **options)
+    model.set_transitions([[1, 2, 3], [2, 4]], 3)
+    model.save_pretrained(tmp_path / "whole")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "alone")
+    input_ids, mask, _ = random_histories(model, [4, 2, 0])
+    for folder in ("whole", "alone"):
+        loaded = AutoModel.from_pretrained(tmp_path / folder)
+        states = loaded(input_ids, mask).last_hidden_state
+        torch.testing.assert_close(states[:, -1], model.prefill(input_ids, mask), atol=2e-5, rtol=1e-4)
 
 
 def test_missing_item_representations_are_reported():

@@ -229,3 +229,9 @@ def test_changes_that_an_adapter_would_hide_are_rejected():
     adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match=r"`lm_head` must be a plain layer .* got an adapter on it"):
         adapted(input_ids=input_ids, attention_mask=mask)
+
+
+def test_a_trainer_that_takes_the_labels_is_rejected(tmp_path):
+    model = build_model()
+    with pytest.raises(ValueError, match=r"`labels` must reach the model.* Set label_smoothing_factor=0"):
+        run_trainer(tmp_path, model, histories_dataset(model, 4), label_smoothing_factor=0.1)
