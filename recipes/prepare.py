@@ -34,6 +34,7 @@ arguments and input files does nothing. A run with other codebooks reuses the en
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,17 @@ from datasets import DatasetDict
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.files import check_writable, write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
 from recipes.data.tables import check_rows, read_interactions, read_table, text_column
-from recipes.data.text_encoders import MINILM, content_embeddings
+from recipes.data.text_encoders import MINILM, check_encoder, encoded_embeddings, read_content, write_embeddings
 from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
+from tokenization.semantic_id_files import ITEMS_FILE
 from tokenization.vocabulary_layout import check_behaviors
 
 QUANTIZATION = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
+TEXT_OPTIONS = ("text_template", "encoder", "encoder_dtype", "max_text_tokens")
 TABLES = ("interactions", "items", "embeddings")
 # Hashes compare the content of these paths; their names may differ.
 PATHS = (*TABLES, "tokenizer", "output_dir")
@@ -124,6 +127,7 @@ def prepare(args: PrepareArguments) -> Path:
     """
     output_dir = Path(args.output_dir)
     record_file = output_dir / "prepare.json"
+    check_arguments(args)
     earlier = None if args.tokenizer is None else SemanticIdTokenizer.from_pretrained(args.tokenizer)
     record = work_record(args, earlier)
     if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):
@@ -136,20 +140,12 @@ def prepare(args: PrepareArguments) -> Path:
         items = order_by_tokenizer(items, earlier, args.items)
     behaviors = behaviors_of(selected, earlier, args.interactions)
     splits = split_interactions(selected, items, behaviors)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    content = checked_content(args, items)
+    check_writable(output_dir, "output_dir")
     record_file.unlink(missing_ok=True)  # written last, so that it marks a complete folder
 
     # Content embeddings and semantic IDs
-    embeddings, source = content_embeddings(
-        items,
-        args.items,
-        output_dir / "item_embeddings.safetensors",
-        embeddings_file=args.embeddings,
-        text_template=args.text_template,
-        encoder=args.encoder,
-        encoder_dtype=args.encoder_dtype,
-        max_text_tokens=args.max_text_tokens,
-    )
+    embeddings, source = embed(args, content, output_dir / "item_embeddings.safetensors")
     popularity = training_popularity(splits, len(items))
     if earlier is None:
         # The tokenizer adds its statistics to this dict.
@@ -176,27 +172,96 @@ def prepare(args: PrepareArguments) -> Path:
     return output_dir
 
 
-def work_record(args: PrepareArguments, earlier: SemanticIdTokenizer | None) -> dict[str, Any]:
+def check_arguments(args: PrepareArguments) -> None:
     """
-    Record the arguments and the hashes of the inputs.
+    Check the arguments before the tables are read.
 
     Raises:
-        ValueError: for quantization options beside an earlier tokenizer, which has its codebooks.
+        ValueError: for arguments out of range or without effect, and for paths that do not exist.
     """
+    if args.min_interactions < 3:
+        raise ValueError(
+            f"`min_interactions` must be 3 or more, got {args.min_interactions}. Raise it: leave-one-out uses an "
+            "interaction each for test, validation and training."
+        )
+    if args.encoder_dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"`encoder_dtype` must be bfloat16 or float32, got {args.encoder_dtype}. Choose one of them.")
+    if args.tokenizer is not None:
+        reject_unused(args, "tokenizer", QUANTIZATION, "its codebooks stay")
+        if not (Path(args.tokenizer) / ITEMS_FILE).is_file():
+            raise ValueError(
+                f"`tokenizer` must be a folder of a tokenizer with {ITEMS_FILE}, got {args.tokenizer}. Check the path."
+            )
+    if args.atomic:
+        unused = [name for name in QUANTIZATION if name != "atomic"]
+        reject_unused(args, "atomic", unused, "it needs no codebooks")
+    quantizer_of(args)
+
+
+def reject_unused(args: PrepareArguments, name: str, unused: Sequence[str], reason: str) -> None:
+    """Raise `ValueError` if arguments that have no effect beside the argument `name` differ from their defaults."""
+    defaults = PrepareArguments("", "", "")
+    values = {other: getattr(args, other) for other in unused if getattr(args, other) != getattr(defaults, other)}
+    if values:
+        raise ValueError(
+            f"`{name}` must come without {list(values)}, since {reason}, got {values}. Leave {list(values)} out."
+        )
+
+
+def quantizer_of(args: PrepareArguments) -> ResidualKMeans:
+    """Make the quantizer that the arguments describe; raise `ValueError` for a number out of range."""
+    return ResidualKMeans(tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed)
+
+
+def checked_content(args: PrepareArguments, items: pd.DataFrame) -> np.ndarray | list[str]:
+    """
+    Read the embeddings or texts of the items, and check what the next steps need.
+
+    Raises:
+        ValueError: for content that `read_content` rejects, for text options beside embeddings, and for more codes
+            than items.
+    """
+    if args.embeddings is not None or "embedding" in items:
+        reject_unused(args, "embeddings", TEXT_OPTIONS, "embeddings replace the texts")
+    content = read_content(items, args.items, args.embeddings, args.text_template)
+    if isinstance(content, list):
+        check_encoder(args.encoder, args.max_text_tokens)
+    elif (args.pca_dim or 0) > content.shape[1]:
+        raise ValueError(
+            f"`pca_dim` must be at most {content.shape[1]}, the width of the embeddings, got {args.pca_dim}. Lower it."
+        )
+    if args.tokenizer is None and not args.atomic and len(items) < max(args.codebook_sizes):
+        raise ValueError(
+            f"`codebook_sizes` must be at most the number of items, {len(items)}, got {args.codebook_sizes}. Use "
+            "smaller codebooks."
+        )
+    return content
+
+
+def embed(args: PrepareArguments, content: np.ndarray | list[str], file: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """
+    Write the content embeddings of the items to `file`; encode texts first, or reuse those of the same texts.
+
+    Returns:
+        Embeddings, float32 `[num_items, D]`, and their source, for the tokenizer's provenance.
+    """
+    if isinstance(content, list):
+        return encoded_embeddings(
+            content, file, args.encoder, args.encoder_dtype, args.max_text_tokens, args.text_template
+        )
+    write_embeddings(content, file)
+    return content, {"embeddings": "column" if args.embeddings is None else "file"}
+
+
+def work_record(args: PrepareArguments, earlier: SemanticIdTokenizer | None) -> dict[str, Any]:
+    """Record the arguments and the hashes of the inputs; raise `ValueError` for an input that does not exist."""
     record: dict[str, Any] = {
         "arguments": asdict(args),
-        "inputs": {name: sha256(Path(path)) for name in TABLES if (path := getattr(args, name))},
+        "inputs": {name: sha256(Path(path), name) for name in TABLES if (path := getattr(args, name))},
     }
     # New weights may come in a folder of the same name.
     if args.encoder and (weights := weights_of(args.encoder)):
         record["inputs"]["encoder"] = weights
-    defaults = PrepareArguments("", "", "")
-    without_use = [name for name in QUANTIZATION if getattr(args, name) != getattr(defaults, name)]
-    if earlier is not None and without_use:
-        values = {name: getattr(args, name) for name in without_use}
-        raise ValueError(
-            f"`tokenizer` must come without {without_use}, since its codebooks stay, got {values}. Leave them out."
-        )
     if earlier is not None:
         record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
     return record
@@ -212,11 +277,6 @@ def read_tables(args: PrepareArguments) -> tuple[pd.DataFrame, pd.DataFrame, pd.
     Raises:
         ValueError: for tables that do not fit the module's docstring.
     """
-    if args.min_interactions < 3:
-        raise ValueError(
-            f"`min_interactions` must be 3 or more, got {args.min_interactions}. Raise it: leave-one-out uses an "
-            "interaction each for test, validation and training."
-        )
     interactions = read_interactions(Path(args.interactions))
     items = read_table(Path(args.items), ["item_id"])
     check_rows(~items["item_id"].duplicated(), items["item_id"], "one row per item", "duplicate item_id", args.items)
@@ -318,9 +378,7 @@ def new_tokenizer(
     if args.atomic:
         codes = np.arange(len(ids))[:, None]
         return SemanticIdTokenizer.from_codes(ids, codes, [len(ids)], behaviors, titles, provenance=provenance)
-    quantizer = ResidualKMeans(
-        tuple(args.codebook_sizes), normalize=args.normalize, pca_dim=args.pca_dim, seed=args.seed
-    ).fit(embeddings)
+    quantizer = quantizer_of(args).fit(embeddings)
     return SemanticIdTokenizer.from_embeddings(
         ids, embeddings, quantizer, behaviors, titles, popularity.tolist(), provenance=provenance
     )

@@ -1,7 +1,8 @@
-"""Write whole files or none, read them with errors that name them, and check folders before the work."""
+"""Write whole files or none, read them with errors that name them, and check paths before the work."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -117,3 +118,22 @@ def damaged_files(sizes: Mapping[str, int | None], root: Path) -> list[str]:
         if not (root / name).is_file()
         or ((root / name).stat().st_size != size if size is not None else not is_whole_json(root / name))
     ]
+
+
+@contextmanager
+def path_or_hub(name: str, source: str) -> Iterator[None]:
+    """
+    Load `source`, the value of the argument `name`, in a `with` block.
+
+    Raises:
+        ValueError: if `source` is neither an existing path nor a Hub repository that can be loaded.
+    """
+    message = f"`{name}` must be an existing path or a repository of the Hub, got {source!r}"
+    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise ValueError(f"{message}, which does not exist. Check the path.")
+    try:
+        yield
+    # Raised for files that are none, and for a repository that does not exist or cannot be reached.
+    except OSError as error:
+        place = "" if Path(source).exists() else "does not exist here, and "
+        raise ValueError(f"{message}, which {place}cannot be loaded ({error}). Check the path.") from error

@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, name: str = "path") -> str:
     """
     Return the SHA-256 of a file's content.
 
     Raises:
-        ValueError: if the file does not exist.
+        ValueError: if the file, the value of the argument `name`, does not exist.
     """
     if not path.is_file():
-        raise ValueError(f"`path` must be an existing file, got {path}. Check the path.")
+        raise ValueError(f"`{name}` must be an existing file, got {path}. Check the path.")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

