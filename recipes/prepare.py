@@ -29,7 +29,8 @@ target, the rest training data. Popularity counts training data alone. The outpu
 Items are catalog indices (int32), behaviors are indices into tokenizer.behaviors (int8). A second run with equal
 arguments and input files does nothing. A run with other codebooks reuses the encoded texts.
 
-`--tokenizer training/checkpoint` reuses the codes of a checkpoint, and adds new items after its items. Then
+`--tokenizer training/checkpoint` reuses the codes of a checkpoint, takes the titles of the items table, and adds new
+items after the checkpoint's items. Then
 `recipes.train --init_from training/checkpoint` continues the training with newer data.
 """
 
@@ -51,7 +52,7 @@ from recipes.data.leave_one_out import leave_one_out
 from recipes.data.tables import check_rows, read_interactions, read_table, text_column
 from recipes.data.text_encoders import MINILM, check_encoder, encoded_embeddings, read_content, write_embeddings
 from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
-from tokenization.semantic_id_files import ITEMS_FILE
+from tokenization.semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
 from tokenization.vocabulary_layout import check_behaviors
 
 QUANTIZATION = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
@@ -263,7 +264,10 @@ def work_record(args: PrepareArguments, earlier: SemanticIdTokenizer | None) -> 
     if args.encoder and (weights := weights_of(args.encoder)):
         record["inputs"]["encoder"] = weights
     if earlier is not None:
-        record["inputs"]["tokenizer"] = earlier.provenance["sha256"]
+        # The hash of the catalog leaves out titles and codebooks.
+        folder = Path(args.tokenizer or "")
+        hashes = [sha256(folder / name) for name in (ITEMS_FILE, SEMANTIC_IDS_FILE)]
+        record["inputs"]["tokenizer"] = [*hashes, list(earlier.behaviors)]
     return record
 
 
@@ -355,10 +359,17 @@ def titles_of(items: pd.DataFrame) -> list[str] | None:
 
 
 def with_new_items(earlier: SemanticIdTokenizer, items: pd.DataFrame, embeddings: np.ndarray) -> SemanticIdTokenizer:
-    """Add the items after the tokenizer's items to the tokenizer."""
+    """Add the items after the tokenizer's items to the tokenizer, and take the titles of the table."""
     ids = items["item_id"].tolist()
     titles = titles_of(items)
     count = earlier.num_items
+    if titles is not None:
+        # An item without a title in the table keeps its title.
+        old_titles = earlier.titles or [""] * count
+        new_titles = [new or old for new, old in zip(titles, old_titles, strict=False)]
+        changed = sum(new != old for new, old in zip(new_titles, old_titles, strict=True))
+        earlier.set_titles(new_titles)
+        print(f"{changed:,} of {count:,} items of the tokenizer have another title")
     if len(ids) > count:
         earlier.add_items(ids[count:], embeddings[count:], titles and titles[count:])
     return earlier

@@ -190,6 +190,10 @@ class ItemCatalog:
             titles=all_titles,
         )
 
+    def with_titles(self, titles: Sequence[str]) -> "ItemCatalog":
+        """Return this catalog with other titles; see `SemanticIdTokenizer.set_titles`."""
+        return replace(self, titles=as_titles(titles))
+
     def _check_new_items(self, item_ids: list[str], titles: Sequence[str] | None) -> None:
         known = [item_id for item_id in item_ids if item_id in self._row_of_id]
         if known:

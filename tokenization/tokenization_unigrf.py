@@ -311,6 +311,10 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         self._catalog = catalog
         return self.item_codes[first_new:]
 
+    def set_titles(self, titles: Sequence[str]) -> None:
+        """Replace the titles of all items: num_items strings; a missing title is empty. `ValueError` for others."""
+        self._catalog = self._catalog.with_titles(titles)
+
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
         """Return `kwargs` unchanged, because `__init__` reads tokenizer.json; transformers calls this when loading."""

@@ -192,7 +192,7 @@ def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, 
         prepare(args)  # the encoder has the same name and other weights
 
 
-def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_path):
+def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_path, capsys):
     old_rows = [row for row in range(12) if row not in (2, 7)]
     old_items = items_table().iloc[old_rows]
     interactions = interactions_table()
@@ -217,6 +217,17 @@ def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_p
     user = load_from_disk(str(folder / "dataset"))["train"][0]
     expected = [row[1] for row in sorted(INTERACTIONS, key=lambda row: row[2]) if row[0] == user["user_id"]][:-2]
     assert [after.item_ids[item] for item in user["items"]] == expected
+    renamed = items_table().assign(title=[None, "Film I", *(f"Film {number}" for number in range(2, 12))])
+    again = prepare(arguments(None, renamed, embeddings=embeddings, **of_first))
+    assert "1 of 10 items of the tokenizer have another title" in capsys.readouterr().out
+    after = SemanticIdTokenizer.from_pretrained(again / "tokenizer")
+    titles = dict(zip(after.item_ids, after.titles, strict=True))
+    assert titles == {item: f"Film {int(item)}" for item in ITEM_IDS} | {"001": "Film I"}
+    titled = SemanticIdTokenizer.from_pretrained(first / "tokenizer")
+    titled.set_titles(["Another", *titled.titles[1:]])
+    titled.save_pretrained(first / "tokenizer")
+    prepare(arguments(None, renamed, embeddings=embeddings, **of_first))
+    assert "already prepared" not in capsys.readouterr().out, "the tokenizer has another title"
     with pytest.raises(ValueError, match=r"1 missing, for instance \['003'\]"):
         some = items_table().drop(index=3)
         prepare(arguments(interactions_table().query("item_id != '003'"), some, **of_first))
