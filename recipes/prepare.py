@@ -281,8 +281,8 @@ def read_tables(args: PrepareArguments) -> tuple[pd.DataFrame, pd.DataFrame, pd.
     Raises:
         ValueError: for tables that do not fit the module's docstring.
     """
-    interactions = read_interactions(Path(args.interactions))
-    items = read_table(Path(args.items), ["item_id"])
+    interactions = read_interactions(args.interactions)
+    items = read_table(args.items, ["item_id"])
     check_rows(~items["item_id"].duplicated(), items["item_id"], "one row per item", "duplicate item_id", args.items)
     known = interactions["item_id"].isin(items["item_id"])
     check_rows(known, interactions["item_id"], "items of the items table", "an unknown item_id", args.interactions)

@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT
 from transformers import HfArgumentParser
 
+from recipes.data import histories as recipe_histories
 from recipes.data.histories import check_columns, load_histories, read_histories
 from recipes.papers.recochain import reproduce as reproduce_recochain
 from recipes.papers.unigrf import reproduce as reproduce_unigrf
@@ -192,17 +193,20 @@ def test_readme_snippets_print_what_the_page_shows(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("behaviors", [["view", "buy", "view"], None], ids=["behaviors", "no-behaviors"])
-def test_readme_lines_make_histories(behaviors, tmp_path, monkeypatch):
+@pytest.mark.parametrize("times", [[5, 3, 4], ["1970-01-01T00:00:05", "1970-01-01T00:00:03", "1970-01-01T00:00:04"]])
+def test_readme_lines_make_histories(behaviors, times, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    columns = {"user_id": ["7", "7", "8"], "item_id": ["01", "02", "02"], "timestamp": [5, 3, 4]}
+    columns = {"user_id": ["NA", "NA", "null"], "item_id": ["01", "nan", "nan"], "timestamp": times}
     pd.DataFrame(columns | ({"behavior": behaviors} if behaviors else {})).to_csv("interactions.csv", index=False)
     (snippet,) = (block for block in code_blocks(README, "python") if "histories.parquet" in block)
+    lines = {line.strip() for line in (recipe_histories.__doc__ or "").splitlines()}
+    assert {line for line in snippet.splitlines() if line and not line.startswith("from")} <= lines
     exec(compile(snippet, "README.md", "exec"), {})
     names = behaviors or ["interact"]
-    tokenizer = SemanticIdTokenizer.from_codes(["01", "02"], torch.tensor([[0], [1]]), [2], sorted(set(names)))
+    tokenizer = SemanticIdTokenizer.from_codes(["01", "nan"], torch.tensor([[0], [1]]), [2], sorted(set(names)))
     dataset = load_histories("histories.parquet")
-    read = check_columns(dataset, tokenizer, with_times=True)
+    assert dataset["user_id"][:] == ["NA", "null"]
+    assert check_columns(dataset, tokenizer, with_times=True)[1:4] == ["items", "behaviors", "timestamps"]
     histories = read_histories(dataset.with_format("arrow")[:], tokenizer, exclude_history=False)
     assert [items.tolist() for items in histories.items] == [[1, 0], [1]]
     assert [times.tolist() for times in histories.timestamps] == [[3, 5], [4]]
-    assert ("behaviors" in read) == bool(behaviors)

@@ -5,9 +5,10 @@ of as many names). A tokenizer with a single behavior needs no `behaviors`. Thes
 interactions:
 
     names = {"item_id": "items", "behavior": "behaviors", "timestamp": "timestamps"}
-    table = pd.read_csv("interactions.csv", dtype={"user_id": str, "item_id": str}).rename(columns=names)
-    users = table.sort_values("timestamps", kind="stable").groupby("user_id")
-    users.agg(list).reset_index().to_parquet("histories.parquet")
+    table = read_interactions("interactions.csv").sort_values("position", kind="stable").drop(columns="position")
+    table.rename(columns=names).groupby("user_id").agg(list).reset_index().to_parquet("histories.parquet")
+
+`recipes.data.tables.read_interactions` reads a table as recipes.prepare does.
 
 A model that reads times needs `timestamps`: a list of as many seconds or dates, null for an unknown time. The optional
 column `query_time` holds the time at which the next item is requested. A null, or no such column, stands for the time

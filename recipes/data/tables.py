@@ -13,7 +13,7 @@ from tokenization.cell_values import as_id, as_seconds, as_text
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def read_table(path: Path, required: list[str]) -> pd.DataFrame:
+def read_table(path: str | Path, required: list[str]) -> pd.DataFrame:
     """
     Read a table.
 
@@ -25,6 +25,7 @@ def read_table(path: Path, required: list[str]) -> pd.DataFrame:
         ValueError: for a file that is missing, unreadable or empty, lines that are no rows, and missing columns or
             values.
     """
+    path = Path(path)
     if not path.is_file() or path.suffix not in (*SEPARATORS, ".parquet"):
         raise ValueError(f"`path` must be an existing .csv, .tsv or .parquet file, got {path}. Check path and suffix.")
     if path.suffix in SEPARATORS:
@@ -108,7 +109,7 @@ def count_fields(line: str, separator: str) -> int | None:
         return None
 
 
-def read_interactions(path: Path) -> pd.DataFrame:
+def read_interactions(path: str | Path) -> pd.DataFrame:
     """
     Read and validate interactions.
 
@@ -155,7 +156,7 @@ def read_interactions(path: Path) -> pd.DataFrame:
     return table[["user_id", "item_id"]].assign(timestamp=timestamps, position=position, behavior=behavior)
 
 
-def read_timestamps(table: pd.DataFrame, path: Path) -> pd.Series:
+def read_timestamps(table: pd.DataFrame, path: str | Path) -> pd.Series:
     """Read seconds, or dates as seconds, float64; -1 without the column; raise `ValueError` for other values."""
     values = table["timestamp"] if "timestamp" in table else pd.Series(-1, index=table.index)
     times = values if pd.api.types.is_datetime64_any_dtype(values) else pd.to_numeric(values, errors="coerce")
