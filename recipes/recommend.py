@@ -40,10 +40,10 @@ from tqdm.auto import tqdm
 from modeling_unigrf import ServingOptions, UniGRFForCausalLM
 from recipes.common.arguments import parse_arguments
 from recipes.common.config_arguments import arguments_from_config
-from recipes.common.files import whole_file
+from recipes.common.files import check_output_dir, path_or_hub, whole_file
 from recipes.common.hashing import weights_hash
 from recipes.data.encoding import HistoryEncoder
-from recipes.data.histories import Histories, check_columns, check_rows, load_histories, read_histories
+from recipes.data.histories import Histories, check_columns, check_rows, content_hash, load_histories, read_histories
 from tokenization import SemanticIdTokenizer
 
 # The last two only for a model with that score.
@@ -123,7 +123,7 @@ def work_record(
     chosen = asdict(settings)
     del chosen["batch_size"]
     identity = {"model": digest.hexdigest(), "dtype": str(model.dtype), "catalog": tokenizer.provenance["sha256"]}
-    return identity | {"histories": dataset._fingerprint, "rows": len(dataset)} | chosen
+    return identity | {"histories": content_hash(dataset), "rows": len(dataset)} | chosen
 
 
 def check_same_work(record: dict, file: Path) -> None:
@@ -295,11 +295,13 @@ def main(args: RecommendArguments, settings: RecommendSettings) -> None:
     # Without `cpu`, processes without GPUs would not form a group.
     state = PartialState(cpu=not torch.cuda.is_available())
     # The first process downloads, the others read its cache.
+    check_output_dir(args.output_dir)
     with state.main_process_first():
         dataset = load_histories(args.histories, args.split)
-        tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
         dtype = torch.bfloat16 if args.bf16 else "auto"
-        model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
+        with path_or_hub("checkpoint", args.checkpoint):
+            model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
+            tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
     recommend_dataset(model, tokenizer, dataset, args.output_dir, settings)
 
 

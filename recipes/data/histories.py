@@ -18,19 +18,24 @@ The `dataset/` of recipes.prepare holds no such histories: its items are catalog
 """
 
 import glob
+import hashlib
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, config, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 
+from recipes.common.files import path_or_hub
+from recipes.common.hashing import sha256
 from tokenization import SemanticIdTokenizer
 from tokenization.cell_values import as_id, as_seconds
 from tokenization.vocabulary_layout import UNKNOWN_TIME
@@ -38,6 +43,7 @@ from tokenization.vocabulary_layout import UNKNOWN_TIME
 COLUMNS = ("user_id", "items", "behaviors", "timestamps", "query_time")
 TIMES = COLUMNS[3:]
 FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+HASHED_ROWS = 4096
 # Problems of a row that `unknown="skip"` allows.
 UNKNOWN = "with items that the catalog does not have"
 EMPTY = "without an item"
@@ -79,21 +85,12 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
         split: Name of the split. None: the only split.
 
     Raises:
-        ValueError: for other files, and for several splits of which `split` names none.
+        ValueError: for a path that does not exist, for other files, for tables without rows, and for several splits of
+            which `split` names none.
     """
     path = Path(source)
-    if path.is_file():
-        if path.suffix not in FILES:
-            raise ValueError(
-                f"`histories` must be a file of type {list(FILES)}, got {source}. Make it from the table of "
-                "interactions as the docstring of recipes.data.histories shows. A CSV file has no lists."
-            )
-        # A name with brackets is no pattern.
-        data = load_dataset(FILES[path.suffix], data_files=glob.escape(source))
-    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        data = load_from_disk(source)
-    else:
-        data = load_dataset(source, split=split)
+    with path_or_hub("histories", source):
+        data = load_splits(path) if path.exists() else load_dataset(source, split=split)
     if isinstance(data, DatasetDict):
         name = next(iter(data)) if split is None and len(data) == 1 else split
         if name not in data:
@@ -105,6 +102,58 @@ def load_histories(source: str, split: str | None = None) -> Dataset:
         )
         data = data.rename_column("request_timestamp", "query_time")
     return data
+
+
+def load_splits(path: Path) -> Dataset | DatasetDict:
+    """Load a saved Dataset, or a file or folder of tables; raise `ValueError` for what is neither, or has no row."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))
+    if path.is_file() and path.suffix not in FILES:
+        raise ValueError(
+            f"`histories` must be a file of type {list(FILES)}, got {path}. Make it from the table of interactions as "
+            "the docstring of recipes.data.histories shows. A CSV file has no lists."
+        )
+    # The cache knows a file by its path and time: keep a cache for each content.
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    content = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    cache = str(Path(config.HF_DATASETS_CACHE) / "histories" / content)
+    try:
+        if path.is_dir():
+            return load_dataset(str(path), cache_dir=cache)
+        # A name with brackets is no pattern.
+        return load_dataset(FILES[path.suffix], data_files=glob.escape(str(path)), cache_dir=cache)
+    # Raised for damaged files, and for files without rows.
+    except (ValueError, DatasetGenerationError, StopIteration) as error:
+        raise ValueError(
+            f"`histories` must be tables with rows, got {path}, which cannot be read: {error.__cause__ or error}. "
+            "Write the files again, without those that have no row."
+        ) from error
+
+
+def content_hash(dataset: Dataset) -> str:
+    """Return the SHA-256 of the rows, whatever file they come from and however that file stores them."""
+    digest = hashlib.sha256()
+    names = sorted(set(COLUMNS) & set(dataset.column_names))
+    rows = dataset.select_columns(names).with_format("arrow")
+    for start in range(0, len(dataset), HASHED_ROWS):
+        table = rows[start : start + HASHED_ROWS]
+        for name in names:
+            digest.update(name.encode())
+            hash_values(digest, table[name].combine_chunks())
+    return digest.hexdigest()
+
+
+def hash_values(digest: Any, values: pa.Array) -> None:
+    """Add values, or lists of values, to a digest."""
+    if hasattr(values.type, "value_type"):
+        lengths = pc.fill_null(pc.list_value_length(values), -1)
+        digest.update(lengths.to_numpy().astype(np.int64).tobytes())
+        hash_values(digest, pc.list_flatten(values))
+        return
+    # Equal values get equal numbers, in the order of their first row.
+    distinct = values.dictionary_encode()
+    digest.update(json.dumps(distinct.dictionary.to_pylist(), default=str).encode())
+    digest.update(pc.fill_null(distinct.indices, -1).to_numpy().astype(np.int64).tobytes())
 
 
 def check_columns(dataset: Dataset, tokenizer: SemanticIdTokenizer, with_times: bool) -> list[str]:

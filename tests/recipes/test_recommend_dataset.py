@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -488,6 +489,72 @@ def test_histories_are_loaded_from_files_and_folders(tmp_path):
         load_histories(str(tmp_path / "folder" / "histories.parquet"), "test")
     with pytest.raises(ValueError, match="A CSV file has no lists"):
         load_histories(str(tmp_path / "histories.csv"))
+
+
+@pytest.mark.parametrize("name", ["histories.parquet", "histories.jsonl", "folder", "saved"])
+def test_histories_are_known_by_their_content(model, tokenizer, tmp_path, name):
+    def write(dataset, path):
+        path.parent.mkdir(exist_ok=True)
+        if name == "saved":
+            dataset.save_to_disk(path)
+        elif name == "histories.jsonl":
+            dataset.to_json(path)
+        else:
+            file = path / "part.parquet" if name == "folder" else path
+            file.parent.mkdir(exist_ok=True)
+            # As Spark might write it: other row groups, other types.
+            pq.write_table(dataset.with_format("arrow")[:], file, row_group_size=1 + len(file.parts) % 3)
+
+    first = histories().remove_columns("target")
+    write(first, path := tmp_path / "a" / name)
+    settings = RecommendSettings(**OPTIONS)
+    lists = recommend_dataset(model, tokenizer, load_histories(str(path)), tmp_path / "out", settings)
+    file = path / "part.parquet" if name == "folder" else path
+    times = file.stat()
+    other = tmp_path / "elsewhere" / "b" / name
+    other.parent.parent.mkdir()
+    write(first.select([*range(11)]), other)
+    recommend_dataset(model, tokenizer, load_histories(str(other)), lists, settings)
+    if name == "saved":
+        return
+    os.utime(file)
+    recommend_dataset(model, tokenizer, load_histories(str(path)), lists, settings)
+    swapped = changed(first, {0: {"items": first[0]["items"][::-1]}})
+    write(swapped, path)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_histories(str(path)).to_list() == swapped.to_list(), "not the earlier rows of the cache"
+    with pytest.raises(ValueError, match=r"other values of \['histories'\]"):
+        recommend_dataset(model, tokenizer, load_histories(str(path)), lists, settings)
+
+
+@pytest.mark.parametrize("source", ["/nope/a.parquet", "nope.parquet", "runs/nope", "./nope", "a/b/c.jsonl", "nope"])
+def test_a_missing_path_is_reported_as_missing(model, tokenizer, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"`histories` must be an existing path.*{source}.*does not exist"):
+        load_histories(source)
+    histories().to_parquet("histories.parquet")
+    for name in ("checkpoint", "output_dir"):
+        Path("file").touch()
+        paths = {"checkpoint": source, "histories": "histories.parquet", "output_dir": "out"}
+        paths |= {"output_dir": "file/out"} if name == "output_dir" else {}
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            main(RecommendArguments(**paths), RecommendSettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("none.parquet", None), ("bad.parquet", "no table"), ("bad.jsonl", '{"user_id":'), ("empty.jsonl", "")],
+)
+def test_files_without_rows_are_rejected_by_name(tmp_path, name, content):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if content is None:
+        histories().select([]).to_parquet(folder / name)
+    else:
+        (folder / name).write_text(content)
+    for source in (folder / name, folder):
+        with pytest.raises(ValueError, match=f"`histories` must be tables with rows, got {source}, which cannot"):
+            load_histories(str(source))
 
 
 def test_two_processes_equal_one_from_the_command_line(model, tokenizer, tmp_path):
