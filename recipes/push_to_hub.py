@@ -11,6 +11,7 @@ checkpoint does, the recipe uploads the folder. A dry run uploads nothing. `hf a
 The card is `model_card.md`, filled with the metrics of the run.
 """
 
+import html
 import json
 import os
 import re
@@ -26,7 +27,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import check_folder, parse_arguments
+from recipes.common.files import check_writable, read_json, write_json
 from recipes.common.hashing import weights_hash
 from recipes.evaluation.inference import load_checkpoint
 from recipes.evaluation.report import COLUMNS, LISTS
@@ -81,7 +83,7 @@ def read_metrics(path: Path) -> dict:
     """Read metrics.json; raise `ValueError` if it lacks a part that the card shows."""
     if not path.is_file():
         raise ValueError(f"`metrics` must be a metrics.json file, got no file at {path}. Run recipes.evaluate first.")
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = read_json(path)
     missing = sorted(PARTS - metrics.keys())
     if not missing:
         results = {**metrics["baselines"], "generation": metrics["generation"], "ranked": metrics["ranked"]}
@@ -100,12 +102,8 @@ def measured_recommender(folder: Path, metrics: dict) -> RecommendationPipeline:
     Load the checkpoint that the metrics measure.
 
     Raises:
-        ValueError: if the folder is no checkpoint, or the metrics are those of other weights or serving options.
+        ValueError: if the metrics are those of other weights or serving options.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"`checkpoint` must be a folder of recipes.train, got no config.json in {folder}. Check the path."
-        )
     model, tokenizer = load_checkpoint(folder)
     recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
     selection = metrics["selection"]
@@ -177,20 +175,23 @@ def write_folder(args: PushArguments, folder: Path) -> None:
             f"The card's template must be at {TEMPLATE}, got no file. Run this recipe from a clone: `pip install -e "
             ".`."
         )
+    check_folder(args.checkpoint, "checkpoint")
     metrics = read_metrics(Path(args.metrics))
-    recommender = measured_recommender(Path(args.checkpoint), metrics)
-    if folder.exists() and any(folder.iterdir()):
+    check_no_links([path for path in published_files(args) if path.is_symlink()])
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(
             f"`output_dir` must be a new or empty folder, got {folder} with files. Choose another folder, or remove "
             "the files."
         )
+    recommender = measured_recommender(Path(args.checkpoint), metrics)
+    num_bytes = sum(file.stat().st_size for file in Path(args.checkpoint).iterdir())
+    check_writable(folder, "output_dir", num_bytes)
 
     # Write the files.
     recommender.save_pretrained(folder)
-    pictures = copy_reports(args, folder)
+    pictures, training = copy_reports(args, folder)
     tokenizer = recommender.tokenizer
     history = {"items": tokenizer.item_ids[:2], "behaviors": [tokenizer.behaviors[-1]] * 2}
-    log = folder / "training_log.json"
     card = ModelCard.from_template(
         card_data(args.repo_id, args.dataset_name, metrics),
         template_path=str(TEMPLATE),
@@ -203,7 +204,8 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         generation_config=recommender.model.generation_config,
         num_parameters=recommender.model.num_parameters(),
         tokenizer=tokenizer,
-        training=json.loads(log.read_text(encoding="utf-8"))["metrics"] if log.is_file() else {},
+        training=training,
+        text=markdown_text,
         pictures=pictures,
         history=history,
         list_length=min(10, recommender.model.serving_options().max_return_sequences),
@@ -215,17 +217,50 @@ def write_folder(args: PushArguments, folder: Path) -> None:
     check_loading(folder, recommender, history)
 
 
-def copy_reports(args: PushArguments, folder: Path) -> list[str]:
-    """Copy the metrics, the pictures beside them and the training log; return the names of the pictures."""
+def published_files(args: PushArguments) -> list[Path]:
+    """List the files beside the model that are published, if they exist: metrics, pictures and training log."""
     metrics_file = Path(args.metrics)
-    shutil.copy(metrics_file, folder / "metrics.json")
-    pictures = [name for name in PICTURES if (metrics_file.parent / name).is_file()]
-    for name in pictures:
-        shutil.copy(metrics_file.parent / name, folder / name)
-    log = Path(args.checkpoint) / "training_log.json"
-    if log.is_file():
-        shutil.copy(log, folder / log.name)
-    return pictures
+    pictures = [metrics_file.parent / name for name in PICTURES]
+    return [metrics_file, *pictures, Path(args.checkpoint) / "training_log.json"]
+
+
+def check_no_links(links: list[Path]) -> None:
+    """Raise `ValueError` for links: they would publish files from elsewhere on this machine."""
+    if links:
+        raise ValueError(
+            f"Published files must be files, got the links {[str(link) for link in links]}. Replace each by a copy of "
+            "the file that it names; nothing was uploaded."
+        )
+
+
+def copy_reports(args: PushArguments, folder: Path) -> tuple[list[str], dict[str, float]]:
+    """Copy metrics, pictures and the figures of training; return the names of the pictures and the final figures."""
+    metrics_file, *pictures, log_file = published_files(args)
+    pictures = [picture for picture in pictures if picture.is_file()]
+    for file in (metrics_file, *pictures):
+        shutil.copyfile(file, folder / (file.name if file in pictures else "metrics.json"))
+    log = figures_of(read_json(log_file)) if log_file.is_file() else {}
+    if log:
+        write_json(folder / log_file.name, log)
+    return [picture.name for picture in pictures], log.get("metrics", {})
+
+
+def figures_of(log: dict) -> dict:
+    """Return the figures of a training log, and nothing that could name a folder or a person."""
+
+    def numbers(entry: dict) -> dict[str, float]:
+        return {name: value for name, value in entry.items() if isinstance(value, int | float)}
+
+    return {
+        "metrics": numbers(log.get("metrics", {})),
+        "log_history": [numbers(e) for e in log.get("log_history", [])],
+    }
+
+
+def markdown_text(value: object) -> str:
+    """Write a value as text of one line that Markdown and HTML show as it is."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", text)
 
 
 def check_files(folder: Path) -> None:

@@ -128,10 +128,10 @@ def check_folder(path: str | None, name: str, file: str = "config.json", or_repo
         return
     if or_repository and REPOSITORY.fullmatch(path) and not Path(path.split("/")[0]).exists():
         return
-    found = f"no {file} in it" if Path(path).is_dir() else "no such folder"
+    problem = f"no {file} in it" if Path(path).is_dir() else "no such folder"
     raise ValueError(
-        f"`{name}` must be a local folder with {file}{' or a Hub repository' * or_repository}, got {path!r}: {found}. "
-        "Check the path, or download it first: `hf download`."
+        f"`{name}` must be a local folder with {file}{' or a Hub repository' * or_repository}, got {path!r}: "
+        f"{problem}. Check the path, or download it first: `hf download`."
     )
 
 

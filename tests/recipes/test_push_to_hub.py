@@ -1,5 +1,6 @@
 """recipes.push_to_hub: the repository works by itself, its card has the metrics, and invalid pushes are rejected."""
 
+import copy
 import json
 import re
 import shutil
@@ -270,8 +271,8 @@ def test_an_invalid_push_is_rejected_before_writing(run, hub, tmp_path):
         file.write_text(json.dumps(metrics))
         return str(file)
 
-    check_rejected("no config.json in", checkpoint=str(tmp_path / "nowhere"))
-    check_rejected("no config.json in", checkpoint=str(run))
+    check_rejected("`checkpoint` must be a local folder with config.json", checkpoint=str(tmp_path / "nowhere"))
+    check_rejected("`checkpoint` must be a local folder with config.json", checkpoint=str(run))
     check_rejected("got no file at", metrics=str(tmp_path / "nowhere.json"))
     check_rejected(r"without \['ranked', 'ranking'\]", metrics=metrics_with(ranked=None, ranking=None))
     check_rejected(
@@ -289,6 +290,47 @@ def test_an_invalid_push_is_rejected_before_writing(run, hub, tmp_path):
     check_rejected("`output_dir` must be set", output_dir=None)
     with pytest.raises(ValueError, match="a new or empty folder"):
         push(arguments(run, dry_run=True, output_dir=str(run)))
+
+
+HOSTILE = "<script>alert(1)</script> | [x](https://evil.example) ![y](z) `code`\n# Heading <img src=x onerror=y>"
+
+
+def test_names_reach_the_card_as_plain_text(recommender, tmp_path, monkeypatch):
+    tokenizer = copy.deepcopy(recommender.tokenizer)
+    tokenizer.provenance.update({"encoder": HOSTILE, HOSTILE: "value", "inputs": {HOSTILE: HOSTILE}})
+    model = copy.deepcopy(recommender.model)
+    RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(tmp_path / "checkpoint")
+    metrics = METRICS | {
+        "weights": weights_hash(model),
+        "protocol": {HOSTILE: HOSTILE},
+        "baselines": {HOSTILE: METRICS["ranked"]},
+        "selection": METRICS["selection"] | {"chosen on": HOSTILE},
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr(push_to_hub, "check_loading", lambda *_: None)
+    push(arguments(tmp_path, dataset_name=HOSTILE, dry_run=True, output_dir=str(tmp_path / "hub")))
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    for markup in ("<script", "<img", "[x](", "![y](", "\n# Heading", " `code`"):
+        assert markup not in card.text
+    assert card.text.count(r"&lt;script&gt;alert(1)&lt;/script&gt; \| \[x\](https") >= 8
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "recall_at_k.png", "codebooks.png", "checkpoint/training_log.json"])
+def test_links_are_not_published(run, hub, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("hub"))
+    (tmp_path / "secret").write_text((folder / "metrics.json").read_text())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"got the links .*{name.split('/')[-1]}"):
+        push(arguments(folder, dry_run=True, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists() and hub == []
+
+
+def test_the_training_log_is_published_as_figures():
+    log = {"metrics": {"train_loss": 1.5, "path": "/home/me"}, "log_history": [{"step": 1, "note": "/home/me"}]}
+    log |= {"work": "hash", "files": {"/home/me": 1}, "data_dir": "/home/me"}
+    assert push_to_hub.figures_of(log) == {"metrics": {"train_loss": 1.5}, "log_history": [{"step": 1}]}
 
 
 def test_the_docstring_command_is_understood(run):
