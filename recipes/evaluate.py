@@ -26,13 +26,13 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.recommendation_unigrf import FUSED_SCORES
 from modeling_unigrf.transitions_unigrf import TransitionSettings
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import COUNT, NOT_NEGATIVE, check_folder, check_ranges, parse_arguments
+from recipes.common.files import check_writable, read_json, whole_file, write_json
 from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
 from recipes.data.prepared import check_same_items, load_prepared, prepared
 from recipes.evaluation.baselines import Transitions, baseline_results
-from recipes.evaluation.fusion import WEIGHTS, choose_bonus, choose_weights
+from recipes.evaluation.fusion import WEIGHTS, choose_bonus, choose_weights, single_scores
 from recipes.evaluation.inference import (
     Measurement,
     candidates,
@@ -60,6 +60,12 @@ STORED_OPTIONS = (
     "num_transition_candidates",
     "rerank_top_k",
 )
+RANGES = {
+    "list_length": ("10 or more, since the metrics count the first 10 items", lambda length: length >= 10),
+    **dict.fromkeys(("num_beams", "max_items", "max_long_items", "validation_users", "batch_size"), COUNT),
+    **dict.fromkeys(("num_dense_candidates", "num_transition_candidates", "rerank_top_k"), NOT_NEGATIVE),
+    **dict.fromkeys((f"{name}s" for name in WEIGHTS), NOT_NEGATIVE),
+}
 
 
 @dataclass
@@ -175,7 +181,7 @@ def auc_behavior(
 def training_log(checkpoint: str | Path) -> dict:
     """Read a checkpoint's training log; empty without one."""
     log = Path(checkpoint) / "training_log.json"
-    return json.loads(log.read_text()) if log.is_file() else {}
+    return read_json(log) if log.is_file() else {}
 
 
 def interactions_of(log: dict, record: dict) -> str:
@@ -279,8 +285,23 @@ def check_refit(log: dict, record: dict, checkpoint: str) -> bool:
 
 
 def as_before_refit(args: EvaluateArguments, model: UniGRFForCausalLM) -> EvaluateArguments:
-    """Replace all options that validation chose, or that serving stores, by those that the refit took over."""
+    """
+    Replace all options that validation chose, or that serving stores, by those that the refit took over.
+
+    Raises:
+        ValueError: for other values of these options.
+    """
     options = model.serving_options()
+    defaults = EvaluateArguments("", "", "")
+    for name in ("num_beams", *(f"{weight}s" for weight in WEIGHTS), *STORED_OPTIONS, "validation_users"):
+        value = getattr(args, name)
+        served = getattr(options, name.removesuffix("s") if name.endswith("_weights") else name, None)
+        is_served = served in value if isinstance(value, list) else value == served
+        if value != getattr(defaults, name) and not is_served:
+            raise ValueError(
+                f"`{name}` must be left out for a refit, which serves what validation chose before, got {value}. "
+                "Measure the checkpoint before the refit with it."
+            )
     return with_defaults(replace(args, **{name: getattr(options, name) for name in STORED_OPTIONS}), model)
 
 
@@ -340,9 +361,9 @@ def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict, is_refi
 
 def write_results(output_dir: Path, metrics: dict, ranks: dict) -> None:
     """Write `metrics.json` and `ranks.json`."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", metrics)
-    (output_dir / "ranks.json").write_text(json.dumps(ranks))
+    with whole_file(output_dir / "ranks.json") as file:
+        file.write_text(json.dumps(ranks))
 
 
 def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, UniGRFForCausalLM]:
@@ -350,22 +371,44 @@ def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, Uni
     Load the record of the prepared folder, the tokenizer and the model, by the installed code.
 
     Raises:
-        ValueError: for options that exclude each other, a checkpoint that is no local folder, and data of other items.
+        ValueError: for options out of range or that exclude each other, missing or other inputs, and folders that
+            cannot receive the results.
     """
+    check_ranges(args, RANGES)
     if args.rerank_top_k and (args.num_dense_candidates or args.num_transition_candidates):
         raise ValueError(
             "`rerank_top_k` or `num_dense_candidates` must be 0, and `num_transition_candidates` with it, got "
             f"{args.rerank_top_k}, {args.num_dense_candidates} and {args.num_transition_candidates}. Measure one at a "
             "time: results do not record which candidates are beams."
         )
-    if not (Path(args.checkpoint) / "config.json").is_file():
-        raise ValueError(
-            f"`checkpoint` must be a local folder, got {args.checkpoint!r}. Download it first: `hf download`."
-        )
+    check_folder(args.checkpoint, "checkpoint")
     record = prepared(args.data_dir)
+    check_writable(args.output_dir, "output_dir")
+    if args.store:
+        check_writable(args.checkpoint, "checkpoint")
     model, tokenizer = load_checkpoint(args.checkpoint)
     check_same_items(tokenizer, args.data_dir)
+    check_effect(args, model)
     return record, tokenizer, model
+
+
+def check_effect(args: EvaluateArguments, model: UniGRFForCausalLM) -> None:
+    """Raise `ValueError` for options that the model has no use for, and for weights that are all 0."""
+    config = model.config
+    ranks = config.training_config.ranking_loss_weight > 0
+    unused = {
+        "ranking_weights": args.ranking_weights and any(args.ranking_weights) and not ranks,
+        "like": args.like is not None and not ranks,
+        "dense_weights": args.dense_weights and any(args.dense_weights) and not config.has_dense_scores,
+        "transition_weights": args.transition_weights and any(args.transition_weights) and model.transitions is None,
+        "max_long_items": args.max_long_items is not None and not config.num_retrieved_items,
+    }
+    for name in (name for name, is_unused in unused.items() if is_unused):
+        raise ValueError(
+            f"`{name}` must be left out for a model without what it counts for, got {getattr(args, name)} for "
+            f"{args.checkpoint}. Leave it out, or train the model for it."
+        )
+    single_scores(weight_choices(args, model))
 
 
 def with_defaults(args: EvaluateArguments, model: UniGRFForCausalLM) -> EvaluateArguments:
@@ -386,11 +429,8 @@ def with_defaults(args: EvaluateArguments, model: UniGRFForCausalLM) -> Evaluate
     if args.num_transition_candidates is None:
         count = 0 if args.rerank_top_k or not config.num_transitions else min(50, config.num_items)
         args = replace(args, num_transition_candidates=count)
-    if args.max_items and config.max_history_items and args.max_items > config.max_history_items:
-        raise ValueError(
-            f"`max_items` must be at most the {config.max_history_items} items that the backbone has positions for, "
-            f"got {args.max_items}. Take fewer items."
-        )
+    measured = {name: getattr(args, name) for name in STORED_OPTIONS}
+    model.serving_options(**measured, num_beams=args.num_beams[0], num_return_sequences=1)
     return args
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import check_folder, parse_arguments
+from recipes.common.files import check_writable, write_json
 from recipes.data.prepared import load_prepared, prepared
 from recipes.evaluation.inference import load_checkpoint
 from recipes.training.model_init import add_new_items, check_first_items
@@ -39,14 +39,11 @@ def refresh(args: RefreshArguments) -> Path:
     """
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
+    if output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"`output_dir` must be new or empty, got {output_dir}. Choose another folder.")
+    check_folder(args.checkpoint, "checkpoint")
     record = prepared(args.data_dir)
-    if not (Path(args.checkpoint) / "config.json").is_file():
-        raise ValueError(
-            f"`checkpoint` must be a local folder with a model, got {args.checkpoint!r}. Check the path, or "
-            "download it first: `hf download`."
-        )
+    check_writable(output_dir, "output_dir", sum(file.stat().st_size for file in Path(args.checkpoint).glob("*")))
     model, earlier = load_checkpoint(args.checkpoint)
     if model.transitions is None:
         raise ValueError(
@@ -61,9 +58,9 @@ def refresh(args: RefreshArguments) -> Path:
     before = int(model.transitions.item_counts.sum())
     model.transitions.clear()
     model.update_transitions(histories)
-    RecommendationPipeline(model=model, tokenizer=data.tokenizer).save_pretrained(output_dir)
-    # recipes.evaluate must not measure on what was counted.
+    # recipes.evaluate must not measure on what was counted, also after an interrupted run.
     write_json(output_dir / "training_log.json", {"interactions": record["inputs"]["interactions"], "refit": "test"})
+    RecommendationPipeline(model=model, tokenizer=data.tokenizer).save_pretrained(output_dir)
     print(
         f"{output_dir}: {int(model.transitions.item_counts.sum()):,} interactions instead of {before:,}, "
         f"{data.tokenizer.num_items - earlier.num_items:,} new items, {time.perf_counter() - started:.1f} seconds"

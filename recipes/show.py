@@ -1,23 +1,21 @@
-"""Show the recommendations of some users, by the checkpoint's own copy of the model's code.
+"""Show the recommendations of some users.
 
     python -m recipes.show --checkpoint runs/demo/checkpoint --data_dir runs/demo/data --users 3
 
 The command prints the end of each user's history, the held-out item, and the recommended items with their scores. The
-columns add up to the fused score, with the weights in the line above them.
+columns add up to the fused score, with the weights in the line above them. The installed code loads the checkpoint;
+code in its folder does not run.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasets import load_from_disk
-from transformers import AutoTokenizer, pipeline
 
-from recipes.common.arguments import parse_arguments
-
-# An import at run time would replace the checkpoint's own code.
-if TYPE_CHECKING:
-    from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
+from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
+from recipes.common.arguments import COUNT, check_folder, check_ranges, parse_arguments
+from recipes.data.prepared import check_same_items, prepared
+from recipes.evaluation.inference import answered_users, load_checkpoint
 
 SCORES = ("generation_score", "ranking_score", "dense_score", "transition_score", "score")
 TITLE_WIDTH = 48
@@ -37,29 +35,24 @@ def main(args: ShowArguments) -> None:
     Print the recommendations of the first test users.
 
     Raises:
-        ValueError: for a checkpoint of version 0.1, and for one of other items than those of the data.
+        ValueError: for arguments out of range, missing folders, and a checkpoint of other items than the data.
     """
-    recommender = pipeline("recommendation", model=args.checkpoint, trust_remote_code=True)
-    if not hasattr(recommender.model, "serving_options"):
-        raise ValueError(
-            f"`checkpoint` must be saved by version 0.2 or later, got one of 0.1 in {args.checkpoint}. Load it with "
-            "UniGRFForCausalLM and SemanticIdTokenizer, and save both again."
-        )
-    tokenizer = recommender.tokenizer
-    data_tokenizer = AutoTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer", trust_remote_code=True)
-    if tokenizer.item_ids[: data_tokenizer.num_items] != data_tokenizer.item_ids:
-        raise ValueError(
-            f"`checkpoint` must have the items of {args.data_dir}, got other item ids in {args.checkpoint}. Pass the "
-            "data that it was trained on."
-        )
-    print(f"loaded {type(recommender.model).__module__} with {tokenizer.num_items:,} items")
+    check_ranges(args, {"users": COUNT})
+    check_folder(args.checkpoint, "checkpoint")
+    prepared(args.data_dir)
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    check_same_items(tokenizer, args.data_dir)
+    recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
+    print(f"loaded {args.checkpoint} with {tokenizer.num_items:,} items")
     test = load_from_disk(str(Path(args.data_dir) / "dataset"))["test"]
-    for user in test.select(range(min(args.users, len(test)))):
-        print_user(recommender, user)
+    users = test.select(range(min(args.users, len(test))))
+    answered = answered_users(users, tokenizer.num_items, model.serving_options().exclude_history)
+    for row, user in enumerate(users):
+        print_user(recommender, user, has_list=row in answered)
 
 
-def print_user(recommender: "RecommendationPipeline", user: dict) -> None:
-    """Print the end of a user's history, the held-out item, and the recommended items."""
+def print_user(recommender: RecommendationPipeline, user: dict, has_list: bool = True) -> None:
+    """Print the end of a user's history, the held-out item, and the recommended items, if there are some."""
     # The history.
     tokenizer = recommender.tokenizer
     names = tokenizer.titles or tokenizer.item_ids
@@ -69,6 +62,9 @@ def print_user(recommender: "RecommendationPipeline", user: dict) -> None:
         print(f"    {behavior:<10} {names[item]}")
 
     # The list.
+    if not has_list:
+        print("recommended: nothing, since the history has all items")
+        return
     config = recommender.model.config
     request = {"items": [tokenizer.item_ids[item] for item in user["items"]], "behaviors": behaviors}
     if config.reads_times:
@@ -90,7 +86,7 @@ def print_user(recommender: "RecommendationPipeline", user: dict) -> None:
         print(f"    {(item['title'] or item['item_id'])[:TITLE_WIDTH]:<{TITLE_WIDTH}}{scores}{mark}")
 
 
-def fusion_formula(model: "UniGRFForCausalLM", columns: list[str]) -> str:
+def fusion_formula(model: UniGRFForCausalLM, columns: list[str]) -> str:
     """Write the fused score as a sum of the other columns, with the weights that the checkpoint serves."""
     options = model.serving_options()
     weights = {"ranking_score": options.ranking_weight, "dense_score": options.dense_weight}

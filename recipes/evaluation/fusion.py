@@ -43,8 +43,6 @@ def choose_weights(
         return tried[key]
 
     starts = [trial(weights) for weights in single_scores(choices)]
-    if not starts:
-        raise ValueError("A weight of the fused score must be above 0, got 0 for all of them. Add a value above 0.")
     best = max(starts, key=lambda row: row["ndcg@10"])
     has_gained = True
     while has_gained:
@@ -61,7 +59,12 @@ def choose_weights(
 
 
 def single_scores(choices: Mapping[str, Sequence[float] | None]) -> list[dict[str, float]]:
-    """List the weights that leave one score alone, as far as the values to choose from allow it."""
+    """
+    List the weights that leave one score alone, as far as the values to choose from allow it.
+
+    Raises:
+        ValueError: if all values are 0.
+    """
     least = {name: min(values) if values else 0.0 for name, values in choices.items()}
     singles = []
     for name in WEIGHTS:
@@ -70,6 +73,8 @@ def single_scores(choices: Mapping[str, Sequence[float] | None]) -> list[dict[st
         weights = {weight: value if weight == name else least[weight] for weight in WEIGHTS}
         if any(weights.values()) and weights not in singles:
             singles.append(weights)
+    if not singles:
+        raise ValueError("A weight of the fused score must be above 0, got 0 for all of them. Add a value above 0.")
     return singles
 
 

@@ -66,7 +66,7 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
 
 
 def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, SemanticIdTokenizer]:
-    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer."""
+    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer, by the installed code."""
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device), SemanticIdTokenizer.from_pretrained(checkpoint)
@@ -117,6 +117,8 @@ def candidates(
     """
     Search the candidates of every user of a split.
 
+    A user whose history leaves no item has no candidates: items of -1, and scores of -inf.
+
     Returns:
         `item_indices`, `generation_scores`, `ranking_scores` and, for a model with these scores, `dense_scores` and
         `transition_scores` and `is_new`: each `[U, K]`.
@@ -129,13 +131,16 @@ def candidates(
         names.append("transition_scores")
         # A weight of 0 would leave the scores out; fusion comes later.
         transition_options = {**asdict(measurement.transition_settings), "transition_weight": 1.0}
-    num_further = measurement.num_dense_candidates + measurement.num_transition_candidates
-    columns = {name: [None] * len(split) for name in names}
-    for rows, users, inputs in batches(model, tokenizer, split, measurement, f"beams of {num_beams}"):
+    length = num_beams + measurement.num_dense_candidates + measurement.num_transition_candidates
+    columns = {name: torch.full((len(split), length), -torch.inf) for name in names}
+    columns["item_indices"] = torch.full((len(split), length), -1)
+    answered = answered_users(split, model.config.num_items, measurement.exclude_history)
+    answered_split = split if len(answered) == len(split) else split.select(answered)
+    for rows, users, inputs in batches(model, tokenizer, answered_split, measurement, f"beams of {num_beams}"):
         best = model.recommend(
             **inputs,
             num_beams=num_beams,
-            num_return_sequences=num_beams + num_further,
+            num_return_sequences=length,
             generation_weight=1.0,
             ranking_weight=0.0,
             ranking_target=measurement.ranking_target,
@@ -149,13 +154,21 @@ def candidates(
             **transition_options,
         )
         for name, column in columns.items():
-            for row, values in zip(rows, best[name].cpu(), strict=True):
-                column[row] = values
-    scored = {name: torch.stack(column) for name, column in columns.items()}
+            column[answered[rows]] = best[name].cpu().to(column.dtype)
     if model.transitions is not None:
-        items = scored["item_indices"].clamp(min=0).to(model.device)
-        scored["is_new"] = model.scorer.is_untrained(items).cpu()
-    return scored
+        items = columns["item_indices"].clamp(min=0).to(model.device)
+        columns["is_new"] = model.scorer.is_untrained(items).cpu()
+    return columns
+
+
+def answered_users(split: Dataset, num_items: int, exclude_history: bool) -> np.ndarray:
+    """Return the rows of the users whose list can have an item: all, unless a history has the whole catalog."""
+    if not exclude_history:
+        return np.arange(len(split))
+    histories = split["items"]
+    return np.array(
+        [row for row, items in enumerate(histories) if len(items) < num_items or len({*items}) < num_items]
+    )
 
 
 def fused_lists(

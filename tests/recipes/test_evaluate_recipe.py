@@ -2,22 +2,20 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
-from helpers import GRID, ROOT, preferring, train_flags
+from datasets import Dataset, load_from_disk
+from helpers import GRID, preferring, train_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf.recommendation_unigrf import FUSED_SCORES
 from recipes import evaluate as evaluate_recipe
 from recipes import push_to_hub, show, train
 from recipes.common.hashing import weights_of
@@ -26,6 +24,7 @@ from recipes.data.prepared import PreparedData, load_prepared
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation import inference as measure
 from recipes.evaluation.inference import Measurement
+from recipes.refresh import RefreshArguments, refresh
 from recipes.results import tables as results
 from recipes.training.arguments import DataArguments, ModelArguments
 from recipes.training.model_init import build_model, fresh_model
@@ -196,7 +195,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         transition_weights=[0.0],
         generation_weights=[1.0],
         num_transition_candidates=0,
-        list_length=8,
+        list_length=10,
         store=True,
         max_items=4,
         max_long_items=12,
@@ -224,7 +223,7 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
         evaluate_checkpoint(replace(measured, max_items=500))
     with pytest.raises(ValueError, match="a local folder"):
         evaluate_checkpoint(replace(measured, checkpoint="someone/films"))
-    cut = evaluate_checkpoint(replace(measured, rerank_top_k=3, num_dense_candidates=0, list_length=5))
+    cut = evaluate_checkpoint(replace(measured, rerank_top_k=3, num_dense_candidates=0, list_length=10))
     assert cut["beam holds the target"] >= cut["ranked"]["recall@5"] and cut["selection"]["rerank_top_k"] == 3
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert model.generation_config.rerank_top_k == 3
@@ -296,7 +295,7 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
             dense_weights=[0.0, 1.0],
             transition_weights=[0.0],
             generation_weights=[1.0],
-            list_length=5,
+            list_length=10,
             store=True,
         )
     )
@@ -305,27 +304,78 @@ def test_a_model_without_trained_ranking_is_evaluated(prepared, tmp_path, monkey
     assert UniGRFForCausalLM.from_pretrained(checkpoint).generation_config.ranking_weight == 0
 
 
-def test_evaluate_does_not_run_the_code_of_the_folder(prepared, tmp_path):
+def untrained(prepared, folder):
+    """Write a checkpoint with random weights, whose Python files end the process that runs them."""
     data = load_prepared(prepared)
-    model_args, *_ = train.parse(train_flags(prepared, tmp_path))
-    checkpoint = tmp_path / "checkpoint"
-    fresh_model(model_args, data).save_pretrained(checkpoint)
-    data.tokenizer.save_pretrained(checkpoint)
-    code = list(checkpoint.glob("*.py"))
+    model_args, *_ = train.parse(train_flags(prepared, folder))
+    fresh_model(model_args, data).save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    code = list(folder.glob("*.py"))
     assert code
     for file in code:
-        file.write_text('raise RuntimeError("the code of the folder")\n')
+        file.write_text('raise SystemExit("the code of the folder")\n')
+    return folder
+
+
+def test_recipes_do_not_run_the_code_of_the_folder(prepared, tmp_path, capsys):
+    checkpoint = untrained(prepared, tmp_path / "checkpoint")
     arguments = EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path))
     _, tokenizer, model = evaluate_recipe.load_inputs(arguments)
     assert (type(tokenizer), type(model)) == (SemanticIdTokenizer, UniGRFForCausalLM)
+    show.main(show.ShowArguments(str(checkpoint), str(prepared), users=1))
+    assert "recommended, score" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="must have a table of transitions"):
+        refresh(RefreshArguments(str(checkpoint), str(prepared), str(tmp_path / "fresh")))
 
 
-def test_show_rejects_a_checkpoint_of_version_0_1(recommender, tmp_path):
-    recommender.save_pretrained(tmp_path / "checkpoint")
-    for file in (tmp_path / "checkpoint").glob("*.py"):
-        file.write_text(file.read_text().replace("serving_options", "options_of_0_1"))
-    command = [sys.executable, "-m", "recipes.show", "--checkpoint", str(tmp_path / "checkpoint"), "--data_dir=x"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert done.returncode and "must be saved by version 0.2 or later, got one of 0.1" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("batch_size", "list_length", "validation_users", "max_items", "max_long_items")),
+        *((name, -5) for name in ("max_items", "num_dense_candidates", "num_transition_candidates", "rerank_top_k")),
+        *(("num_beams", beams) for beams in ([], [0], [5, -1])),
+        *((f"{score}_weights", values) for score in FUSED_SCORES for values in ([], [float("nan")], [1.0, -1.0])),
+        ("list_length", 3),
+        ("checkpoint", "/nope"),
+        ("checkpoint", "runs/nope"),
+        ("checkpoint", "nope"),
+        ("data_dir", "/nope"),
+        ("output_dir", "file"),
+        ("output_dir", "/proc/nope"),
+    ],
+)
+def test_evaluate_refuses_before_any_work(prepared, tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr(evaluate_recipe, "load_checkpoint", lambda _: pytest.fail("the work has begun"))
+    monkeypatch.chdir(tmp_path)
+    for file in ("file", "config.json"):
+        (tmp_path / file).write_text("{}")
+    arguments = EvaluateArguments(str(tmp_path), str(prepared), str(tmp_path / "metrics"))
+    with pytest.raises(ValueError, match=rf"`{name}` must .*got "):
+        evaluate_checkpoint(replace(arguments, **{name: value}))
+
+
+def test_evaluate_refuses_options_without_effect(prepared, tmp_path):
+    checkpoint = untrained(prepared, tmp_path / "checkpoint")
+    arguments = EvaluateArguments(str(checkpoint), str(prepared), str(tmp_path))
+    for name, value in {"max_long_items": 5, "transition_weights": [1.0]}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be left out"):
+            evaluate_recipe.load_inputs(replace(arguments, **{name: value}))
+    zero_weights = {f"{name}_weights": [0.0] for name in FUSED_SCORES}
+    with pytest.raises(ValueError, match="must be above 0, got 0 for all of them"):
+        evaluate_recipe.load_inputs(replace(arguments, **zero_weights))
+
+
+def test_a_user_who_took_everything_has_an_empty_list(prepared, tmp_path):
+    model, tokenizer = measure.load_checkpoint(untrained(prepared, tmp_path))
+    test = load_from_disk(str(prepared / "dataset"))["test"].to_list()
+    test[2] |= {name: [*range(30), 3] if name == "items" else [0] * 31 for name in ("items", "behaviors")}
+    split = Dataset.from_list(test[:5])
+    how = Measurement(max_items=5)
+    scored = measure.candidates(model, tokenizer, split, 4, how)
+    lists = measure.fused_lists(scored, {"generation_weight": 1.0, "ranking_weight": 0.5}, 3)
+    assert lists[2] == [-1, -1, -1] and all(min(row) >= 0 for row in [*lists[:2], *lists[3:]])
+    others = measure.candidates(model, tokenizer, split.select([0, 1, 3, 4]), 4, how)
+    assert torch.equal(scored["item_indices"][[0, 1, 3, 4]], others["item_indices"])
+    assert (
+        measure.candidates(model, tokenizer, split, 4, replace(how, exclude_history=False))["item_indices"] >= 0
+    ).all()

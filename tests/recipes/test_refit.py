@@ -19,7 +19,7 @@ def test_a_refit_learns_held_out_items_and_keeps_the_choice(prepared, tmp_path):
 
     def measured(checkpoint):
         arguments = EvaluateArguments(
-            str(checkpoint), str(prepared), str(tmp_path / "metrics"), [5], list_length=5, store=True
+            str(checkpoint), str(prepared), str(tmp_path / "metrics"), [5], list_length=10, store=True
         )
         return evaluate_checkpoint(arguments)
 

@@ -59,7 +59,7 @@ def test_refresh_takes_newer_interactions_and_new_items(tmp_path):
     both = recommender([{"items": ["i3", "i4"]}, {"items": ["i9"]}], batch_size=2, **options)
     assert [item["item_id"] for item in both[0]] == [item["item_id"] for item in best]
 
-    with pytest.raises(ValueError, match="must be a local folder with a model"):
+    with pytest.raises(ValueError, match="`checkpoint` must be a local folder with"):
         refresh(RefreshArguments(str(tmp_path / "mistyped"), str(tmp_path / "newer"), str(tmp_path / "other")))
     with pytest.raises(ValueError, match="must be new or empty"):
         refresh(RefreshArguments(str(checkpoint), str(tmp_path / "newer"), str(tmp_path / "fresh")))
