@@ -38,9 +38,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from modeling_unigrf import ServingOptions, UniGRFForCausalLM
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import check_folder, parse_arguments
 from recipes.common.config_arguments import arguments_from_config
-from recipes.common.files import check_output_dir, path_or_hub, whole_file
+from recipes.common.files import check_writable, read_json, whole_file
 from recipes.common.hashing import weights_hash
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.histories import Histories, check_columns, check_rows, content_hash, load_histories, read_histories
@@ -100,6 +100,11 @@ def resolve_settings(settings: RecommendSettings, model: UniGRFForCausalLM) -> R
     for name in ("batch_size", "shard_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`{name}` must be 1 or more, got {getattr(settings, name)}. Choose another number.")
+    if settings.max_long_items is not None and not model.config.num_retrieved_items:
+        raise ValueError(
+            f"`max_long_items` must be left out for a model without sub-histories, got {settings.max_long_items}. "
+            "Leave it out, or train with num_retrieved_items."
+        )
     options = asdict(model.serving_options(**{name: getattr(settings, name) for name in SERVING}))
     options["max_items"] = options["max_items"] or model.config.max_history_items or sys.maxsize
     return replace(settings, **options)
@@ -128,7 +133,7 @@ def work_record(
 
 def check_same_work(record: dict, file: Path) -> None:
     """Raise `ValueError` if the folder of `file` has lists with another record than `record`."""
-    stored = json.loads(file.read_text()) if file.is_file() else {}
+    stored = read_json(file) if file.is_file() else {}
     changed = [name for name in record if name not in stored or stored[name] != record[name]]
     if changed and any(file.parent.glob("part-*.parquet")):
         raise ValueError(
@@ -260,11 +265,11 @@ def recommend_dataset(
     dataset = dataset.select_columns(columns).with_format("arrow")
     shards = range(0, len(dataset), settings.shard_size)
     unanswered = check_rows(dataset, tokenizer, shards, settings.exclude_history, settings.unknown)
+    check_writable(output_dir, "output_dir")
 
     # Share the missing files among the processes.
     files = {start: f"part-{index:05d}-of-{len(shards):05d}.parquet" for index, start in enumerate(shards)}
     if state.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         with whole_file(record_file) as file:
             file.write_text(json.dumps(record, indent=1))
     missing = [start for start in shards if not (output_dir / files[start]).exists()]
@@ -294,14 +299,13 @@ def main(args: RecommendArguments, settings: RecommendSettings) -> None:
     """Load the model and the histories, and recommend, on CUDA devices if there are some."""
     # Without `cpu`, processes without GPUs would not form a group.
     state = PartialState(cpu=not torch.cuda.is_available())
+    check_folder(args.checkpoint, "checkpoint", or_repository=True)
     # The first process downloads, the others read its cache.
-    check_output_dir(args.output_dir)
     with state.main_process_first():
         dataset = load_histories(args.histories, args.split)
         dtype = torch.bfloat16 if args.bf16 else "auto"
-        with path_or_hub("checkpoint", args.checkpoint):
-            model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
-            tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
+        model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
+        tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
     recommend_dataset(model, tokenizer, dataset, args.output_dir, settings)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from recipes.common.arguments import parse_arguments
-from recipes.common.files import check_output_dir
+from recipes.common.files import check_writable
 from recipes.data.wheel_files import wheel_file
 
 # fmt: off
@@ -174,7 +174,7 @@ def main() -> None:
     (args,) = parse_arguments(MovielensArguments)
     if args.dataset == "ml-1m" and args.path is None:
         raise ValueError("`path` must be GroupLens's folder for ml-1m, got None. Download it: no wheel has ml-1m.")
-    check_output_dir(args.output_dir)
+    check_writable(args.output_dir, "output_dir")
     interactions, items = movielens_1m(args.path) if args.dataset == "ml-1m" else movielens_100k(args.path)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -322,7 +322,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "part.parquet") as file:
         file.write_text("half")
         raise KeyboardInterrupt
-    assert [file.name for file in tmp_path.iterdir()] == [".part.parquet.tmp"]
+    assert [file.name for file in tmp_path.iterdir()] == []
     with whole_file(tmp_path / "part.parquet") as file:
         file.write_text("whole")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["whole"]
