@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from recipes import train
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import SEED, check_ranges, parse_arguments
+from recipes.common.files import check_writable, write_json
 from recipes.common.profiling import bf16_speed_up
 from recipes.common.run_tracking import Stages, made_by
 from recipes.data import movielens
@@ -37,6 +37,8 @@ from tokenization import SemanticIdTokenizer
 
 # For 1,682 items, this uses all codes and leaves few collisions.
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
+# Room for data, checkpoints and pictures of a run.
+RUN_BYTES = 64 * 2**20
 TRAINING = [
     "--item_dropout=0.1",
     "--per_device_train_batch_size=32",
@@ -64,8 +66,9 @@ class DemoArguments:
 
 def main(args: DemoArguments) -> None:
     """Run all stages, and print recommendations and metrics."""
+    check_ranges(args, {"seed": SEED})
     root = Path(args.output_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    check_writable(root, "output_dir", RUN_BYTES)
     stages = Stages(root)
 
     # Data
@@ -78,8 +81,7 @@ def main(args: DemoArguments) -> None:
         seed=args.seed,
         **TOKENIZATION,
     )
-    record_file = root / "data" / "prepare.json"
-    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing), [record_file])
+    stages("prepare", {**TOKENIZATION, "seed": args.seed}, lambda: prepare(preparing), [root / "data"])
     baseline_file = root / "baselines.json"
     stages("baselines", {}, lambda: write_baselines(root / "data", baseline_file), [baseline_file])
 
@@ -87,7 +89,7 @@ def main(args: DemoArguments) -> None:
     flags = [*TRAINING, f"--bf16={bf16_speed_up() > 1}"]
     work = {"prepared": asdict(preparing), "model": asdict(ModelArguments()), "training": flags}
     training = train.parse([*folder_flags(root, work), f"--seed={args.seed}", *flags])
-    stages("train", work, lambda: train.train(*training), [root / "checkpoint" / "training_log.json"])
+    stages("train", work, lambda: train.train(*training), [root / "checkpoint"])
 
     # Evaluation
     measuring = EvaluateArguments(
@@ -120,7 +122,7 @@ def write_baselines(data_dir: Path, file: Path) -> None:
     """Measure the baselines, and write their results."""
     data = load_prepared(data_dir)
     results = baseline_results(data.dataset, data.tokenizer.num_items, embeddings=data.embeddings)
-    file.write_text(json.dumps(results))
+    write_json(file, results)
 
 
 def folder_flags(root: Path, work: dict) -> list[str]:
