@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.recommendation_unigrf import FUSED_SCORES
@@ -30,7 +30,7 @@ from recipes.common.arguments import COUNT, NOT_NEGATIVE, check_folder, check_ra
 from recipes.common.files import check_writable, read_json, whole_file, write_json
 from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
-from recipes.data.prepared import check_same_items, load_prepared, prepared
+from recipes.data.prepared import check_same_items, load_prepared, load_splits, prepared
 from recipes.evaluation.baselines import Transitions, baseline_results
 from recipes.evaluation.fusion import WEIGHTS, choose_bonus, choose_weights, single_scores
 from recipes.evaluation.inference import (
@@ -211,7 +211,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     log = training_log(args.checkpoint)
     is_refit = check_refit(log, record, args.checkpoint)
     args = as_before_refit(args, model) if is_refit else with_defaults(args, model)
-    dataset = load_from_disk(str(Path(args.data_dir) / "dataset"))
+    dataset = load_splits(args.data_dir)
     settings = transition_settings(args, model, dataset["validation"], is_refit)
     names = {option.name for option in fields(Measurement)} - {"transition_settings"}
     measurement = Measurement(**{name: getattr(args, name) for name in names}, transition_settings=settings)

@@ -8,13 +8,10 @@ code in its folder does not run.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from datasets import load_from_disk
 
 from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
 from recipes.common.arguments import COUNT, check_folder, check_ranges, parse_arguments
-from recipes.data.prepared import check_same_items, prepared
+from recipes.data.prepared import check_same_items, load_splits, prepared
 from recipes.evaluation.inference import answered_users, load_checkpoint
 
 SCORES = ("generation_score", "ranking_score", "dense_score", "transition_score", "score")
@@ -44,7 +41,7 @@ def main(args: ShowArguments) -> None:
     check_same_items(tokenizer, args.data_dir)
     recommender = RecommendationPipeline(model=model, tokenizer=tokenizer)
     print(f"loaded {args.checkpoint} with {tokenizer.num_items:,} items")
-    test = load_from_disk(str(Path(args.data_dir) / "dataset"))["test"]
+    test = load_splits(args.data_dir)["test"]
     users = test.select(range(min(args.users, len(test))))
     answered = answered_users(users, tokenizer.num_items, model.serving_options().exclude_history)
     for row, user in enumerate(users):

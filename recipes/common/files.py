@@ -44,7 +44,7 @@ def errors_with_path(path: str | Path) -> Iterator[None]:
     """Raise `ValueError` with the path where a reader of JSON, Arrow or safetensors fails, which may not name it."""
     try:
         yield
-    except (OSError, SafetensorError, pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, SafetensorError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} must be there and whole, got {type(error).__name__}: {error} Restore it, or make it again."
         ) from error

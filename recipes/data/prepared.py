@@ -1,6 +1,5 @@
 """Load a prepared folder, read its record, and check that a model belongs to it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from datasets import DatasetDict, load_from_disk
 from safetensors.torch import load_file
 
+from recipes.common.files import errors_with_path, read_json
 from tokenization import SemanticIdTokenizer
 
 
@@ -30,13 +30,20 @@ class PreparedData:
 
 
 def load_prepared(folder: str | Path) -> PreparedData:
-    """Load the tokenizer, the splits and the content embeddings of a prepared folder."""
+    """Load a prepared folder; raise `ValueError`, with the path, for a part that is missing or damaged."""
     folder = Path(folder)
-    return PreparedData(
-        SemanticIdTokenizer.from_pretrained(folder / "tokenizer"),
-        load_from_disk(str(folder / "dataset")),
-        load_file(folder / "item_embeddings.safetensors")["embeddings"],
-    )
+    file = folder / "item_embeddings.safetensors"
+    with errors_with_path(folder / "tokenizer"):
+        tokenizer = SemanticIdTokenizer.from_pretrained(folder / "tokenizer")
+    with errors_with_path(file):
+        embeddings = load_file(file)["embeddings"]
+    return PreparedData(tokenizer, load_splits(folder), embeddings)
+
+
+def load_splits(folder: str | Path) -> DatasetDict:
+    """Load the splits of a prepared folder; raise `ValueError`, with the path, if they are missing or damaged."""
+    with errors_with_path(Path(folder) / "dataset"):
+        return load_from_disk(str(Path(folder) / "dataset"))
 
 
 def prepared(folder: str | Path) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def prepared(folder: str | Path) -> dict[str, Any]:
             f"`data_dir` must be a folder that recipes.prepare wrote, got no {file}. Check the path, or prepare the "
             "folder."
         )
-    record = json.loads(file.read_text())
+    record = read_json(file)
     # Keys of 0.1, which 0.3 will not read.
     if "catalogue" in record["counts"]:  # typos: ignore
         record["counts"]["catalog"] = record["counts"].pop("catalogue")  # typos: ignore

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from recipes.common import result_files
 from recipes.common import run_tracking as runs
 from recipes.common.files import check_writable
 from recipes.common.run_tracking import Stages
+from recipes.data.prepared import load_prepared
+from recipes.data.prepared import prepared as data_record
 
 
 def trainer_checkpoint(folder, *files):
@@ -137,6 +140,22 @@ def test_a_half_written_record_of_stages_is_no_record(tmp_path):
     ran = []
     Stages(tmp_path)("a", {}, lambda: ran.append("a"))
     assert ran == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["prepare.json", "item_embeddings.safetensors", "dataset/test/data-", "tokenizer/items"]
+)
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_a_damaged_part_of_prepared_data_is_named(prepared, tmp_path, name, share):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    (file,) = folder.glob(f"{name}*")
+    content = file.read_bytes()
+    file.unlink()
+    if share is not None:
+        file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=str(folder / name.split("/")[0])):
+        data_record(folder)
+        load_prepared(folder)
 
 
 def test_a_folder_is_checked_before_the_work(tmp_path):
