@@ -59,11 +59,24 @@ class UniGRFCatalog(nn.Module):
     @property
     def trie(self) -> CatalogTrie:
         """
-        The trie of `item_codes`, built at first use and again after the codes change or move.
+        The trie of `item_codes`, built at first use and again after the codes change.
+
+        Code that is compiled or exported takes the trie that exists.
 
         Raises:
-            ValueError: for offloaded codes.
+            ValueError: for offloaded codes, and for compiled code without a trie.
         """
+        if not torch.compiler.is_compiling():
+            self.update_trie()
+        elif self._trie is None:
+            raise ValueError(
+                "The trie must exist before the model is compiled or exported, got none. Read `model.catalog.trie` "
+                "once, or call the model."
+            )
+        return self._trie
+
+    def update_trie(self) -> None:
+        """Build the trie if the codes have changed."""
         if self.item_codes.is_meta:
             raise ValueError(
                 "The catalog's buffers must be in memory, got them on the meta device. Offload without "
@@ -72,7 +85,13 @@ class UniGRFCatalog(nn.Module):
         source, version = self._trie_source
         if source is not self.item_codes or version != codes_version(self.item_codes):
             self._store(CatalogTrie(self.item_codes, self.codebook_sizes))
-        return self._trie
+
+    def _apply(self, *args, **kwargs):
+        """Move the buffers, and the trie with them."""
+        super()._apply(*args, **kwargs)
+        if self._trie is not None and not self.item_codes.is_meta:
+            self.update_trie()
+        return self
 
     def _store(self, trie: CatalogTrie) -> None:
         self._trie = trie

@@ -118,7 +118,8 @@ class ItemLayout:
             ValueError: if a row begins behind an item's codes.
         """
         places = torch.isin(input_ids, input_ids.new_tensor(self.behavior_token_ids)).nonzero()
-        if len(places) and int(places[:, 1].min()) < self.num_levels:
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and len(places) and int(places[:, 1].min()) < self.num_levels:
             row, position = places[places[:, 1].argmin()].tolist()
             raise ValueError(
                 f"`input_ids` must begin with a <bos> or a whole item, also behind a cache, got row {row} with a "

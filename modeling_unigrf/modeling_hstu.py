@@ -195,7 +195,8 @@ class HSTUModel(HSTUPreTrainedModel):
         if position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + length, device=inputs_embeds.device)[None]
-        if position_ids.max() >= self.config.max_position_embeddings:
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and position_ids.max() >= self.config.max_position_embeddings:
             raise ValueError(
                 f"Positions must be below max_position_embeddings={self.config.max_position_embeddings}, got "
                 f"{int(position_ids.max())}. Keep fewer items of the history, or train with more positions."
@@ -259,22 +260,27 @@ class HSTUModel(HSTUPreTrainedModel):
             Positions of the keys minus those of the queries, `[B or 1, Q, K]`; the seconds between them, `[B, Q, K]`
             (-1: unknown), or None if all are unknown.
         """
+        has_times = timestamps is not None or cache is not None
         if timestamps is None:
             timestamps = torch.full_like(position_ids, UNKNOWN_TIME)
         if target_timestamps is None:
-            target_timestamps = torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
+            length = timestamps.shape[1]
+            following = torch.arange(1, length + 1, device=timestamps.device).clamp(max=length - 1)
+            target_timestamps = timestamps.index_select(1, following)
         keys = torch.stack([position_ids, timestamps], dim=-1)[:, None]
         if cache is not None:
             keys, _ = cache.update(keys, keys[..., :0], self.config.num_hidden_layers)
         key_positions, key_times = keys[:, 0].unbind(dim=-1)
         distance = key_positions[:, None] - position_ids[:, :, None]
-        # Rows without gaps share their distances, and so a bias.
+        # Rows without gaps share their distances, and so a bias; a traced graph must not depend on it.
         place = torch.arange(distance.shape[2], device=distance.device)
         place_distance = (place - place[-position_ids.shape[1] :, None])[None]
-        if ((distance == place_distance) | ~visible[:, 0]).all():
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and ((distance == place_distance) | ~visible[:, 0]).all():
             distance = place_distance
         seconds = None
-        if self.config.num_time_buckets and (target_timestamps >= 0).any() and (key_times >= 0).any():
+        reads_times = has_times and bool(self.config.num_time_buckets)
+        if reads_times and (is_traced or ((target_timestamps >= 0).any() and (key_times >= 0).any())):
             seconds = (target_timestamps[:, :, None] - key_times[:, None]).abs()
             is_unknown = (target_timestamps < 0)[:, :, None] | (key_times < 0)[:, None]
             seconds = seconds.masked_fill(is_unknown, UNKNOWN_TIME)

@@ -124,6 +124,10 @@ class UniGRFPreTrainedModel(PreTrainedModel):
             check_weights(model, loading_info["missing_keys"], place)
         # Otherwise `save_pretrained` would write the old names again.
         model._weight_conversions = []
+        # A traced forward cannot build the trie.
+        catalog = getattr(model, "catalog", None)
+        if catalog is not None and not catalog.item_codes.is_meta:
+            catalog.update_trie()
         if serving:
             model.generation_config.update(**serving, allow_custom_entries=True)
         return (model, loading_info) if output_loading_info else model
@@ -585,7 +589,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         length = next(iter(inputs.values())).shape[1]
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
-        inputs["use_cache"] = kwargs.pop("use_cache", None)
+        # An exported graph can return no cache object.
+        inputs["use_cache"] = kwargs.pop("use_cache", False if torch.compiler.is_exporting() else None)
         target_timestamps = kwargs.pop("target_timestamps", None)
         if timestamps is not None:
             inputs |= {"timestamps": timestamps, "target_timestamps": target_timestamps}
