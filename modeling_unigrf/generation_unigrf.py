@@ -242,6 +242,18 @@ class UniGRFGenerationMixin(GenerationMixin):
         criteria.append(ItemComplete(self.layout))
         return criteria
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Reject continuous batching, also from `generate_batch`.
+
+        Raises:
+            ValueError: always. Continuous batching would generate items that do not exist.
+        """
+        raise ValueError(
+            "`generate_batch` and continuous batching must not be used, got a call: they drop the trie of the items "
+            "that exist. Call `recommend` or `generate` with a left-padded batch."
+        )
+
     def prepare_inputs_for_generation(self, input_ids, timestamps=None, query_time=None, **kwargs):
         """Prepare a step as every decoder of transformers does; all codes of the next item have the query time."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

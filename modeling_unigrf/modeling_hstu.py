@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
@@ -61,7 +62,7 @@ class HSTUBias(nn.Module):
         return bias
 
 
-class HSTULayer(nn.Module):
+class HSTULayer(GradientCheckpointingLayer):
     """A block of HSTU (section 3.2), with the order and the norms of the public code."""
 
     def __init__(self, config: HSTUConfig, layer_idx: int):
@@ -100,10 +101,15 @@ class HSTULayer(nn.Module):
         # Mask after the SiLU: hidden keys add zero and change no norm.
         products = query @ key.transpose(2, 3) + self.bias(distance, seconds)
         weights = nn.functional.silu(products).masked_fill(~attention_mask, 0.0)
-        attended = (weights @ (value / self.num_positions)).transpose(1, 2).flatten(2)
+        # Divide the smaller factor, unless the caller wants the weights.
+        if output_attentions:
+            weights = weights / self.num_positions
+        else:
+            value = value / self.num_positions
+        attended = (weights @ value).transpose(1, 2).flatten(2)
         gated = u * nn.functional.layer_norm(attended, attended.shape[-1:], eps=self.eps)
         hidden_states = hidden_states + self.out_proj(self.dropout(gated))
-        return hidden_states, weights / self.num_positions if output_attentions else None
+        return hidden_states, weights if output_attentions else None
 
 
 class HSTUPreTrainedModel(PreTrainedModel):
@@ -111,7 +117,7 @@ class HSTUPreTrainedModel(PreTrainedModel):
 
     config_class = HSTUConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     # HSTU has no softmax.
     _supports_sdpa = False
     _supports_flash_attn = False
@@ -132,6 +138,9 @@ class HSTUModel(HSTUPreTrainedModel):
     A further layer of the cache, behind the last, holds the position and the time of every token. Later queries need
     them for their biases.
     """
+
+    # transformers sets it to True.
+    gradient_checkpointing = False
 
     def __init__(self, config: HSTUConfig):
         super().__init__(config)
@@ -181,7 +190,9 @@ class HSTUModel(HSTUPreTrainedModel):
 
         # Defaults of the options, and the cache.
         config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
+        # Checkpointed layers run twice, and would update a cache twice.
+        is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        use_cache = (config.use_cache if use_cache is None else use_cache) and not is_checkpointed
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         cache = DynamicCache() if use_cache and cache is None else cache
@@ -237,7 +248,9 @@ class HSTUModel(HSTUPreTrainedModel):
         all_states = [hidden_states]
         all_weights = []
         for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, visible, distance, seconds, cache, output_attentions)
+            hidden_states, weights = layer(
+                hidden_states, visible, distance, seconds, cache=cache, output_attentions=output_attentions
+            )
             all_states.append(hidden_states)
             all_weights.append(weights)
         return all_states, all_weights

@@ -337,6 +337,9 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         embeddings = self.get_input_embeddings()
         return next(name for name, module in self.named_modules() if module is embeddings)
 
+    # Quantization leaves these parts alone: `BitsAndBytesConfig(llm_int8_skip_modules=...)`.
+    modules_to_not_convert = ["lm_head", "item_encoder", "ranking_head", "candidate_block"]
+
     @property
     def modules_to_save(self) -> list[str]:
         """

@@ -600,3 +600,17 @@ def test_another_catalog_is_swapped_in_at_call_time(backbone):
         model.catalog.subset([30])
     with pytest.raises(ValueError, match="got none for request 1"):
         model.recommend(input_ids, mask, catalog=catalog, allowed_items=[[1, 2], [2, 3]])
+
+
+def test_continuous_batching_is_rejected():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [2])
+    calls = (
+        lambda: model.generate_batch(input_ids.tolist()),
+        lambda: model.continuous_batching_context_manager().__enter__(),
+        lambda: model.init_continuous_batching(),
+        lambda: model.generate(input_ids, attention_mask=mask, cache_implementation="paged"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="drop the trie of the items that exist"):
+            call()

@@ -9,6 +9,7 @@ from helpers import (
     STOCK_BEAM_SEARCH,
     build_model,
     forward_with_negatives,
+    labeled_batch,
     random_histories,
 )
 from transformers.cache_utils import DynamicCache
@@ -337,3 +338,35 @@ def test_a_cache_continues_at_a_later_query_time():
     candidates = torch.tensor([[1, 2], [3, 4]])
     ranked = model.rank(candidates=candidates, cache=cache, **later)
     torch.testing.assert_close(ranked, model.rank(candidates=candidates, **later), atol=2e-5, rtol=1e-4)
+
+
+def gradients(model, batch, is_checkpointed):
+    """Compute the loss and all gradients of a training step, with or without gradient checkpointing."""
+    model.gradient_checkpointing_enable() if is_checkpointed else model.gradient_checkpointing_disable()
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    loss = model(**batch).loss
+    loss.backward()
+    return {"loss": loss} | {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_checkpointed_gradients_equal_plain_gradients():
+    model = build_model("hstu", negatives_per_item=1.0, dense_loss_weight=1.0)
+    layer = model.model.language_model.layers[0]
+    layer.dropout.p = 0.3
+    batch, _ = labeled_batch(model, [4, 2])
+    batch["timestamps"] = torch.arange(batch["input_ids"].shape[1]).expand(2, -1) * 100
+    calls = []
+    layer.uvqk_proj.register_forward_hook(lambda *_: calls.append(1))
+    plain = gradients(model, batch, is_checkpointed=False)
+    checkpointed = gradients(model, batch, is_checkpointed=True)
+    assert len(calls) == 3, "the backward runs the layer again"
+    torch.testing.assert_close(checkpointed, plain)
+
+
+def test_returned_attentions_and_states_have_gradients():
+    model = build()
+    output = model(torch.randint(30, (2, 7)), output_attentions=True, output_hidden_states=True)
+    inner = [*output.attentions, *output.hidden_states]
+    gradients_of_inner = torch.autograd.grad(output.last_hidden_state.sum(), inner)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients_of_inner)

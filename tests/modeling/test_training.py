@@ -235,3 +235,15 @@ def test_a_trainer_that_takes_the_labels_is_rejected(tmp_path):
     model = build_model()
     with pytest.raises(ValueError, match=r"`labels` must reach the model.* Set label_smoothing_factor=0"):
         run_trainer(tmp_path, model, histories_dataset(model, 4), label_smoothing_factor=0.1)
+
+
+def test_quantization_leaves_all_parts_but_the_backbone_alone(backbone):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = build_model(backbone, num_retrieved_items=2)
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    converted = {name for name in layers if should_convert_module(name, model.modules_to_not_convert)}
+    assert converted == {name for name in layers if name.startswith("model.")}
+    assert {"lm_head", *(name for name in model.modules_to_save if "embed" not in name and "wte" not in name)} == set(
+        model.modules_to_not_convert
+    ), "an adapter trains these parts whole"
