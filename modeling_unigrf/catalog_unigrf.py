@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from .item_lists_unigrf import describe, item_list
+from .item_lists_unigrf import catalog_items, describe
 from .trie_unigrf import CatalogTrie
 
 # This int8 value stands for 1.0.
@@ -110,12 +110,7 @@ class UniGRFCatalog(nn.Module):
         Raises:
             ValueError: if there is no item, an item is outside the catalog, or the indices are no integers.
         """
-        items = item_list("items", items, self.item_codes.device)
-        if items.numel() and (items.min() < 0 or items.max() >= self.num_items):
-            raise ValueError(
-                f"`items` must be indices into a catalog of {self.num_items} items, got {int(items.min())} to "
-                f"{int(items.max())}. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
-            )
+        items = catalog_items("items", items, self.num_items, self.item_codes.device)
         return CatalogTrie(self.item_codes, self.codebook_sizes, items)
 
     def check_part(self, part: CatalogTrie) -> None:

@@ -65,6 +65,24 @@ def check_items(
     return items.long()
 
 
+def catalog_items(
+    name: str, items: torch.Tensor | Sequence[int], num_items: int, device: torch.device
+) -> torch.LongTensor:
+    """
+    Return indices `[n]` into a catalog as a tensor.
+
+    Raises:
+        ValueError: for the reasons of `item_list`, and items outside the catalog.
+    """
+    items = item_list(name, items, device)
+    if items.numel() and (items.min() < 0 or items.max() >= num_items):
+        raise ValueError(
+            f"`{name}` must be indices into a catalog of {num_items} items, got {int(items.min())} to "
+            f"{int(items.max())}. Pass item indices, e.g. `tokenizer.item_indices(ids)`."
+        )
+    return items
+
+
 def item_list(name: str, items: torch.Tensor | Sequence[int], device: torch.device) -> torch.LongTensor:
     """
     Return a list of item indices as a tensor `[n]`.

@@ -43,6 +43,7 @@ from .recommendation_unigrf import (
 )
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock, UniGRFCodeHead, UniGRFItemEncoder, UniGRFRankingHead
 from .shared_prefix_unigrf import prefill, record_tokens
+from .similar_items_unigrf import UniGRFSimilarityMixin
 from .transitions_unigrf import UniGRFTransitions, check_histories, last_items
 from .trie_unigrf import CatalogTrie
 
@@ -517,7 +518,7 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
                 weight[codes.stop : needed] = weight[codes].mean(dim=0)
 
 
-class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFItemModel):
+class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFSimilarityMixin, UniGRFItemModel):
     """The whole model, which generates and ranks items with a single backbone."""
 
     # Factors of the retrieval and ranking losses; a callback may change them.

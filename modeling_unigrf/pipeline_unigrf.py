@@ -87,8 +87,8 @@ class RecommendationPipeline(Pipeline):
             `generation_config`.
         num_beams, num_return_sequences, generation_weight, ranking_weight, ranking_target, dense_weight,
             num_dense_candidates, transition_weight, num_transition_candidates, history_decay, transition_smoothing,
-            popularity_weight, content_weight, new_item_bonus, rerank_top_k: The fields of `ServingOptions`. None: the values in
-            `generation_config`.
+            popularity_weight, content_weight, new_item_bonus, rerank_top_k: The fields of `ServingOptions`. None: the
+            values in `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.
         num_reasons (`int`, defaults to 0): Most items of the history that `because` names for each recommended item,
@@ -105,6 +105,12 @@ class RecommendationPipeline(Pipeline):
     _load_tokenizer = None
 
     def __init__(self, model, tokenizer=None, **kwargs):
+        """
+        Make the pipeline from `model` and `tokenizer`; other arguments are those of `Pipeline` and of a call.
+
+        Raises:
+            ValueError: without a tokenizer, for a tokenizer of another model, and for misspelled parameters.
+        """
         if tokenizer is None:
             folder = model.name_or_path
             raise ValueError(
@@ -113,6 +119,8 @@ class RecommendationPipeline(Pipeline):
                 "(`pipeline(..., tokenizer=tokenizer)`)."
             )
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+        self._checked_codes = (None, 0, None)
+        self.check_tokenizer()
 
     @classmethod
     def _tokenizer_error(cls, folder: str) -> str:
@@ -124,17 +132,6 @@ class RecommendationPipeline(Pipeline):
         except (ValueError, OSError) as error:
             return f"none from {folder!r} ({error})"
         return "none"
-
-    def __init__(self, *args, **kwargs):
-        """
-        Make the pipeline from `model` and `tokenizer`; other arguments are those of `Pipeline` and of a call.
-
-        Raises:
-            ValueError: for a tokenizer of another model, and misspelled parameters.
-        """
-        super().__init__(*args, **kwargs)
-        self._checked_codes = (None, 0, None)
-        self.check_tokenizer()
 
     def check_tokenizer(self) -> None:
         """

@@ -384,6 +384,16 @@ class ItemScorer:
         trie: CatalogTrie,
         item_filter: ItemFilter | None,
     ) -> torch.LongTensor:
+        """Return the items of `top_items_and_scores`."""
+        return ItemScorer.top_items_and_scores(scores_of, count, trie, item_filter)[0]
+
+    @staticmethod
+    def top_items_and_scores(
+        scores_of: Callable[[torch.LongTensor], torch.FloatTensor],
+        count: int,
+        trie: CatalogTrie,
+        item_filter: ItemFilter | None,
+    ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         """
         Find the items of a catalog with the best scores, among those that the filter allows.
 
@@ -395,7 +405,7 @@ class ItemScorer:
                 items.
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, min(count, trie.num_items))`: item indices, -1 for none.
+            Item indices (-1: none) and their scores, both of shape `(batch_size, min(count, trie.num_items))`.
         """
         last_level = len(trie.levels) - 1
         best = None
@@ -412,7 +422,7 @@ class ItemScorer:
             scores = torch.cat([best, scores], dim=1)
             best, order = scores.topk(min(count, scores.shape[1]), dim=1)
             best_items = items.gather(1, order)
-        return best_items.masked_fill(best == -torch.inf, -1)
+        return best_items.masked_fill(best == -torch.inf, -1), best
 
     def ranking_logits(
         self, states: torch.FloatTensor, history_states: torch.FloatTensor | None, items: torch.LongTensor
