@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from .item_lists_unigrf import catalog_items
-from .recommendation_unigrf import check_catalog_device
 from .scoring_unigrf import MAX_LEAVES
 from .trie_unigrf import CatalogTrie
 
@@ -100,14 +99,16 @@ class UniGRFSimilarityMixin:
             best first. A row with fewer items ends in -1 and -inf.
 
         Raises:
-            ValueError: for items outside the catalog, a `count` below 1, another `by`, and one that the model lacks.
+            ValueError: for items outside the catalog, a `count` below 1, another `by`, one that the model lacks, and
+                a part of another catalog.
         """
         self._check_similarity(by)
         if count < 1:
             raise ValueError(f"`count` must be 1 or more, got {count}. Leave it out for ten items.")
         items = catalog_items("items", items, self.catalog.num_items, self.catalog.item_codes.device)
+        if catalog is not None:
+            self.catalog.check_part(catalog)
         trie = self.catalog.trie if catalog is None else catalog
-        check_catalog_device(trie, items.device)
         columns = [items.new_empty(0, count)], [torch.empty(0, count, device=items.device)]
         for part in items.split(max(1, MAX_SCORES // self.catalog.num_items)):
             best, scores = self.scorer.top_items_and_scores(self._similarities(part, by), count, trie, None)

@@ -19,8 +19,6 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from recipes import train
 from recipes.common.arguments import SEED, check_ranges, parse_arguments
 from recipes.common.files import check_writable, write_json
@@ -30,10 +28,9 @@ from recipes.data import movielens
 from recipes.data.prepared import load_prepared
 from recipes.evaluate import EvaluateArguments, evaluate_checkpoint
 from recipes.evaluation.baselines import baseline_results
-from recipes.evaluation.report import COLUMNS, LISTS, write_report
+from recipes.evaluation.report import COLUMNS, LISTS, report_of_checkpoint
 from recipes.prepare import PrepareArguments, prepare
 from recipes.training.arguments import ModelArguments
-from tokenization import SemanticIdTokenizer
 
 # For 1,682 items, this uses all codes and leaves few collisions.
 TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
@@ -106,7 +103,7 @@ def main(args: DemoArguments) -> None:
     # Examples and report
     examples = show_examples(root)
     print(examples, flush=True)
-    report(root, metrics, examples)
+    report_of_checkpoint(root, root / "checkpoint", metrics, examples)
     print_metrics(metrics, root / "report.md")
 
 
@@ -143,20 +140,6 @@ def show_examples(root: Path) -> str:
     folders = [f"--checkpoint={root / 'checkpoint'}", f"--data_dir={root / 'data'}"]
     command = [sys.executable, "-m", "recipes.show", *folders]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def report(root: Path, metrics: dict, examples: str) -> None:
-    """Write the report of the run."""
-    tokenizer = SemanticIdTokenizer.from_pretrained(root / "data" / "tokenizer")
-    levels = zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)
-    write_report(
-        root,
-        metrics,
-        json.loads((root / "checkpoint" / "training_log.json").read_text())["log_history"],
-        [np.bincount(codes, minlength=size) for codes, size in levels],
-        json.loads((root / "ranks.json").read_text()),
-        examples,
-    )
 
 
 def print_metrics(metrics: dict, page: Path) -> None:

@@ -10,9 +10,10 @@ Validation chooses the number of beams and the fusion weights, by the NDCG@10 of
 strongest score alone (`recipes.evaluation.fusion`). Test measures the choice. A model without a ranking loss is
 measured without ranking.
 
-The output folder receives `metrics.json` and `ranks.json`, the rank of every test target. With `--store True`, the
-checkpoint's generation_config.json receives the chosen options and the arguments in `STORED_OPTIONS`. Then
-`recommend`, the pipeline and recipes.recommend serve what was measured. Without it, the checkpoint stays as it was.
+The output folder receives `report.md` with pictures, `metrics.json`, and `ranks.json` with every test target's rank.
+With `--store True`, the checkpoint's generation_config.json receives the chosen options and the arguments in
+`STORED_OPTIONS`. Then `recommend`, the pipeline and recipes.recommend serve what was measured. Without it, the
+checkpoint stays as it was.
 """
 
 import json
@@ -44,7 +45,7 @@ from recipes.evaluation.inference import (
     save_serving_options,
 )
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
-from recipes.evaluation.report import LISTS
+from recipes.evaluation.report import LISTS, report_of_checkpoint
 from recipes.evaluation.transitions import warn_of_edges
 from tokenization import SemanticIdTokenizer
 
@@ -536,5 +537,6 @@ if __name__ == "__main__":
     result = evaluate_checkpoint(arguments)
     for name, label in LISTS.items():
         print(f"{label}:", ", ".join(f"{key} {value:.4f}" for key, value in result[name].items()))
+    print(f"report: {report_of_checkpoint(arguments.output_dir, arguments.checkpoint, result)}")
     if not arguments.store:
         print(f"{arguments.checkpoint} serves as before; with --store True it serves what was measured")

@@ -200,6 +200,7 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         model_name=args.repo_id.split("/")[-1],
         results=metrics,
         columns=COLUMNS,
+        best=best_values(metrics),
         config=recommender.model.config,
         generation_config=recommender.model.generation_config,
         num_parameters=recommender.model.num_parameters(),
@@ -231,6 +232,12 @@ def check_no_links(links: list[Path]) -> None:
             f"Published files must be files, got the links {[str(link) for link in links]}. Replace each by a copy of "
             "the file that it names; nothing was uploaded."
         )
+
+
+def best_values(metrics: dict) -> dict[str, float]:
+    """Return the best figure of each column among the baselines' and the model's lists."""
+    rows = [*metrics["baselines"].values(), metrics["generation"], metrics["ranked"]]
+    return {column: max(row[column] for row in rows) for column in COLUMNS}
 
 
 def copy_reports(args: PushArguments, folder: Path) -> tuple[list[str], dict[str, float]]:

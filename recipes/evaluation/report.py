@@ -7,6 +7,7 @@
 `recipes.demo` writes this report. The function measures nothing, so a report can be written again at any time.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+
+from tokenization import SemanticIdTokenizer
 
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 # Keys of metrics.json and ranks.json, and the names of their lists by the score that orders them.
@@ -31,6 +34,23 @@ TRAIN_LOSSES = {
 # The palette of Okabe and Ito, readable with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 MAX_K = 50
+
+
+def report_of_checkpoint(
+    output_dir: str | Path, checkpoint: str | Path, metrics: Mapping[str, Any], examples: str = ""
+) -> Path:
+    """Write the report of a measured checkpoint beside its `ranks.json`, and return the report's path."""
+    tokenizer = SemanticIdTokenizer.from_pretrained(checkpoint)
+    levels = zip(tokenizer.item_codes.T, tokenizer.codebook_sizes, strict=True)
+    log = Path(checkpoint) / "training_log.json"
+    return write_report(
+        output_dir,
+        metrics,
+        json.loads(log.read_text()).get("log_history", []) if log.is_file() else [],
+        [np.bincount(codes, minlength=size).tolist() for codes, size in levels],
+        json.loads((Path(output_dir) / "ranks.json").read_text()),
+        examples,
+    )
 
 
 def write_report(
@@ -47,8 +67,8 @@ def write_report(
     Args:
         output_dir: Folder of the run. A missing folder is created.
         metrics: Content of metrics.json: `protocol` (dict), `baselines` (for each the values of `COLUMNS`),
-            `generation` and `ranked` (such values), `ranking` (dict with `auc`), `invalid_items` (number), `seconds`
-            (of each stage) and `selection` (dict).
+            `generation` and `ranked` (such values), `ranking` (dict with `auc`), `invalid_items` (number),
+            `selection` (dict) and, optionally, `seconds` (of each stage).
         log_history: Log of the Trainer: dicts with `step` and `loss`, `generation_loss`, `ranking_loss`, `dense_loss`
             or `eval_loss`.
         code_counts: Number of items of each code, for every level.
@@ -59,7 +79,7 @@ def write_report(
         ValueError: for metrics that lack one of these parts.
     """
     # Check the metrics.
-    parts = ("protocol", "baselines", "generation", "ranked", "ranking", "invalid_items", "seconds", "selection")
+    parts = ("protocol", "baselines", "generation", "ranked", "ranking", "invalid_items", "selection")
     missing = [name for name in parts if name not in metrics]
     if missing:
         raise ValueError(
@@ -80,7 +100,9 @@ def write_report(
 def report_text(metrics: Mapping[str, Any], code_counts: Sequence[Sequence[int]], examples: str = "") -> str:
     """Write the page in Markdown; `write_report` explains the arguments."""
     results = metrics["baselines"] | {label: metrics[key] for key, label in LISTS.items()}
-    rows = [(name, *(f"{values[column]:.4f}" for column in COLUMNS)) for name, values in results.items()]
+    best = {column: max(values[column] for values in results.values()) for column in COLUMNS}
+    rows = [(name, *(_cell(values[column], best[column]) for column in COLUMNS)) for name, values in results.items()]
+    seconds = f"\n## Seconds\n\n{_pairs(metrics['seconds'])}\n" if "seconds" in metrics else ""
     examples = f"\n## Examples, test\n\n```text\n{examples.strip()}\n```\n" if examples else ""
     num_used = [f"{np.count_nonzero(counts):,} of {len(counts):,}" for counts in code_counts]
     return f"""# Report
@@ -114,11 +136,12 @@ Generated items outside the catalog: {metrics["invalid_items"]:,}.
 Codes in use by level: {", ".join(num_used)}.
 
 ![Items of every code, most used first](codebooks.png)
+{seconds}"""
 
-## Seconds
 
-{_pairs(metrics["seconds"])}
-"""
+def _cell(value: float, best: float) -> str:
+    """Write a figure, the best of its column in bold."""
+    return f"**{value:.4f}**" if value == best else f"{value:.4f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
