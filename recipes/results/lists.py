@@ -90,13 +90,13 @@ def gain(result: dict[str, Any]) -> str:
 
 def table(results: dict[str, dict]) -> str:
     """Write the table of all `lists_*.json`, and under it how each line was made."""
-    found = {name: result for name, result in results.items() if name.startswith("lists_")}
+    entries = {name: result for name, result in results.items() if name.startswith("lists_")}
     lines = [
         f"| Recall@10 / NDCG@10, test | {' | '.join(COLUMNS.values())} | over the strongest other | AUC |",
         "| --- " * (len(COLUMNS) + 3) + "|",
     ]
     notes = []
-    for result in found.values():
+    for result in entries.values():
         seeds = result["seeds"]
         count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         cells = [mean_cell(result["rows"].get(name)) for name in COLUMNS]

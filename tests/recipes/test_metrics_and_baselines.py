@@ -150,7 +150,8 @@ def test_a_report_shows_every_method_and_picture(tmp_path):
     path = write_report(tmp_path, metrics, log_history, [[3, 0, 1], [2, 2, 0]], ranks, "\nuser 1\n")
     text = path.read_text()
     for name in ("popularity", "item_knn", "by generation_score", "by score"):
-        assert f"| {name} | 0.1000 | 0.2000 | 0.0500 | 0.0813 | 0.0700 |" in text
+        figures = " | ".join(f"**{value}**" for value in ("0.1000", "0.2000", "0.0500", "0.0813", "0.0700"))
+        assert f"| {name} | {figures} |" in text, "all are the best"
     assert "\n## Examples, test\n\n```text\nuser 1\n```\n\n## Protocol\n" in text
     for picture in ("learning_curves.png", "recall_at_k.png", "codebooks.png"):
         assert f"({picture})" in text
