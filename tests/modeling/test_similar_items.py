@@ -75,7 +75,7 @@ def test_what_the_model_lacks_is_reported():
         "`by` must be among": lambda: model.similar_items([1], by="text"),
         "`items` must be indices into a catalog of 30": lambda: build().similar_items([30]),
         "must be a list of item indices": lambda: build().similar_items([1.5]),
-        "must have shape": lambda: build().similar_items([[1, 2]]),
+        "integers, got torch.int64 of shape": lambda: build().similar_items([[1, 2]]),
         "`count` must be 1 or more": lambda: build().similar_items([1], count=0),
     }
     for message, call in calls.items():

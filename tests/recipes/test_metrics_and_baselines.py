@@ -156,6 +156,6 @@ def test_a_report_shows_every_method_and_picture(tmp_path):
     for picture in ("learning_curves.png", "recall_at_k.png", "codebooks.png"):
         assert f"({picture})" in text
         assert (tmp_path / picture).stat().st_size > 5000
-    del metrics["seconds"]
-    with pytest.raises(ValueError, match=r"without \['seconds'\]"):
+    del metrics["selection"]
+    with pytest.raises(ValueError, match=r"without \['selection'\]"):
         write_report(tmp_path, metrics, log_history, [[1]], {})
