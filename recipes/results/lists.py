@@ -18,6 +18,8 @@ from recipes.common.result_files import plus_minus, spread
 from recipes.common.run_tracking import made_by
 
 METRICS = ("recall@10", "ndcg@10")
+# The lists that need no training.
+FLOORS = ("popularity", "text_cosine", "item_knn", "transitions")
 # The table's columns: key of a row, and its title.
 COLUMNS = {
     "text_cosine": "text",
@@ -88,15 +90,19 @@ def gain(result: dict[str, Any]) -> str:
     return f"{100 * (ours / max(means.values()) - 1):+.1f} %"
 
 
+def entries_of(results: dict[str, dict]) -> dict[str, dict]:
+    """Return the content of all `lists_*.json`, by name."""
+    return {name: result for name, result in results.items() if name.startswith("lists_")}
+
+
 def table(results: dict[str, dict]) -> str:
     """Write the table of all `lists_*.json`, and under it how each line was made."""
-    entries = {name: result for name, result in results.items() if name.startswith("lists_")}
     lines = [
         f"| Recall@10 / NDCG@10, test | {' | '.join(COLUMNS.values())} | over the strongest other | AUC |",
         "| --- " * (len(COLUMNS) + 3) + "|",
     ]
     notes = []
-    for result in entries.values():
+    for result in entries_of(results).values():
         seeds = result["seeds"]
         count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         cells = [mean_cell(result["rows"].get(name)) for name in COLUMNS]

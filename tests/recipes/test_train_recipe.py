@@ -27,7 +27,9 @@ def test_train_without_arguments_builds_the_default_model(prepared, tmp_path):
     model_args, data_args, _ = train.parse([f"--data_dir={prepared}", f"--output_dir={tmp_path}"])
     model = build_model(model_args, data_args, data)
     fields = data.tokenizer.config_fields() | {"content_embedding_dim": data.embeddings.shape[1]}
-    by_hand = UniGRFForCausalLM(UniGRFConfig(**fields))
+    # The recipe weighs the generation loss as the loss of a whole item.
+    training = {"generation_loss_weight": data.tokenizer.num_levels}
+    by_hand = UniGRFForCausalLM(UniGRFConfig(**fields, training_config=training))
     by_hand.set_transitions(data.dataset["train"]["items"][:])
     assert model.config.to_dict() == by_hand.config.to_dict()
     shapes, expected = (
