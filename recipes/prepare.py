@@ -45,7 +45,7 @@ import pandas as pd
 from datasets import DatasetDict
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import check_folder, parse_arguments
 from recipes.common.files import check_writable, write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
@@ -189,10 +189,7 @@ def check_arguments(args: PrepareArguments) -> None:
         raise ValueError(f"`encoder_dtype` must be bfloat16 or float32, got {args.encoder_dtype}. Choose one of them.")
     if args.tokenizer is not None:
         reject_unused(args, "tokenizer", QUANTIZATION, "its codebooks stay")
-        if not (Path(args.tokenizer) / ITEMS_FILE).is_file():
-            raise ValueError(
-                f"`tokenizer` must be a folder of a tokenizer with {ITEMS_FILE}, got {args.tokenizer}. Check the path."
-            )
+        check_folder(args.tokenizer, "tokenizer", ITEMS_FILE)
     if args.atomic:
         unused = [name for name in QUANTIZATION if name != "atomic"]
         reject_unused(args, "atomic", unused, "it needs no codebooks")

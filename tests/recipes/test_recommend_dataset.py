@@ -533,12 +533,11 @@ def test_a_missing_path_is_reported_as_missing(model, tokenizer, tmp_path, monke
     with pytest.raises(ValueError, match=f"`histories` must be an existing path.*{source}.*does not exist"):
         load_histories(source)
     histories().to_parquet("histories.parquet")
-    for name in ("checkpoint", "output_dir"):
-        Path("file").touch()
-        paths = {"checkpoint": source, "histories": "histories.parquet", "output_dir": "out"}
-        paths |= {"output_dir": "file/out"} if name == "output_dir" else {}
-        with pytest.raises(ValueError, match=f"`{name}` must be"):
-            main(RecommendArguments(**paths), RecommendSettings())
+    with pytest.raises(ValueError, match="`checkpoint` must be"):
+        main(RecommendArguments(source, "histories.parquet", "out"), RecommendSettings())
+    Path("file").touch()
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written, got file/out"):
+        recommend_dataset(model, tokenizer, histories(), "file/out", RecommendSettings(**OPTIONS))
 
 
 @pytest.mark.parametrize(
