@@ -329,6 +329,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         if type(new_embeddings) is nn.Linear:
             head = UniGRFCodeHead(new_embeddings.in_features, new_embeddings.out_features)
             head.weight = new_embeddings.weight
+            # transformers resized it: `post_init` must not draw it anew.
+            head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)
             new_embeddings = head
         self.lm_head = new_embeddings
 

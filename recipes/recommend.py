@@ -38,9 +38,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from modeling_unigrf import ServingOptions, UniGRFForCausalLM
-from recipes.common.arguments import check_folder, parse_arguments
+from recipes.common.arguments import parse_arguments
 from recipes.common.config_arguments import arguments_from_config
-from recipes.common.files import check_writable, read_json, whole_file
+from recipes.common.files import check_writable, path_or_hub, read_json, whole_file
 from recipes.common.hashing import weights_hash
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.histories import Histories, check_columns, check_rows, content_hash, load_histories, read_histories
@@ -299,13 +299,13 @@ def main(args: RecommendArguments, settings: RecommendSettings) -> None:
     """Load the model and the histories, and recommend, on CUDA devices if there are some."""
     # Without `cpu`, processes without GPUs would not form a group.
     state = PartialState(cpu=not torch.cuda.is_available())
-    check_folder(args.checkpoint, "checkpoint", or_repository=True)
     # The first process downloads, the others read its cache.
     with state.main_process_first():
         dataset = load_histories(args.histories, args.split)
         dtype = torch.bfloat16 if args.bf16 else "auto"
-        model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
-        tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
+        with path_or_hub("checkpoint", args.checkpoint):
+            model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
+            tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
     recommend_dataset(model, tokenizer, dataset, args.output_dir, settings)
 
 
