@@ -46,7 +46,7 @@ from datasets import DatasetDict
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.common.arguments import check_folder, parse_arguments
-from recipes.common.files import check_writable, write_json
+from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
 from recipes.data.tables import check_rows, read_interactions, read_table, text_column
@@ -121,7 +121,7 @@ def prepare(args: PrepareArguments) -> Path:
     """
     Write the prepared folder, which the module's docstring describes, and return its path.
 
-    Do nothing if `prepare.json` records equal arguments and input files.
+    Do nothing if `prepare.json` records equal arguments and input files, and its outputs are whole.
 
     Raises:
         ValueError: for tables that do not fit the description, with the rows and the remedy.
@@ -131,9 +131,12 @@ def prepare(args: PrepareArguments) -> Path:
     check_arguments(args)
     earlier = None if args.tokenizer is None else SemanticIdTokenizer.from_pretrained(args.tokenizer)
     record = work_record(args, earlier)
-    if record_file.exists() and _same_work(json.loads(record_file.read_text()), record):
-        print(f"{output_dir} is already prepared with these arguments and inputs")
-        return output_dir
+    before = json.loads(record_file.read_text()) if is_whole_json(record_file) else None
+    if before is not None and _same_work(before, record):
+        if not (damaged := damaged_files(before.get("files", {}), output_dir)):
+            print(f"{output_dir} is already prepared with these arguments and inputs")
+            return output_dir
+        print(f"{output_dir} is prepared again, since {damaged} are missing or damaged")
 
     # Tables
     interactions, items, selected = read_tables(args)
@@ -168,6 +171,8 @@ def prepare(args: PrepareArguments) -> Path:
         "codebook_statistics": statistics,
         "ordered_by": ordered_by,
     }
+    parts = [output_dir / name for name in ("item_embeddings.safetensors", "tokenizer", "dataset")]
+    record["files"] = file_sizes(parts, output_dir)
     write_json(record_file, record)
     print_summary(record)
     return output_dir

@@ -177,6 +177,11 @@ def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, 
     with pytest.raises(ValueError, match="min_interactions"):
         prepare(replace(args, min_interactions=2))
     assert (prepare(args) / "prepare.json").stat().st_mtime_ns == written, "a rejected call changes nothing"
+    for part in ("dataset", "tokenizer"):
+        shutil.rmtree(Path(args.output_dir) / part)
+        assert (prepare(args) / part).is_dir(), "a part that is gone is made again, from the stored embeddings"
+    next(Path(args.output_dir).glob("dataset/train/*.arrow")).write_bytes(b"cut")
+    assert len(load_from_disk(str(prepare(args) / "dataset"))["train"]), "a damaged file is made again"
     args.codebook_sizes = [2, 2]
     assert json.loads((prepare(args) / "prepare.json").read_text())["arguments"]["codebook_sizes"] == [2, 2]
     with pytest.raises(AssertionError, match="encoded again"):
