@@ -50,7 +50,6 @@ TRAINER_DEFAULTS = {
     "warmup_steps": 0.05,
     # Every crop of an epoch is another one: a second epoch would repeat them.
     "num_train_epochs": 1,
-    "per_device_train_batch_size": 16,
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.1,
     "adam_beta2": 0.98,
