@@ -9,7 +9,7 @@ from torch import nn
 
 from .item_lists_unigrf import catalog_items
 from .scoring_unigrf import MAX_LEAVES
-from .trie_unigrf import CatalogTrie
+from .trie_unigrf import CatalogTrie, check_scores
 
 # Scores in memory at a time: 64 MiB.
 MAX_SCORES = 2**24
@@ -99,8 +99,8 @@ class UniGRFSimilarityMixin:
             best first. A row with fewer items ends in -1 and -inf.
 
         Raises:
-            ValueError: for items outside the catalog, a `count` below 1, another `by`, one that the model lacks, and
-                a part of another catalog.
+            ValueError: for items outside the catalog, a `count` below 1, another `by`, one that the model lacks, a
+                part of another catalog, and scores that are not finite.
         """
         self._check_similarity(by)
         if count < 1:
@@ -115,7 +115,9 @@ class UniGRFSimilarityMixin:
             padding = (0, count - best.shape[1])
             columns[0].append(nn.functional.pad(best, padding, value=-1))
             columns[1].append(nn.functional.pad(scores, padding, value=-torch.inf))
-        return torch.cat(columns[0]), torch.cat(columns[1])
+        similar, scores = (torch.cat(column) for column in columns)
+        check_scores("scores", ~(scores < torch.inf).all())
+        return similar, scores
 
     def _similarities(self, items: torch.LongTensor, by: str) -> Callable[[torch.LongTensor], torch.FloatTensor]:
         """Return a function of items `[m]`: their scores `[n, m]` for `items [n]`, -inf for the item itself."""

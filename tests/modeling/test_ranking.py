@@ -233,7 +233,15 @@ def test_an_overflow_of_float16_ends_a_call():
 
 
 @pytest.mark.parametrize(
-    "name", ["generation_weight", "ranking_weight", "dense_weight", "transition_weight", "content_weight"]
+    "name",
+    [
+        "generation_weight",
+        "ranking_weight",
+        "dense_weight",
+        "transition_weight",
+        "content_weight",
+        "new_item_bonus",
+    ],
 )
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "1", True])
 def test_weights_of_scores_are_finite_and_not_negative(name, value):

@@ -81,3 +81,14 @@ def test_what_the_model_lacks_is_reported():
     for message, call in calls.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_similarities_that_are_not_finite_are_an_error():
+    model = build_model()
+    # The representation reads the content, too.
+    tensors = {"representation": model.item_encoder.table.weight, "content": model.catalog.content_embeddings}
+    for by, rows in tensors.items():
+        model.similar_items([1, 2], by=by)
+        rows.data[7] = torch.nan
+        with pytest.raises(ValueError, match="`scores` must be finite, got NaN or infinity"):
+            model.similar_items([1, 2], by=by)
