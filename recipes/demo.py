@@ -37,6 +37,7 @@ TOKENIZATION = {"codebook_sizes": [64, 64, 64], "pca_dim": 32}
 # Room for data, checkpoints and pictures of a run.
 RUN_BYTES = 64 * 2**20
 TRAINING = [
+    "--crops_per_epoch=8",
     "--item_dropout=0.1",
     "--per_device_train_batch_size=32",
     "--logging_steps=20",
