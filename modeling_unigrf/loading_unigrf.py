@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -21,12 +22,25 @@ HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+# Methods that run parts of the model beside `forward`.
+CALLS = ("prefill", "rank", "recommend", "item_representations", "similar_items", "user_vectors")
 CONTENT_EMBEDDINGS = ("catalog.content_embeddings", OLD_CONTENT_EMBEDDINGS)
 
 
 def hub_arguments(arguments: dict) -> dict:
     """Return those of the arguments of `from_pretrained` that choose a place."""
     return {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS and value is not None}
+
+
+def register_calls(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Let FSDP gather the weights for all calls of a model, as it does for `forward`; other models stay as they are.
+
+    `from_pretrained(distributed_config=...)` does so by itself. After torch's `fully_shard(model)`, call it once.
+    """
+    for name in CALLS if isinstance(model, FSDPModule) else ():
+        register_fsdp_forward_method(model, name)
+    return model
 
 
 def local_folder(source: str | os.PathLike, place: dict) -> Path | None:

@@ -29,7 +29,7 @@ from .generation_unigrf import UniGRFGenerationMixin, generation_defaults
 from .inputs_unigrf import check_history
 from .item_lists_unigrf import check_items
 from .layout_unigrf import ItemLayout
-from .loading_unigrf import check_weights, hub_arguments, stored_dtypes
+from .loading_unigrf import check_weights, hub_arguments, register_calls, stored_dtypes
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
 from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs, take_old_serving_fields
@@ -131,6 +131,7 @@ class UniGRFPreTrainedModel(PreTrainedModel):
             catalog.update_trie()
         if serving:
             model.generation_config.update(**serving, allow_custom_entries=True)
+        register_calls(model)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -60,12 +60,17 @@ def require_single_process() -> None:
         )
 
 
-def require_single_device(training_args: TrainingArguments) -> None:
+def require_single_device(training_args: TrainingArguments, may_shard: bool = False) -> None:
     """
-    Check that a process trains on a single device, for callbacks and searches that need the whole model.
+    Check that a process trains on a single device.
+
+    Args:
+        training_args: The Trainer's arguments.
+        may_shard: Whether FSDP and DeepSpeed may spread the weights over the processes. False: for callbacks and
+            searches that need the whole model.
 
     Raises:
-        ValueError: if the Trainer would spread the model over several devices.
+        ValueError: if the Trainer would spread the model over several devices, or would ignore FSDP.
     """
     if training_args.n_gpu > 1:
         raise ValueError(
@@ -73,10 +78,16 @@ def require_single_device(training_args: TrainingArguments) -> None:
             "of the model in threads. Start with torchrun --nproc_per_node, one process a GPU, or choose a GPU: "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if training_args.fsdp or training_args.deepspeed:
+    is_sharded = training_args.fsdp or training_args.deepspeed
+    if is_sharded and not may_shard:
         raise ValueError(
-            f"`fsdp` and `deepspeed` must be unset, got {training_args.fsdp} and {training_args.deepspeed}; training "
-            "saves the whole model and searches with it. Use torchrun without them."
+            f"`fsdp` and `deepspeed` must be unset, got {training_args.fsdp} and {training_args.deepspeed}; this "
+            "training searches with the whole model. Use torchrun without them."
+        )
+    if training_args.fsdp and training_args.device.type == "cpu":
+        raise ValueError(
+            f"`fsdp` must be unset on a CPU, got {training_args.fsdp}: the Trainer shards over GPUs only. Leave it "
+            "out, or train on GPUs."
         )
 
 

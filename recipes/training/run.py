@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import set_seed
 
-from modeling_unigrf import RecommendationPipeline
 from recipes.common.arguments import check_folder, parse_arguments
 from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, read_json, write_json
 from recipes.common.hashing import sha256, weights_of
@@ -67,11 +66,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     last = last_checkpoint(training_args.output_dir, saved)
     metrics = fit(trainer, last)
 
-    # Result
+    # Result. All processes gather the weights that FSDP or ZeRO spreads over them.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         # The record of an earlier training does not vouch for new weights.
         run.log_file.unlink(missing_ok=True)
-        RecommendationPipeline(model=trainer.model, tokenizer=data.tokenizer).save_pretrained(run.folder)
+        trainer.model.save_pretrained(run.folder, state_dict=weights)
+        data.tokenizer.save_pretrained(run.folder)
         run.write_log(metrics, trainer.state.log_history)
     if training_args.distributed_state is not None:
         # The caller of any process may read the folder.
@@ -81,7 +82,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raise `ValueError` for arguments that no training can have, before any work."""
-    require_single_device(training_args)
+    require_single_device(training_args, may_shard=not (model_args.enhancer or model_args.second_stage))
     check_trainer_arguments(training_args, TRAINER_DEFAULTS)
     check_together(model_args, data_args)
     check_folder(model_args.init_from, "init_from", or_repository=True)

@@ -118,7 +118,7 @@ def needed_by(name: str, args: TrainingArguments) -> tuple[str, bool]:
         "activation_checkpointing_kwargs": ("activation_checkpointing", bool(args.activation_checkpointing)),
         "gradient_checkpointing_kwargs": ("activation_checkpointing", bool(args.activation_checkpointing)),
         "optim_target_modules": ("an optim of GaLore, APOLLO or LOMO", has_targets),
-        "fsdp_config": ("fsdp, which this recipe lacks", False),
+        "fsdp_config": ("fsdp", bool(args.fsdp)),
         **dict.fromkeys(TRACKERS, ("report_to", bool(args.report_to))),
         **dict.fromkeys(
             (

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,26 +91,25 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
-    single = build_model()
-    losses = run_trainer(tmp_path / "single", single, histories_dataset(single, 24), max_steps=3)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-            str(ROOT),
-            str(tmp_path),
-        ],
+def launch(worker, *arguments):
+    """Run a worker's text in two processes, with the repository's root as its first argument."""
+    script = Path(arguments[0]) / "worker.py"
+    script.write_text(worker)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [*torchrun, str(script), str(ROOT), *map(str, arguments)],
         check=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+    single = build_model()
+    losses = run_trainer(tmp_path / "single", single, histories_dataset(single, 24), max_steps=3)
+    launch(WORKER, tmp_path)
     first, second = (load_file(tmp_path / f"weights-{rank}.safetensors") for rank in (0, 1))
     assert_same_weights(first.items(), second.items())
     np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), losses, rtol=1e-4)
@@ -129,6 +129,86 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
     cached.on_epoch_begin(args, TrainerState(epoch=0.0), None)
     assert torch.equal(first["candidates"], cached.items), "equal to those of one process"
+
+
+SHARDED_WORKER = """
+import sys
+root, out = sys.argv[1:]
+sys.path[:0] = [root, root + "/tests"]
+import torch
+import torch.distributed as dist
+from helpers import ATOMIC, build_model, collate, histories_dataset, random_histories, second_stage_rows
+from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf.loading_unigrf import register_calls
+from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
+
+dist.init_process_group("gloo")
+
+def load(folder, how):
+    if how is not None:
+        return UniGRFForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**how))
+    model = UniGRFForCausalLM.from_pretrained(folder)
+    for layer in next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+        fully_shard(layer)
+    return register_calls(fully_shard(model))
+
+def losses(model, rows):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    values = []
+    for step in range(3):
+        torch.manual_seed(step)
+        loss = model(**collate([rows[row] for row in range(4 * step, 4 * step + 4)])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    return values
+
+def lists(model, **inputs):
+    output = model.recommend(*histories, num_beams=6, **inputs)
+    logits = model.rank(*histories, output.item_indices[:, :3], **inputs)
+    return output.item_indices, torch.cat([output.scores, logits.flatten(1)], dim=1)
+
+for name, reader, how, fields in (
+    ("tp", "llama", {"tp_size": 2}, {}),
+    ("fsdp", "llama", {"fsdp_size": 2}, {"history_item_representations": True}),
+    ("shard", "hstu", None, {}),
+    ("tied", "llama", None, {"tie_word_embeddings": True, **ATOMIC}),
+    ("stage-two", "llama", None, {"num_retrieved_items": 3, "num_train_beams": 4}),
+):
+    whole = build_model(reader, **fields)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(f"{out}/{name}")
+    dist.barrier()
+    rows = second_stage_rows(whole) if name == "stage-two" else histories_dataset(whole, 12)
+    expected = losses(whole.train(), rows)
+    model = load(f"{out}/{name}", how)
+    found = losses(model.train(), rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=f"losses of {name}: {found}, {expected}")
+    histories = random_histories(whole, [4, 2, 3])[:2]
+    long = {}
+    if name == "stage-two":
+        long = {"long_history": {"items": torch.arange(9).view(3, 3), "behaviors": torch.zeros(3, 3).long()}}
+    (items, scores), (expected_items, expected_scores) = lists(model.eval(), **long), lists(whole.eval(), **long)
+    assert torch.equal(items, expected_items), f"items of {name}"
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-4)
+    if how is not None:
+        model.save_pretrained(f"{out}/{name}-saved")
+        dist.barrier()
+        saved = dict(UniGRFForCausalLM.from_pretrained(f"{out}/{name}-saved").named_parameters())
+        for key, weight in whole.named_parameters():
+            torch.testing.assert_close(saved[key], weight, rtol=1e-4, atol=1e-4)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(name, "equal")
+dist.destroy_process_group()
+"""
+
+
+def test_a_model_spread_over_two_processes_equals_a_whole_one(tmp_path):
+    equal = [line for line in launch(SHARDED_WORKER, tmp_path).splitlines() if line.endswith(" equal")]
+    assert equal == [f"{name} equal" for name in ("tp", "fsdp", "shard", "tied", "stage-two")]
 
 
 @pytest.mark.parametrize("logging_steps", [1, 500])

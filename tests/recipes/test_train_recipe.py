@@ -141,9 +141,11 @@ def test_a_training_uses_one_device_and_resumes_on_another(prepared, tmp_path, m
     options = [f"--data_dir={prepared}", f"--output_dir={tmp_path}"]
     for changed, message in (
         ({"n_gpu": 2}, "a single GPU, got 2"),
-        ({"fsdp": "full_shard"}, "`fsdp` and `deepspeed`"),
+        ({"fsdp": True}, "`fsdp` must be unset on a CPU"),
+        ({"fsdp": True, "num_train_beams": 5}, "`fsdp` and `deepspeed`"),
     ):
         args = train.parse(options)
+        args[0].num_train_beams = changed.get("num_train_beams", 0)
         monkeypatch.setattr(type(args[2]), "n_gpu", changed.get("n_gpu", 1))
         args[2].fsdp = changed.get("fsdp")
         with pytest.raises(ValueError, match=message):
