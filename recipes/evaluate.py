@@ -33,6 +33,7 @@ from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
 from recipes.data.prepared import check_same_items, load_prepared, load_splits, prepared
 from recipes.evaluation.baselines import Transitions, baseline_results
+from recipes.evaluation.beyond_accuracy import ListStatistics
 from recipes.evaluation.fusion import WEIGHTS, choose_bonus, choose_weights, single_scores
 from recipes.evaluation.inference import (
     Measurement,
@@ -234,7 +235,9 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         chosen = {name: trials[-1][name] for name in CHOSEN}
 
     # Test measures the choice
-    results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen)
+    embeddings = load_prepared(args.data_dir).embeddings
+    statistics = ListStatistics.of_splits(dataset, tokenizer.num_items, embeddings)
+    results = measure_test(args, model, tokenizer, dataset["test"], measurement, chosen, statistics)
     # The baselines know no item of validation: they are no peers of a refit.
     if baselines is None and args.baselines and not is_refit:
         baselines = baseline_results(
@@ -242,7 +245,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
             tokenizer.num_items,
             args.list_length,
             exclude_history=args.exclude_history,
-            embeddings=load_prepared(args.data_dir).embeddings,
+            embeddings=embeddings,
         )
     baselines = baselines or {}
     checked = invalid_items(model, tokenizer, dataset["test"], chosen["num_beams"], measurement)
@@ -252,6 +255,8 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
         "validation": trials,
         "baselines": {name: result["test"] for name, result in baselines.items()},
         "new items": new_item_recall(dataset, baselines, results["ranks"]),
+        "beyond accuracy": {name: result["beyond accuracy"] for name, result in baselines.items()}
+        | results["beyond accuracy"],
         "generation": results["generation"],
         "ranked": results["ranked"],
         "parts": results["parts"],
@@ -483,6 +488,7 @@ def measure_test(
     split: Dataset,
     measurement: Measurement,
     chosen: dict,
+    statistics: ListStatistics,
 ) -> dict:
     """Measure the lists by generation_score, by score and by each score alone on test, as validation chose."""
     targets = torch.tensor(split["target"][:]).long()
@@ -491,10 +497,11 @@ def measure_test(
     # The list by generation_score has no further candidates.
     if measurement != measurement.beams_alone:
         beams = candidates(model, tokenizer, split, chosen["num_beams"], measurement.beams_alone)
-    ranks = {
-        "generation": target_ranks(fused_lists(beams, {"generation_weight": 1.0}, args.list_length), targets),
-        "ranked": target_ranks(fused_lists(scored, chosen, args.list_length, args.rerank_top_k), targets),
+    lists = {
+        "generation": fused_lists(beams, {"generation_weight": 1.0}, args.list_length),
+        "ranked": fused_lists(scored, chosen, args.list_length, args.rerank_top_k),
     }
+    ranks = {name: target_ranks(values, targets) for name, values in lists.items()}
     parts = {
         name: target_ranks(fused_lists(scored, {f"{name}_weight": 1.0}, args.list_length), targets)
         for name in FUSED_SCORES
@@ -503,6 +510,7 @@ def measure_test(
     return {
         **{name: mean_values(values) for name, values in ranks.items()},
         "parts": {name: mean_values(values) for name, values in parts.items()},
+        "beyond accuracy": {name: statistics.of(lists[name], ranks[name]) for name in lists},
         "ranks": {name: ranks_as_json(values) for name, values in ranks.items()},
         "beam holds the target": float((beams["item_indices"] == targets[:, None]).any(dim=1).float().mean()),
     }

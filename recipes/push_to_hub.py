@@ -30,6 +30,7 @@ from modeling_unigrf import RecommendationPipeline
 from recipes.common.arguments import check_folder, parse_arguments
 from recipes.common.files import check_writable, read_json, write_json
 from recipes.common.hashing import weights_hash
+from recipes.evaluation.beyond_accuracy import RECALLS, STATISTICS
 from recipes.evaluation.inference import load_checkpoint
 from recipes.evaluation.report import COLUMNS, LISTS
 
@@ -201,6 +202,8 @@ def write_folder(args: PushArguments, folder: Path) -> None:
         results=metrics,
         columns=COLUMNS,
         best=best_values(metrics),
+        statistics=STATISTICS,
+        recalls=RECALLS,
         config=recommender.model.config,
         generation_config=recommender.model.generation_config,
         num_parameters=recommender.model.num_parameters(),

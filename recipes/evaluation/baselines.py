@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from modeling_unigrf.transitions_unigrf import TransitionSettings, UniGRFTransitions
 from recipes.common.arguments import parse_arguments
 from recipes.data.prepared import load_prepared
+from recipes.evaluation.beyond_accuracy import ListStatistics
 from recipes.evaluation.inference import ranks_as_json
 from recipes.evaluation.metrics.next_item.next_item import mean_values, target_ranks
 from recipes.evaluation.transitions import MAX_USERS, choose_transition_settings, score_by_transitions
@@ -300,16 +301,18 @@ def baseline_results(
     Returns:
         A dict of the baselines `popularity`, `item_knn`, `transitions`, with embeddings `text_cosine` and, without
         `exclude_history`, `recency`. Each has
-        `settings`, `validation` and `test` (values of the metric next_item), and `ranks`: the rank of every test
-        target from 1, None for a target outside the list.
+        `settings`, `validation` and `test` (values of the metric next_item), `beyond accuracy` (`ListStatistics`) and
+        `ranks`: the rank of every test target from 1, None for a target outside the list.
     """
     train = dataset["train"]["items"][:]
     splits = {name: (dataset[name]["items"][:], dataset[name]["target"][:]) for name in ("validation", "test")}
 
-    def measure(ranker: Ranker, split: str) -> tuple[dict[str, float], np.ndarray]:
+    statistics = ListStatistics.of_splits(dataset, num_items, embeddings)
+
+    def measure(ranker: Ranker, split: str) -> tuple[np.ndarray, np.ndarray]:
         histories, targets = splits[split]
-        ranks = target_ranks(ranker.top_items(histories, k, exclude_history=exclude_history).tolist(), targets)
-        return mean_values(ranks), ranks
+        lists = ranker.top_items(histories, k, exclude_history=exclude_history)
+        return lists, target_ranks(lists.tolist(), targets)
 
     results = {}
     rankers: dict[str, Ranker] = {
@@ -323,9 +326,15 @@ def baseline_results(
         rankers["recency"] = Recency(num_items)
     for name, ranker in rankers.items():
         chosen = ranker.fit(train).choose(*splits["validation"], exclude_history)
-        validation, _ = measure(ranker, "validation")
-        test, ranks = measure(ranker, "test")
-        results[name] = {"settings": chosen, "validation": validation, "test": test, "ranks": ranks_as_json(ranks)}
+        _, validation_ranks = measure(ranker, "validation")
+        lists, ranks = measure(ranker, "test")
+        results[name] = {
+            "settings": chosen,
+            "validation": mean_values(validation_ranks),
+            "test": mean_values(ranks),
+            "beyond accuracy": statistics.of(lists, ranks),
+            "ranks": ranks_as_json(ranks),
+        }
     return results
 
 

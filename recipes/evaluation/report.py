@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from recipes.evaluation.beyond_accuracy import RECALLS, STATISTICS
 from tokenization import SemanticIdTokenizer
 
 COLUMNS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
@@ -68,7 +69,8 @@ def write_report(
         output_dir: Folder of the run. A missing folder is created.
         metrics: Content of metrics.json: `protocol` (dict), `baselines` (for each the values of `COLUMNS`),
             `generation` and `ranked` (such values), `ranking` (dict with `auc`), `invalid_items` (number),
-            `selection` (dict) and, optionally, `seconds` (of each stage).
+            `selection` (dict) and, optionally, `beyond accuracy` (`ListStatistics` of each list) and `seconds` (of
+            each stage).
         log_history: Log of the Trainer: dicts with `step` and `loss`, `generation_loss`, `ranking_loss`, `dense_loss`
             or `eval_loss`.
         code_counts: Number of items of each code, for every level.
@@ -118,7 +120,7 @@ Generated items outside the catalog: {metrics["invalid_items"]:,}.
 ## Like or dislike, test
 
 {_pairs(metrics["ranking"])}
-{examples}
+{_beyond_accuracy(metrics.get("beyond accuracy", {}))}{examples}
 ## Protocol
 
 {_pairs(metrics["protocol"])}
@@ -137,6 +139,31 @@ Codes in use by level: {", ".join(num_used)}.
 
 ![Items of every code, most used first](codebooks.png)
 {seconds}"""
+
+
+def _beyond_accuracy(statistics: Mapping[str, Mapping[str, float]]) -> str:
+    """Write the statistics of all lists, and their recall by thirds of the items and of the histories."""
+    if not statistics:
+        return ""
+
+    def table(columns: Mapping[str, str]) -> str:
+        rows = [
+            (LISTS.get(name, name), *(f"{values[key]:.4g}" if key in values else "-" for key in columns))
+            for name, values in statistics.items()
+        ]
+        return _table(("", *columns.values()), rows)
+
+    return f"""
+## Beyond accuracy, test
+
+The first ten items of the lists. Diversity is 1 less the mean cosine of two items of a list.
+
+{table(STATISTICS)}
+
+Recall@10 by thirds: head, middle and tail items have a third of all interactions each; histories by length.
+
+{table(RECALLS)}
+"""
 
 
 def _cell(value: float, best: float) -> str:

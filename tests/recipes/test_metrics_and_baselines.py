@@ -3,11 +3,13 @@
 import evaluate
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from helpers import ROOT
 
 from recipes.evaluation import baselines
 from recipes.evaluation.baselines import ItemKNN, Popularity
+from recipes.evaluation.beyond_accuracy import RECALLS, ListStatistics
 from recipes.evaluation.report import write_report
 
 METRICS = ROOT / "recipes" / "evaluation" / "metrics"
@@ -133,6 +135,24 @@ def test_baseline_settings_are_chosen_without_the_test_targets(monkeypatch):
         assert real[name]["test"]["recall@10"] == pytest.approx(np.mean(ranks <= 10))
 
 
+def test_statistics_of_lists_equal_their_formulas():
+    # Items 0 to 3 have 6, 3, 3 and 0 interactions: thirds of the 12 are head {0}, middle {1}, tail {2, 3}.
+    embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [-1.0, 0.0]])
+    statistics = ListStatistics(np.array([6, 3, 3, 0]), np.array([0, 1, 3, 2]), np.array([1, 1, 5, 9]), embeddings)
+    values = statistics.of([[0, 1], [1, 0], [0, -1], [3, 0]], np.array([1, 1, np.inf, np.inf]))
+    assert values["coverage"] == 0.75
+    shown = np.array([4, 2, 0, 1])
+    assert values["gini"] == pytest.approx(np.abs(shown[:, None] - shown).sum() / (2 * 4 * shown.sum()))
+    assert values["popularity"] == pytest.approx((4 * 6 + 2 * 3) / 7)
+    assert values["novelty"] == pytest.approx(-(4 * np.log2(0.5) + 2 * np.log2(0.25) + np.log2(0.5 / 12)) / 7)
+    assert values["diversity"] == pytest.approx((1 + 1 + 2) / 3), "cosines 0, 0 and -1; one list has one item"
+    recalls = [values[name] for name in RECALLS if name in values]
+    assert recalls == [1, 1, 0, 1, 0, 0], "head, middle and tail; short, middle and long"
+    popular = statistics.of([[0, 1]] * 4, np.full(4, np.inf))
+    assert popular["coverage"] < values["coverage"] and popular["gini"] > values["gini"]
+    assert np.isfinite([*statistics.of([[-1, -1]] * 4, np.full(4, np.inf)).values()]).all(), "no list at all"
+
+
 def test_a_report_shows_every_method_and_picture(tmp_path):
     values = {"recall@5": 0.1, "recall@10": 0.2, "ndcg@5": 0.05, "ndcg@10": 0.08125, "mrr": 0.07}
     metrics = {
@@ -144,6 +164,7 @@ def test_a_report_shows_every_method_and_picture(tmp_path):
         "invalid_items": 0,
         "seconds": {"train": 12.5},
         "selection": {"epoch": 3},
+        "beyond accuracy": {"ranked": {"coverage": 0.4321, "recall@10 of tail items": 0.0987}},
     }
     log_history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.9, "eval_runtime": 2.0}]
     ranks = {"generation": [1, None, 7]}
