@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from .item_lists_unigrf import catalog_items, describe
+from .item_lists_unigrf import as_numbers, catalog_items, describe
 from .trie_unigrf import CatalogTrie
 
 # This int8 value stands for 1.0.
@@ -142,9 +142,11 @@ class UniGRFCatalog(nn.Module):
             )
         part.checked_with = source
 
-    def check(self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None) -> None:
+    def check(
+        self, item_codes: torch.Tensor, content_embeddings: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Check that this catalog can hold codes and content embeddings.
+        Check that this catalog can hold codes and content embeddings, and return both as tensors.
 
         Args:
             item_codes (`torch.Tensor`): Codes of all items.
@@ -153,6 +155,9 @@ class UniGRFCatalog(nn.Module):
         Raises:
             ValueError: for other shapes or dtypes, codes below 0 or beyond int32, and numbers that are not finite.
         """
+        item_codes = as_numbers("item_codes", item_codes, "Pass `tokenizer.item_codes`.")
+        if content_embeddings is not None:
+            content_embeddings = as_numbers("content_embeddings", content_embeddings, "Pass one row an item.")
         num_levels = len(self.codebook_sizes)
         shape = tuple(item_codes.shape)
         if len(shape) != 2 or shape[0] == 0 or shape[1] != num_levels or item_codes.is_floating_point():
@@ -169,6 +174,7 @@ class UniGRFCatalog(nn.Module):
             )
         if content_embeddings is not None or self.content_embeddings is not None:
             self._check_embeddings(len(item_codes), content_embeddings)
+        return item_codes, content_embeddings
 
     def _check_embeddings(self, num_items: int, content_embeddings: torch.Tensor | None) -> None:
         if content_embeddings is None or self.content_embeddings is None:
@@ -205,7 +211,7 @@ class UniGRFCatalog(nn.Module):
         Raises:
             ValueError: for the reasons of `check` and `CatalogTrie`. The catalog stays unchanged then.
         """
-        self.check(item_codes, content_embeddings)
+        item_codes, content_embeddings = self.check(item_codes, content_embeddings)
         item_codes = item_codes.to(self.item_codes.device, torch.int32)
         self.put(item_codes, content_embeddings, CatalogTrie(item_codes, self.codebook_sizes))
 

@@ -13,12 +13,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation import (
-    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -232,13 +230,25 @@ class UniGRFGenerationMixin(GenerationMixin):
             model_kwargs["cache"] = DynamicCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
-        if generation_config.stop_strings is not None:
-            raise ValueError(
-                f"`stop_strings` must be None, since every row stops at the end of an item, got "
-                f"{generation_config.stop_strings!r}. Leave them out."
-            )
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+    def _get_stopping_criteria(
+        self, generation_config, stopping_criteria=None, *args, **kwargs
+    ) -> StoppingCriteriaList:
+        """Stop each row at the end of an item, and reject what could stop a row inside an item."""
+        eos = generation_config._eos_token_tensor
+        codes = [] if eos is None else eos[self.layout.token_levels(eos) >= 0].tolist()
+        early = {
+            "stop_strings": generation_config.stop_strings,
+            "max_time": generation_config.max_time,
+            "stopping_criteria": [type(criterion).__name__ for criterion in stopping_criteria or []] or None,
+            "eos_token_id": codes or None,
+        }
+        for name, value in early.items():
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must not stop a row inside an item, since every row stops at the end of an item, got "
+                    f"{value!r}. Leave it out."
+                )
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria or [], *args, **kwargs)
         criteria.append(ItemComplete(self.layout))
         return criteria
 
@@ -292,8 +302,8 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: if a row is empty, ends in a whole item, or begins an item that does not exist. Also for
-                training inputs, for another `catalog`, for logits processors that leave a row no item,
-                and for scores that are not finite.
+                training inputs, for another `catalog`, for logits processors that leave a row no item, for
+                what stops a row inside an item, and for scores that are not finite.
         """
         kwargs = convert_old_inputs(kwargs)
         catalog = kwargs.pop("catalog", catalog)
@@ -340,7 +350,7 @@ class UniGRFGenerationMixin(GenerationMixin):
             model_kwargs = {**model_kwargs, "use_cache": False}
             model_kwargs.pop("cache", None)
         cache = model_kwargs.get("cache")
-        reasons += _unsupported(self, stopping_criteria, cache, synced_gpus)
+        reasons += _unsupported(self, cache, synced_gpus)
         if reasons:
             logger.warning_once(f"{', '.join(reasons)}: stock beam search is used, which is many times slower.")
             config = copy(generation_config)
@@ -367,7 +377,7 @@ class UniGRFGenerationMixin(GenerationMixin):
         return as_stock_output(beams, input_ids, self.layout, self.config.pad_token_id, generation_config, cache)
 
 
-def _unsupported(model: nn.Module, stopping_criteria, cache, synced_gpus: bool) -> list[str]:
+def _unsupported(model: nn.Module, cache, synced_gpus: bool) -> list[str]:
     """List the parts of a call that the search lacks, beside `STOCK_OPTIONS`, as names for a warning."""
     reasons = []
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
@@ -376,9 +386,6 @@ def _unsupported(model: nn.Module, stopping_criteria, cache, synced_gpus: bool) 
         reasons.append("adapter_names")
     if synced_gpus:
         reasons.append("synced_gpus")
-    # An item has no eos.
-    supported = (ItemComplete, MaxLengthCriteria, EosTokenCriteria)
-    reasons += [type(criterion).__name__ for criterion in stopping_criteria if not isinstance(criterion, supported)]
     try:
         check_cache(DynamicCache() if cache is None else cache)
     except ValueError:

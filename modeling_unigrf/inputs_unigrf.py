@@ -6,7 +6,7 @@ candidate's sub-history is retrieved from the long history. *Item sets* are furt
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -77,6 +77,9 @@ class ItemSets:
     excluded_positives: torch.LongTensor
     candidates: torch.LongTensor | None = None
     blocked_items: torch.LongTensor | None = None
+
+
+ITEM_SETS = tuple(field.name for field in fields(ItemSets))
 
 
 def check_history(
@@ -295,8 +298,7 @@ def check_item_sets(item_sets: dict | None, sequence_ids: torch.LongTensor, num_
     Raises:
         ValueError: for other shapes, items outside the catalog, and negatives for rows of several histories.
     """
-    names = ("hard_negatives", "excluded_positives", "candidates", "blocked_items")
-    tensors = check_names("item_sets", {} if item_sets is None else item_sets, names)
+    tensors = check_names("item_sets", {} if item_sets is None else item_sets, ITEM_SETS)
     batch_size = len(sequence_ids)
     sets = {name: check_items(f"item_sets['{name}']", items, batch_size, num_items) for name, items in tensors.items()}
     of_users = [name for name in ("hard_negatives", "excluded_positives") if name in sets]

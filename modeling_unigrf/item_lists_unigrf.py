@@ -5,6 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
+# Types of the numbers that codes and embeddings may have.
+NUMBERS = {
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+
 
 class RequestError(ValueError):
     """An error of one request of a batch: `message` names it as `{request}`, and `request` is its row."""
@@ -27,6 +33,25 @@ def describe(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return "none" if value is None else f"a {type(value).__name__}"
+
+
+def as_numbers(name: str, values: torch.Tensor | Sequence, advice: str) -> torch.Tensor:
+    """
+    Return a tensor, an array or nested lists of numbers as a tensor in memory.
+
+    Raises:
+        ValueError: for other values, such as strings, masks, complex numbers and lists of unequal lengths.
+    """
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        tensor = None
+        got = f"{describe(values)} ({error})"
+    else:
+        got = describe(tensor)
+    if tensor is None or tensor.is_meta or tensor.dtype not in NUMBERS:
+        raise ValueError(f"`{name}` must be a tensor of numbers in memory, got {got}. {advice}")
+    return tensor
 
 
 def check_integers(name: str, tensor: torch.LongTensor | None, shape: tuple[int, ...], advice: str) -> None:
@@ -94,6 +119,8 @@ def item_list(name: str, items: torch.Tensor | Sequence[int], device: torch.devi
         indices = torch.as_tensor(items if hasattr(items, "__array__") else list(items), device=device)
     except (TypeError, ValueError, RuntimeError):
         indices = None
+    # A dict is no list of its keys.
+    indices = None if isinstance(items, dict) else indices
     if indices is None or indices.ndim != 1 or (len(indices) and not is_integer(indices)):
         got = repr(items)[:80] if indices is None else describe(indices)
         raise ValueError(

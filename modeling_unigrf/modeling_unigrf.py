@@ -27,7 +27,7 @@ from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig
 from .generation_unigrf import UniGRFGenerationMixin, generation_defaults
 from .inputs_unigrf import check_history
-from .item_lists_unigrf import check_items
+from .item_lists_unigrf import check_items, describe, is_integer
 from .layout_unigrf import ItemLayout
 from .loading_unigrf import check_weights, hub_arguments, register_calls, stored_dtypes
 from .modeling_hstu import HSTUModel
@@ -37,6 +37,7 @@ from .pipeline_unigrf import RecommendationPipeline  # noqa: F401  # so that its
 from .recommendation_unigrf import (
     ServingOptions,
     UniGRFRecommendation,
+    check_rank_options,
     make_search_space,
     rank_candidates,
     recommend_items,
@@ -381,8 +382,7 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
             ValueError: for shared or impossible codes, wrong shapes and NaN. The catalog stays unchanged then.
         """
         check_in_memory([self.item_encoder])
-        content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
-        self.catalog.replace(torch.as_tensor(item_codes), content_embeddings)
+        self.catalog.replace(item_codes, content_embeddings)
         num_items = self.catalog.num_items
         config = self.config
         # A table of one row an item follows the catalog.
@@ -469,11 +469,9 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
                 stays unchanged then.
         """
         # The catalog with the new items.
-        item_codes = torch.as_tensor(item_codes)
-        content_embeddings = None if content_embeddings is None else torch.as_tensor(content_embeddings)
         catalog = self.catalog
         config = self.config
-        catalog.check(item_codes, content_embeddings)
+        item_codes, content_embeddings = catalog.check(item_codes, content_embeddings)
         all_codes = torch.cat([catalog.item_codes, item_codes.to(catalog.item_codes)])
         all_embeddings = None
         if content_embeddings is not None:
@@ -581,6 +579,12 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFSimilarityMixin, UniGRFItem
                 `Trainer` with `label_smoothing_factor` or `compute_loss_func`, which would replace the loss.
         """
         kwargs = convert_old_inputs(kwargs) if kwargs else kwargs
+        for name, tokens in (("input_ids", input_ids), ("labels", labels)):
+            if tokens is not None and not (is_integer(tokens) and tokens.ndim == 2):
+                raise ValueError(
+                    f"`{name}` must be a tensor of integers of shape (batch_size, T), got {describe(tokens)}. Encode "
+                    "histories with `tokenizer.encode_history(..., return_tensors='pt')`."
+                )
         long_history = kwargs.pop("long_history", long_history)
         item_sets = kwargs.pop("item_sets", item_sets)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -687,7 +691,8 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFSimilarityMixin, UniGRFItem
             items (among the beams, after a stage II on beams). For a behavior: that it follows if the item is shown.
 
         Raises:
-            ValueError: for candidates outside the catalog, another cache, and the reasons of `recommend`.
+            ValueError: for candidates outside the catalog, another cache, other states, a pack below 1, and the
+                reasons of `recommend`.
         """
         inputs = {"query_time": query_time, "long_history": long_history, **convert_old_inputs(kwargs)}
         if strange := sorted(set(inputs) - {"query_time", "long_history"}):
@@ -695,6 +700,7 @@ class UniGRFForCausalLM(UniGRFGenerationMixin, UniGRFSimilarityMixin, UniGRFItem
         trie = self.catalog.trie
         history = check_history(self.config, self.layout, trie, input_ids, attention_mask, timestamps, **inputs)
         candidates = check_items("candidates", candidates, len(input_ids), trie.num_items, lowest=0)
+        check_rank_options(cache, history_states, candidates_per_pack, (len(input_ids), self.config.hidden_size))
         parts = (self.model, self.scorer, self.candidate_block)
         return rank_candidates(*parts, history, candidates, cache, history_states, candidates_per_pack)
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .configuration_unigrf import NEXT_TARGET, UniGRFConfig
-from .inputs_unigrf import ItemSets, check_item_sets, check_long_history
+from .inputs_unigrf import ITEM_SETS, ItemSets, check_item_sets, check_long_history, check_names
 from .loss_unigrf import contrastive_loss, generation_loss, ranking_loss, sampled_softmax_loss
 from .negatives_unigrf import (
     LossInputs,
@@ -102,7 +102,7 @@ class Objective:
         trie = self.scorer.catalog.trie
         training = self.config.training_config
         items = supervised_items(layout, trie, tokens, targets)
-        has_candidates = (item_sets or {}).get("candidates") is not None
+        has_candidates = "candidates" in check_names("item_sets", item_sets or {}, ITEM_SETS)
         ranks_last = training.ranking_loss_weight > 0 and (has_candidates or self.config.ranks_last_items)
         per_item = 0.0 if ranks_last else self.config.random_negatives_per_item
         # The check rejects a long history that the model does not read.

@@ -16,7 +16,7 @@ from .beam_search_unigrf import SearchSpace, beam_search
 from .candidates_unigrf import CandidateContext, read_candidates
 from .configuration_unigrf import UniGRFConfig
 from .inputs_unigrf import History
-from .item_lists_unigrf import item_lists
+from .item_lists_unigrf import describe, item_lists
 from .scoring_unigrf import ItemScorer, UniGRFCandidateBlock
 from .shared_prefix_unigrf import cache_rollback, check_cache, check_cached_tokens, prefill
 from .transitions_unigrf import TransitionSettings, last_items
@@ -90,8 +90,13 @@ class ServingOptions:
         Read the options, `overrides` first.
 
         Raises:
-            ValueError: for an override of another name and for options out of range.
+            ValueError: for another type of config, an override of another name, and options out of range.
         """
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(
+                f"`generation_config` must be a GenerationConfig, got {describe(generation_config)}. Pass single "
+                "options by name."
+            )
         names = [field.name for field in fields(cls)]
         if strange := sorted(set(overrides) - set(names)):
             raise ValueError(f"Serving options must be among {names}, got {strange}. Correct or remove them.")
@@ -175,12 +180,15 @@ class ServingOptions:
                 may_be_negative = field.name == "popularity_weight"
                 is_good = isinstance(value, Real) and math.isfinite(value) and (value >= 0 or may_be_negative)
                 expected = "a finite number" if may_be_negative else "a finite number from 0"
-            elif field.name in ("exclude_history", "ranking_target"):
+            elif field.name == "ranking_target":
                 continue
+            elif isinstance(field.default, bool):
+                is_good = isinstance(value, bool)
+                expected = "True or False"
             else:
                 is_good = value is None or isinstance(value, Integral)
                 expected = "an integer"
-            if not is_good or isinstance(value, bool):
+            if not is_good or isinstance(value, bool) != isinstance(field.default, bool):
                 raise ValueError(f"`{field.name}` must be {expected}, got {value!r}. Leave it out for the default.")
 
     def _check_transitions(self, config: UniGRFConfig) -> None:
@@ -443,6 +451,28 @@ def fuse(
             for name, column in columns.items()
         },
     )
+
+
+def check_rank_options(
+    cache: DynamicCache | None,
+    history_states: torch.FloatTensor | None,
+    candidates_per_pack: int | None,
+    shape: tuple[int, int],
+) -> None:
+    """Raise `ValueError` for states without a cache or of another shape than `shape`, and for a pack below 1."""
+    is_float = isinstance(history_states, torch.Tensor) and history_states.is_floating_point()
+    if history_states is not None and (cache is None or not is_float or history_states.shape != shape):
+        raise ValueError(
+            f"`history_states` must be floats of shape {shape} beside a `cache`, got "
+            f"{describe(history_states)}{'' if cache is not None else ' and no cache'}. Pass the result of "
+            "`model.prefill` with its cache, or leave it out."
+        )
+    is_count = isinstance(candidates_per_pack, Integral) and not isinstance(candidates_per_pack, bool)
+    if candidates_per_pack is not None and not (is_count and candidates_per_pack >= 1):
+        raise ValueError(
+            f"`candidates_per_pack` must be an integer of 1 or more, got {candidates_per_pack!r}. Leave it out for "
+            "the default."
+        )
 
 
 def rank_candidates(

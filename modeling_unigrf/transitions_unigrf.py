@@ -17,9 +17,12 @@ item that nobody took, times the cosine of the two, and its learned row to an it
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
+
+from .item_lists_unigrf import is_integer
 
 # One choice for all data: goods prefer a faster decay, films a slower one, both by little.
 COUNT_DECAY = 0.7
@@ -269,6 +272,15 @@ class UniGRFTransitions(nn.Module):
         return scores
 
 
+def is_index_list(history) -> bool:
+    """Return whether a value is a list, an array or a tensor `[n]` of integers."""
+    if hasattr(history, "__array__"):
+        indices = torch.as_tensor(history)
+        return indices.ndim == 1 and (is_integer(indices) or not len(indices))
+    is_list = isinstance(history, Sequence) and not isinstance(history, str)
+    return is_list and all(isinstance(item, Integral) and not isinstance(item, bool) for item in history)
+
+
 def check_histories(histories: Sequence[Sequence[int]], num_items: int, num_new: Sequence[int] | None) -> None:
     """
     Check item indices of users, before they are counted.
@@ -276,9 +288,7 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int, num_new:
     Raises:
         ValueError: for no list of lists, items outside the catalog, and numbers of new items that do not fit.
     """
-    if isinstance(histories, torch.Tensor) or any(
-        isinstance(history, int | str) or any(isinstance(item, str) for item in history) for history in histories
-    ):
+    if not hasattr(histories, "__len__") or not all(map(is_index_list, histories)):
         raise ValueError(
             "`histories` must be a list of lists of item indices, one for each user, got another form. Pass "
             "`[tokenizer.item_indices(ids).tolist() for ids in ...]`."
@@ -296,10 +306,10 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int, num_new:
                 " Pass None if all items are new."
             )
         for row, (history, count) in enumerate(zip(histories, num_new, strict=True)):
-            if not 0 <= count <= len(history):
+            if not isinstance(count, Integral) or not 0 <= count <= len(history):
                 raise ValueError(
-                    f"`num_new` must be from 0 to the {len(history)} items of the history, got {count} in row {row}. "
-                    "Count the last items that the table has not counted yet."
+                    f"`num_new` must be from 0 to the {len(history)} items of the history, got {count!r} in row {row}."
+                    " Count the last items that the table has not counted yet."
                 )
 
 

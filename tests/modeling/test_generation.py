@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from helpers import STOCK_BEAM_SEARCH, build_model, exact_scores, long_histories, random_histories, short_id
+from helpers import (
+    STOCK_BEAM_SEARCH,
+    build_model,
+    exact_scores,
+    long_histories,
+    prefilled_cache,
+    random_histories,
+    short_id,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -118,7 +126,7 @@ MODES = {
     "greedy": {"num_beams": 1},
     "sample": {"num_beams": 1, "do_sample": True, "top_k": 3},
     "beams": {"num_beams": 4, "num_return_sequences": 4},
-    "stock beams": {"num_beams": 4, "num_return_sequences": 4, "max_time": 60.0},
+    "stock beams": {"num_beams": 4, "num_return_sequences": 4, "output_logits": True},
     "sampled beams": {"num_beams": 4, "num_return_sequences": 4, "do_sample": True},
 }
 
@@ -202,12 +210,30 @@ def test_top_k_and_temperature_do_not_change_the_beams(tmp_path):
     assert torch.equal(loaded.generate(input_ids, **arguments), expected)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1}, {"num_beams": 1, "do_sample": True}], ids=str)
-def test_stop_strings_are_rejected(options):
+class StopAtOnce(StoppingCriteria):
+    """Stop all rows."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"stop_strings": ["<b_1>"], "tokenizer": object()},
+        {"stopping_criteria": StoppingCriteriaList([StopAtOnce()])},
+        {"max_time": 60.0},
+        {"eos_token_id": [2, 7]},
+        {"eos_token_id": 8},
+    ],
+    ids=short_id,
+)
+def test_nothing_stops_a_row_inside_an_item(option, mode):
     model = build_model()
     input_ids, mask, _ = random_histories(model, [4, 2])
-    with pytest.raises(ValueError, match="`stop_strings` must be None, since every row stops at the end of an item"):
-        model.generate(input_ids, attention_mask=mask, stop_strings=["<b_1>"], tokenizer=object(), **options)
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` must not stop a row inside an item, .* got "):
+        model.generate(input_ids, attention_mask=mask, **mode, **option)
 
 
 def test_missing_generation_fields_fall_back_to_the_defaults(tmp_path):
@@ -494,20 +520,13 @@ def test_stock_beam_search_generates_existing_items():
         input_ids, output_scores=True, output_logits=True, return_dict_in_generate=True, **arguments
     )
     assert len(attentions.logits) == 4 and torch.equal(attentions.sequences, expected)
-
-    class StopAtOnce(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return torch.ones(len(input_ids), dtype=torch.bool)
-
-    stopped = model.generate(input_ids, stopping_criteria=StoppingCriteriaList([StopAtOnce()]), **arguments)
-    assert stopped.shape[1] == input_ids.shape[1] + 1
     sampled = model.generate(input_ids, do_sample=True, **arguments)
     assert (generated_items(model, sampled, input_ids.shape[1]) >= 0).all()
     with pytest.raises(ValueError, match="`cache` must be a `DynamicCache"):
         model.rank(input_ids, mask, torch.tensor([[1], [2]]), cache=StaticCache(model.config, max_cache_len=40))
 
 
-@pytest.mark.parametrize("stock", [{"max_time": 60.0}, {"do_sample": True}], ids=["max_time", "do_sample"])
+@pytest.mark.parametrize("stock", [{"output_logits": True}, {"do_sample": True}], ids=["logits", "do_sample"])
 def test_stock_beam_search_has_no_more_beams_than_items(stock):
     model = build_model(num_items=60)
     input_ids, mask, _ = random_histories(model, [4, 2])
@@ -614,3 +633,71 @@ def test_continuous_batching_is_rejected():
     for call in calls:
         with pytest.raises(ValueError, match="drop the trie of the items that exist"):
             call()
+
+
+CODES = build_model(num_items=30).catalog.item_codes
+WRONG_CODES = {
+    "text": "abc",
+    "ids": [["sku-1"]],
+    "floats": CODES.float(),
+    "mask": CODES > 0,
+    "unequal": [[1, 2], [1]],
+    "negative": -CODES - 1,
+    "objects": CODES.numpy().astype(object),
+    "texts": CODES.numpy().astype(str),
+    "unsigned": CODES.numpy().astype(np.uint64),
+    "complex": CODES.to(torch.complex64),
+    "one item": CODES[0],
+    "dict": {0: [0, 0, 0, 0]},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("values", WRONG_CODES.values(), ids=list(WRONG_CODES))
+def test_codes_and_embeddings_of_other_types_are_rejected(values):
+    model = build_model()
+    embeddings = model.catalog.content_embeddings
+    for call in (model.set_catalog, model.add_items):
+        with pytest.raises(ValueError, match="`item_codes` must "):
+            call(values, embeddings)
+        with pytest.raises(ValueError, match="`content_embeddings` must "):
+            call(CODES, values)
+    assert torch.equal(model.catalog.item_codes, CODES) and torch.equal(model.catalog.content_embeddings, embeddings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("candidates_per_pack", value) for value in (0, -1, 1.5, "2", True)),
+        *(("history_states", value) for value in ("x", torch.zeros(3), torch.zeros(2, 7), torch.zeros(2, 32).long())),
+    ],
+    ids=short_id,
+)
+def test_options_of_rank_out_of_range_are_rejected(name, value):
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "candidates": torch.tensor([[1], [2]])}
+    with pytest.raises(ValueError, match=f"`{name}` must be "):
+        model.rank(**inputs, cache=prefilled_cache(model, input_ids, mask), **{name: value})
+    with pytest.raises(ValueError, match="and no cache"):
+        model.rank(**inputs, history_states=torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        ("recommend", {"exclude_history": "no"}),
+        ("recommend", {"exclude_history": torch.tensor([True, False])}),
+        ("recommend", {"generation_config": {"num_beams": 3}}),
+        ("forward", {"input_ids": [[2, 5]]}),
+        ("forward", {"input_ids": torch.tensor([2, 5])}),
+        ("forward", {"labels": [[2, 5]]}),
+        ("forward", {"item_sets": [1], "labels": torch.ones(2, 16).long()}),
+    ],
+    ids=short_id,
+)
+def test_other_types_of_inputs_are_rejected(call, options):
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [3, 2])
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be "):
+        getattr(model, call)(**{"input_ids": input_ids, "attention_mask": mask, **options})

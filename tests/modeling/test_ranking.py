@@ -215,7 +215,12 @@ def test_scores_that_are_not_finite_end_a_call(name, sizes, value):
     with pytest.raises(ValueError, match=message):
         model.recommend(input_ids, mask, num_dense_candidates=50)
     if "generate" in calls:
-        for options in ({"num_beams": 1}, {"num_beams": 1, "do_sample": True}, {"num_beams": 4}, {"max_time": 60.0}):
+        for options in (
+            {"num_beams": 1},
+            {"num_beams": 1, "do_sample": True},
+            {"num_beams": 4},
+            {"output_logits": True},
+        ):
             with pytest.raises(ValueError, match=message):
                 model.generate(input_ids, attention_mask=mask, **{"num_beams": 3, **options})
     if "rank" in calls:
