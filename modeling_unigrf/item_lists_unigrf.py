@@ -21,6 +21,10 @@ class RequestError(ValueError):
         self.request = request
 
 
+class NoItemLeft(RequestError):
+    """The lists of a request leave it no item."""
+
+
 def is_integer(items) -> bool:
     """Return whether a value is a tensor that can hold indices; a cast would also accept masks and fractions."""
     if not isinstance(items, torch.Tensor):

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Pipeline
 
 from .catalog_unigrf import codes_version
-from .item_lists_unigrf import RequestError, describe
+from .item_lists_unigrf import NoItemLeft, RequestError, describe
 from .old_names_unigrf import convert_old_inputs, convert_old_request
-from .recommendation_unigrf import ServingOptions
+from .recommendation_unigrf import ServingOptions, UniGRFRecommendation
 
 REQUEST_KEYS = ("items", "behaviors", "timestamps", "query_time", "allowed_items", "blocked_items")
 PREPROCESS = ("max_items", "max_long_items", "unknown", "exclude_history")
@@ -68,6 +68,18 @@ class NumberedRequests(Dataset):
     def __getitem__(self, row: int) -> NumberedRequest:
         """Return a request with its row."""
         return NumberedRequest(row, self.requests[row])
+
+
+def select_requests(inputs: dict, rows: list[int]) -> dict:
+    """Select the rows of a batch: of tensors, of lists and of nested inputs; an empty dict becomes None."""
+    return {
+        name: (select_requests(value, rows) or None)
+        if isinstance(value, dict)
+        else value[rows]
+        if isinstance(value, torch.Tensor)
+        else [value[row] for row in rows]
+        for name, value in inputs.items()
+    }
 
 
 class RecommendationPipeline(Pipeline):
@@ -202,7 +214,9 @@ class RecommendationPipeline(Pipeline):
 
         Raises:
             ValueError: for unknown items or behaviors, empty histories, misspelled parameters, an allow-list without
-                items, and a tokenizer of another model. The message names the request, counted from 0.
+                items, and a tokenizer of another model. The message names the request, counted from 0. A request of
+                many that has no item left gets an empty list, and so does one without a known item with
+                `unknown="skip"`.
         """
         self.check_tokenizer()
         if isinstance(inputs, (list, tuple)):
@@ -233,9 +247,21 @@ class RecommendationPipeline(Pipeline):
         if not isinstance(inputs, NumberedRequest):
             return {**self._encode(inputs, unknown, options), "row": torch.tensor([-1])}
         try:
-            return {**self._encode(inputs.request, unknown, options), "row": torch.tensor([inputs.row])}
+            request = inputs.request
+            is_answered = unknown != "skip" or self._has_known_items(request)
+            if not is_answered:
+                # Any history: its list stays empty.
+                request = {"items": self.tokenizer.item_ids[:1], "behaviors": self.tokenizer.behaviors[:1]}
+            encoded = self._encode(request, unknown, options)
         except ValueError as error:
             raise ValueError(f"Request {inputs.row}: {error}") from error
+        return {**encoded, "row": torch.tensor([inputs.row]), "is_answered": torch.tensor([is_answered])}
+
+    def _has_known_items(self, inputs) -> bool:
+        """Return whether the item map has an item of a request's history and, with an allow-list, of that list."""
+        request = self._check_request(inputs if isinstance(inputs, dict) else {"items": inputs})
+        lists = [request["items"], request.get("allowed_items")]
+        return all(len(self.tokenizer.item_indices(list(ids), unknown="skip")) for ids in lists if ids is not None)
 
     def _encode(self, inputs, unknown: str, options: ServingOptions) -> dict[str, torch.LongTensor]:
         # The history.
@@ -334,6 +360,7 @@ class RecommendationPipeline(Pipeline):
 
     def _forward(self, model_inputs, num_reasons=0, **parameters):
         numbers = model_inputs.pop("row").tolist()
+        is_answered = model_inputs.pop("is_answered", torch.tensor([True] * len(numbers))).tolist()
         lists = {}
         for name in ("allowed_items", "blocked_items"):
             rows = [row[row > 0] - 1 for row in model_inputs.pop(name)]
@@ -344,13 +371,9 @@ class RecommendationPipeline(Pipeline):
             everything = torch.arange(self.model.config.num_items, device=self.model.device)
             lists["allowed_items"] = [row if len(row) else everything for row in lists["allowed_items"]]
         long_history = {name: model_inputs.pop(key) - 1 for name, key in LONG_HISTORY.items() if key in model_inputs}
+        inputs = {**model_inputs, **lists, "long_history": long_history}
         # `preprocess` has blocked the whole history.
-        try:
-            best = self.model.recommend(
-                **model_inputs, **lists, long_history=long_history or None, **parameters, exclude_history=False
-            )
-        except RequestError as error:
-            raise RequestError(error.message, max(0, numbers[error.request])) from error
+        best = self._recommend(inputs, numbers, is_answered, **parameters, exclude_history=False)
         if not num_reasons:
             return best
         history, shares = self.model.explain(
@@ -360,6 +383,38 @@ class RecommendationPipeline(Pipeline):
         history = history[:, None].expand(-1, shares.shape[1], -1)
         reasons = history.gather(2, places).masked_fill(shares <= 0, -1)
         return {**best, "reasons": reasons}
+
+    def _recommend(self, inputs: dict, numbers: list[int], is_answered: list[bool], **parameters):
+        """
+        Recommend to the requests of a batch, of these `numbers`.
+
+        A request without an answer gets no item, and so does one of many that has no item left.
+
+        Raises:
+            NoItemLeft: for a single request.
+        """
+        rows = [row for row, answered in enumerate(is_answered) if answered]
+        while rows:
+            try:
+                best = self.model.recommend(**select_requests(inputs, rows), **parameters)
+            except NoItemLeft as error:
+                if numbers[rows[error.request]] < 0:
+                    raise
+                del rows[error.request]
+            except RequestError as error:
+                raise RequestError(error.message, max(0, numbers[rows[error.request]])) from error
+            else:
+                break
+        else:
+            return UniGRFRecommendation(item_indices=torch.full((len(numbers), 1), -1))
+        if len(rows) == len(numbers):
+            return best
+        columns = {}
+        for name, column in best.items():
+            fill = -1 if name == "item_indices" else -torch.inf
+            columns[name] = column.new_full((len(numbers), column.shape[1]), fill)
+            columns[name][rows] = column
+        return UniGRFRecommendation(**columns)
 
     def postprocess(self, model_outputs):
         """Turn the output of `recommend` for a request into a list of dicts, best first."""

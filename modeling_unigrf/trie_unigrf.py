@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .item_lists_unigrf import RequestError, item_list
+from .item_lists_unigrf import NoItemLeft, RequestError, item_list
 
 # A level's table of ranks may always have this many entries.
 DENSE_ENTRIES = 2**17
@@ -358,7 +358,7 @@ class ItemFilter:
         is_empty = request.bincount(minlength=batch_size) == (0 if self.is_allow_list else trie.num_items)
         if is_empty.any():
             name, content = ("allowed_items", "none") if self.is_allow_list else ("blocked_items", "all of them")
-            raise RequestError(
+            raise NoItemLeft(
                 f"`{name}` must leave each request an item of the catalog that is not blocked, got {content} for "
                 "{request}. Leave the request out, or change its lists.",
                 int(is_empty.nonzero()[0]),

@@ -285,8 +285,6 @@ class Requests(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({**SHORT_HISTORY, "allowed_items": ["film 5"]}, "for request 2"),
-        ({**SHORT_HISTORY, "blocked_items": ["007", *(f"film {i}" for i in range(60) if i)]}, "for request 2"),
         ({"items": [], "behaviors": []}, "Request 2: .*at least one item"),
         ({"items": ["film 99"], "behaviors": ["like"]}, "Request 2: .*film 99"),
         ({"items": ["film 5"], "behaviors": ["bought"]}, "Request 2: .*bought"),
@@ -302,6 +300,29 @@ def test_an_error_names_its_request(recommender, form, batch_size, request_, mes
     requests = (request for request in requests) if form is iter else form(requests)
     with pytest.raises(ValueError, match=message):
         list(recommender(requests, batch_size=batch_size))
+
+
+EVERYTHING = ["007", *(f"film {i}" for i in range(1, 60))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("request_", "unknown"),
+    [
+        ({"items": EVERYTHING, "behaviors": ["like"] * 60}, "error"),
+        ({**SHORT_HISTORY, "allowed_items": ["film 5"]}, "error"),
+        ({**SHORT_HISTORY, "blocked_items": EVERYTHING}, "error"),
+        ({"items": ["film 99"], "behaviors": ["like"]}, "skip"),
+        ({"items": [], "behaviors": []}, "skip"),
+        ({**SHORT_HISTORY, "allowed_items": ["film 99"]}, "skip"),
+    ],
+    ids=["history", "allowed", "blocked", "unknown", "empty", "unknown allowed"],
+)
+def test_a_request_without_an_item_gets_an_empty_list(recommender, request_, unknown, batch_size):
+    lists = recommender([request_, HISTORY, request_, SHORT_HISTORY], batch_size=batch_size, unknown=unknown)
+    expected = [recommender(HISTORY), recommender(SHORT_HISTORY)]
+    assert lists[::2] == [[], []] and lists[1::2] == [approximately(row) for row in expected]
+    assert recommender([request_] * 2, batch_size=batch_size, unknown=unknown) == [[], []]
 
 
 def test_constructor_parameters_are_checked_defaults(recommender):
