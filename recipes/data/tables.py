@@ -136,7 +136,8 @@ def read_interactions(path: str | Path) -> pd.DataFrame:
     timestamps = read_timestamps(table, path)
     if "position" in table:
         position = pd.to_numeric(table["position"], errors="coerce")
-        check_rows(position.notna(), table["position"], "a number as position in every row", "another value", path)
+        is_number = np.isfinite(position.astype("float64"))
+        check_rows(is_number, table["position"], "a number as position in every row", "another value", path)
     else:
         position = timestamps
         expected = "known timestamps, or a column `position` to order the interactions by,"

@@ -141,7 +141,7 @@ def encode_texts(
 
     Args:
         texts: At least one text.
-        encoder: Folder or Hub id that `AutoModel` and `AutoTokenizer` load.
+        encoder: Folder or Hub id that `AutoModel` and `AutoTokenizer` load. Of an encoder-decoder, the encoder runs.
         dtype: Type of the computation, `bfloat16` or `float32`. Pooling always runs in float32.
         max_tokens: Length in tokens to which texts are cut.
         batch_size: Texts that run together. The longest texts run first: memory runs out at once, or never.
@@ -152,6 +152,8 @@ def encode_texts(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = AutoModel.from_pretrained(encoder, dtype=getattr(torch, dtype)).to(device).eval()
+    # T5 and the like: a decoder reads no text.
+    model = model.get_encoder() if model.config.is_encoder_decoder else model
     tokens = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
     # The mean leaves out the padding, so that any token will do.
     padding = tokenizer.pad_token_id or 0

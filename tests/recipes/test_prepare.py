@@ -13,7 +13,7 @@ from datasets import load_from_disk
 from helpers import short_id
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from recipes.data import text_encoders as embeddings_module
 from recipes.data.movielens import ML_100K_GENRES, clean_titles, movielens_1m, movielens_100k
@@ -287,6 +287,20 @@ def test_templates_take_any_name_and_value(tmp_path):
 def test_an_encoder_reads_only_its_positions(arguments, encoder, max_text_tokens):
     with pytest.raises(ValueError, match=f"`max_text_tokens` must be from 1 to 512.*got {max_text_tokens}"):
         prepare(arguments(encoder=encoder, max_text_tokens=max_text_tokens))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_of_an_encoder_decoder_the_encoder_runs(arguments, encoder, tmp_path, kind):
+    other = shutil.copytree(encoder, tmp_path / "encoder")
+    sizes = {"t5": {"d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}, "bart": {"max_position_embeddings": 64}}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes[kind], **(layers if kind == "bart" else {}), d_model=8, vocab_size=999)
+    AutoModel.from_config(config).save_pretrained(other)
+    texts = ["Film 1 drama", "drama", "Film Film Film 3 4 5"]
+    embeddings = encode_texts(texts, str(other), dtype="float32")
+    assert embeddings.shape == (3, 8)
+    np.testing.assert_allclose(encode_texts(texts[:1], str(other), dtype="float32"), embeddings[:1], atol=1e-6)
+    assert load_file(prepare(arguments(encoder=str(other), max_text_tokens=60)) / "item_embeddings.safetensors")
 
 
 def test_an_encoder_needs_no_pad_token(encoder, tmp_path):
