@@ -17,6 +17,7 @@ from recipes.common.run_tracking import begin, last_checkpoint, require_single_d
 from recipes.data.leave_one_out import with_held_out
 from recipes.data.prepared import load_prepared, prepared
 from recipes.training.arguments import TRAINER_DEFAULTS, DataArguments, ModelArguments, check_together
+from recipes.training.best_checkpoint import find_best_checkpoint
 from recipes.training.callbacks import build_callbacks
 from recipes.training.datasets import build_datasets
 from recipes.training.model_init import build_model
@@ -64,6 +65,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     last = last_checkpoint(training_args.output_dir, saved)
+    find_best_checkpoint(training_args, last)
     metrics = fit(trainer, last)
 
     # Result. All processes gather the weights that FSDP or ZeRO spreads over them.

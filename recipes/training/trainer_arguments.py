@@ -108,7 +108,14 @@ def needed_by(name: str, args: TrainingArguments) -> tuple[str, bool]:
     """Return the argument without which an argument has no effect, and whether it is set."""
     evaluates = args.eval_strategy != "no"
     has_targets = any(word in args.optim for word in ("galore", "apollo", "lomo"))
+    best = (
+        "load_best_model_at_end or save_strategy=best",
+        args.load_best_model_at_end or args.save_strategy == "best",
+    )
     needs = {
+        "load_best_model_at_end": (EVALUATED, evaluates),
+        "metric_for_best_model": best,
+        "greater_is_better": best,
         "do_eval": (EVALUATED, evaluates),
         "eval_delay": (EVALUATED, evaluates),
         "eval_steps": ("eval_strategy=steps", args.eval_strategy == "steps"),

@@ -216,6 +216,7 @@ REFUSED = {
         *("weight_decay=-1", "max_grad_norm=nan", "adam_beta2=1", "dataloader_num_workers=-1"),
     ],
     "without effect": [
+        *("metric_for_best_model=loss", "greater_is_better=True"),
         *("resume_from_checkpoint=nowhere", "resume_from_checkpoint=True", "do_train=True", "do_eval=True"),
         *("do_predict=True", "remove_unused_columns=True", "label_smoothing_factor=0.1", "label_names=x"),
         *("length_column_name=x", "use_cache=True", "use_liger_kernel=True", "bf16_full_eval=True"),
@@ -303,3 +304,29 @@ def test_a_resumed_training_publishes_the_whole(prepared, tmp_path, monkeypatch,
     assert again["metrics"]["train_loss"] == pytest.approx(first["metrics"]["train_loss"], rel=1e-3)
     assert again["metrics"]["epoch"] == first["metrics"]["epoch"]
     assert not any("train_runtime" in entry for entry in (again["metrics"], *again["log_history"]))
+
+
+@pytest.mark.parametrize("killed_after", [3, 4])
+def test_a_moved_training_loads_its_best_checkpoint(prepared, tmp_path, monkeypatch, killed_after):
+    flags = ["--max_items=4", "--max_steps=4", "--save_strategy=steps", "--save_steps=1", "--eval_strategy=steps"]
+    # Losses rise: the first checkpoint is the best one.
+    flags += ["--eval_steps=1", "--load_best_model_at_end", "--learning_rate=3", "--lr_scheduler_type=constant"]
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.training.run.TrainingRun.write_log", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            train.train(*train.parse(train_flags(prepared, tmp_path / "one", *flags)))
+    moved = tmp_path / "moved"
+    (tmp_path / "one").rename(moved)
+    for step in range(killed_after + 1, 5):
+        shutil.rmtree(moved / f"checkpoint-{step}")
+    state = json.loads((moved / f"checkpoint-{killed_after}" / "trainer_state.json").read_text())
+    best = moved / os.path.basename(state["best_model_checkpoint"])
+    assert best.name != f"checkpoint-{killed_after}"
+    arguments = train.parse(train_flags(prepared, moved, *flags))
+    lost = best.rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match=f"must hold the best checkpoint .* got no whole {best.name} in "):
+        train.train(*arguments)
+    lost.rename(best)
+    weights = load_file(train.train(*arguments) / "model.safetensors")
+    expected = load_file(best / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
