@@ -55,7 +55,8 @@ from recipes.benchmarks.report import (
     draw,
     ratios,
 )
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import COUNT, check_ranges, parse_arguments
+from recipes.common.files import check_writable
 from recipes.common.profiling import PeakMemory, bf16_speed_up
 from recipes.common.run_tracking import command, made_by
 from recipes.training.model_init import create_model
@@ -72,6 +73,10 @@ SIZES = [256, 256, 256, 256]
 PARTS = ["trie", "rows", "ranking"]
 # Cells of the ratios: history items, beams, users.
 RATIO_CELLS = [(52, 256, 1), (52, 128, 1), (52, 50, 8), (102, 256, 1)]
+
+RANGES = dict.fromkeys(
+    ("history_items", "num_beams", "users", "catalogs", "trie_sizes", "repeats", "stock_tokens"), COUNT
+)
 
 
 @dataclass
@@ -661,6 +666,8 @@ def measured_rows(cell: dict, measurements: dict[tuple[str, str], dict]) -> list
 
 def main(args: BenchmarkArguments) -> None:
     """Measure what the output file lacks, or `args.parts` again, and write ratios and picture."""
+    check_ranges(args, RANGES)
+    check_writable(Path(args.output).parent, "output")
     # Measurements
     figures = Figures(Path(args.output))
     parts = args.parts or PARTS

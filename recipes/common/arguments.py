@@ -6,7 +6,7 @@ import sys
 import warnings
 from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,29 @@ def check_ranges(arguments: Any, ranges: Mapping[str, Range]) -> None:
         if not (numbers and all(math.isfinite(number) and is_inside(number) for number in numbers)):
             kind = "hold numbers that are" if isinstance(value, list) else "be"
             raise ValueError(f"`{name}` must {kind} {expected}, got {value}. Choose another value, or leave it out.")
+
+
+def check_needs(arguments: Any, needs: Mapping[str, Sequence[tuple[str, bool]]]) -> None:
+    """
+    Check that the arguments that are set have an effect.
+
+    Args:
+        arguments: Dataclass of the arguments.
+        needs: For each argument: what it needs, in words, and whether that is there.
+
+    Raises:
+        ValueError: for an argument that differs from its default and lacks what it needs.
+    """
+    for option in fields(arguments):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if getattr(arguments, option.name) == default:
+            continue
+        for needed, is_there in needs.get(option.name, ()):
+            if not is_there:
+                raise ValueError(
+                    f"`{option.name}` must come with {needed}, got it alone, without effect. Add {needed}, or leave "
+                    f"{option.name} out."
+                )
 
 
 def check_folder(path: str | None, name: str, file: str = "config.json", or_repository: bool = False) -> None:

@@ -25,7 +25,8 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from modeling_unigrf.transitions_unigrf import TransitionSettings, UniGRFTransitions
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import check_ranges, parse_arguments
+from recipes.common.files import check_writable
 from recipes.data.prepared import load_prepared
 from recipes.evaluation.beyond_accuracy import ListStatistics
 from recipes.evaluation.inference import ranks_as_json
@@ -43,6 +44,8 @@ GRID: dict[str, tuple[Any, ...]] = {
 BLOCK = 1024
 # Successors of an item that the baseline keeps, as recipes.train does.
 NUM_TRANSITIONS = 200
+
+RANGES = {"k": ("10 or more, since the metrics count the first 10 items", lambda length: length >= 10)}
 
 
 @dataclass
@@ -364,6 +367,9 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
 def main() -> None:
     """Measure the baselines on a prepared folder."""
     (args,) = parse_arguments(BaselineArguments)
+    check_ranges(args, RANGES)
+    if args.output_file:
+        check_writable(Path(args.output_file).parent, "output_file")
     data = load_prepared(args.data_dir)
     results = baseline_results(data.dataset, data.tokenizer.num_items, args.k, embeddings=data.embeddings)
     for name, result in results.items():

@@ -7,13 +7,12 @@ A run is an output folder of recipes.evaluate. The file `lists_NAME.json` holds 
 recipes.train that made them, machine, versions and date. `python -m recipes.results.tables` writes the table.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import SEED, check_ranges, parse_arguments
+from recipes.common.files import read_json, write_json
 from recipes.common.result_files import plus_minus, spread
 from recipes.common.run_tracking import made_by
 
@@ -49,11 +48,12 @@ def collect_lists(args: ListsArguments) -> dict[str, Any]:
     Raises:
         ValueError: for another number of seeds than runs, and for runs of different protocols.
     """
+    check_ranges(args, {"seeds": SEED})
     if len(args.seeds) != len(args.runs):
         raise ValueError(
             f"`seeds` must hold one seed for each of {len(args.runs)} runs, got {args.seeds}. Name them in order."
         )
-    metrics = [json.loads((Path(run) / "metrics.json").read_text()) for run in args.runs]
+    metrics = [read_json(Path(run) / "metrics.json") for run in args.runs]
     if any(run["protocol"] != metrics[0]["protocol"] for run in metrics):
         raise ValueError(f"`runs` must share one protocol, got different ones in {args.runs}. Collect them apart.")
     rows = [{**run["baselines"], **run["parts"], "generation": run["generation"]} for run in metrics]

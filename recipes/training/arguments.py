@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
-from recipes.common.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_ranges
+from recipes.common.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SHARE_BELOW_ONE, check_needs, check_ranges
 from recipes.common.config_arguments import arguments_from_config
 from recipes.training.enhancer import OPEN_OPTIONS
 
@@ -288,20 +287,17 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
     for (first, second), are_both in pairs.items():
         if are_both:
             raise ValueError(f"`{first}` must not be set together with {second}, got both. Leave out one of them.")
-    for name, needed, is_there in needed_options(model_args, data_args):
-        if not is_there:
-            raise ValueError(
-                f"`{name}` must come with {needed}, got it alone, without effect in training. Add {needed}, or leave "
-                f"{name} out."
-            )
+    needs = needed_options(model_args, data_args)
+    check_needs(data_args, needs)
+    check_needs(model_args, needs)
 
 
-def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list[tuple[str, str, bool]]:
-    """List each option that is set, an option that it needs, and whether that option is set."""
+def needed_options(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[tuple[str, bool]]]:
+    """Return what each option needs to have an effect, and whether that is set."""
     has_beams = model_args.num_train_beams > 0
     has_ranking = model_args.ranking_loss_weight > 0
     packs_no_rows = model_args.enhancer or model_args.second_stage
-    needs = {
+    return {
         "candidate_refresh_epochs": [("num_train_beams", has_beams)],
         "candidate_refresh_steps": [("num_train_beams", has_beams)],
         "exclude_history": [("num_train_beams", has_beams)],
@@ -316,11 +312,6 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> list
         "enhancer": [("ranking_loss_weight", has_ranking)],
         "item_dropout": [("packed rows (no enhancer, no stage II)", not packs_no_rows)],
     }
-    values = {**asdict(data_args), **asdict(model_args)}
-    options = (*dataclass_fields(DataArguments), *dataclass_fields(ModelArguments))
-    defaults = {option.name: option.default for option in options}
-    is_set = [name for name in needs if values[name] != defaults[name]]
-    return [(name, needed, is_there) for name in is_set for needed, is_there in needs[name]]
 
 
 def from_json(text: str, argument: str) -> dict:

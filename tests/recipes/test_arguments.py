@@ -1,11 +1,13 @@
 """One parser for all recipes: groups in `--help`, names of version 0.1."""
 
+import importlib
 import runpy
 import sys
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import get_args
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, short_id
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from modeling_unigrf import UniGRFConfig, UniGRFTrainingConfig
@@ -13,6 +15,7 @@ from recipes import evaluate
 from recipes.benchmarks import decoding
 from recipes.common.arguments import RENAMED_FLAGS, TRAINER_GROUP, parse_arguments, title_of
 from recipes.papers.recochain import reproduce
+from recipes.papers.unigrf.reproduce import ReproduceArguments, check_arguments
 from recipes.training import arguments as training_arguments
 from recipes.training.arguments import DataArguments, ModelArguments
 
@@ -226,3 +229,63 @@ def test_every_command_has_help(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(command, run_name="__main__")
     assert stopped.value.code == 0 and "--help" in capsys.readouterr().out
+
+
+def commands_with_ranges():
+    """Pair each command's module with its dataclass of arguments, if the module has ranges."""
+    for command in COMMANDS:
+        module = importlib.import_module(command)
+        for value in vars(module).values():
+            if is_dataclass(value) and value.__module__ == command and value.__name__.endswith("Arguments"):
+                yield pytest.param(module, value, id=command.removeprefix("recipes."))
+
+
+def is_number(annotation):
+    """Return whether an annotation holds int or float."""
+    return bool({int, float} & {annotation, *get_args(annotation)}) or any(map(is_number, get_args(annotation)))
+
+
+@pytest.mark.parametrize(("module", "arguments"), commands_with_ranges())
+def test_every_number_of_a_command_has_a_range(module, arguments):
+    numbers = {entry.name for entry in fields(arguments) if is_number(entry.type)}
+    own_checks = {"recipes.prepare": numbers, "recipes.demo": {"seed"}, "recipes.show": {"users"}}
+    own_checks["recipes.results.lists"] = {"seeds"}
+    assert numbers - own_checks.get(module.__name__, set()) <= set(getattr(module, "RANGES", {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be 1 or more, got 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be above 0, got nan"),
+        ({"row": "joint", "relabel": True}, "`relabel` must come with a --row with the enhancer"),
+        ({"row": "enhancer", "form": "gradient_norm"}, "`form` must come with a --row with the weighter"),
+        ({"ids": "semantic", "code_temperature": 0.05}, "`code_temperature` must come with --ids atomic"),
+        ({"row": "retrieval", "ranking_loss_weight": 2.0}, "`ranking_loss_weight` must come with a --row that trains"),
+        ({"config_fields": '{"num_items": 5}'}, r"`config_fields` must have names among .* got \['num_items'\]"),
+    ],
+    ids=short_id,
+)
+def test_arguments_of_an_ablation_are_checked_first(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check_arguments(ReproduceArguments(data="x", output_dir=str(tmp_path / "runs"), **options))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_beams=0"], "`num_beams` must hold numbers that are 1 or more"),
+        (["--ranking_weights", "1", "nan"], "`ranking_weights` must hold numbers"),
+        (["--row=k0", "--max_long_items=5"], "`max_long_items` must come with a --row with sub-histories"),
+        (["--rerank_top_k=300"], "`rerank_top_k` must come with a number of beams above 300"),
+        (["--text_config=x"], "`text_config` must be JSON"),
+        ([], "/nope"),
+    ],
+    ids=short_id,
+)
+def test_arguments_of_recochain_are_checked_first(flags, message, tmp_path):
+    words = ["--data_dir=/nope", f"--output_dir={tmp_path / 'runs'}", *flags]
+    with pytest.raises(ValueError, match=message):
+        reproduce.run(*parse_arguments(reproduce.ReproduceArguments, arguments=words))
+    assert not list(tmp_path.iterdir())

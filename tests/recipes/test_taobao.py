@@ -312,8 +312,11 @@ def run_training(arguments, output_dir, *extra):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--num_beams=4", "`num_beams` must be at least 5.* got 4 and"),
-        ("--eval_rows=0", "`eval_rows` at least 1, got 20 and 0"),
+        ("--num_beams=4", "`num_beams` must be 5 or more.* got 4"),
+        ("--eval_rows=0", "`eval_rows` must be 1 or more, got 0"),
+        ("--resume_from_checkpoint=x", "`resume_from_checkpoint` must be None, got 'x'"),
+        ("--max_long_items=7", "`max_long_items` must come with num_retrieved_items"),
+        ("--init_from=/nope", "`embedding_table_size` must come with a new model"),
         (
             "--num_train_epochs=3",
             r"`num_train_epochs` must be 0.* {rows} rows, 8 per step: pass --max_steps {steps} ",
@@ -398,7 +401,9 @@ def test_training_on_the_stream_is_reused_or_resumed(arguments, prepared, tmp_pa
 
 def test_stage_two_reads_long_histories_of_the_same_items(arguments, prepared, tmp_path):
     run_training(arguments, tmp_path / "one", "--eval_rows=8")
-    second = (f"--init_from={tmp_path / 'one/checkpoint'}", "--num_train_beams=4", "--num_retrieved_items=3")
+    # The checkpoint fixes the size of its table.
+    second = (f"--init_from={tmp_path / 'one/checkpoint'}", "--embedding_table_size=65536")
+    second += ("--num_train_beams=4", "--num_retrieved_items=3")
     second += ("--max_long_items=20", "--eval_rows=40")
     second += ('--config_fields={"inject_target": false}',)
     log = run_training(arguments, tmp_path / "two", *second)

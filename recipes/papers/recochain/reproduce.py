@@ -29,12 +29,23 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE_BELOW_ONE,
+    check_needs,
+    check_ranges,
+    parse_arguments,
+)
+from recipes.common.files import check_writable, write_json
 from recipes.common.run_tracking import command, made_by, require_single_process
+from recipes.data.prepared import prepared
 from recipes.evaluation.inference import Measurement, candidates, fused_lists, load_checkpoint, save_serving_options
 from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, target_ranks
 from recipes.papers.recochain.report import COLUMNS, RETIRED_ABLATIONS, collect
+from recipes.training.arguments import from_json
 from recipes.training.run import parse, train
 from tokenization import SemanticIdTokenizer
 
@@ -90,6 +101,17 @@ ABLATIONS: dict[str, dict] = {
     "no-embedding-part": {"embedding": False},
     "paper": {"paper": True, "dense_score": False},
     "paper-k0": {"paper": True, "dense_score": False, "retrieved": 0},
+}
+COUNTS = ("num_beams", "num_train_beams", "max_long_items", "crops_per_epoch", "batch_size", "window")
+COUNTS += ("second_stride", "second_batch_size", "candidates_at_once")
+AMOUNTS = ("num_dense_candidates", "rerank_top_k", "ranking_weights", "dense_weights", "dense_loss_weight")
+AMOUNTS += ("weight_decay", "validation_users", "test_users")
+RANGES = {
+    "seed": SEED,
+    "embedding_dropout": SHARE_BELOW_ONE,
+    **dict.fromkeys(COUNTS, COUNT),
+    **dict.fromkeys(AMOUNTS, NOT_NEGATIVE),
+    **dict.fromkeys(("epochs", "learning_rate", "second_epochs", "second_learning_rate"), POSITIVE),
 }
 # Arguments that are no setting of a run.
 PATHS_AND_SEARCHES = ("data_dir", "output_dir", "collect", "num_beams", "num_dense_candidates", "rerank_top_k")
@@ -426,13 +448,29 @@ def unfinished_files(args: ReproduceArguments, num_beams: int, num_dense_candida
     return unfinished
 
 
+def check_arguments(args: ReproduceArguments) -> None:
+    """Raise `ValueError` for numbers out of range, arguments without effect, and folders that are missing."""
+    require_single_process()
+    check_ranges(args, RANGES)
+    retrieved = settings_of(args)["retrieved"]
+    is_cut = not args.rerank_top_k or args.rerank_top_k < max(args.num_beams)
+    needs = {
+        "max_long_items": [("a --row with sub-histories", retrieved > 0)],
+        "rerank_top_k": [(f"a number of beams above {args.rerank_top_k}", is_cut)],
+    }
+    check_needs(args, needs)
+    from_json(args.text_config, "text_config")
+    prepared(args.data_dir)
+    check_writable(args.output_dir, "output_dir")
+
+
 def run(args: ReproduceArguments) -> None:
     """
     Train an ablation and write a `beams-*.json` into its folder for each search that is not finished.
 
     The best weights on validation, among the searches of this call, become the checkpoint's serving defaults.
     """
-    require_single_process()
+    check_arguments(args)
     checkpoint = None
     measured = []
     for num_beams, num_dense_candidates in product(args.num_beams, sorted({0, args.num_dense_candidates})):

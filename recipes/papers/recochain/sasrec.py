@@ -20,13 +20,32 @@ from pathlib import Path
 
 from datasets import load_from_disk
 
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE_BELOW_ONE,
+    check_ranges,
+    parse_arguments,
+)
+from recipes.common.files import check_writable
 from recipes.common.result_files import rounded
 from recipes.common.run_tracking import command, made_by, require_single_process
+from recipes.data.prepared import prepared
 from recipes.evaluation.inference import Measurement, candidates, load_checkpoint, load_metric
 from recipes.papers.recochain.reproduce import SMALL
+from recipes.training.arguments import from_json
 from recipes.training.run import parse, train
 from tokenization import SemanticIdTokenizer
+
+RANGES = {
+    **dict.fromkeys(("max_items", "batch_size"), COUNT),
+    **dict.fromkeys(("epochs", "learning_rates"), POSITIVE),
+    "weight_decay": NOT_NEGATIVE,
+    "embedding_dropouts": SHARE_BELOW_ONE,
+    "seeds": SEED,
+}
 
 
 @dataclass
@@ -103,9 +122,13 @@ def run(args: SasrecArguments) -> dict:
     Train, choose and test; return the unrounded content of `sasrec.json`.
 
     Raises:
-        ValueError: if the data has several codes per item.
+        ValueError: for numbers out of range, missing folders, and data with several codes per item.
     """
     require_single_process()
+    check_ranges(args, RANGES)
+    from_json(args.text_config, "text_config")
+    prepared(args.data_dir)
+    check_writable(args.output_dir, "output_dir")
     tokenizer = SemanticIdTokenizer.from_pretrained(Path(args.data_dir) / "tokenizer")
     if tokenizer.num_levels != 1:
         raise ValueError(

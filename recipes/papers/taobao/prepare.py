@@ -36,13 +36,18 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import COUNT, SEED, check_ranges, parse_arguments
+from recipes.common.files import check_writable, write_json
 from recipes.common.profiling import PeakMemory
 from recipes.common.run_tracking import Stages
 from recipes.papers.taobao.clicks import check_rows, check_users, write_clicks
 from recipes.papers.taobao.items import encode, fit, make_unique, write_items, write_tokenizer
 from recipes.papers.taobao.tables import EMBEDDING, EMBEDDINGS, SAMPLES, USERS, table_files
+
+RANGES = {
+    **dict.fromkeys(("codebook_sizes", "last_level_size", "points_per_code", "num_iterations"), COUNT),
+    "seed": SEED,
+}
 
 
 @dataclass
@@ -84,9 +89,10 @@ class TaobaoArguments:
 
 def prepare(args: TaobaoArguments) -> dict[str, dict]:
     """Run the stages that are not finished; return the content of `measured.json`."""
+    check_ranges(args, RANGES)
+    check_writable(args.output_dir, "output_dir")
     out = Path(args.output_dir)
     tables = Path(args.tables)
-    out.mkdir(parents=True, exist_ok=True)
     stage = MeasuredStages(out)
 
     # Items

@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.arguments import parse_arguments
+from recipes.common.files import check_writable, read_json
 from recipes.common.profiling import PeakMemory
 from recipes.common.run_tracking import made_by
 from recipes.papers.taobao.items import DIM, sort_ids
@@ -244,7 +245,10 @@ def full_training(small: dict, large: dict, runs: list[dict[str, dict]]) -> dict
 def main(args: ScalingArguments) -> dict:
     """Write the JSON file, print its tables, and return its content."""
     # Slopes
-    small, large = (both_splits(json.loads((Path(run) / "measured.json").read_text())) for run in args.runs)
+    if len(args.runs) != 2:
+        raise ValueError(f"`runs` must be two folders, the smaller run first, got {args.runs}. Name two.")
+    check_writable(Path(args.output_file).parent, "output_file")
+    small, large = (both_splits(read_json(Path(run) / "measured.json")) for run in args.runs)
     slopes, full = extrapolate(small, large)
 
     # Costs at full size that a slope misses

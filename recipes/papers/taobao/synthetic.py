@@ -25,13 +25,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from recipes.common.arguments import parse_arguments
+from recipes.common.arguments import COUNT, SEED, check_ranges, parse_arguments
+from recipes.common.files import check_writable
 from recipes.papers.taobao.tables import EMBEDDING, EMBEDDINGS, HISTORY, ITEM, LABEL, SAMPLES, USER, USERS
 
 DIM = 128
 # Items and users that are written together.
 CHUNK = 50_000
 CHUNK_USERS = 2_000
+
+RANGES = {
+    **dict.fromkeys(("num_items", "num_clusters", "max_history", "samples_per_user"), COUNT),
+    "num_users": ("5 or more, since a fifth of them are test users", lambda value: value >= 5),
+    "seed": SEED,
+}
 
 
 @dataclass
@@ -55,9 +62,14 @@ class SyntheticArguments:
 
 def main(args: SyntheticArguments) -> Path:
     """Write the six tables and return their folder."""
+    check_ranges(args, RANGES)
+    if args.num_clusters > args.num_items:
+        raise ValueError(
+            f"`num_clusters` must be at most num_items={args.num_items}, got {args.num_clusters}. Lower it."
+        )
+    check_writable(args.output_dir, "output_dir")
     folder = Path(args.output_dir)
     rng = np.random.default_rng(args.seed)
-    folder.mkdir(parents=True, exist_ok=True)
     # The last items have no embedding. Position modulo `num_clusters`: the cluster.
     items = random_ids(args.num_items + args.num_items // 10, rng)
     write_embeddings(folder, items[: args.num_items], args.num_clusters, rng)

@@ -41,8 +41,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import COUNT, NOT_NEGATIVE, check_folder, check_needs, check_ranges, parse_arguments
+from recipes.common.files import read_json, write_json
 from recipes.common.hashing import weights_of
 from recipes.common.profiling import PeakMemory
 from recipes.common.run_tracking import begin, last_checkpoint, require_single_device
@@ -63,6 +63,7 @@ from recipes.training.arguments import ARCHITECTURE, OBJECTIVE, from_json, named
 from recipes.training.collator import TrainingCollator
 from recipes.training.loss_parts import LossParts
 from recipes.training.model_init import create_model
+from recipes.training.trainer_arguments import check_trainer_arguments
 from tokenization import SemanticIdTokenizer
 from tokenization.semantic_id_files import SEMANTIC_IDS_FILE, read_tensors
 
@@ -84,6 +85,13 @@ DEFAULTS = {
     "report_to": "none",
     "use_cpu": not torch.cuda.is_available(),
     "adam_beta2": 0.98,
+}
+
+AMOUNTS = ("num_retrieved_items", "num_train_beams", "embedding_table_size", "negatives_per_item", "dense_loss_weight")
+RANGES = {
+    **dict.fromkeys(("max_items", "max_long_items", "shuffle_rows", "eval_rows"), COUNT),
+    **dict.fromkeys(AMOUNTS, NOT_NEGATIVE),
+    "num_beams": (f"{RECENT} or more, the length of the evaluated lists", lambda value: value >= RECENT),
 }
 
 
@@ -128,6 +136,11 @@ class TaobaoTrainArguments:
     num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation."})
 
     @property
+    def second_stage(self) -> bool:
+        """Whether candidates of a row's last item are ranked."""
+        return self.num_retrieved_items > 0 or self.num_train_beams > 0
+
+    @property
     def long_items(self) -> int:
         """Items of a row's long history; 0 for a model without sub-histories."""
         return self.max_long_items if self.num_retrieved_items else 0
@@ -148,12 +161,11 @@ def build_model(
     Raises:
         ValueError: if the checkpoint has other items.
     """
-    is_second_stage = args.num_retrieved_items > 0 or args.num_train_beams > 0
     fields = split_config_fields(
         {
             "num_retrieved_items": args.num_retrieved_items,
             "num_train_beams": args.num_train_beams,
-            "negatives_per_item": 0.0 if is_second_stage else args.negatives_per_item,
+            "negatives_per_item": 0.0 if args.second_stage else args.negatives_per_item,
             "dense_loss_weight": args.dense_loss_weight,
             **named(args.config_fields, (*ARCHITECTURE, *OBJECTIVE), "config_fields"),
         }
@@ -306,14 +318,20 @@ def check_arguments(args: TaobaoTrainArguments, training_args: TrainingArguments
     Raises:
         ValueError: for an invalid option, missing data, or several devices or processes.
     """
-    if args.num_beams < RECENT or args.eval_rows < 1:
-        raise ValueError(
-            f"`num_beams` must be at least {RECENT}, the length of the evaluated lists, and `eval_rows` at least 1, "
-            f"got {args.num_beams} and {args.eval_rows}. Raise them."
-        )
+    check_ranges(args, RANGES)
+    fresh = [("a new model, without init_from", args.init_from is None)]
+    needs = {
+        **dict.fromkeys(("text_config", "embedding_table_size", "history_item_representations"), fresh),
+        "max_long_items": [("num_retrieved_items", args.num_retrieved_items > 0)],
+        "negatives_per_item": [("stage I", not args.second_stage)],
+    }
+    check_needs(args, needs)
+    from_json(args.text_config, "text_config")
+    named(args.config_fields, (*ARCHITECTURE, *OBJECTIVE), "config_fields")
+    check_folder(args.init_from, "init_from")
     data_dir = Path(args.data_dir)
     stages = data_dir / "stages.json"
-    if not stages.exists() or "test rows" not in json.loads(stages.read_text()):
+    if not stages.exists() or "test rows" not in read_json(stages):
         raise ValueError(
             f"`data_dir` must be a finished output folder of recipes.papers.taobao.prepare, got {data_dir}. Run the "
             "recipe, or resume it."
@@ -326,6 +344,8 @@ def check_arguments(args: TaobaoTrainArguments, training_args: TrainingArguments
             f"`num_train_epochs` must be 0, since the stream has no end, got {training_args.num_train_epochs}. An "
             f"epoch is {rows:,} rows, {batch} per step: pass --max_steps {steps} instead."
         )
+    # The stream counts no epochs.
+    check_trainer_arguments(replace(training_args, num_train_epochs=1), DEFAULTS)
     require_single_device(training_args)
     if training_args.world_size > 1:
         raise ValueError(

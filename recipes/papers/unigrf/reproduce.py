@@ -32,8 +32,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
-from recipes.common.arguments import parse_arguments
-from recipes.common.files import write_json
+from recipes.common.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_needs, check_ranges, parse_arguments
+from recipes.common.files import check_writable, write_json
 from recipes.common.run_tracking import (
     begin,
     command,
@@ -51,6 +51,7 @@ from recipes.evaluation.metrics.next_item.next_item import recall_and_ndcg, targ
 from recipes.papers.unigrf.report import collect
 from recipes.training.adaptive_weighter import AdaptiveWeighter
 from recipes.training.arguments import ARCHITECTURE, OBJECTIVE, named, split_config_fields
+from recipes.training.best_checkpoint import find_best_checkpoint
 from recipes.training.collator import TrainingCollator
 from recipes.training.enhancer import OPEN_OPTIONS, EnhancerOptions, RankingDrivenEnhancer
 from recipes.training.loss_parts import LossParts
@@ -89,6 +90,13 @@ ABLATIONS: dict[str, dict] = {
     "weighter": {"weighter": True},
     "enhancer": {"enhancer": True},
     "both": {"weighter": True, "enhancer": True},
+}
+
+RANGES = {
+    "seed": SEED,
+    **dict.fromkeys(("epochs", "batch_size"), COUNT),
+    **dict.fromkeys(("learning_rate", "code_temperature"), POSITIVE),
+    **dict.fromkeys(("code_negatives", "ranking_loss_weight"), NOT_NEGATIVE),
 }
 
 
@@ -141,11 +149,17 @@ class ReproduceArguments:
     )
     form: str = field(
         default="loss_ratio",
-        metadata={"help": "Measure of convergence of the adaptive weighter: loss_ratio or gradient_norm."},
+        metadata={
+            "help": "Measure of convergence of the adaptive weighter.",
+            "choices": ["loss_ratio", "gradient_norm"],
+        },
     )
     pool: str | None = field(
         default=None,
-        metadata={"help": "Pool of the enhancer: uniform or beam. None: uniform for atomic IDs, else beam."},
+        metadata={
+            "help": "Pool of the enhancer. None: uniform for atomic IDs, else beam.",
+            "choices": ["uniform", "beam"],
+        },
     )
     weighter_options: str | None = field(
         default=None,
@@ -489,7 +503,9 @@ def run(args: ReproduceArguments) -> None:
     require_single_device(trainer.args)
     trainer.measure = lambda: measure(model, tokenizer, splits["validation"])
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder, saved))
+    last = last_checkpoint(folder, saved)
+    find_best_checkpoint(trainer.args, last)
+    trainer.train(resume_from_checkpoint=last)
 
     # Result
     history = [entry for entry in trainer.state.log_history if "epoch" in entry]
@@ -513,8 +529,25 @@ def check_arguments(args: ReproduceArguments) -> None:
     Check the arguments of an ablation.
 
     Raises:
-        ValueError: if the data is missing, or the ablation cannot have the behaviors.
+        ValueError: for numbers out of range, arguments without effect in the ablation, missing data, and behaviors
+            that the ablation cannot have.
     """
+    check_ranges(args, RANGES)
+    weighter, enhancer = (
+        [(f"a --row with the {name}", bool(ABLATIONS[args.row].get(name)))] for name in ("weighter", "enhancer")
+    )
+    atomic = [("--ids atomic", args.ids == "atomic")]
+    needs = {
+        **dict.fromkeys(("form", "weighter_options"), weighter),
+        **dict.fromkeys(("pool", "enhancer_options", "relabel"), enhancer),
+        **dict.fromkeys(("code_similarity", "code_temperature"), atomic),
+        "ranking_loss_weight": [("a --row that trains the ranking", args.row != "retrieval")],
+    }
+    check_needs(args, needs)
+    named(args.weighter_options or "{}", WEIGHTER_OPTIONS, "weighter_options")
+    named(args.enhancer_options or "{}", OPEN_OPTIONS - {"pool"}, "enhancer_options")
+    named(args.config_fields or "{}", (*ARCHITECTURE, *OBJECTIVE), "config_fields")
+    check_writable(args.output_dir, "output_dir")
     if args.data is None:
         raise ValueError("`data` must be GroupLens's ml-1m folder, got None. Pass --data path/to/ml-1m.")
     if args.behaviors == "rating" and ABLATIONS[args.row].get("enhancer"):
