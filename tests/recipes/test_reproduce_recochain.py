@@ -28,10 +28,10 @@ def test_an_ablation_is_trained_and_measured_once(prepared, tmp_path, monkeypatc
         "exclude_history": True,
         "num_dense_candidates": 5,
     }
-    arguments |= {"rerank_top_k": 3}
 
     def run(row: str, *beams: int, **changed) -> list[int]:
-        entry = {"row": row, "num_beams": list(beams), **arguments, **changed}
+        rerank_top_k = 3 if max(beams) > 3 else 0
+        entry = {"row": row, "num_beams": list(beams), "rerank_top_k": rerank_top_k, **arguments, **changed}
         reproduce_recochain.run(reproduce_recochain.ReproduceArguments(**entry))
         return [file.stat().st_mtime_ns for file in sorted((tmp_path / f"{row}-0").glob("beams-*.json"))]
 
