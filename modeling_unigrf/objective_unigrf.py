@@ -120,7 +120,7 @@ class Objective:
         if learns_next and not (ranks_last or per_item):
             logger.warning_once(
                 f"The ranking target {NEXT_TARGET!r} sees no item that did not come next. Set negatives_per_item "
-                "to 1, or ranking_loss_weight to 0."
+                "to 0.1, or ranking_loss_weight to 0."
             )
         attention_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         sequence_ids, position_ids = layout.packed_histories(tokens, attention_mask)

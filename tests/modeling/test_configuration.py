@@ -9,6 +9,13 @@ from transformers import AutoConfig, GenerationConfig
 from modeling_unigrf import HSTUConfig, ServingOptions, UniGRFConfig, UniGRFForCausalLM, UniGRFTrainingConfig
 
 
+def test_a_text_config_without_a_name_has_our_other_fields():
+    for fields in ({}, {"num_hidden_layers": 3}):
+        config = UniGRFConfig(text_config=fields).text_config
+        assert (config.model_type, config.hidden_size) == ("llama", 128)
+        assert config.num_hidden_layers == fields.get("num_hidden_layers", 2)
+
+
 def test_a_reused_text_config_is_not_changed():
     base = AutoConfig.for_model("llama", **BACKBONES["llama"])
     first = UniGRFConfig(text_config=base, codebook_sizes=[4, 4, 2])
