@@ -22,6 +22,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .adapters_unigrf import Adapter, base_of, find_adapter
 from .catalog_unigrf import UniGRFCatalog, first_codes
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig
@@ -111,10 +112,27 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         """
         Load a model as every model of transformers; also accept 0.1's names of weights (until 0.3).
 
+        An adapter's folder gives its base with the adapter merged: a plain model, which saves as a whole checkpoint.
+
         Raises:
             ValueError: for a folder that is not whole: unreadable or damaged files, no generation_config.json, or no
-                weight for a part that its config.json describes.
+                weight for a part that its config.json describes. For an adapter: without PEFT, and for a base that is
+                another model than the adapter was trained on.
         """
+        # The Auto classes and `pipeline` have followed the adapter to its base already.
+        of_adapter = kwargs.get("adapter_kwargs") or {}
+        source = of_adapter.get("_adapter_model_path", pretrained_model_name_or_path)
+        folder = None if source is None else find_adapter(source, hub_arguments({**kwargs, **of_adapter}))
+        if folder is not None:
+            kwargs.pop("adapter_kwargs", None)
+            base = pretrained_model_name_or_path
+            if base == source:
+                # The revision is the adapter's.
+                base = base_of(folder)
+                kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+            model, loading_info = cls._from_adapter(Adapter(folder), base, *args, **kwargs)
+            model.name_or_path = model.config.name_or_path = str(source)
+            return (model, loading_info) if output_loading_info else model
         kwargs["key_mapping"] = OLD_WEIGHTS | (kwargs.get("key_mapping") or {})
         serving, kwargs = take_old_serving_fields(kwargs)
         place = hub_arguments(kwargs)
@@ -134,6 +152,27 @@ class UniGRFPreTrainedModel(PreTrainedModel):
             model.generation_config.update(**serving, allow_custom_entries=True)
         register_calls(model)
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _from_adapter(cls, adapter: Adapter, base: str, *args, config=None, generation_config=None, **kwargs):
+        """Load the base with the config of an adapter, and merge the adapter."""
+        place = hub_arguments(kwargs)
+        base_config = cls.config_class.from_pretrained(base, **place)
+        stored = base_config.to_dict()
+        # Fields that the caller changes, here or in `config`.
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in stored and name != "dtype"}
+        if config is not None:
+            changes |= {name: value for name, value in config.to_dict().items() if value != stored.get(name)}
+        model, loading_info = cls.from_pretrained(
+            base,
+            *args,
+            config=adapter.config(base_config, changes),
+            generation_config=generation_config or adapter.generation_config(),
+            output_loading_info=True,
+            **kwargs,
+        )
+        adapter.check_base(base, place)
+        return adapter.put_on(model), loading_info
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save a model as every model of transformers; whoever may read its config.json may read its weights."""

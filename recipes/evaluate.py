@@ -27,7 +27,7 @@ from datasets import Dataset, DatasetDict
 from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.recommendation_unigrf import FUSED_SCORES
 from modeling_unigrf.transitions_unigrf import TransitionSettings
-from recipes.common.arguments import COUNT, NOT_NEGATIVE, check_folder, check_ranges, parse_arguments
+from recipes.common.arguments import COUNT, NOT_NEGATIVE, check_checkpoint, check_ranges, parse_arguments
 from recipes.common.files import check_writable, read_json, whole_file, write_json
 from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
@@ -74,7 +74,7 @@ RANGES = {
 class EvaluateArguments:
     """Checkpoint, data, and the choices of validation."""
 
-    checkpoint: str = field(metadata={"help": "Local checkpoint of recipes.train."})
+    checkpoint: str = field(metadata={"help": "Local checkpoint or adapter of recipes.train."})
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare."})
     output_dir: str = field(metadata={"help": "Folder that receives metrics.json and ranks.json."})
     num_beams: list[int] = field(
@@ -273,7 +273,7 @@ def evaluate_checkpoint(args: EvaluateArguments, baselines: dict | None = None) 
     if args.store:
         stored = {name: getattr(args, name) for name in STORED_OPTIONS}
         stored |= {} if settings is None else asdict(settings)
-        save_serving_options(args.checkpoint, **chosen, **stored)
+        save_serving_options(model, args.checkpoint, **chosen, **stored)
     name_stronger_lists(metrics)
     return metrics
 
@@ -387,7 +387,7 @@ def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, Uni
             f"{args.rerank_top_k}, {args.num_dense_candidates} and {args.num_transition_candidates}. Measure one at a "
             "time: results do not record which candidates are beams."
         )
-    check_folder(args.checkpoint, "checkpoint")
+    check_checkpoint(args.checkpoint, "checkpoint")
     record = prepared(args.data_dir)
     check_writable(args.output_dir, "output_dir")
     if args.store:

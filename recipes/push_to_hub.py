@@ -26,13 +26,22 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_unigrf import RecommendationPipeline
-from recipes.common.arguments import check_folder, parse_arguments
+from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
+from modeling_unigrf.adapters_unigrf import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    RECORD_FILE,
+    TRANSITIONS_FILE,
+    base_of,
+    find_adapter,
+)
+from recipes.common.arguments import REPOSITORY, check_checkpoint, parse_arguments
 from recipes.common.files import check_writable, read_json, write_json
 from recipes.common.hashing import weights_hash
 from recipes.evaluation.beyond_accuracy import RECALLS, STATISTICS
 from recipes.evaluation.inference import load_checkpoint
 from recipes.evaluation.report import COLUMNS, LISTS
+from tokenization import SemanticIdTokenizer
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 PICTURES = ("recall_at_k.png", "learning_curves.png", "codebooks.png")
@@ -65,13 +74,21 @@ print(json.dumps(recommender(json.loads(sys.argv[2]), num_beams=10)))
 class PushArguments:
     """Checkpoint, metrics and Hub repository."""
 
-    checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote and recipes.evaluate measured."})
+    checkpoint: str = field(
+        metadata={"help": "Checkpoint or adapter, a folder that recipes.train wrote and recipes.evaluate measured."}
+    )
     metrics: str = field(
         metadata={"help": "File metrics.json of recipes.evaluate. Pictures of the report beside it go with it."}
     )
     repo_id: str = field(metadata={"help": "Hub repository, user/name. A missing repository is created."})
     dataset_name: str = field(
         default="unnamed", metadata={"help": "Training data, as a name or a Hub data set ID, for the card."}
+    )
+    base_repo_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub repository of an adapter's base. None: the base that the adapter names, which must be there."
+        },
     )
     private: bool = field(default=False, metadata={"help": "Create a private repository."})
     dry_run: bool = field(default=False, metadata={"help": "Write and check the folder without an upload."})
@@ -123,7 +140,7 @@ def measured_recommender(folder: Path, metrics: dict) -> RecommendationPipeline:
     return recommender
 
 
-def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
+def card_data(repo_id: str, dataset_name: str, metrics: dict, base: str | None) -> ModelCardData:
     """Make the metadata of the card."""
     kind = re.sub(r"[^\w./-]+", "-", dataset_name)
     dataset = {"dataset_name": dataset_name, "dataset_type": kind, "dataset_split": "test"}
@@ -154,6 +171,7 @@ def card_data(repo_id: str, dataset_name: str, metrics: dict) -> ModelCardData:
         model_name=repo_id.split("/")[-1],
         eval_results=results,
         library_name="transformers",
+        base_model=base,
         # The Hub has no task `recommendation`, and would guess text-generation.
         pipeline_tag="other",
         license="apache-2.0",
@@ -176,7 +194,7 @@ def write_folder(args: PushArguments, folder: Path) -> None:
             f"The card's template must be at {TEMPLATE}, got no file. Run this recipe from a clone: `pip install -e "
             ".`."
         )
-    check_folder(args.checkpoint, "checkpoint")
+    check_checkpoint(args.checkpoint, "checkpoint")
     metrics = read_metrics(Path(args.metrics))
     check_no_links([path for path in published_files(args) if path.is_symlink()])
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -184,21 +202,27 @@ def write_folder(args: PushArguments, folder: Path) -> None:
             f"`output_dir` must be a new or empty folder, got {folder} with files. Choose another folder, or remove "
             "the files."
         )
+    adapter = find_adapter(args.checkpoint, {})
+    base = base_repository(args, adapter)
     recommender = measured_recommender(Path(args.checkpoint), metrics)
     num_bytes = sum(file.stat().st_size for file in Path(args.checkpoint).iterdir())
     check_writable(folder, "output_dir", num_bytes)
 
     # Write the files.
-    recommender.save_pretrained(folder)
+    if adapter is None:
+        recommender.save_pretrained(folder)
+    else:
+        write_adapter(adapter, str(base), recommender.tokenizer, folder)
     pictures, training = copy_reports(args, folder)
     tokenizer = recommender.tokenizer
     history = {"items": tokenizer.item_ids[:2], "behaviors": [tokenizer.behaviors[-1]] * 2}
     card = ModelCard.from_template(
-        card_data(args.repo_id, args.dataset_name, metrics),
+        card_data(args.repo_id, args.dataset_name, metrics, base),
         template_path=str(TEMPLATE),
         repo_id=args.repo_id,
         dataset_name=args.dataset_name,
         model_name=args.repo_id.split("/")[-1],
+        base_model=base,
         results=metrics,
         columns=COLUMNS,
         best=best_values(metrics),
@@ -219,6 +243,46 @@ def write_folder(args: PushArguments, folder: Path) -> None:
     # Check them.
     check_files(folder)
     check_loading(folder, recommender, history)
+
+
+def base_repository(args: PushArguments, adapter: Path | None) -> str | None:
+    """
+    Return the Hub repository of an adapter's base; None for a whole checkpoint.
+
+    Raises:
+        ValueError: for a base that is a folder of this machine, and for a base of a whole checkpoint.
+    """
+    if adapter is None:
+        if args.base_repo_id is not None:
+            raise ValueError(
+                f"`base_repo_id` must be left out for a whole checkpoint, got {args.base_repo_id!r}. Leave it out."
+            )
+        return None
+    base = args.base_repo_id or base_of(adapter)
+    if Path(base).exists() or not REPOSITORY.fullmatch(base):
+        raise ValueError(
+            f"`base_repo_id` must be the Hub repository of the adapter's base, got {base!r}. Push the base first, and "
+            "name its repository."
+        )
+    return base
+
+
+def write_adapter(adapter: Path, base: str, tokenizer: SemanticIdTokenizer, folder: Path) -> None:
+    """
+    Copy an adapter, with another name of its base, and write the tokenizer beside it.
+
+    Raises:
+        ValueError: if `base` is another model than the adapter was trained on.
+    """
+    tokenizer.save_pretrained(folder)
+    for name in (ADAPTER_WEIGHTS_FILE, RECORD_FILE, TRANSITIONS_FILE, "generation_config.json"):
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, folder / name)
+    write_json(
+        folder / ADAPTER_CONFIG_FILE, read_json(adapter / ADAPTER_CONFIG_FILE) | {"base_model_name_or_path": base}
+    )
+    # Downloads the base, which `check_loading` reads offline.
+    UniGRFForCausalLM.from_pretrained(folder)
 
 
 def published_files(args: PushArguments) -> list[Path]:

@@ -44,6 +44,7 @@ from recipes.common.files import check_writable, path_or_hub, read_json, whole_f
 from recipes.common.hashing import weights_hash
 from recipes.data.encoding import HistoryEncoder
 from recipes.data.histories import Histories, check_columns, check_rows, content_hash, load_histories, read_histories
+from recipes.evaluation.inference import load_tokenizer
 from tokenization import SemanticIdTokenizer
 
 # The last two only for a model with that score.
@@ -56,7 +57,9 @@ SERVING = tuple(option.name for option in fields(ServingOptions))
 class RecommendArguments:
     """Checkpoint, histories, and the folder of the lists."""
 
-    checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote, or a Hub repository."})
+    checkpoint: str = field(
+        metadata={"help": "Checkpoint or adapter: a folder that recipes.train wrote, or a Hub repository."}
+    )
     histories: str = field(
         metadata={
             "help": "Histories: a saved Dataset, a .parquet or .json(l) file, a folder of them, or a Hub data set."
@@ -305,7 +308,7 @@ def main(args: RecommendArguments, settings: RecommendSettings) -> None:
         dtype = torch.bfloat16 if args.bf16 else "auto"
         with path_or_hub("checkpoint", args.checkpoint):
             model = UniGRFForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(state.device)
-            tokenizer = SemanticIdTokenizer.from_pretrained(args.checkpoint)
+            tokenizer = load_tokenizer(args.checkpoint)
     recommend_dataset(model, tokenizer, dataset, args.output_dir, settings)
 
 

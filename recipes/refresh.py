@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_unigrf import RecommendationPipeline
-from recipes.common.arguments import check_folder, parse_arguments
+from recipes.common.arguments import check_checkpoint, parse_arguments
 from recipes.common.files import check_writable, write_json
 from recipes.data.prepared import load_prepared, prepared
 from recipes.evaluation.inference import load_checkpoint
@@ -25,9 +25,9 @@ from recipes.training.model_init import add_new_items, check_first_items
 class RefreshArguments:
     """The checkpoint, the newer data, and the folder of the result."""
 
-    checkpoint: str = field(metadata={"help": "Local checkpoint of recipes.train; it stays as it is."})
+    checkpoint: str = field(metadata={"help": "Local checkpoint or adapter; it stays as it is."})
     data_dir: str = field(metadata={"help": "Folder that recipes.prepare wrote with --tokenizer CHECKPOINT."})
-    output_dir: str = field(metadata={"help": "New folder that receives the refreshed checkpoint."})
+    output_dir: str = field(metadata={"help": "New folder that receives the refreshed checkpoint, a whole one."})
 
 
 def refresh(args: RefreshArguments) -> Path:
@@ -41,7 +41,7 @@ def refresh(args: RefreshArguments) -> Path:
     output_dir = Path(args.output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"`output_dir` must be new or empty, got {output_dir}. Choose another folder.")
-    check_folder(args.checkpoint, "checkpoint")
+    check_checkpoint(args.checkpoint, "checkpoint")
     record = prepared(args.data_dir)
     check_writable(output_dir, "output_dir", sum(file.stat().st_size for file in Path(args.checkpoint).glob("*")))
     model, earlier = load_checkpoint(args.checkpoint)

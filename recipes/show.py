@@ -10,7 +10,7 @@ code in its folder does not run.
 from dataclasses import dataclass, field
 
 from modeling_unigrf import RecommendationPipeline, UniGRFForCausalLM
-from recipes.common.arguments import COUNT, check_folder, check_ranges, parse_arguments
+from recipes.common.arguments import COUNT, check_checkpoint, check_ranges, parse_arguments
 from recipes.data.prepared import check_same_items, load_splits, prepared
 from recipes.evaluation.inference import answered_users, load_checkpoint
 
@@ -22,7 +22,7 @@ TITLE_WIDTH = 48
 class ShowArguments:
     """Checkpoint and users."""
 
-    checkpoint: str = field(metadata={"help": "Folder that recipes.train wrote."})
+    checkpoint: str = field(metadata={"help": "Checkpoint or adapter of recipes.train, a folder."})
     data_dir: str = field(metadata={"help": "Output folder of recipes.prepare; its test users are shown."})
     users: int = field(default=3, metadata={"help": "Number of users, from the first."})
 
@@ -35,7 +35,7 @@ def main(args: ShowArguments) -> None:
         ValueError: for arguments out of range, missing folders, and a checkpoint of other items than the data.
     """
     check_ranges(args, {"users": COUNT})
-    check_folder(args.checkpoint, "checkpoint")
+    check_checkpoint(args.checkpoint, "checkpoint")
     prepared(args.data_dir)
     model, tokenizer = load_checkpoint(args.checkpoint)
     check_same_items(tokenizer, args.data_dir)

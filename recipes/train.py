@@ -7,6 +7,9 @@
     python -m recipes.train --init_from runs/demo/checkpoint --output_dir runs/demo/second_stage \
         --num_retrieved_items 10 --num_train_beams 20 ...
 
+    # a LoRA adapter on a checkpoint, which stays as it is
+    python -m recipes.train --init_from runs/demo/checkpoint --output_dir runs/demo/adapter --lora '{"r": 8}' ...
+
 The recipe takes every argument of `transformers.TrainingArguments`. The checkpoint goes to `--checkpoint_dir`
 (default: `output_dir/checkpoint`): model, tokenizer, codebooks, item map, code, and the training log. A second run of
 the same command resumes from the last of the Trainer's checkpoints, or reuses a finished model. A run with other

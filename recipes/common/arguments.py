@@ -158,6 +158,12 @@ def check_folder(path: str | None, name: str, file: str = "config.json", or_repo
     )
 
 
+def check_checkpoint(path: str, name: str) -> None:
+    """Raise `ValueError` unless a path of an argument is the folder of a checkpoint or of an adapter."""
+    if not (Path(path) / "adapter_config.json").is_file():
+        check_folder(path, name)
+
+
 def move_inherited_options(parser: HfArgumentParser, dataclass_type: type) -> None:
     """Give the options of each base class of a dataclass their own group."""
     groups = [group for group in parser._action_groups if group.title == title_of(dataclass_type)]

@@ -66,8 +66,8 @@ def require_single_device(training_args: TrainingArguments, may_shard: bool = Fa
 
     Args:
         training_args: The Trainer's arguments.
-        may_shard: Whether FSDP and DeepSpeed may spread the weights over the processes. False: for callbacks and
-            searches that need the whole model.
+        may_shard: Whether FSDP and DeepSpeed may spread the weights over the processes. False: for callbacks,
+            searches and adapters that need the whole model.
 
     Raises:
         ValueError: if the Trainer would spread the model over several devices, or would ignore FSDP.
@@ -82,7 +82,7 @@ def require_single_device(training_args: TrainingArguments, may_shard: bool = Fa
     if is_sharded and not may_shard:
         raise ValueError(
             f"`fsdp` and `deepspeed` must be unset, got {training_args.fsdp} and {training_args.deepspeed}; this "
-            "training searches with the whole model. Use torchrun without them."
+            "training needs the whole model in each process. Use torchrun without them."
         )
     if training_args.fsdp and training_args.device.type == "cpu":
         raise ValueError(
@@ -174,6 +174,8 @@ def checkpoint_problems(folder: Path, files: Iterable[str] = ()) -> list[str]:
     """Say which files of a Trainer's checkpoint are missing or cannot be read to their end."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     weights = set(read_json(index)["weight_map"].values()) if is_whole_json(index) else {SAFE_WEIGHTS_NAME}
+    if (folder / "adapter_config.json").is_file():
+        weights = {"adapter_model.safetensors"}
     names = [*RESUMED_FILES, *sorted(weights), *files]
     problems = (
         [f"it lacks {missing}"] if (missing := [name for name in names if not (folder / name).is_file()]) else []

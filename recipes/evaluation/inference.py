@@ -5,6 +5,7 @@ the scores with any weights. `save_serving_options` writes the chosen weights in
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
-from modeling_unigrf import ServingOptions, UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf import ServingOptions, UniGRFForCausalLM
+from modeling_unigrf.adapters_unigrf import base_of, find_adapter
 from modeling_unigrf.recommendation_unigrf import fused_scores
 from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.files import whole_file
@@ -69,7 +70,14 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, Semantic
     """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer, by the installed code."""
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), SemanticIdTokenizer.from_pretrained(checkpoint)
+    return model.to(device), load_tokenizer(checkpoint)
+
+
+def load_tokenizer(checkpoint: str | Path) -> SemanticIdTokenizer:
+    """Load the tokenizer of a checkpoint, or of an adapter's base if PEFT alone saved the adapter."""
+    adapter = find_adapter(checkpoint, {})
+    has_none = adapter is not None and not (adapter / "tokenizer_config.json").is_file()
+    return SemanticIdTokenizer.from_pretrained(base_of(adapter) if has_none else checkpoint)
 
 
 def batches(
@@ -241,15 +249,17 @@ def invalid_items(
     return {"checked": checked, "invalid": invalid}
 
 
-def save_serving_options(checkpoint: str | Path, **chosen: float | str | None) -> None:
+def save_serving_options(model: UniGRFForCausalLM, checkpoint: str | Path, **chosen: float | str | None) -> None:
     """
-    Write serving options into a checkpoint's generation_config.json; `recommend` and the pipeline read them there.
+    Write serving options into the generation_config.json of a model's folder.
+
+    `recommend` and the pipeline read them there.
 
     Raises:
         ValueError: for options that the model cannot serve.
     """
-    generation_config = GenerationConfig.from_pretrained(checkpoint)
+    generation_config = deepcopy(model.generation_config)
     generation_config.update(**chosen, allow_custom_entries=True)
-    ServingOptions.from_generation_config(generation_config, UniGRFConfig.from_pretrained(checkpoint), {})
+    ServingOptions.from_generation_config(generation_config, model.config, {})
     with whole_file(Path(checkpoint) / "generation_config.json") as unfinished:
         unfinished.write_text(generation_config.to_json_string())

@@ -189,6 +189,13 @@ class ModelArguments(ArchitectureArguments, ObjectiveArguments, StageTwoArgument
             "help": "Checkpoint to start from, of all items in data_dir or the first of them. None: random weights."
         },
     )
+    lora: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a LoRA adapter on init_from: fields of peft.LoraConfig as JSON, e.g. '{\"r\": 8}'. "
+            "Only the adapter is saved, and init_from stays as it is. None: train all weights."
+        },
+    )
 
     @property
     def second_stage(self) -> bool:
@@ -281,6 +288,7 @@ def check_together(model_args: ModelArguments, data_args: DataArguments) -> None
         ("candidate_refresh_epochs", "candidate_refresh_steps"): model_args.candidate_refresh_epochs
         and model_args.candidate_refresh_steps,
         ("freeze_base_model", "adaptive_weights"): model_args.freeze_base_model and model_args.adaptive_weights,
+        ("lora", "freeze_base_model"): model_args.lora is not None and model_args.freeze_base_model,
         ("enhancer", "num_train_beams or num_retrieved_items"): model_args.enhancer and model_args.second_stage,
         ("stride", "crops_per_epoch"): data_args.stride and data_args.crops_per_epoch,
     }
@@ -305,6 +313,7 @@ def needed_options(model_args: ModelArguments, data_args: DataArguments) -> dict
         "max_long_items": [("num_retrieved_items", model_args.num_retrieved_items > 0)],
         "refit": [("refit_from", data_args.refit_from is not None)],
         "refit_from": [("refit", data_args.refit is not None)],
+        "lora": [("init_from", model_args.init_from is not None)],
         "stop_gradient_history": [("num_train_beams or num_retrieved_items", model_args.second_stage)],
         "freeze_base_model": [("init_from", model_args.init_from is not None), ("ranking_loss_weight", has_ranking)],
         **{name: [("adaptive_weights", model_args.adaptive_weights)] for name in ADAPTIVE},

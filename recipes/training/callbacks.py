@@ -13,7 +13,6 @@ from recipes.training.arguments import DataArguments, ModelArguments, named
 from recipes.training.cached_candidates import CachedCandidates
 from recipes.training.collator import TrainingCollator
 from recipes.training.enhancer import OPEN_OPTIONS, EnhancerOptions, RankingDrivenEnhancer
-from recipes.training.loss_parts import LossParts
 
 
 def build_callbacks(
@@ -35,7 +34,7 @@ def build_callbacks(
         rows: The training rows.
         seed: Seed of the enhancer's uniform pools.
     """
-    callbacks: list[TrainerCallback] = [LossParts(model)]
+    callbacks: list[TrainerCallback] = []
     collator: Callable = TrainingCollator()
     if model_args.adaptive_weights:
         callbacks.append(

@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import set_seed
 
+from modeling_unigrf import UniGRFConfig
+from modeling_unigrf.adapters_unigrf import RECORD_FILE, find_adapter
 from recipes.common.arguments import check_folder, parse_arguments
 from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, read_json, write_json
 from recipes.common.hashing import sha256, weights_of
@@ -20,6 +23,8 @@ from recipes.training.arguments import TRAINER_DEFAULTS, DataArguments, ModelArg
 from recipes.training.best_checkpoint import find_best_checkpoint
 from recipes.training.callbacks import build_callbacks
 from recipes.training.datasets import build_datasets
+from recipes.training.lora import SaveRecord, add_adapter, lora_fields, save_adapter
+from recipes.training.loss_parts import LossParts
 from recipes.training.model_init import build_model
 from recipes.training.stateful_callback import StatefulCallback
 from recipes.training.trainer_arguments import check_trainer_arguments
@@ -54,8 +59,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     # Training
     callbacks, collator = build_callbacks(model_args, data_args, model, data, train_rows, training_args.seed)
+    trained: torch.nn.Module = model
+    if model_args.lora is not None:
+        trained = add_adapter(model, model_args.lora, str(model_args.init_from))
+        callbacks.append(SaveRecord(model, str(model_args.init_from)))
+    callbacks.insert(0, LossParts(trained))
     trainer = Trainer(
-        model=model,
+        model=trained,
         args=training_args,
         data_collator=collator,
         train_dataset=train_rows,
@@ -73,7 +83,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if trainer.is_world_process_zero():
         # The record of an earlier training does not vouch for new weights.
         run.log_file.unlink(missing_ok=True)
-        trainer.model.save_pretrained(run.folder, state_dict=weights)
+        if model_args.lora is None:
+            trainer.model.save_pretrained(run.folder, state_dict=weights)
+        else:
+            save_adapter(trained, str(model_args.init_from), run.folder)
         data.tokenizer.save_pretrained(run.folder)
         run.write_log(metrics, trainer.state.log_history)
     if training_args.distributed_state is not None:
@@ -84,12 +97,25 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raise `ValueError` for arguments that no training can have, before any work."""
-    require_single_device(training_args, may_shard=not (model_args.enhancer or model_args.second_stage))
+    is_plain = not (model_args.enhancer or model_args.second_stage or model_args.lora)
+    require_single_device(training_args, may_shard=is_plain)
     check_trainer_arguments(training_args, TRAINER_DEFAULTS)
     check_together(model_args, data_args)
+    check_no_adapter(model_args.init_from)
+    if model_args.lora is not None:
+        lora_fields(model_args.lora)
     check_folder(model_args.init_from, "init_from", or_repository=True)
     if data_args.refit is not None:
         check_refit(data_args, training_args)
+
+
+def check_no_adapter(init_from: str | None) -> None:
+    """Raise `ValueError` if the checkpoint to start from is an adapter's folder."""
+    if init_from is not None and find_adapter(init_from, {}) is not None:
+        raise ValueError(
+            f"`init_from` must be a whole checkpoint, got the adapter {init_from}. Save it merged: "
+            f"`pipeline('recommendation', {init_from!r}, trust_remote_code=True).save_pretrained('merged')`."
+        )
 
 
 def check_room(folder: Path, training_args: TrainingArguments, model: PreTrainedModel) -> None:
@@ -118,6 +144,7 @@ def fit(trainer: Trainer, last: str | None) -> dict[str, float]:
         # Killed after its last step: the Trainer would take one more.
         trainer.state = state
         trainer._load_from_checkpoint(last)
+        restore_sampling_bias(trainer.model.config, Path(last))
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             trainer._load_best_model()
     state.log_history[:] = [entry for entry in state.log_history if "train_runtime" not in entry]
@@ -127,6 +154,13 @@ def fit(trainer: Trainer, last: str | None) -> dict[str, float]:
         num_steps = np.diff(list(losses), prepend=0)
         metrics["train_loss"] = float(np.average(list(losses.values()), weights=num_steps))
     return metrics
+
+
+def restore_sampling_bias(config: UniGRFConfig, checkpoint: Path) -> None:
+    """Set the sampling bias that training stored in a config to that of a Trainer's checkpoint."""
+    record = checkpoint / RECORD_FILE
+    stored = read_json(record)["config"] if record.is_file() else read_json(checkpoint / "config.json")
+    config.next_logit_bias = stored["next_logit_bias"]
 
 
 def check_refit(data_args: DataArguments, training_args: TrainingArguments) -> None:

@@ -496,6 +496,7 @@ def run(args: ReproduceArguments) -> None:
     if checkpoint is not None:
         _, settings, weights = max(measured, key=lambda entry: entry[0])
         save_serving_options(
+            load_checkpoint(checkpoint)[0],
             checkpoint,
             num_beams=settings["beams"],
             ranking_weight=weights["ranking"],
