@@ -185,6 +185,52 @@ class BeamLogitsProcessors:
         return scores[:, codes].unflatten(0, (-1, self.num_beams))[:, :count]
 
 
+class StepScores:
+    """
+    Record the scores of each step as stock beam search returns them, for `compute_transition_scores`.
+
+    Args:
+        process (`Callable`, *optional*): A user's logits processors, called as in `SearchSpace`. None: no processors.
+        vocab_size (`int`): Size of the vocabulary.
+        layout (`ItemLayout`): The order of the tokens.
+        trie (`CatalogTrie`): The items that exist.
+        num_beams (`int`): Beams of each request.
+    """
+
+    def __init__(self, process, vocab_size: int, layout: ItemLayout, trie: CatalogTrie, num_beams: int):
+        self.process = process
+        self.vocab_size = vocab_size
+        self.layout = layout
+        self.trie = trie
+        self.num_beams = num_beams
+        self.scores: tuple[torch.Tensor, ...] = ()
+        # The codes of the beams before each step.
+        self.codes: list[torch.Tensor] = []
+
+    def __call__(self, beams: Beams, level: int, log_probs: torch.Tensor) -> torch.Tensor:
+        """Process and record the log-probabilities of a level's codes, `[B, K, num_codes]`."""
+        if self.process is not None:
+            log_probs = self.process(beams, level, log_probs)
+        batch_size, count = beams.nodes.shape
+        scores = torch.full((batch_size, self.num_beams, self.vocab_size), -torch.inf, device=log_probs.device)
+        parent, _, code = self.trie.levels[level].children(beams.nodes.flatten())
+        row, beam = parent // count, parent % count
+        scores[row, beam, code + self.layout.level_slices[level].start] = log_probs[row, beam, code].float()
+        self.scores += (scores.flatten(0, 1),)
+        self.codes.append(beams.codes)
+        return log_probs
+
+    def beam_indices(self, beams: Beams) -> torch.LongTensor:
+        """Return the row of `scores` that each code of the beams comes from, `[B, K, steps]`; -1: no item."""
+        columns = []
+        for step, codes in enumerate(self.codes):
+            is_parent = (codes[:, None] == beams.codes[:, :, None, :step]).all(dim=-1)
+            columns.append(is_parent.int().argmax(dim=2))
+        first = self.num_beams * torch.arange(len(beams.codes), device=beams.codes.device)
+        rows = torch.stack(columns, dim=2) + first[:, None, None]
+        return rows.masked_fill(beams.scores[..., None] == -torch.inf, -1)
+
+
 def generation_defaults(config: UniGRFConfig) -> dict:
     """Return the fields of `generation_config` that a model needs, with their defaults."""
     return {
@@ -291,7 +337,8 @@ class UniGRFGenerationMixin(GenerationMixin):
 
         With `num_beams=K, num_return_sequences=R` the best items come first, at most R a row. The option
         `output_scores=True` adds `sequences_scores`, the items' log-probabilities, to the output of
-        `return_dict_in_generate=True`. The output has neither `scores` of each step nor `beam_indices`.
+        `return_dict_in_generate=True`. It also adds `scores` of each step and `beam_indices`, which
+        `compute_transition_scores` reads.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, T)`): Histories, left-padded; also as `input_ids`.
@@ -371,10 +418,24 @@ class UniGRFGenerationMixin(GenerationMixin):
             inputs["attention_mask"] = torch.ones_like(input_ids)
         inputs["query_time"] = check_times(input_ids, inputs["timestamps"], inputs["query_time"])
         cache = DynamicCache() if cache is None else cache
-        beams = search_with_processors(
+        beams, steps = search_with_processors(
             self.model, self.scorer, History(input_ids, **inputs), cache, logits_processor, generation_config
         )
-        return as_stock_output(beams, input_ids, self.layout, self.config.pad_token_id, generation_config, cache)
+        return as_stock_output(
+            beams, steps, input_ids, self.layout, self.config.pad_token_id, generation_config, cache
+        )
+
+    def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
+        """Propose no tokens behind the item: each of them would be kept, as padding."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"`assistant_early_exit` must be None, got {generation_config.assistant_early_exit}: the backbone is "
+                "too small to gain by it. Take prompt_lookup_num_tokens or an assistant_model, or leave it out."
+            )
+        config = copy(generation_config)
+        num_left = self.layout.num_levels - int(self.layout.unfinished_items(input_ids).lengths[0])
+        config.max_length = min(config.max_length, input_ids.shape[1] + num_left)
+        return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, config, *args, **kwargs)
 
 
 def _unsupported(model: nn.Module, cache, synced_gpus: bool) -> list[str]:
@@ -395,11 +456,14 @@ def _unsupported(model: nn.Module, cache, synced_gpus: bool) -> list[str]:
 
 def search_with_processors(
     backbone: nn.Module, scorer, history: History, cache, logits_processor, generation_config
-) -> Beams:
+) -> tuple[Beams, StepScores | None]:
     """
-    Run `beam_search` with a user's logits processors and return its `Beams`.
+    Run `beam_search` with a user's logits processors.
 
     The cache holds the histories alone afterwards.
+
+    Returns:
+        The beams and, with `output_scores` of `return_dict_in_generate`, the scores of each step.
 
     Raises:
         ValueError: if the rows end in unfinished items of different lengths, or the processors leave a row no item.
@@ -413,6 +477,9 @@ def search_with_processors(
         process = BeamLogitsProcessors(
             logits_processor[0].others, scorer.config.vocab_size, layout, trie, input_ids, num_beams
         )
+    steps = None
+    if generation_config.return_dict_in_generate and generation_config.output_scores:
+        process = steps = StepScores(process, scorer.config.vocab_size, layout, trie, num_beams)
     unfinished = layout.unfinished_items(input_ids)
     num_codes = int(unfinished.lengths[0])
     if (unfinished.lengths != num_codes).any():
@@ -427,11 +494,12 @@ def search_with_processors(
     with cache_rollback(cache):
         beams = beam_search(backbone, scorer, space, history_states, mask, cache, num_beams, history.query_time)
     check_items_are_left(beams.scores[:, 0] > -torch.inf)
-    return beams
+    return beams, steps
 
 
 def as_stock_output(
     beams: Beams,
+    step_scores: StepScores | None,
     input_ids: torch.LongTensor,
     layout: ItemLayout,
     pad_token_id: int,
@@ -450,7 +518,9 @@ def as_stock_output(
         return sequences
     return GenerateBeamDecoderOnlyOutput(
         sequences=sequences,
-        sequences_scores=scores.flatten() if generation_config.output_scores else None,
+        sequences_scores=None if step_scores is None else scores.flatten(),
+        scores=None if step_scores is None else step_scores.scores,
+        beam_indices=None if step_scores is None else step_scores.beam_indices(beams)[:, :count].flatten(0, 1),
         cache=cache,
     )
 
@@ -476,6 +546,7 @@ def mark_missing_items(
     check_items_are_left(~is_missing.view(-1, generation_config.num_return_sequences).all(dim=1))
     output.sequences[is_missing, length:] = pad_token_id
     output.sequences_scores[is_missing] = -torch.inf
+    output.beam_indices[is_missing] = -1
     if not generation_config.return_dict_in_generate:
         return output.sequences
     if not generation_config.output_scores:

@@ -21,6 +21,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
 )
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
@@ -701,3 +702,71 @@ def test_other_types_of_inputs_are_rejected(call, options):
     input_ids, mask, _ = random_histories(model, [3, 2])
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be "):
         getattr(model, call)(**{"input_ids": input_ids, "attention_mask": mask, **options})
+
+
+@pytest.mark.parametrize(
+    ("num_items", "processors", "length_penalty"), [(60, False, 0.0), (60, True, 1.5), (3, True, 0.0)]
+)
+def test_scores_of_steps_equal_those_of_stock_beam_search(backbone, num_items, processors, length_penalty):
+    model = build_model(backbone, num_items=60)
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    catalog = model.catalog.subset(list(range(num_items)))
+    arguments = {"attention_mask": mask, "num_beams": 5, "num_return_sequences": 4, "catalog": catalog}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True, "length_penalty": length_penalty}
+    if processors:
+        arguments["logits_processor"] = LogitsProcessorList([TemperatureLogitsWarper(3.0)])
+    for first in (0, 2):
+        prefix = torch.cat([input_ids, model.layout.item_tokens(catalog_codes(model, catalog))[:2, :first]], dim=1)
+        arguments["attention_mask"] = torch.cat([mask, mask.new_ones(2, first)], dim=1)
+        actual = model.generate(prefix, **arguments)
+        stock = model.generate(prefix, **arguments, **STOCK_BEAM_SEARCH)
+        shown = actual.sequences_scores > -1e8
+        assert shown.any() and len(actual.scores) == len(stock.scores) == 4 - first
+        assert actual.scores[0].shape == stock.scores[0].shape
+        shape = stock.sequences.view(2, 4, -1)[:, : len(shown) // 2].flatten(0, 1).shape
+        of_stock = {
+            name: stock[name].unflatten(0, (2, 4))[:, : len(shown) // 2].flatten(0, 1)[shown]
+            for name in ("sequences", "sequences_scores", "beam_indices")
+        }
+        assert shape == actual.sequences.shape and torch.equal(actual.sequences[shown], of_stock["sequences"])
+        assert torch.equal(actual.beam_indices[shown], of_stock["beam_indices"].long())
+        steps, expected = (
+            model.compute_transition_scores(output["sequences"], scores, output["beam_indices"])
+            for output, scores in ((actual, actual.scores), (of_stock, stock.scores))
+        )
+        torch.testing.assert_close(steps[shown], expected, atol=2e-5, rtol=1e-4)
+        total = steps.sum(dim=1) / steps.shape[1] ** length_penalty
+        torch.testing.assert_close(total[shown], actual.sequences_scores[shown], atol=2e-5, rtol=1e-4)
+        assert (steps[~shown] == 0).all()
+
+
+def catalog_codes(model, catalog):
+    """Return the codes of two items of a part of the catalog."""
+    return model.catalog.item_codes[[0, min(1, catalog.num_items - 1)]].long()
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["prompt lookup", "long lookup", "assistant", "itself"])
+def test_assisted_decoding_equals_plain_decoding(backbone, kind, first):
+    model = build_model(backbone)
+    other = build_model("llama", seed=1)
+    other.set_catalog(model.catalog.item_codes, model.catalog.content_embeddings)
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 2},
+        "long lookup": {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 1},
+        "assistant": {"assistant_model": other},
+        "itself": {"assistant_model": model},
+    }[kind]
+    for seed in range(3):
+        input_ids, _, _ = random_histories(model, [4], seed=seed)
+        # The items once more: a lookup finds their tokens behind the item, too.
+        input_ids = torch.cat([input_ids, input_ids[:, 1:], input_ids[:, 1 : 1 + first]], dim=1)
+        plain = {"num_beams": 1, "max_new_tokens": 12}
+        expected = model.generate(input_ids, **plain)
+        assert expected.shape[1] == input_ids.shape[1] + 4 - first
+        assert torch.equal(model.generate(input_ids, **plain, **options), expected)
+        sampled = model.generate(input_ids, **plain, **options, do_sample=True)
+        assert sampled.shape == expected.shape
+        assert generated_items(model, sampled[:, : sampled.shape[1]], input_ids.shape[1] - first).min() >= 0
+    with pytest.raises(ValueError, match="`assistant_early_exit` must be None, got 1"):
+        model.generate(input_ids, num_beams=1, assistant_early_exit=1)
