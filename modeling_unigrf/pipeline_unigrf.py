@@ -82,6 +82,29 @@ def select_requests(inputs: dict, rows: list[int]) -> dict:
     }
 
 
+def is_dataset(inputs: Any) -> bool:
+    """Return whether `inputs` are a data set of torch, or a data set or column of the library datasets."""
+    # The library need not be installed.
+    return isinstance(inputs, Dataset) or (
+        type(inputs).__module__.startswith("datasets.")
+        and type(inputs).__name__ in ("Dataset", "IterableDataset", "Column", "IterableColumn")
+    )
+
+
+def check_columns(dataset: Any) -> None:
+    """Raise `ValueError` for a data set without requests, or with other columns than requests have."""
+    columns = getattr(dataset, "column_names", None)
+    names = convert_old_request(dict.fromkeys(columns or ["items"]))
+    if set(names) - set(REQUEST_KEYS) or "items" not in names:
+        known = [name for name in columns if name in REQUEST_KEYS]
+        raise ValueError(
+            f"A data set of histories must have `items` and columns among {list(REQUEST_KEYS)}, got {list(columns)}. "
+            f"Rename a misspelled column, and leave the others out: `dataset.select_columns({known})`."
+        )
+    if isinstance(dataset, Sized) and not len(dataset):
+        raise ValueError("`inputs` must hold histories, got a data set without rows. Pass some.")
+
+
 class RecommendationPipeline(Pipeline):
     """
     Recommend items from histories. Model, codebooks and item map come from a folder or Hub repository.
@@ -199,7 +222,8 @@ class RecommendationPipeline(Pipeline):
         Recommend items for a history or for many histories.
 
         Args:
-            inputs: A history or a list of histories (or a torch `Dataset` or generator of histories). A history is a
+            inputs: A history or a list of histories (or a `Dataset` of torch or datasets, or a generator of
+                histories, which are answered one batch after the other, as the result is read). A history is a
                 list of item ids, or a dict with `items`. A model of several behaviors also needs `behaviors`. A model
                 that reads times also takes `timestamps` and `query_time`, in seconds or as datetimes. The lists of
                 item ids `allowed_items` and `blocked_items` restrict the request.
@@ -227,9 +251,11 @@ class RecommendationPipeline(Pipeline):
             # A history may be an array.
             is_batch = isinstance(inputs[0], (list, tuple, dict)) or getattr(inputs[0], "ndim", 0) > 0
             inputs = list(NumberedRequests(inputs)) if is_batch else {"items": list(inputs)}
-        elif isinstance(inputs, Dataset) and isinstance(inputs, Sized):
+        elif is_dataset(inputs) and isinstance(inputs, Sized):
+            check_columns(inputs)
             inputs = NumberedRequests(inputs)
-        elif isinstance(inputs, Dataset | GeneratorType):
+        elif is_dataset(inputs) or isinstance(inputs, GeneratorType):
+            check_columns(inputs)
             inputs = (NumberedRequest(row, request) for row, request in enumerate(inputs))
         return super().__call__(inputs, **kwargs)
 

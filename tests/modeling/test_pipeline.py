@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -434,3 +435,52 @@ def test_a_folder_without_a_tokenizer_says_so(recommender, damage, tmp_path):
         RecommendationPipeline(model=recommender.model)
     whole = pipeline("recommendation", str(tmp_path), tokenizer=recommender.tokenizer, trust_remote_code=True)
     assert whole(HISTORY) == approximately(recommender(HISTORY))
+
+
+ROWS = [
+    {**HISTORY, "allowed_items": None, "blocked_items": ["film 7"]},
+    {**SHORT_HISTORY, "allowed_items": ["film 1", "film 2"], "blocked_items": None},
+    {**SHORT_HISTORY, "allowed_items": None, "blocked_items": None},
+]
+FORMS = {
+    "dataset": datasets.Dataset.from_list,
+    "shuffled": lambda rows: datasets.Dataset.from_list(rows[::-1]).select([2, 1, 0]),
+    "numpy": lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
+    "stream": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+    "generated": lambda rows: datasets.IterableDataset.from_generator(lambda: iter(rows)),
+    "torch": Requests,
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_data_set_gives_what_a_list_gives(recommender, form, batch_size):
+    expected = [approximately(row) for row in recommender(ROWS)]
+    answers = recommender(form(ROWS), batch_size=batch_size)
+    assert not isinstance(answers, list), "answers come one batch after the other"
+    assert list(answers) == expected
+
+
+def test_a_column_of_histories_gives_what_a_list_gives():
+    codes = build_model(codebook_sizes=(4, 3, 2), num_items=12, behaviors=["view"])
+    ids = [f"i{item}" for item in range(12)]
+    tokenizer = SemanticIdTokenizer.from_codes(ids, codes.catalog.item_codes.numpy(), [4, 3, 2], ["view"])
+    recommender = RecommendationPipeline(model=codes, tokenizer=tokenizer)
+    histories = [["i1", "i2"], ["i3"]]
+    for form in (datasets.Dataset.from_list, FORMS["stream"]):
+        column = form([{"items": history} for history in histories])["items"]
+        assert list(recommender(column)) == [approximately(row) for row in recommender(histories)]
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("name", ["user_id", "blocked_item"])
+def test_further_columns_are_rejected_as_in_a_list(recommender, form, name):
+    rows = [{**row, name: "x"} for row in ROWS]
+    for requests in (rows, form(rows)):
+        with pytest.raises(ValueError, match=f"must have `items` and (keys|columns) among .* got .*{name}"):
+            list(recommender(requests))
+    if form is datasets.Dataset.from_list:
+        with pytest.raises(ValueError, match=r"dataset.select_columns\(\['items', 'behaviors', 'allowed_items'"):
+            recommender(form(rows))
+        with pytest.raises(ValueError, match="got a data set without rows"):
+            recommender(form(ROWS).select([]))
