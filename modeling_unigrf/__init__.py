@@ -9,6 +9,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hstu import HSTUConfig
 from .configuration_unigrf import UniGRFConfig, UniGRFTrainingConfig
+from .metrics_unigrf import TrainerMetrics
 from .modeling_hstu import HSTUModel
 from .modeling_unigrf import UniGRFCausalLMOutput, UniGRFForCausalLM, UniGRFModel
 from .pipeline_unigrf import RecommendationPipeline
@@ -31,6 +32,7 @@ __all__ = [
     "ItemFilter",
     "RecommendationPipeline",
     "ServingOptions",
+    "TrainerMetrics",
     "UniGRFCausalLMOutput",
     "UniGRFConfig",
     "UniGRFForCausalLM",

@@ -31,6 +31,7 @@ from .inputs_unigrf import check_history
 from .item_lists_unigrf import check_items, describe, is_integer
 from .layout_unigrf import ItemLayout
 from .loading_unigrf import check_weights, hub_arguments, register_calls, stored_dtypes
+from .metrics_unigrf import TrainerMetrics  # noqa: F401  # so that its file goes with every saved model
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
 from .old_names_unigrf import OLD_WEIGHTS, convert_old_inputs, take_old_serving_fields

@@ -13,14 +13,16 @@ from helpers import (
     ROOT,
     assert_same_weights,
     build_model,
+    collate,
     histories_dataset,
     random_histories,
     run_trainer,
     second_stage_rows,
 )
 from safetensors.torch import load_file
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
+from modeling_unigrf import TrainerMetrics
 from recipes.training.cached_candidates import CachedCandidates
 from recipes.training.loss_parts import LossParts
 
@@ -327,3 +329,95 @@ def test_quantization_leaves_all_parts_but_the_backbone_alone(backbone):
     assert {"lm_head", *(name for name in model.modules_to_save if "embed" not in name and "wte" not in name)} == set(
         model.modules_to_not_convert
     ), "an adapter trains these parts whole"
+
+
+def metric_rows(model):
+    """Draw rows of one history, and one packed row of two; the last item of each is its target."""
+    rows = list(histories_dataset(model, 7, lengths=(2, 3, 5)))
+    rows.append({name: rows[0][name] + rows[1][name] for name in rows[0]})
+    return rows
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("metric", ["generation_loss", "ranking_loss", "dense_loss", "recall@3"])
+def test_the_stock_trainer_keeps_the_best_by_each_metric(tmp_path, metric, adapted):
+    from peft import LoraConfig, get_peft_model
+
+    plain = build_model(dense_loss_weight=1.0, num_beams=10)
+    model = get_peft_model(plain, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)) if adapted else plain
+    metrics = TrainerMetrics(model, top_k=3)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        per_device_eval_batch_size=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=metric.startswith("recall"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = metric_rows(plain)
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=histories_dataset(plain, 16, seed=50),
+        eval_dataset=rows,
+        compute_metrics=metrics.compute,
+        preprocess_logits_for_metrics=metrics.preprocess,
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len({entry[f"eval_{metric}"] for entry in logged}) > 1
+    choose = max if metric.startswith("recall") else min
+    best = choose(logged, key=lambda entry: entry[f"eval_{metric}"])
+    assert trainer.state.best_metric == best[f"eval_{metric}"]
+    again = trainer.evaluate()
+    assert again[f"eval_{metric}"] == pytest.approx(best[f"eval_{metric}"], rel=1e-5), "the best is loaded"
+
+    # By hand, row for row.
+    plain.eval()
+    expected = {name: [] for name in ("generation_loss", "ranking_loss", "dense_loss", "recall@3")}
+    for start in range(0, len(rows), 3):
+        batch = rows[start : start + 3]
+        with torch.no_grad():
+            output = plain(**collate(batch))
+        for name in ("generation_loss", "ranking_loss", "dense_loss"):
+            expected[name] += [output[name].item()] * len(batch)
+    for row in rows:
+        tokens = torch.tensor(row["input_ids"])
+        tokens = tokens[int((tokens == plain.config.bos_token_id).nonzero()[-1]) :]
+        listed = plain.recommend(tokens[None, :-5], num_return_sequences=3).item_indices[0]
+        target = plain.catalog.trie.lookup(tokens[None, -5:-1] - torch.tensor(plain.config.code_offsets))
+        expected["recall@3"].append(float(target in listed))
+    for name, values in expected.items():
+        assert again[f"eval_{name}"] == pytest.approx(sum(values) / len(values), rel=1e-4), name
+
+
+def test_recall_reads_times_and_long_histories(tmp_path):
+    for options, extra in (
+        ({"backbone": "hstu"}, "timestamps"),
+        ({"num_retrieved_items": 2, "num_train_beams": 4}, "long_history"),
+    ):
+        model = build_model(**options)
+        metrics = TrainerMetrics(model, top_k=30)
+        batch = collate(list(second_stage_rows(model, 4) if extra == "long_history" else histories_dataset(model, 4)))
+        if extra == "timestamps":
+            batch["timestamps"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]).clone()
+        batch["labels"][0] = -100
+        with torch.no_grad():
+            output = model(**batch)
+        values = metrics.preprocess(output.logits, batch["labels"])
+        place = metrics.names.index("recall@30")
+        assert values[:, place].isnan().tolist() == [True, False, False, False]
+        assert (values[1:, place] == 1).all(), "the list is the whole catalog"
+    with pytest.raises(ValueError, match="`top_k` must be 1 or more, got 0"):
+        TrainerMetrics(model, top_k=0)
+    with pytest.raises(ValueError, match="`preprocess` must follow a forward with labels"):
+        metrics.preprocess(None, batch["labels"])
