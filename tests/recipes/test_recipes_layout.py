@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-DOOR = {"prepare", "train", "evaluate", "recommend", "refresh", "push_to_hub", "demo", "show"}
+DOOR = {"prepare", "train", "evaluate", "recommend", "refresh", "serve", "push_to_hub", "demo", "show"}
 # From the top down. A layer imports itself and those below; two packages of one layer do not import each other.
 LAYERS = [
     {"results"},
     {"door"},
+    {"serving"},
     {"papers.unigrf", "papers.recochain", "papers.taobao", "benchmarks"},
     {"evaluation", "training"},
     {"data"},
