@@ -103,6 +103,7 @@ def serve(args: ServeArguments, limits: LimitArguments) -> None:
         from recipes.serving.caches import Users
         from recipes.serving.engine import Engine, Lists, load
         from recipes.serving.metrics import Metrics
+        from recipes.serving.schemas import Refusal
     except ModuleNotFoundError as error:
         raise ValueError(
             f"`recipes.serve` must have its extra installed, got {error}. Run `pip install -e '.[serve]'`."
@@ -112,7 +113,10 @@ def serve(args: ServeArguments, limits: LimitArguments) -> None:
         raise ValueError(f"`blocked` must hold the key `items` alone, got {sorted(blocked)}. Correct {args.blocked}.")
     lists = Lists(blocked.get("items", []), read_items(args.parts, "parts"))
     users = Users(int(limits.user_cache_mb * 2**20))
-    engine = Engine(load(args.checkpoint), users, lists, args.unknown, Metrics())
+    try:
+        engine = Engine(load(args.checkpoint), users, lists, args.unknown, Metrics())
+    except Refusal as error:
+        raise ValueError(error.message) from error
     app = create_app(
         engine, Limits(limits.max_batch, limits.max_wait_ms, limits.max_queue, limits.max_body_mb), args.host
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import hmac
 import json
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as HTTPError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recipes.serving.batching import Batcher, Job, QueueFull
@@ -210,7 +212,7 @@ class Server:
         key = os.environ.get(ADMIN_KEY)
         if key is None and self.host not in LOCAL_HOSTS:
             raise HTTPException(403, f"Set {ADMIN_KEY} before the start to allow admin calls on {self.host}.")
-        if key is not None and x_admin_key != key:
+        if key is not None and not hmac.compare_digest((x_admin_key or "").encode(), key.encode()):
             raise HTTPException(403, f"`X-Admin-Key` must be the value of {ADMIN_KEY}, got another. Correct it.")
 
     async def set_lists(self, change: Callable) -> None:
@@ -337,8 +339,8 @@ def create_app(engine: Engine, limits: Limits | None = None, host: str = "127.0.
     async def refusal(_, error: Refusal) -> Response:
         return refused([problem(error)], error.status)
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_, error: HTTPException) -> Response:
+    @app.exception_handler(HTTPError)
+    async def http_error(_, error: HTTPError) -> Response:
         return refused([problem(Refusal(error.status_code, str(error.detail)))], error.status_code)
 
     return app

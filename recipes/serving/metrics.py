@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -14,6 +14,7 @@ class Metrics:
     def __init__(self):
         registry = CollectorRegistry()
         self.registry = registry
+        ProcessCollector(registry=registry)  # memory and CPU time, on Linux
         self.calls = Counter("unigrf_calls", "Calls by path and status.", ["path", "status"], registry=registry)
         self.seconds = Histogram(
             "unigrf_call_seconds", "Time of a call in seconds.", ["path"], buckets=SECONDS, registry=registry

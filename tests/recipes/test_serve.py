@@ -27,6 +27,8 @@ for package in ("fastapi", "httpx", "prometheus_client", "uvicorn"):
 import httpx
 import uvicorn
 
+from recipes.benchmarks import serving as benchmark
+from recipes.serve import LimitArguments, ServeArguments, serve
 from recipes.serving.app import ADMIN_KEY, Limits, create_app
 from recipes.serving.batching import Batcher, Job, QueueFull
 from recipes.serving.caches import User, Users
@@ -127,7 +129,8 @@ def expected_list(pipeline, request):
 
 def metric(client, name):
     """Return the sum of a counter over its labels."""
-    return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)))
+    lines = [line.rpartition(" ") for line in client.get("/metrics").text.splitlines()]
+    return sum(float(value) for key, _, value in lines if key.startswith(name) and key[len(name) :][:1] in ("", "{"))
 
 
 def test_requests_at_once_get_the_lists_of_the_pipeline(pipeline):
@@ -430,6 +433,46 @@ def test_admin_calls_need_their_key(pipeline, monkeypatch):
     assert asyncio.run(statuses()) == [403, 403, 200]
     monkeypatch.setenv(ADMIN_KEY, "other")
     assert asyncio.run(statuses()) == [403, 403, 200]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("checkpoint", "none/such", "`checkpoint` must be an existing path"),
+        ("port", 70_000, "`port` must be from 0 to 65535"),
+        ("max_batch", 0, "`max_batch` must be 1 or more"),
+        ("max_wait_ms", float("nan"), "`max_wait_ms` must be 0 or more"),
+        ("blocked", {"items": ["none"]}, "`blocked`: Item IDs must be in the catalog"),
+        ("blocked", {"items": IDS}, "The catalog must keep an item"),
+        ("blocked", {"north": ["sku-1"]}, "the key `items` alone"),
+        ("parts", {"north": "sku-1"}, "`parts` must hold lists of item ids"),
+        ("parts", {"north": []}, "must keep an item that is not blocked"),
+        ("parts", ["sku-1"], "must hold a JSON object"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_serving(flag, value, message, checkpoints, tmp_path):
+    if flag in ("blocked", "parts"):
+        (tmp_path / "lists.json").write_text(json.dumps(value))
+        value = str(tmp_path / "lists.json")
+    args = ServeArguments(checkpoint=str(checkpoints / "first"))
+    limits = LimitArguments()
+    setattr(limits if hasattr(limits, flag) else args, flag, value)
+    with pytest.raises(ValueError, match=message):
+        serve(args, limits)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_benchmark_counts_what_clients_get(cached, pipeline):
+    shop = benchmark.Shop(pipeline.tokenizer, 4, seed=0)
+    with serving(build_engine(pipeline)) as client:
+        figures = asyncio.run(benchmark.ask(str(client.base_url), shop, 2, cached, 60, most=10))
+        assert metric(client, "unigrf_requests_total") == figures["requests"] + 4 * cached
+        assert (metric(client, 'unigrf_history_tokens_total{source="cache"}') > 0) == cached
+    assert 10 <= figures["requests"] <= 12 and figures["p50_ms"] <= figures["p99_ms"]
+    row = {"contender": "server", "batches": True, "cache": cached, "clients": 2, **figures}
+    results = {"rows": [row], "memory": [], "seed": 0, "checkpoint": "a", "load average": {"before": 1, "after": 2}}
+    made = {"command": "python", "machine": "m", "versions": "v", "date": "d"}
+    assert f"| server | yes | {'yes' if cached else 'no'} | 2 |" in benchmark.table({**results, "made by": made})
 
 
 @contextmanager
