@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as HTTPError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recipes.serving.batching import Batcher, Job, QueueFull
-from recipes.serving.engine import Engine
+from recipes.serving.engine import Engine, is_float32
 from recipes.serving.metrics import Metrics
 from recipes.serving.schemas import (
     Answer,
@@ -227,7 +227,10 @@ class Server:
             outcome = "refused"
             try:
                 prepare = functools.partial(self.engine.prepare, body.checkpoint, body.allow_removed_items)
-                served = await asyncio.get_running_loop().run_in_executor(None, prepare)
+                loop = asyncio.get_running_loop()
+                # Another dtype would leak into answers: such a checkpoint loads between batches.
+                is_aside = await loop.run_in_executor(None, is_float32, body.checkpoint)
+                served = await loop.run_in_executor(None if is_aside else self.batcher.thread, prepare)
                 change = await self.batcher.between_batches(functools.partial(self.engine.take, served))
                 outcome = "taken"
             finally:

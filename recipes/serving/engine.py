@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.pipelines.base import pad_collate_fn
 
-from modeling_unigrf import CatalogTrie, RecommendationPipeline, UniGRFForCausalLM
+from modeling_unigrf import CatalogTrie, RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
 from modeling_unigrf.item_lists_unigrf import RequestError
 from modeling_unigrf.shared_prefix_unigrf import token_columns
 from recipes.common.files import path_or_hub
@@ -100,6 +100,14 @@ def load(checkpoint: str) -> Served:
     if not pipeline({"items": tokenizer.item_ids[:1], "behaviors": list(tokenizer.behaviors[:1])}):
         raise ValueError(f"`checkpoint` must recommend an item, got an empty list from {checkpoint}. Train it anew.")
     return Served(checkpoint, pipeline)
+
+
+def is_float32(checkpoint: str) -> bool:
+    """Return whether loading leaves torch's default dtype, which all threads share, as it is."""
+    try:
+        return UniGRFConfig.from_pretrained(checkpoint).dtype in (None, torch.float32)
+    except Exception:  # `load` says what is wrong
+        return True
 
 
 class Engine:

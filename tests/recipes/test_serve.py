@@ -363,6 +363,9 @@ def checkpoints(tmp_path_factory):
             parameter.mul_(1.2)
     other.save_pretrained(root / "second")
     build_pipeline(num_items=20).save_pretrained(root / "fewer")
+    half = build_pipeline()
+    half.model.to(torch.bfloat16)
+    half.save_pretrained(root / "bfloat16")
     with torch.no_grad():
         other.model.lm_head.weight.fill_(torch.nan)
     other.save_pretrained(root / "nan")
@@ -415,6 +418,8 @@ def test_a_reload_takes_over_between_requests(checkpoints):
             for asker in askers:
                 asker.result()
         assert str(checkpoints / "second") in seen
+        assert reload("bfloat16").json()["checkpoint"] == str(checkpoints / "bfloat16")
+        assert client.post("/recommend", json=HISTORY).status_code == 200
         assert reload("fewer", allow_removed_items=True).json()["removed_items"] == 10
         kept = {"items": ["sku-3"], "behaviors": ["like"], "user_id": "user 0", "known_items": 2}
         assert client.post("/recommend", json=kept).json()["known_items"] == 3, "histories survive, caches do not"
