@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.benchmarks import report as decoding_report
+from recipes.benchmarks import serving
 from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import plus_minus, spread
 from recipes.evaluation.report import COLUMNS
@@ -31,7 +32,7 @@ PAPERS = RECIPES / "papers"
 PAGES: dict[Path, tuple[str, ...]] = {
     RECIPES.parent / "README.md": ("headline",),
     RESULTS / "README.md": ("index", "lists", DEMO),
-    RECIPES / "benchmarks" / "README.md": ("decoding_ratios", "decoding_h100_ratios"),
+    RECIPES / "benchmarks" / "README.md": ("decoding_ratios", "decoding_h100_ratios", "serving"),
     RECIPES / "benchmarks" / "results" / "README.md": ("decoding", "decoding_h100"),
     PAPERS / "unigrf" / "README.md": ("unigrf_ml1m_excerpt",),
     PAPERS / "unigrf" / "results" / "README.md": ("unigrf_ml1m",),
@@ -131,6 +132,7 @@ TABLES = {
     "recochain_beauty": recochain_report.table,
     "recochain_beauty_llama": recochain_report.table,
     "recochain_beauty_tried": recochain_report.tried_table,
+    "serving": serving.table,
     "taobao": taobao_report.table,
     "unigrf_ml1m": unigrf_report.table,
 }
