@@ -24,6 +24,7 @@ from recipes.serving.schemas import (
     Answers,
     ItemList,
     Name,
+    NoList,
     Problems,
     Refusal,
     Reload,
@@ -198,7 +199,9 @@ class Server:
         problems = []
         statuses = set()
         for row, result in enumerate(results):
-            if isinstance(result, Refusal):
+            if isinstance(result, NoList) and not is_single:
+                results[row] = {"items": [], "known_items": None, "checkpoint": self.engine.served.checkpoint}
+            elif isinstance(result, Refusal):
                 problems.append(problem(result, None if is_single else row))
                 statuses.add(result.status)
             elif isinstance(result, BaseException):

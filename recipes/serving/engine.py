@@ -10,12 +10,13 @@ import torch
 from transformers.pipelines.base import pad_collate_fn
 
 from modeling_unigrf import CatalogTrie, RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
-from modeling_unigrf.item_lists_unigrf import RequestError
+from modeling_unigrf.item_lists_unigrf import NoItemLeft
+from modeling_unigrf.pipeline_unigrf import NumberedRequest
 from modeling_unigrf.shared_prefix_unigrf import token_columns
 from recipes.common.files import path_or_hub
 from recipes.serving.caches import User, Users, joined, split
 from recipes.serving.metrics import Metrics
-from recipes.serving.schemas import Refusal, Request
+from recipes.serving.schemas import NoList, Refusal, Request
 from tokenization import SemanticIdTokenizer
 
 HISTORY = ("items", "behaviors", "timestamps")
@@ -202,11 +203,11 @@ class Engine:
             rows = list(inputs)
             try:
                 outputs, kept = self._forward([inputs[row] for row in rows], [requests[row] for row in rows], forward)
-            except RequestError as error:
+            except NoItemLeft as error:
                 row = rows[error.request]
                 del inputs[row]
                 message = error.message.replace("{request}", "the request")
-                results[row] = Refusal(422, message, field_of(error, ID_FIELDS))
+                results[row] = NoList(422, message, field_of(error, ID_FIELDS))
         if not inputs:
             return results
         self.metrics.batch_size.observe(len(rows))
@@ -280,9 +281,14 @@ class Engine:
         fields = history | {name: getattr(request, name) for name in ("query_time", *ID_FIELDS[1:])}
         fields = {name: value for name, value in fields.items() if value is not None}
         try:
-            return self.served.pipeline.preprocess(fields, **preprocess)
+            inputs = self.served.pipeline.preprocess(NumberedRequest(0, fields), **preprocess)
         except ValueError as error:
-            raise Refusal(422, str(error), self._field(error, fields)) from error
+            message = str(error).removeprefix("Request 0: ")
+            raise Refusal(422, message, self._field(error, fields)) from error
+        if not inputs.pop("is_answered").all():
+            message = "`items` and `allowed_items` must have a known item each, got none. Send known items."
+            raise NoList(422, message, "items")
+        return inputs
 
     def _field(self, error: ValueError, fields: dict) -> str | None:
         """Return the field that an error of the pipeline is about."""
@@ -297,7 +303,8 @@ class Engine:
         """Run a batch on the caches of its users; return the model's outputs, and the users' caches afterwards."""
         pipeline = self.served.pipeline
         batch = pad_collate_fn(pipeline.tokenizer, None)(inputs)
-        batch["row"] = torch.arange(len(inputs))
+        # The pipeline then raises `NoItemLeft`: it knows no caches to shorten.
+        batch["row"] = torch.full((len(inputs),), -1)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         columns = token_columns(*self._tokens(batch))
         users = [self.users.get(request.user_id) if request.user_id else None for request in requests]

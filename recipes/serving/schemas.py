@@ -30,6 +30,10 @@ class Refusal(Exception):
         self.details = details
 
 
+class NoList(Refusal):
+    """A request for which no item is left. Among many, it gets an empty list, as from the pipeline."""
+
+
 def as_seconds(value: Any) -> Any:
     """Turn a date in ISO 8601 into seconds since 1970 (without a zone: UTC); other values pass."""
     if not isinstance(value, str):

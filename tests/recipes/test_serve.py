@@ -231,7 +231,6 @@ BAD = [
     ({**HISTORY, "allowed_items": ["none"]}, "allowed_items"),
     ({**HISTORY, "allowed_items": []}, "allowed_items"),
     ({**HISTORY, "blocked_items": ["none"]}, "blocked_items"),
-    ({**HISTORY, "blocked_items": IDS}, "blocked_items"),
     ({**HISTORY, "part": "south"}, "part"),
     ({**HISTORY, "num_return_sequences": 0}, "num_return_sequences"),
     ({**HISTORY, "num_return_sequences": 10**9}, "num_return_sequences"),
@@ -256,6 +255,23 @@ def test_bad_requests_name_the_field_and_the_row(request_json, field, client):
     assert answer.status_code == 422
     assert [(entry["row"], entry["field"]) for entry in answer.json()["detail"]] == [(1, field), (3, field)]
     assert post("/recommend", HISTORY).status_code == 200
+
+
+def test_a_request_without_a_list_does_not_fail_others(pipeline):
+    engine = build_engine(pipeline)
+    engine.unknown = "skip"
+    empty = [{**HISTORY, "blocked_items": IDS}, {"items": ["none"], "behaviors": ["like"]}]
+    empty += [{**HISTORY, "allowed_items": ["none"]}]
+    requests = [HISTORY, *empty, {"items": ["sku-9", "none"], "behaviors": ["like", "like"], "user_id": "u"}]
+    with serving(engine, max_wait_ms=50) as client:
+        assert {client.post("/recommend", json=request).status_code for request in empty} == {422}
+        for _ in range(2):
+            answers = client.post("/recommend_many", json={"requests": requests}).json()["answers"]
+            expected = pipeline(
+                [{name: row[name] for name in row if name != "user_id"} for row in requests], unknown="skip"
+            )
+            assert [answer["items"] for answer in answers] == [alike(items) for items in expected]
+            assert [bool(items) for items in expected] == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize(
