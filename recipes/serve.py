@@ -25,7 +25,8 @@ from recipes.common.arguments import COUNT, NOT_NEGATIVE, POSITIVE, Range, check
 from recipes.common.files import read_json
 
 PORT: Range = ("from 0 to 65535", lambda value: 0 <= value < 2**16)
-LIMITS: dict[str, Range] = {
+RANGES: dict[str, Range] = {
+    "port": PORT,
     "max_batch": COUNT,
     "max_wait_ms": NOT_NEGATIVE,
     "max_queue": COUNT,
@@ -94,8 +95,8 @@ def serve(args: ServeArguments, limits: LimitArguments) -> None:
     Raises:
         ValueError: for arguments out of range, lists or a checkpoint that cannot be read, and without the extra.
     """
-    check_ranges(args, {"port": PORT})
-    check_ranges(limits, LIMITS)
+    for group in (args, limits):
+        check_ranges(group, {name: expected for name, expected in RANGES.items() if hasattr(group, name)})
     try:
         import uvicorn
 
