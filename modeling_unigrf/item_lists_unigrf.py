@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Checks of tensors of integers and of item indices."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,10 @@ def as_numbers(name: str, values: torch.Tensor | Sequence, advice: str) -> torch
         ValueError: for other values, such as strings, masks, complex numbers and lists of unequal lengths.
     """
     try:
-        tensor = torch.as_tensor(values)
+        with warnings.catch_warnings():
+            # Arrays may be read-only, for example mapped files: the model never writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         tensor = None
         got = f"{describe(values)} ({error})"

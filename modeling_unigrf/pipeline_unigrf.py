@@ -32,6 +32,8 @@ FORWARD = (
     "popularity_weight",
     "content_weight",
     "new_item_bonus",
+    "popularity_correction",
+    "diversity",
     "rerank_top_k",
     "catalog",
     "num_reasons",
@@ -122,8 +124,8 @@ class RecommendationPipeline(Pipeline):
             `generation_config`.
         num_beams, num_return_sequences, generation_weight, ranking_weight, ranking_target, dense_weight,
             num_dense_candidates, transition_weight, num_transition_candidates, history_decay, transition_smoothing,
-            popularity_weight, content_weight, new_item_bonus, rerank_top_k: The fields of `ServingOptions`. None: the
-            values in `generation_config`.
+            popularity_weight, content_weight, new_item_bonus, popularity_correction, diversity, rerank_top_k: The
+            fields of `ServingOptions`. None: the values in `generation_config`.
         catalog (`CatalogTrie`, *optional*): Recommend only items of this part of the catalog, made by
             `model.catalog.subset(items)`. None: the whole catalog.
         num_reasons (`int`, defaults to 0): Most items of the history that `because` names for each recommended item,

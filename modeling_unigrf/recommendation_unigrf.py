@@ -59,6 +59,11 @@ class ServingOptions:
             `TransitionSettings`.
         new_item_bonus (`float`, defaults to 0.0): Added to the fused score of every item that training did not know
             (`scorer.is_untrained`): learned scores bury what is new. Needs a table of transitions.
+        popularity_correction (`float`, defaults to 0.0): Subtracted from the fused score, times the log number of
+            interactions of the item: lists show more of the catalog. Needs a table of transitions.
+        diversity (`float`, defaults to 0.0): What a place of the list pays for likeness: an item counts this much less
+            for its greatest cosine to an item before it, by item representations (maximal marginal relevance:
+            Carbonell and Goldstein 1998). The scores in the output stay the fused scores.
         rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned: the best by generation and
             dense-retrieval scores. 0: all beams.
     """
@@ -80,6 +85,8 @@ class ServingOptions:
     popularity_weight: float = TransitionSettings.popularity_weight
     content_weight: float = TransitionSettings.content_weight
     new_item_bonus: float = 0.0
+    popularity_correction: float = 0.0
+    diversity: float = 0.0
     rerank_top_k: int = 0
 
     @classmethod
@@ -160,6 +167,11 @@ class ServingOptions:
                 f"{self.dense_weight} and {self.num_dense_candidates}. Leave both out, or train a model with the "
                 "ranking target 'next' and content_embedding_dim or embedding_table_size."
             )
+        if self.diversity and not config.has_item_representations:
+            raise ValueError(
+                f"`diversity` must be 0 for a model without item representations, got {self.diversity}. Leave it out, "
+                "or train a model with content_embedding_dim or embedding_table_size."
+            )
         self._check_transitions(config)
         for name in ("max_items", "max_long_items"):
             value = getattr(self, name)
@@ -192,11 +204,13 @@ class ServingOptions:
                 raise ValueError(f"`{field.name}` must be {expected}, got {value!r}. Leave it out for the default.")
 
     def _check_transitions(self, config: UniGRFConfig) -> None:
-        if (self.reads_transitions or self.new_item_bonus) and not config.num_transitions:
+        names = ("transition_weight", "num_transition_candidates", "new_item_bonus", "popularity_correction")
+        values = {name: getattr(self, name) for name in names if getattr(self, name)}
+        if values and not config.num_transitions:
             raise ValueError(
-                "`transition_weight`, `num_transition_candidates` and `new_item_bonus` must be 0 for a model without "
-                f"transitions, got {self.transition_weight}, {self.num_transition_candidates} and "
-                f"{self.new_item_bonus}. Leave them out, or make the table with `model.set_transitions(histories)`."
+                f"`{'` and `'.join(values)}` must be 0 for a model without transitions, got "
+                f"{', '.join(map(str, values.values()))}. Leave them out, or make the table with "
+                "`model.set_transitions(histories)`."
             )
         if self.content_weight and self.reads_transitions and not config.content_embedding_dim:
             raise ValueError(
@@ -390,9 +404,9 @@ def fused_scores(columns: Mapping[str, torch.FloatTensor], weights: Mapping[str,
 
     Args:
         columns (`Mapping`): `generation_scores` and others of `UniGRFRecommendation`, each `[...]`; with a bonus,
-            `is_new`, whether training did not know the item.
-        weights (`Mapping`): `generation_weight`, other weights of `ServingOptions` and `new_item_bonus`. A missing
-            weight is 0.
+            `is_new`, whether training did not know the item; with a correction, `log_popularity`.
+        weights (`Mapping`): `generation_weight`, other weights of `ServingOptions`, `new_item_bonus` and
+            `popularity_correction`. A missing weight is 0.
     """
     total = torch.zeros_like(columns["generation_scores"])
     for name in FUSED_SCORES:
@@ -400,7 +414,41 @@ def fused_scores(columns: Mapping[str, torch.FloatTensor], weights: Mapping[str,
             total = total + weight * columns[f"{name}_scores"]
     if bonus := weights.get("new_item_bonus", 0.0):
         total = total + bonus * columns["is_new"]
+    if correction := weights.get("popularity_correction", 0.0):
+        total = total - correction * columns["log_popularity"]
     return total
+
+
+def diverse_order(
+    scores: torch.FloatTensor, vectors: torch.FloatTensor, diversity: float, count: int
+) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    """
+    List candidates one after the other, each unlike those before it.
+
+    The next one has the greatest score less `diversity` times its greatest cosine to a listed one. Cosines below 0
+    count as 0.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(batch_size, N)`): Fused scores; -inf: no item.
+        vectors (`torch.FloatTensor` of shape `(batch_size, N, d)`): Item representations of the candidates.
+        diversity (`float`): The price of a cosine of 1.
+        count (`int`): Length of the lists, at most N.
+
+    Returns:
+        The scores and places of the listed candidates, both `[batch_size, count]`.
+    """
+    directions = nn.functional.normalize(vectors.float(), dim=-1)
+    left = scores
+    nearest = torch.zeros_like(scores)
+    columns = []
+    for _ in range(count):
+        place = (left - diversity * nearest).argmax(dim=1, keepdim=True)
+        columns.append((left.gather(1, place), place))
+        chosen = directions.gather(1, place[..., None].expand(-1, -1, directions.shape[2]))
+        nearest = torch.maximum(nearest, (directions @ chosen.transpose(1, 2))[..., 0])
+        left = left.scatter(1, place, -torch.inf)
+    listed, places = (torch.cat(column, dim=1) for column in zip(*columns, strict=True))
+    return listed, places
 
 
 def fuse(
@@ -430,8 +478,12 @@ def fuse(
         columns["transition_scores"] = transition_scores.gather(1, candidates.items)
 
     # Their fusion.
-    is_new = scorer.is_untrained(candidates.items) if options.new_item_bonus else None
-    scores = fused_scores({**columns, "is_new": is_new}, vars(options))
+    further = {}
+    if options.new_item_bonus:
+        further["is_new"] = scorer.is_untrained(candidates.items)
+    if options.popularity_correction:
+        further["log_popularity"] = scorer.log_popularity(candidates.items)
+    scores = fused_scores({**columns, **further}, vars(options))
     columns = {"scores": scores, **columns}
     is_item = candidates.log_probs != -torch.inf
     # The log sigmoid of an infinite logit may be finite.
@@ -441,13 +493,20 @@ def fuse(
 
     # The list.
     count = options.num_return_sequences
-    best_scores, best = columns["scores"].topk(min(count, candidates.items.shape[1]), dim=1)
+    length = min(count, candidates.items.shape[1])
+    if options.diversity:
+        vectors = scorer.representations(candidates.items)
+        best_scores, best = diverse_order(columns["scores"], vectors, options.diversity, length)
+    else:
+        best_scores, best = columns["scores"].topk(length, dim=1)
     best_items = candidates.items.gather(1, best).masked_fill(best_scores == -torch.inf, -1)
     padding = (0, count - best.shape[1])
     return UniGRFRecommendation(
         item_indices=nn.functional.pad(best_items, padding, value=-1),
         **{
-            name: nn.functional.pad(column.gather(1, best), padding, value=-torch.inf)
+            name: nn.functional.pad(
+                column.gather(1, best).masked_fill(best_scores == -torch.inf, -torch.inf), padding, value=-torch.inf
+            )
             for name, column in columns.items()
         },
     )

@@ -331,6 +331,10 @@ class ItemScorer:
         """Return whether each item has a stand-in, since training did not know it; for a model with transitions."""
         return self.transitions.stand_ins[items] != items
 
+    def log_popularity(self, items: torch.LongTensor) -> torch.FloatTensor:
+        """Return the log number of interactions of each item, half a one for none; for a model with transitions."""
+        return self.transitions.item_counts[items].clamp(min=0.5).log()
+
     def known_items(self) -> torch.LongTensor:
         """Return the items that training knows, in order: those without a stand-in, or all of them."""
         items = torch.arange(self.catalog.num_items, device=self.catalog.item_codes.device)

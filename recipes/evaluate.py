@@ -60,6 +60,8 @@ STORED_OPTIONS = (
     "ranking_target",
     "num_dense_candidates",
     "num_transition_candidates",
+    "popularity_correction",
+    "diversity",
     "rerank_top_k",
 )
 RANGES = {
@@ -67,6 +69,7 @@ RANGES = {
     **dict.fromkeys(("num_beams", "max_items", "max_long_items", "validation_users", "batch_size"), COUNT),
     **dict.fromkeys(("num_dense_candidates", "num_transition_candidates", "rerank_top_k"), NOT_NEGATIVE),
     **dict.fromkeys((f"{name}s" for name in WEIGHTS), NOT_NEGATIVE),
+    **dict.fromkeys(("popularity_correction", "diversity"), NOT_NEGATIVE),
 }
 
 
@@ -124,6 +127,20 @@ class EvaluateArguments:
         metadata={
             "help": "Items of the best transition score that are added to the beams. None: 50 for a model with "
             "transitions, else 0."
+        },
+    )
+    popularity_correction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Subtracted from the fused score, times the log number of interactions. Validation chooses "
+            "without it; test measures with it."
+        },
+    )
+    diversity: float = field(
+        default=0.0,
+        metadata={
+            "help": "What an item pays for its greatest cosine to an item before it in the list. Validation chooses "
+            "without it; test measures with it."
         },
     )
     rerank_top_k: int = field(
@@ -497,9 +514,15 @@ def measure_test(
     # The list by generation_score has no further candidates.
     if measurement != measurement.beams_alone:
         beams = candidates(model, tokenizer, split, chosen["num_beams"], measurement.beams_alone)
+    served = chosen | {name: getattr(args, name) for name in ("popularity_correction", "diversity")}
+
+    @torch.no_grad()
+    def representations(items: torch.LongTensor) -> torch.Tensor:
+        return model.scorer.representations(items.to(model.device)).cpu()
+
     lists = {
         "generation": fused_lists(beams, {"generation_weight": 1.0}, args.list_length),
-        "ranked": fused_lists(scored, chosen, args.list_length, args.rerank_top_k),
+        "ranked": fused_lists(scored, served, args.list_length, args.rerank_top_k, representations),
     }
     ranks = {name: target_ranks(values, targets) for name, values in lists.items()}
     parts = {

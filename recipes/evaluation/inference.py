@@ -4,7 +4,7 @@ The candidates come from the whole catalog. `candidates` searches once and retur
 the scores with any weights. `save_serving_options` writes the chosen weights into the checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_unigrf import ServingOptions, UniGRFForCausalLM
 from modeling_unigrf.adapters_unigrf import base_of, find_adapter
-from modeling_unigrf.recommendation_unigrf import fused_scores
+from modeling_unigrf.recommendation_unigrf import diverse_order, fused_scores
 from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.files import whole_file
 from recipes.data.encoding import HistoryEncoder
@@ -129,7 +129,7 @@ def candidates(
 
     Returns:
         `item_indices`, `generation_scores`, `ranking_scores` and, for a model with these scores, `dense_scores` and
-        `transition_scores` and `is_new`: each `[U, K]`.
+        `transition_scores`, `is_new` and `log_popularity`: each `[U, K]`.
     """
     names = ["item_indices", "generation_scores", "ranking_scores"]
     if model.config.has_dense_scores:
@@ -158,6 +158,8 @@ def candidates(
             num_dense_candidates=measurement.num_dense_candidates,
             num_transition_candidates=measurement.num_transition_candidates,
             new_item_bonus=0.0,
+            popularity_correction=0.0,
+            diversity=0.0,
             rerank_top_k=0,
             **transition_options,
         )
@@ -166,6 +168,7 @@ def candidates(
     if model.transitions is not None:
         items = columns["item_indices"].clamp(min=0).to(model.device)
         columns["is_new"] = model.scorer.is_untrained(items).cpu()
+        columns["log_popularity"] = model.scorer.log_popularity(items).cpu()
     return columns
 
 
@@ -180,7 +183,11 @@ def answered_users(split: Dataset, num_items: int, exclude_history: bool) -> np.
 
 
 def fused_lists(
-    scored: dict[str, torch.Tensor], weights: dict[str, float], length: int, num_ranked: int = 0
+    scored: dict[str, torch.Tensor],
+    weights: dict[str, float],
+    length: int,
+    num_ranked: int = 0,
+    representations: Callable[[torch.LongTensor], torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """
     List the items of every user by the fused score, best first, padded with -1.
@@ -189,10 +196,11 @@ def fused_lists(
 
     Args:
         scored: Result of `candidates`.
-        weights: The weights of `fused_scores`.
+        weights: The weights of `fused_scores` and, with `representations`, `diversity`.
         length: Items of a list.
         num_ranked: Candidates that are ranked and listed, the best by log P and the dense-retrieval score
             (`rerank_top_k`). 0, or generation alone: all.
+        representations: Function of items: their representations, for `diversity`. None: no diversity.
     """
     # The fused scores.
     scores = fused_scores(scored, weights)
@@ -207,7 +215,16 @@ def fused_lists(
 
     # The lists. A negative weight makes NaN of absent candidates.
     scores = scores.masked_fill(absent, -torch.inf)
-    scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
+    diversity = weights.get("diversity", 0.0)
+    if representations is None or not diversity:
+        scores, order = (column[:, :length] for column in torch.sort(scores, dim=1, descending=True, stable=True))
+    else:
+        length = min(length, scores.shape[1])
+        parts = [
+            diverse_order(part, representations(items.clamp(min=0)), diversity, length)
+            for part, items in zip(scores.split(512), scored["item_indices"].split(512), strict=True)
+        ]
+        scores, order = (torch.cat(column) for column in zip(*parts, strict=True))
     return scored["item_indices"].gather(1, order).masked_fill(scores == -torch.inf, -1).tolist()
 
 

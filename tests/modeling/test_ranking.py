@@ -228,6 +228,49 @@ def test_scores_that_are_not_finite_end_a_call(name, sizes, value):
             model.rank(input_ids, mask, torch.tensor([[7], [7]]))
 
 
+def test_a_diverse_list_equals_the_greedy_choice():
+    model = build_model(num_items=60)
+    embeddings = model.catalog.content_embeddings.clone()
+    embeddings[:20] = embeddings[0]  # twins
+    model.set_catalog(model.catalog.item_codes, embeddings)
+    model.item_encoder.table = None
+    input_ids, mask, _ = random_histories(model, [4, 0, 2])
+    allowed = [list(range(60)), list(range(60)), [1, 2]]
+    options = {"num_beams": 60, "num_return_sequences": 12, "allowed_items": allowed, "exclude_history": False}
+    every = model.recommend(input_ids, mask, **options | {"num_return_sequences": 60})
+    best = model.recommend(input_ids, mask, diversity=3.0, **options)
+    directions = torch.nn.functional.normalize(model.item_representations().float(), dim=1)
+    for row in range(3):
+        scores = dict(zip(every.item_indices[row].tolist(), every.scores[row].tolist(), strict=True))
+        scores.pop(-1, None)
+        listed: list[int] = []
+        while scores and len(listed) < 12:
+            likeness = {item: max([0.0, *(directions[item] @ directions[listed].T).tolist()]) for item in scores}
+            listed.append(max(scores, key=lambda item: scores[item] - 3.0 * likeness[item]))
+            assert best.scores[row, len(listed) - 1].item() == pytest.approx(scores.pop(listed[-1]), abs=1e-5)
+        assert best.item_indices[row].tolist() == listed + [-1] * (12 - len(listed))
+    assert torch.isinf(best.scores[2, 2:]).all() and torch.isinf(best.generation_scores[2, 2:]).all()
+    assert torch.equal(model.recommend(input_ids, mask, diversity=0.0, **options).scores, every.scores[:, :12])
+    model.config.content_embedding_dim = model.config.embedding_table_size = 0
+    with pytest.raises(ValueError, match="`diversity` must be 0 for a model without item representations"):
+        model.serving_options(diversity=1.0)
+
+
+def test_a_popularity_correction_subtracts_log_interactions():
+    model = build_model()
+    input_ids, mask, _ = random_histories(model, [4, 2])
+    model.set_transitions([[1, 2, 3], [1, 2], [1]])
+    options = {"num_beams": 30, "num_return_sequences": 30, "exclude_history": False}
+    plain, corrected = (
+        model.recommend(input_ids, mask, popularity_correction=weight, **options) for weight in (0.0, 2.0)
+    )
+    counts = torch.full((30,), 0.5).index_put((torch.tensor([1, 2, 3]),), torch.tensor([3.0, 2.0, 1.0]))
+    expected = torch.empty(2, 30).scatter_(1, plain.item_indices, plain.scores) - 2 * counts.log()
+    torch.testing.assert_close(torch.empty(2, 30).scatter_(1, corrected.item_indices, corrected.scores), expected)
+    with pytest.raises(ValueError, match="`popularity_correction` must be 0 for a model without transitions"):
+        build_model().recommend(input_ids, mask, popularity_correction=1.0)
+
+
 def test_an_overflow_of_float16_ends_a_call():
     model = build_model().half()
     input_ids, mask, _ = random_histories(model, [3, 2])
@@ -246,6 +289,8 @@ def test_an_overflow_of_float16_ends_a_call():
         "transition_weight",
         "content_weight",
         "new_item_bonus",
+        "popularity_correction",
+        "diversity",
     ],
 )
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "1", True])

@@ -232,15 +232,19 @@ def test_stage_two_is_trained_and_evaluated_from_stage_one(prepared, tmp_path, m
     measured = replace(measured, num_dense_candidates=0)
     how = Measurement(max_items=4, max_long_items=12)
     candidates = measure.candidates(model, tokenizer, dataset["test"], 5, how)
-    lists = measure.fused_lists(
-        candidates, {"generation_weight": 1.0, "ranking_weight": 1.0, "dense_weight": 0.5}, 3, num_ranked=3
+    weights = {"generation_weight": 1.0, "ranking_weight": 1.0, "dense_weight": 0.5, "diversity": 2.0}
+    lists, plain = (
+        measure.fused_lists(candidates, weights, 3, num_ranked=3, representations=representations)
+        for representations in (model.scorer.representations, None)
     )
+    assert lists != plain
     for rows, users, inputs in measure.batches(model, tokenizer, dataset["test"], how, "as recommend lists them"):
         best = model.recommend(
             **inputs,
             num_return_sequences=3,
             ranking_weight=1.0,
             dense_weight=0.5,
+            diversity=2.0,
             blocked_items=[user["items"] for user in users],
         )
         assert best.item_indices.tolist() == [lists[row] for row in rows]
