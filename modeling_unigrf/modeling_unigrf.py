@@ -533,7 +533,8 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         check_in_memory(grown)
 
         # The trie raises errors before the model changes.
-        trie = CatalogTrie(all_codes, sizes)
+        new_items = torch.arange(catalog.num_items, len(all_codes), device=all_codes.device)
+        trie = CatalogTrie(all_codes, sizes, new_items, earlier=catalog.trie)
         if sizes != config.codebook_sizes:
             self._grow_last_level(sizes)
         if has_row_per_item:
@@ -544,7 +545,7 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         catalog.put(all_codes, all_embeddings, trie)
         if self.transitions is not None:
             self.transitions.append(len(item_codes))
-            self._choose_stand_ins(torch.arange(config.num_items, len(all_codes), device=catalog.item_codes.device))
+            self._choose_stand_ins(new_items)
         config.num_items = len(all_codes)
 
     def _grow_last_level(self, codebook_sizes: list[int]) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from .item_lists_unigrf import NoItemLeft, RequestError, item_list
 
@@ -42,21 +41,55 @@ class TrieLevel:
     ranks: torch.Tensor | None = None
 
     @classmethod
-    def build(cls, num_codes: int, parents: torch.LongTensor, codes: torch.Tensor, num_parents: int) -> "TrieLevel":
-        """Build a level from the parent `[num_nodes]` and the code `[num_nodes]` of every node, in order."""
-        counts = parents.bincount(minlength=num_parents)
-        child_start = nn.functional.pad(counts.cumsum(0), (1, 0))
-        level = cls(num_codes, len(codes), int(counts.max()), child_start.int())
+    def build(cls, num_codes: int, child_start: torch.Tensor, codes: torch.Tensor) -> "TrieLevel":
+        """Build a level from `child_start` and the code `[num_nodes]` of every node, in order."""
+        counts = child_start.diff()
+        num_nodes = len(codes)
+        level = cls(num_codes, num_nodes, int(counts.max()) if num_nodes else 0, child_start.int())
         # float32 counts exactly up to 2^24.
-        if num_codes > 2**24 or num_parents * num_codes > max(DENSE_ENTRIES, len(codes)):
+        if num_codes > 2**24 or len(counts) * num_codes > max(DENSE_ENTRIES, num_nodes):
             level.codes = codes.to(
                 torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
             )
             return level
-        level.ranks = torch.full((num_parents, num_codes), -torch.inf, dtype=torch.float32, device=codes.device)
-        rank = torch.arange(len(codes), device=codes.device) - child_start[parents]
+        level.ranks = torch.full((len(counts), num_codes), -torch.inf, dtype=torch.float32, device=codes.device)
+        parents = torch.repeat_interleave(counts, output_size=num_nodes)
+        rank = torch.arange(num_nodes, device=codes.device) - child_start[parents]
         level.ranks[parents, codes.long()] = rank.float()
         return level
+
+    @classmethod
+    def empty(cls, num_codes: int, num_parents: int, device: torch.device) -> "TrieLevel":
+        """Build a level without nodes."""
+        nothing = torch.zeros(num_parents + 1, dtype=torch.long, device=device)
+        return cls.build(num_codes, nothing, nothing[:0])
+
+    def inserted(
+        self,
+        num_codes: int,
+        new_parents: torch.LongTensor,
+        parents: torch.LongTensor,
+        places: torch.LongTensor,
+        codes: torch.Tensor,
+    ) -> "TrieLevel":
+        """
+        Return this level with n new nodes.
+
+        Args:
+            num_codes (`int`): Size of the level's codebook, which may have grown.
+            new_parents (`torch.LongTensor` of shape `(p,)`): Place of each new parent among the old ones, ascending.
+            parents (`torch.LongTensor` of shape `(n,)`): Parent of each new node, among old and new ones.
+            places (`torch.LongTensor` of shape `(n,)`): Place of each new node among the old ones, ascending.
+            codes (`torch.Tensor` of shape `(n,)`): Code of each new node.
+        """
+        child_start = insert(self.child_start, new_parents, self.child_start[new_parents]).long()
+        child_start[1:] += parents.bincount(minlength=len(child_start) - 1).cumsum(0)
+        return TrieLevel.build(num_codes, child_start, insert(self.node_codes.int(), places, codes.int()))
+
+    @property
+    def node_codes(self) -> torch.Tensor:
+        """Code of each node, integers `[num_nodes]`."""
+        return (self.ranks >= 0).nonzero()[:, 1] if self.codes is None else self.codes
 
     @property
     def nbytes(self) -> int:
@@ -69,18 +102,26 @@ class TrieLevel:
         if self.ranks is not None:
             rank = self.ranks[parents, codes]
             return torch.where(rank >= 0, start + rank.clamp(min=0).long(), -1)
+        place, exists = self.find(start, self.child_start[parents + 1].long(), codes)
+        return torch.where(exists, place, -1)
+
+    def find(
+        self, start: torch.LongTensor, end: torch.LongTensor, codes: torch.Tensor
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Find the first nodes of `[start, end)` with at least `codes`, else `end`; and whether they equal `codes`."""
+        if not self.num_nodes:
+            return start, torch.zeros_like(start, dtype=torch.bool)
         # Search all lists of children at once: each is sorted by code.
-        end = self.child_start[parents + 1].long()
+        node_codes = self.node_codes
         last = self.num_nodes - 1
         low = start
         high = end
         for _ in range(self.max_children.bit_length()):
             middle = (low + high) // 2
-            smaller = (middle < high) & (self.codes[middle.clamp(max=last)] < codes)
+            smaller = (middle < high) & (node_codes[middle.clamp(max=last)] < codes)
             low = torch.where(smaller, middle + 1, low)
             high = torch.where(smaller, high, middle)
-        exists = (low < end) & (self.codes[low.clamp(max=last)] == codes)
-        return torch.where(exists, low, -1)
+        return low, (low < end) & (node_codes[low.clamp(max=last)] == codes)
 
     def children(self, parents: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
         """
@@ -129,6 +170,19 @@ def top(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.LongTenso
     return best[None], places.index_select(0, order)[None]
 
 
+def insert(tensor: torch.Tensor, places: torch.LongTensor, values: torch.Tensor) -> torch.Tensor:
+    """Insert values `[k]` before the ascending places `[k]` of a tensor `[n]`."""
+    if not len(tensor):
+        return values
+    result = tensor.new_empty(len(tensor) + len(values))
+    places = places + torch.arange(len(places), device=places.device)
+    is_old = torch.ones_like(result, dtype=torch.bool)
+    is_old[places] = False
+    result.masked_scatter_(is_old, tensor)
+    result[places] = values
+    return result
+
+
 def lexicographic_order(item_codes: torch.Tensor, codebook_sizes: Sequence[int]) -> torch.LongTensor:
     """Return the permutation `[num_items]` that sorts the rows of codes `[num_items, L]`."""
     keys = torch.zeros(len(item_codes), dtype=torch.long, device=item_codes.device)
@@ -152,12 +206,20 @@ class CatalogTrie:
         codebook_sizes (`Sequence[int]`): Number of codes of each level.
         items (`torch.LongTensor` of shape `(n,)`, *optional*): Hold these items only, with unchanged indices. None:
             all items.
+        earlier (`CatalogTrie`, *optional*): Hold the items of this trie, too; only the others are sorted. It has the
+            same codebooks, but for the size of the last one, and none of `items`. None: no others.
 
     Raises:
         ValueError: if two items share a semantic ID, a code is outside its codebook, or there is no item.
     """
 
-    def __init__(self, item_codes: torch.Tensor, codebook_sizes: Sequence[int], items: torch.LongTensor | None = None):
+    def __init__(
+        self,
+        item_codes: torch.Tensor,
+        codebook_sizes: Sequence[int],
+        items: torch.LongTensor | None = None,
+        earlier: "CatalogTrie | None" = None,
+    ):
         # Checks.
         self.codebook_sizes = list(codebook_sizes)
         if items is not None:
@@ -165,41 +227,59 @@ class CatalogTrie:
             item_codes = item_codes[items]
         if len(item_codes) == 0:
             raise ValueError("`item_codes` must hold one item or more, got none. Pass the items of the catalog.")
-        self.num_items = len(item_codes)
         sizes = item_codes.new_tensor(self.codebook_sizes)
         bad = ((item_codes < 0) | (item_codes >= sizes)).any(dim=1)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"`item_codes` must lie in codebooks of {self.codebook_sizes} codes, got {item_codes[row].tolist()} "
-                f"for item {row}. Take codes and config from the same tokenizer."
+                f"for item {row if items is None else int(items[row])}. Take codes and config from the same tokenizer."
             )
 
-        # Levels of nodes.
+        # Insert the items into the earlier levels, or into empty ones.
         order = lexicographic_order(item_codes, self.codebook_sizes)
-        item_codes = item_codes[order]
+        item_codes = item_codes.index_select(0, order)
+        items = (order if items is None else items[order]).int()
+        if earlier is None:
+            levels = [
+                TrieLevel.empty(size, level == 0, order.device) for level, size in enumerate(self.codebook_sizes)
+            ]
+            earlier_items = items[:0]
+        else:
+            levels = earlier.levels
+            earlier_items = earlier.leaf_items
+        # Each item's node: its number here, its place among the earlier nodes, and whether it is one of them.
+        number = torch.zeros_like(order)
+        place = torch.zeros_like(order)
+        is_known = torch.ones_like(order, dtype=torch.bool)
+        # Whether an item is the first with its prefix.
+        is_first = torch.zeros_like(is_known)
+        is_first[0] = True
+        new_parents = place[:0]
         self.levels: list[TrieLevel] = []
-        is_new = torch.zeros(self.num_items, dtype=torch.bool, device=item_codes.device)
-        is_new[0] = True
-        parent_of_leaf = torch.zeros_like(order)
-        num_parents = 1
-        for level, num_codes in enumerate(self.codebook_sizes):
-            codes = item_codes[:, level].contiguous()
-            is_new[1:] |= codes[1:] != codes[:-1]
-            first = is_new.nonzero()[:, 0]
-            self.levels.append(TrieLevel.build(num_codes, parent_of_leaf[first], codes[first], num_parents))
-            parent_of_leaf = is_new.cumsum(0) - 1
-            num_parents = len(first)
-        if num_parents < self.num_items:
+        for num_codes, level, codes in zip(self.codebook_sizes, levels, item_codes.T.contiguous(), strict=True):
+            start = level.child_start.index_select(0, place).long()
+            end = level.child_start.index_select(0, place + is_known).long()
+            place, is_known = level.find(start, end, codes)
+            is_first[1:] |= codes[1:] != codes[:-1]
+            is_new = is_first & ~is_known
+            new = is_new.nonzero()[:, 0]
+            parents = number.index_select(0, new)
+            new_places = place.index_select(0, new)
+            self.levels.append(level.inserted(num_codes, new_parents, parents, new_places, codes.index_select(0, new)))
+            number = place + is_new.cumsum(0) - (~is_known).long()
+            new_parents = new_places
+        if len(new) < len(items):
             leaf = int((~is_new).nonzero()[0])
-            pair = order[leaf - 1 : leaf + 1] if items is None else items[order[leaf - 1 : leaf + 1]]
-            first_item, second_item = sorted(pair.tolist())
+            other = earlier_items[place[leaf]] if is_known[leaf] else items[leaf - 1]
+            first_item, second_item = sorted([int(other), int(items[leaf])])
             raise ValueError(
                 f"`item_codes` must be unique, got {item_codes[leaf].tolist()} for both items {first_item} and "
                 f"{second_item}. Add a collision token that tells them apart."
             )
         # Leaf (its rank in lexicographic order) -> item index.
-        self.leaf_items = (order if items is None else items[order]).int()
+        self.leaf_items = insert(earlier_items, place, items)
+        self.num_items = len(self.leaf_items)
 
     @property
     def nbytes(self) -> dict[str, int]:

@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class ItemCatalog:
         codebook_sizes: L sizes with a product below 2^63.
         titles: N strings. None: no titles.
         quantizer: Fitted quantizer of the first L - 1 levels. None: the codes come from elsewhere.
-        provenance: JSON dict. The catalog sets `num_items` and `sha256` (of item IDs and codes).
+        provenance: JSON dict.
+        earlier: Catalog of the first items, whose checks and lookup tables are reused. None: check all items.
 
     Raises:
         ValueError: A field that is not as described.
@@ -43,20 +45,28 @@ class ItemCatalog:
     _row_of_id: dict[str, int] = field(init=False, repr=False)
     _sorted_keys: np.ndarray = field(init=False, repr=False)
     _sorted_rows: np.ndarray = field(init=False, repr=False)
+    earlier: InitVar["ItemCatalog | None"] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, earlier: "ItemCatalog | None") -> None:
         # Only this method writes to the frozen dataclass, through its base class.
         set_field = super().__setattr__
-        set_field("codes", _check_codes(self.codes, self.codebook_sizes))
+        num_earlier = 0 if earlier is None else len(earlier.codes)
+        _check_codes(self.codes, self.codebook_sizes, num_earlier)
+        codes = np.array(self.codes, dtype=np.int32, order="C")
+        # Read-only, because the lookup tables are derived from the codes.
+        codes.flags.writeable = False
+        set_field("codes", codes)
 
         # Check the columns beside the codes.
-        num_items = len(self.codes)
+        num_items = len(codes)
         if num_items == 0 or num_items != len(self.item_ids):
             raise ValueError(
                 "`item_ids` and `codes` must have at least one item and equal lengths, got "
                 f"{len(self.item_ids)} item IDs and {num_items} rows of codes. Pass one row of codes per item ID."
             )
-        set_field("_row_of_id", dict(zip(self.item_ids, range(num_items), strict=True)))
+        row_of_id = {} if earlier is None else earlier._row_of_id.copy()
+        row_of_id.update(zip(self.item_ids[num_earlier:], range(num_earlier, num_items), strict=True))
+        set_field("_row_of_id", row_of_id)
         if len(self._row_of_id) < num_items:
             raise ValueError(_repeated_message(self.item_ids))
         if self.titles is not None and len(self.titles) != num_items:
@@ -68,13 +78,22 @@ class ItemCatalog:
             )
 
         # Build the lookup table from codes to rows.
-        keys = self._pack(self.codes)
-        order = np.argsort(keys)
-        set_field("_sorted_keys", keys[order])
-        set_field("_sorted_rows", order)
+        keys = self._pack(codes[num_earlier:])
+        rows = np.argsort(keys)
+        keys = keys[rows]
+        rows += num_earlier
+        if earlier is not None:
+            # The order of the rows outlives a larger last level, their keys do not.
+            is_larger = earlier.codebook_sizes != self.codebook_sizes
+            earlier_keys = self._pack(codes[earlier._sorted_rows]) if is_larger else earlier._sorted_keys
+            places = np.searchsorted(earlier_keys, keys)
+            keys = np.insert(earlier_keys, places, keys)
+            rows = np.insert(earlier._sorted_rows, places, rows)
+        set_field("_sorted_keys", keys)
+        set_field("_sorted_rows", rows)
         repeated = np.flatnonzero(self._sorted_keys[1:] == self._sorted_keys[:-1])
         if len(repeated):
-            pair = [self.item_ids[row] for row in order[repeated[0] :][:2]]
+            pair = [self.item_ids[row] for row in rows[repeated[0] :][:2]]
             raise ValueError(
                 f"`codes` must be unique, got {len(repeated)} repeated rows, for instance of items {pair[0]!r} and "
                 f"{pair[1]!r}. Append collision tokens (`assign_collision_tokens`)."
@@ -87,7 +106,14 @@ class ItemCatalog:
                 f"`provenance` must hold JSON types, got a value that JSON cannot store ({error}). Convert the value "
                 "to a string, number, list or dict."
             ) from error
-        set_field("provenance", {**provenance, "num_items": num_items, "sha256": _fingerprint(self)})
+        set_field("provenance", provenance)
+
+    @cached_property
+    def stored_provenance(self) -> dict[str, Any]:
+        """The provenance, with `num_items` and with `sha256` of item IDs and codes, which is computed at first use."""
+        digest = hashlib.sha256(json.dumps(self.item_ids).encode())
+        digest.update(self.codes.astype("<i4").tobytes())
+        return {**self.provenance, "num_items": len(self.codes), "sha256": digest.hexdigest()}
 
     @classmethod
     def from_codes(
@@ -188,11 +214,12 @@ class ItemCatalog:
             codes=np.concatenate([self.codes, new_codes.astype(np.int32)]),
             codebook_sizes=(*self.codebook_sizes[:-1], last_size),
             titles=all_titles,
+            earlier=self,
         )
 
     def with_titles(self, titles: Sequence[str]) -> "ItemCatalog":
         """Return this catalog with other titles; see `SemanticIdTokenizer.set_titles`."""
-        return replace(self, titles=as_titles(titles))
+        return replace(self, titles=as_titles(titles), earlier=self)
 
     def _check_new_items(self, item_ids: list[str], titles: Sequence[str] | None) -> None:
         known = [item_id for item_id in item_ids if item_id in self._row_of_id]
@@ -226,7 +253,7 @@ class ItemCatalog:
         items_path = Path(folder) / f"{prefix}{ITEMS_FILE}"
         ids_path = Path(folder) / f"{prefix}{SEMANTIC_IDS_FILE}"
         content = {
-            "provenance": self.provenance,
+            "provenance": self.stored_provenance,
             "codebook_sizes": self.codebook_sizes,
             "titles": self.titles,
             "item_ids": self.item_ids,
@@ -272,10 +299,11 @@ class ItemCatalog:
             provenance=_with_current_keys(content["provenance"]),
         )
         saved_hash = content["provenance"].get("sha256")
-        if catalog.provenance["sha256"] != saved_hash:
+        actual_hash = catalog.stored_provenance["sha256"]
+        if actual_hash != saved_hash:
             raise ValueError(
                 f"{items_file} and {semantic_ids_file} must hold item IDs and codes of hash {saved_hash}, got "
-                f"{catalog.provenance['sha256']}. The files belong to different catalogs or were edited: copy both "
+                f"{actual_hash}. The files belong to different catalogs or were edited: copy both "
                 "files from the same folder."
             )
         return catalog
@@ -318,7 +346,8 @@ def _with_current_keys(provenance: dict[str, Any]) -> dict[str, Any]:
     return provenance
 
 
-def _check_codes(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+def _check_codes(codes: np.ndarray, sizes: tuple[int, ...], first: int) -> None:
+    """Check codes `[N, L]`, from the row `first` on."""
     if codes.ndim != 2 or codes.shape[1] != len(sizes) or not sizes or codes.dtype.kind not in "iu":
         raise ValueError(
             f"`codes` must be integers [N, L] with one codebook size per level, got {codes.dtype} {codes.shape} and "
@@ -332,17 +361,13 @@ def _check_codes(codes: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
             f"`codebook_sizes` must be from 1 to 2^31 with a product below 2^63, got {sizes}. Use smaller codebooks "
             "or fewer levels."
         )
-    wrong = np.argwhere((codes < 0) | (codes >= np.array(sizes)))
+    wrong = np.argwhere((codes[first:] < 0) | (codes[first:] >= np.array(sizes)))
     if len(wrong):
-        row, level = wrong[0]
+        row, level = wrong[0] + (first, 0)
         raise ValueError(
             f"`codes` must be in [0, K) for the codebook sizes {sizes}, got {codes[row, level]} in row {row}, level "
             f"{level} ({len(wrong)} codes are out of range). Correct these codes or raise `codebook_sizes`."
         )
-    codes = np.array(codes, dtype=np.int32, order="C")
-    # Read-only, because the lookup tables are derived from the codes.
-    codes.flags.writeable = False
-    return codes
 
 
 def _repeated_message(item_ids: list[str]) -> str:
@@ -352,9 +377,3 @@ def _repeated_message(item_ids: list[str]) -> str:
 
 def _titles_message(num_items: int, num_titles: int) -> str:
     return f'`titles` must have one title per item ({num_items}), got {num_titles}. Pass "" for an item without title.'
-
-
-def _fingerprint(catalog: ItemCatalog) -> str:
-    digest = hashlib.sha256(json.dumps(catalog.item_ids).encode())
-    digest.update(catalog.codes.astype("<i4").tobytes())
-    return digest.hexdigest()

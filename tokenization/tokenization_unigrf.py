@@ -148,7 +148,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
     @property
     def provenance(self) -> dict[str, Any]:
         """Origin of the codes, as JSON types."""
-        return self._catalog.provenance
+        return self._catalog.stored_provenance
 
     @property
     def num_items(self) -> int:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_unigrf import CatalogTrie, ItemFilter, trie_unigrf
+from modeling_unigrf.trie_unigrf import lexicographic_order
 
 catalogs = st.fixed_dictionaries(
     {
@@ -50,9 +51,32 @@ def test_the_trie_holds_exactly_the_catalog(catalog):
     assert trie.leaf_items[nodes].tolist() == trie.lookup(prefixes).tolist()
 
 
+@settings(max_examples=60, deadline=None)
+@given(catalog=catalogs, earlier=st.floats(0, 1), grows=st.booleans())
+def test_an_appended_trie_equals_one_built_at_once(catalog, earlier, grows):
+    trie, codes, _ = build(**catalog)
+    sizes = catalog["sizes"]
+    count = min(len(codes), max(1, round(earlier * len(codes))))
+    # The last codebook may grow with the new items.
+    last = int(codes[:count, -1].max()) + 1 if grows and count < len(codes) else sizes[-1]
+    with mock.patch.object(trie_unigrf, "DENSE_ENTRIES", catalog["dense_entries"]):
+        appended = CatalogTrie(codes[:count], [*sizes[:-1], last])
+        for part in torch.arange(count, len(codes)).tensor_split(2):
+            if len(part):
+                with mock.patch.object(trie_unigrf, "lexicographic_order", wraps=lexicographic_order) as order:
+                    appended = CatalogTrie(codes, sizes, part, appended)
+                assert [len(call.args[0]) for call in order.call_args_list] == [len(part)], "sort new items alone"
+                with pytest.raises(ValueError, match=f"for both items {part[0]} and {len(codes)}"):
+                    CatalogTrie(torch.cat([codes, codes[part[:1]]]), sizes, torch.tensor([len(codes)]), appended)
+    assert appended.num_items == trie.num_items and torch.equal(appended.leaf_items, trie.leaf_items)
+    for level, other in zip(appended.levels, trie.levels, strict=True):
+        for name, value in vars(other).items():
+            torch.testing.assert_close(getattr(level, name), value, rtol=0, atol=0, msg=name)
+
+
 def test_a_level_may_have_more_codes_than_float32_counts():
     count = 2**24 + 8
-    level = trie_unigrf.TrieLevel.build(count, torch.zeros(count).long(), torch.arange(count).int(), 1)
+    level = trie_unigrf.TrieLevel.build(count, torch.tensor([0, count]), torch.arange(count).int())
     last = torch.arange(count - 9, count)
     assert torch.equal(level.child(torch.zeros_like(last), last), last)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from decimal import Decimal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -362,6 +363,36 @@ def test_added_items_are_unique_and_keep_the_old_ones(quantizer, seed, num_new, 
     for prefix in np.unique(tokenizer.item_codes[:, :2], axis=0):
         group = tokenizer.item_codes[(tokenizer.item_codes[:, :2] == prefix).all(1), 2]
         assert sorted(group) == list(range(len(group)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), counts=st.lists(st.integers(0, 20), min_size=1, max_size=3), copies=st.booleans())
+def test_an_appended_catalog_equals_one_built_at_once(quantizer, seed, counts, copies):
+    num_items = 50 + sum(counts)
+    embeddings = random_embeddings(num_items, seed)
+    if copies:
+        embeddings[50:] = embeddings[0]
+    ids = [f"item{i}" for i in range(num_items)]
+    tokenizer = SemanticIdTokenizer.from_embeddings(ids[:50], embeddings[:50], quantizer, ["view"], titles=ids[:50])
+    first = 50
+    for count in counts:
+        new = slice(first, first + count)
+        with mock.patch("numpy.argsort", wraps=np.argsort) as sort, mock.patch("json.dumps", wraps=json.dumps) as dump:
+            tokenizer.add_items(ids[new], embeddings[new], ids[new])
+        assert all(len(call.args[0]) <= count for call in sort.call_args_list), "sort new items alone"
+        assert all(len(call.args[0]) < 50 for call in dump.call_args_list), "write no list of all items"
+        first += count
+    at_once = SemanticIdTokenizer.from_codes(
+        ids, tokenizer.item_codes, tokenizer.codebook_sizes, ["view"], ids, quantizer, tokenizer.provenance
+    )
+    everything = np.array(list(np.ndindex(*tokenizer.codebook_sizes)))
+    for catalog in (tokenizer, at_once):
+        assert catalog.item_ids == catalog.titles == ids
+        assert catalog.item_indices(ids).tolist() == list(range(num_items))
+        known = {tuple(code) for code in catalog.item_codes.tolist()}
+        tokens = everything[[tuple(code) in known for code in everything.tolist()]] + np.array(catalog.code_offsets)
+        np.testing.assert_array_equal(catalog.item_tokens(catalog.decode_indices(tokens.flatten())), tokens)
+    assert tokenizer.provenance == at_once.provenance and tokenizer.get_vocab() == at_once.get_vocab()
 
 
 def test_invalid_additions_leave_the_tokenizer_unchanged(tokenizer):
