@@ -61,8 +61,8 @@ class TrieLevel:
     @classmethod
     def empty(cls, num_codes: int, num_parents: int, device: torch.device) -> "TrieLevel":
         """Build a level without nodes."""
-        nothing = torch.zeros(num_parents + 1, dtype=torch.long, device=device)
-        return cls.build(num_codes, nothing, nothing[:0])
+        child_start = torch.zeros(num_parents + 1, dtype=torch.long, device=device)
+        return cls.build(num_codes, child_start, child_start[:0])
 
     def inserted(
         self,
