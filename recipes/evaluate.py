@@ -28,7 +28,7 @@ from modeling_unigrf import UniGRFForCausalLM
 from modeling_unigrf.recommendation_unigrf import FUSED_SCORES
 from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.arguments import COUNT, NOT_NEGATIVE, check_checkpoint, check_ranges, parse_arguments
-from recipes.common.files import check_writable, read_json, whole_file, write_json
+from recipes.common.files import check_writable, read_json, whole_folder, write_json
 from recipes.common.hashing import weights_hash
 from recipes.data.leave_one_out import unseen_targets
 from recipes.data.prepared import check_same_items, load_prepared, load_splits, prepared
@@ -383,10 +383,10 @@ def selection_of(args: EvaluateArguments, chosen: dict, baselines: dict, is_refi
 
 
 def write_results(output_dir: Path, metrics: dict, ranks: dict) -> None:
-    """Write `metrics.json` and `ranks.json`."""
-    write_json(output_dir / "metrics.json", metrics)
-    with whole_file(output_dir / "ranks.json") as file:
-        file.write_text(json.dumps(ranks))
+    """Write `metrics.json` and `ranks.json`, or leave both as they are."""
+    with whole_folder(output_dir, "metrics.json") as folder:
+        write_json(folder / "metrics.json", metrics)
+        (folder / "ranks.json").write_text(json.dumps(ranks))
 
 
 def load_inputs(args: EvaluateArguments) -> tuple[dict, SemanticIdTokenizer, UniGRFForCausalLM]:

@@ -46,7 +46,7 @@ from datasets import DatasetDict
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.common.arguments import check_folder, parse_arguments
-from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, write_json
+from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, write_errors, write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
 from recipes.data.tables import check_rows, read_interactions, read_table, text_column
@@ -157,8 +157,9 @@ def prepare(args: PrepareArguments) -> Path:
         tokenizer = new_tokenizer(args, items, embeddings, behaviors, popularity, provenance)
     else:
         tokenizer = with_new_items(earlier, items, embeddings)
-    tokenizer.save_pretrained(output_dir / "tokenizer")
-    splits.save_to_disk(output_dir / "dataset")
+    with write_errors(output_dir):
+        tokenizer.save_pretrained(output_dir / "tokenizer")
+        splits.save_to_disk(output_dir / "dataset")
 
     # Record
     # The statistics of an earlier tokenizer describe its first items only.

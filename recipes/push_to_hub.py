@@ -36,7 +36,7 @@ from modeling_unigrf.adapters_unigrf import (
     find_adapter,
 )
 from recipes.common.arguments import REPOSITORY, check_checkpoint, parse_arguments
-from recipes.common.files import check_writable, read_json, write_json
+from recipes.common.files import check_writable, read_json, whole_folder, write_json
 from recipes.common.hashing import weights_hash
 from recipes.evaluation.beyond_accuracy import RECALLS, STATISTICS
 from recipes.evaluation.inference import load_checkpoint
@@ -209,36 +209,37 @@ def write_folder(args: PushArguments, folder: Path) -> None:
     check_writable(folder, "output_dir", num_bytes)
 
     # Write the files.
-    if adapter is None:
-        recommender.save_pretrained(folder)
-    else:
-        write_adapter(adapter, str(base), recommender.tokenizer, folder)
-    pictures, training = copy_reports(args, folder)
     tokenizer = recommender.tokenizer
     history = {"items": tokenizer.item_ids[:2], "behaviors": [tokenizer.behaviors[-1]] * 2}
-    card = ModelCard.from_template(
-        card_data(args.repo_id, args.dataset_name, metrics, base),
-        template_path=str(TEMPLATE),
-        repo_id=args.repo_id,
-        dataset_name=args.dataset_name,
-        model_name=args.repo_id.split("/")[-1],
-        base_model=base,
-        results=metrics,
-        columns=COLUMNS,
-        best=best_values(metrics),
-        statistics=STATISTICS,
-        recalls=RECALLS,
-        config=recommender.model.config,
-        generation_config=recommender.model.generation_config,
-        num_parameters=recommender.model.num_parameters(),
-        tokenizer=tokenizer,
-        training=training,
-        text=markdown_text,
-        pictures=pictures,
-        history=history,
-        list_length=min(10, recommender.model.serving_options().max_return_sequences),
-    )
-    card.save(folder / "README.md")
+    with whole_folder(folder, "README.md") as unfinished:
+        if adapter is None:
+            recommender.save_pretrained(unfinished)
+        else:
+            write_adapter(adapter, str(base), tokenizer, unfinished)
+        pictures, training = copy_reports(args, unfinished)
+        card = ModelCard.from_template(
+            card_data(args.repo_id, args.dataset_name, metrics, base),
+            template_path=str(TEMPLATE),
+            repo_id=args.repo_id,
+            dataset_name=args.dataset_name,
+            model_name=args.repo_id.split("/")[-1],
+            base_model=base,
+            results=metrics,
+            columns=COLUMNS,
+            best=best_values(metrics),
+            statistics=STATISTICS,
+            recalls=RECALLS,
+            config=recommender.model.config,
+            generation_config=recommender.model.generation_config,
+            num_parameters=recommender.model.num_parameters(),
+            tokenizer=tokenizer,
+            training=training,
+            text=markdown_text,
+            pictures=pictures,
+            history=history,
+            list_length=min(10, recommender.model.serving_options().max_return_sequences),
+        )
+        card.save(unfinished / "README.md")
 
     # Check them.
     check_files(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modeling_unigrf import RecommendationPipeline
 from recipes.common.arguments import check_checkpoint, parse_arguments
-from recipes.common.files import check_writable, write_json
+from recipes.common.files import check_writable, whole_folder, write_json
 from recipes.data.prepared import load_prepared, prepared
 from recipes.evaluation.inference import load_checkpoint
 from recipes.training.model_init import add_new_items, check_first_items
@@ -58,9 +58,11 @@ def refresh(args: RefreshArguments) -> Path:
     before = int(model.transitions.item_counts.sum())
     model.transitions.clear()
     model.update_transitions(histories)
-    # recipes.evaluate must not measure on what was counted, also after an interrupted run.
-    write_json(output_dir / "training_log.json", {"interactions": record["inputs"]["interactions"], "refit": "test"})
-    RecommendationPipeline(model=model, tokenizer=data.tokenizer).save_pretrained(output_dir)
+    with whole_folder(output_dir, "training_log.json") as folder:
+        # recipes.evaluate must not measure on what was counted.
+        log = {"interactions": record["inputs"]["interactions"], "refit": "test"}
+        write_json(folder / "training_log.json", log)
+        RecommendationPipeline(model=model, tokenizer=data.tokenizer).save_pretrained(folder)
     print(
         f"{output_dir}: {int(model.transitions.item_counts.sum()):,} interactions instead of {before:,}, "
         f"{data.tokenizer.num_items - earlier.num_items:,} new items, {time.perf_counter() - started:.1f} seconds"

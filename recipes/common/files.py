@@ -13,6 +13,33 @@ from typing import Any
 import pyarrow as pa
 from safetensors import SafetensorError
 
+# Words for a full or failing disk. Many writers report it without a file, in errors of their own.
+WRITE_FAILURES = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Input/output error",
+    "Read-only file system",
+    # torch.save
+    "file write failed",
+    "unexpected pos",
+)
+
+
+@contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Raise `ValueError` with the path where the disk is full, or fails, in a `with` block that writes there."""
+    try:
+        yield
+    except Exception as error:
+        # A `ValueError` names the path already.
+        if isinstance(error, ValueError) or not any(words in str(error) for words in WRITE_FAILURES):
+            raise
+        raise ValueError(
+            f"{path} must be written whole, got {type(error).__name__}: {error}. Free some space, or choose another "
+            "folder, and run the command again."
+        ) from error
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -26,11 +53,37 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished.touch()
     mode = unfinished.stat().st_mode
     try:
-        yield unfinished
+        with write_errors(path):
+            yield unfinished
         unfinished.chmod(mode)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, record: str) -> Iterator[Path]:
+    """
+    Yield a hidden folder, and move its files to `folder` at the end: all of them or, after an error, none.
+
+    Args:
+        folder: Folder that receives the files. Its other files stay.
+        record: Name of the file that vouches for the others. It goes first and comes last.
+    """
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with write_errors(folder):
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            files = [path for path in unfinished.rglob("*") if path.is_file()]
+            (folder / record).unlink(missing_ok=True)
+            for file in sorted(files, key=lambda file: file == unfinished / record):
+                target = folder / file.relative_to(unfinished)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json(path: Path, data: dict) -> None:

@@ -12,7 +12,6 @@ test targets.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from modeling_unigrf.transitions_unigrf import TransitionSettings, UniGRFTransitions
 from recipes.common.arguments import check_ranges, parse_arguments
-from recipes.common.files import check_writable
+from recipes.common.files import check_writable, write_json
 from recipes.data.prepared import load_prepared
 from recipes.evaluation.beyond_accuracy import ListStatistics
 from recipes.evaluation.inference import ranks_as_json
@@ -376,7 +375,7 @@ def main() -> None:
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in result["test"].items())
         print(f"{name} {result['settings']}: {numbers} (lists of {args.k} items)")
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(results, indent=1))
+        write_json(Path(args.output_file), results)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 `recipes.demo` writes this report. The function measures nothing, so a report can be written again at any time.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from recipes.common.files import read_json, whole_file
 from recipes.evaluation.beyond_accuracy import RECALLS, STATISTICS
 from tokenization import SemanticIdTokenizer
 
@@ -47,9 +47,9 @@ def report_of_checkpoint(
     return write_report(
         output_dir,
         metrics,
-        json.loads(log.read_text()).get("log_history", []) if log.is_file() else [],
+        read_json(log).get("log_history", []) if log.is_file() else [],
         [np.bincount(codes, minlength=size).tolist() for codes, size in levels],
-        json.loads((Path(output_dir) / "ranks.json").read_text()),
+        read_json(Path(output_dir) / "ranks.json"),
         examples,
     )
 
@@ -95,7 +95,8 @@ def write_report(
     _recall_at_k(output_dir / "recall_at_k.png", ranks)
     _codebooks(output_dir / "codebooks.png", code_counts)
     path = output_dir / "report.md"
-    path.write_text(report_text(metrics, code_counts, examples), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write_text(report_text(metrics, code_counts, examples), encoding="utf-8")
     return path
 
 
@@ -248,5 +249,6 @@ def _save(figure: plt.Figure, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     plt.close(figure)

@@ -12,9 +12,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig
-from modeling_unigrf.adapters_unigrf import RECORD_FILE, find_adapter
+from modeling_unigrf.adapters_unigrf import RECORD_FILE, TRANSITIONS_FILE, find_adapter
 from recipes.common.arguments import check_folder, parse_arguments
-from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, read_json, write_json
+from recipes.common.files import (
+    check_writable,
+    damaged_files,
+    file_sizes,
+    is_whole_json,
+    read_json,
+    whole_folder,
+    write_errors,
+    write_json,
+)
 from recipes.common.hashing import sha256, weights_of
 from recipes.common.run_tracking import begin, last_checkpoint, require_single_device
 from recipes.data.leave_one_out import with_held_out
@@ -76,19 +85,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     saved = [callback.file for callback in callbacks if isinstance(callback, StatefulCallback)]
     last = last_checkpoint(training_args.output_dir, saved)
     find_best_checkpoint(training_args, last)
-    metrics = fit(trainer, last)
+    with write_errors(training_args.output_dir):
+        metrics = fit(trainer, last)
 
     # Result. All processes gather the weights that FSDP or ZeRO spreads over them.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        # The record of an earlier training does not vouch for new weights.
-        run.log_file.unlink(missing_ok=True)
-        if model_args.lora is None:
-            trainer.model.save_pretrained(run.folder, state_dict=weights)
-        else:
-            save_adapter(trained, str(model_args.init_from), run.folder)
-        data.tokenizer.save_pretrained(run.folder)
-        run.write_log(metrics, trainer.state.log_history)
+        with whole_folder(run.folder, run.log_file.name) as folder:
+            if model_args.lora is None:
+                trainer.model.save_pretrained(folder, state_dict=weights)
+            else:
+                save_adapter(trained, str(model_args.init_from), folder)
+            data.tokenizer.save_pretrained(folder)
+            run.write_log(folder, metrics, trainer.state.log_history)
+            if not (folder / TRANSITIONS_FILE).exists():
+                # An adapter would take the table of an earlier one.
+                (run.folder / TRANSITIONS_FILE).unlink(missing_ok=True)
     if training_args.distributed_state is not None:
         # The caller of any process may read the folder.
         training_args.distributed_state.wait_for_everyone()
@@ -236,12 +248,12 @@ class TrainingRun:
         print(f"{self.folder} is trained again, since {damaged or 'its weights'} are missing or changed", flush=True)
         return False
 
-    def write_log(self, metrics: dict[str, float], log_history: list[dict]) -> None:
-        """Write the training log, which vouches for the files of the folder."""
-        files = [file for file in self.folder.iterdir() if file.suffix in MODEL_FILES and file != self.log_file]
-        record = {"work": self.work, "files": file_sizes(files, self.folder), "weights": weights_of(self.folder)}
+    def write_log(self, folder: Path, metrics: dict[str, float], log_history: list[dict]) -> None:
+        """Write the training log, which vouches for the files of a folder, into it."""
+        files = [file for file in folder.iterdir() if file.suffix in MODEL_FILES]
+        record = {"work": self.work, "files": file_sizes(files, folder), "weights": weights_of(folder)}
         log = {"metrics": metrics, "log_history": log_history, "interactions": self.interactions, "refit": self.refit}
-        write_json(self.log_file, {**record, **log})
+        write_json(folder / self.log_file.name, {**record, **log})
 
 
 def recorded_arguments(

@@ -2,19 +2,25 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from recipes.common import result_files
 from recipes.common import run_tracking as runs
-from recipes.common.files import check_writable
+from recipes.common.files import check_writable, whole_file, whole_folder
 from recipes.common.run_tracking import Stages
 from recipes.data.prepared import load_prepared
 from recipes.data.prepared import prepared as data_record
+from tokenization.wordlevel_backend import build_backend
 
 
 def trainer_checkpoint(folder, *files):
@@ -168,6 +174,49 @@ def test_a_folder_is_checked_before_the_work(tmp_path):
         check_writable(tmp_path / "new", "output_dir", 2**60)
     check_writable(tmp_path / "new", "output_dir")
     assert not list((tmp_path / "new").iterdir())
+
+
+@contextmanager
+def file_size_limit(num_bytes):
+    """Let each writer of this process, in whatever language, fail beyond this size, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 10**6),
+    "safetensors": lambda path: save_file({"weight": torch.zeros(10**6)}, path),
+    "torch": lambda path: torch.save(torch.zeros(10**6), path),
+    "parquet": lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).normal(size=10**5)}), path),
+    "tokenizer": lambda path: build_backend({f"<{i}>": i for i in range(10**5)}).save(str(path)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_named_and_earlier_files_stay(tmp_path, write):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("weights", "record"):
+        (folder / name).write_text("earlier")
+
+    def error_of(path):
+        return pytest.raises(ValueError, match=f"{path} must be written whole, got .*Free some space")
+
+    with file_size_limit(2**17):
+        with error_of(folder / "weights"), whole_file(folder / "weights") as file:
+            write(file)
+        with error_of(folder), whole_folder(folder, "record") as unfinished:
+            (unfinished / "record").write_text("later")
+            write(unfinished / "weights")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"weights": "earlier", "record": "earlier"}
+    with whole_folder(folder, "record") as unfinished:
+        (unfinished / "part").mkdir()
+        write(unfinished / "part" / "weights")
+    assert sorted(path.name for path in folder.iterdir()) == ["part", "weights"], "nothing vouches for these files"
 
 
 def test_collected_runs_are_merged_and_never_mixed(tmp_path):

@@ -263,14 +263,24 @@ def test_a_finished_training_is_reused_only_while_it_is_whole(prepared, tmp_path
             assert "is trained again" in capsys.readouterr().out
             assert (first / "model.safetensors").read_bytes() == weights
 
-    # A second training into the folder, killed in its last save.
-    with monkeypatch.context() as patch:
-        patch.setattr("recipes.training.run.TrainingRun.write_log", lambda *_: pytest.fail("killed"))
-        with pytest.raises(pytest.fail.Exception):
-            trained("two", "--seed=7")
-    assert (first / "model.safetensors").read_bytes() != weights
-    trained("one")
-    assert "reused" not in capsys.readouterr().out and (first / "model.safetensors").read_bytes() == weights
+    # A second training into the folder, killed before or while its files take their places.
+    def replace(source, target, move=os.replace):
+        move(source, target)
+        if target == first / "model.safetensors":
+            pytest.fail("killed")
+
+    killers = {"recipes.training.run.TrainingRun.write_log": lambda *_: pytest.fail("killed"), "os.replace": replace}
+    for name, kill in killers.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(name, kill)
+            with pytest.raises(pytest.fail.Exception):
+                trained("two", "--seed=7")
+        is_whole = kill is not replace
+        assert ((first / "model.safetensors").read_bytes() == weights) == is_whole
+        capsys.readouterr()
+        trained("one")
+        assert ("reused" in capsys.readouterr().out) == is_whole
+        assert (first / "model.safetensors").read_bytes() == weights
 
 
 def test_a_moved_training_goes_on_with_the_same_data(prepared, tmp_path, capsys):
