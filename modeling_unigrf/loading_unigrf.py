@@ -1,6 +1,7 @@
 # Copyright 2026 The UniGRF authors. Licensed under the Apache License, Version 2.0.
 """Checks of a saved model: its files are readable and whole, and nothing that is missing is filled in."""
 
+import json
 import os
 from pathlib import Path
 
@@ -76,11 +77,24 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
     return dtypes
 
 
+def check_json_files(folder: Path) -> None:
+    """Raise `ValueError` unless the config of a model in a folder, and the index of its weights, are JSON objects."""
+    for path in [*folder.glob("config.json"), *folder.glob("model*.index.json")]:
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            content = error
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{path} must hold a JSON object, got {content!r:.200}. Save it again, or copy the whole folder."
+            )
+
+
 def check_generation_config(source: str | os.PathLike, place: dict) -> None:
     """Raise `ValueError` unless a checkpoint has its generation_config.json, which transformers would replace."""
     try:
         GenerationConfig.from_pretrained(source, **hub_arguments(place))
-    except OSError as error:
+    except (OSError, TypeError) as error:
         raise ValueError(
             f"{source} must have a whole generation_config.json, which says how the model serves, got none or a "
             f"damaged one ({error}). Copy the whole folder, or pass generation_config=GenerationConfig() for the "

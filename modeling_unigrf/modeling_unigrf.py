@@ -30,7 +30,7 @@ from .generation_unigrf import UniGRFGenerationMixin, generation_defaults
 from .inputs_unigrf import check_history
 from .item_lists_unigrf import check_items, describe, is_integer
 from .layout_unigrf import ItemLayout
-from .loading_unigrf import check_weights, hub_arguments, register_calls, stored_dtypes
+from .loading_unigrf import check_json_files, check_weights, hub_arguments, register_calls, stored_dtypes
 from .metrics_unigrf import TrainerMetrics  # noqa: F401  # so that its file goes with every saved model
 from .modeling_hstu import HSTUModel
 from .objective_unigrf import Objective
@@ -138,9 +138,24 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         serving, kwargs = take_old_serving_fields(kwargs)
         place = hub_arguments(kwargs)
         source = pretrained_model_name_or_path
-        if source is not None and Path(source).is_dir():
-            stored_dtypes(Path(source))
-        model, loading_info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        folder = None if source is None else Path(source, kwargs.get("subfolder") or "")
+        if folder is not None and folder.is_dir():
+            stored_dtypes(folder)
+            check_json_files(folder)
+            # Without a config, transformers would take that of a new model.
+            if kwargs.get("config") is None and not args and not (folder / "config.json").is_file():
+                raise ValueError(
+                    f"{folder} must have a config.json, got none. Check the path, or copy the whole folder."
+                )
+        try:
+            model, loading_info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{source} must have weights of the shapes that its config describes, got others, which the report "
+                "above lists. Save the model again, or copy the whole folder."
+            ) from error
         if source is not None:
             check_weights(model, loading_info["missing_keys"], place)
         # Otherwise `save_pretrained` would write the old names again.

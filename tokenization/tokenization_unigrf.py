@@ -6,6 +6,7 @@ The collision token, which makes semantic IDs unique, is the last level, so it c
 """
 
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from .history_decoding import decode_rows
 from .history_encoding import check_rows, encode_batch, encode_indices, known_rows, pad_timestamps
 from .item_catalog import ItemCatalog
 from .residual_kmeans import ResidualKMeans
-from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE
+from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object
 from .vocabulary_layout import SPECIAL_TOKENS, VocabularyLayout, check_behaviors
 from .wordlevel_backend import build_backend, grow_backend, load_backend
 
@@ -59,6 +60,16 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         # Do not save how the tokenizer was loaded.
         for key in ("is_local", "local_files_only"):
             self.init_kwargs.pop(key, None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a tokenizer as every tokenizer of transformers; `ValueError` for a file that is missing or damaged."""
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            # transformers would not name them.
+            for name in ("tokenizer_config.json", "tokenizer.json"):
+                read_json_object(folder / name, name)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_codes(

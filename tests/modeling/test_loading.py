@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import build_model, random_histories
+from helpers import build_model, random_histories, short_id
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, pipeline
 
-from modeling_unigrf import UniGRFForCausalLM
+from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
 from tokenization import SemanticIdTokenizer
 
 WEIGHTS = [
@@ -107,7 +107,7 @@ def test_tied_weights_are_not_missing(tmp_path):
         UniGRFForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"num_beams": 7, "max_new'], ids=["missing", "empty", "truncated"])
+@pytest.mark.parametrize("content", [None, "", '{"num_beams": 7, "max_new', "[1]"], ids=short_id)
 def test_a_missing_generation_config_is_not_filled_in(folder, content):
     file = folder / "generation_config.json"
     file.unlink() if content is None else file.write_text(content)
@@ -119,6 +119,24 @@ def test_a_missing_generation_config_is_not_filled_in(folder, content):
     chosen = UniGRFForCausalLM.from_pretrained(folder, generation_config=GenerationConfig(num_beams=5))
     assert chosen.serving_options().num_beams == 5
     assert AutoModel.from_pretrained(folder) is not None
+
+
+@pytest.mark.parametrize("content", [None, "", '{"num_items": 3', "[1]"], ids=short_id)
+def test_a_missing_or_damaged_config_is_named(folder, content):
+    file = folder / "config.json"
+    config = UniGRFConfig.from_pretrained(folder)
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json.*, got .*copy the whole folder"):
+        UniGRFForCausalLM.from_pretrained(folder)
+    if content is None:
+        assert UniGRFForCausalLM.from_pretrained(folder, config=config).catalog.num_items == 30
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_other_shapes_are_an_error(folder, name):
+    change_weights(folder, lambda weights: weights.update({name: weights[name][:-1].clone()}))
+    with pytest.raises(ValueError, match=rf"{folder} must have weights of the shapes that its config describes"):
+        UniGRFForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("is_int8", [True, False])
