@@ -38,13 +38,16 @@ class UniGRFSimilarityMixin:
             `torch.FloatTensor` of shape `(n, config.representation_size)`, in the model's dtype.
 
         Raises:
-            ValueError: for items outside the catalog, and for a model without item representations.
+            ValueError: for items outside the catalog, a model without item representations, and numbers that are not
+                finite.
         """
         self._check_similarity("representation")
         if items is None:
             items = range(self.catalog.num_items)
         items = catalog_items("items", items, self.catalog.num_items, self.catalog.item_codes.device)
-        return torch.cat([self.scorer.representations(part) for part in items.split(MAX_LEAVES)])
+        vectors = torch.cat([self.scorer.representations(part) for part in items.split(MAX_LEAVES)])
+        check_scores("item_representations", ~vectors.isfinite().all())
+        return vectors
 
     @torch.no_grad()
     def user_vectors(
@@ -63,7 +66,8 @@ class UniGRFSimilarityMixin:
             `torch.FloatTensor` of shape `(batch_size, config.representation_size)`, in the model's dtype.
 
         Raises:
-            ValueError: for a model without dense-retrieval scores, and the reasons of `recommend`.
+            ValueError: for a model without dense-retrieval scores, numbers that are not finite, and the reasons of
+                `recommend`.
         """
         if not self.scorer.has_dense_scores:
             raise ValueError(
@@ -72,7 +76,9 @@ class UniGRFSimilarityMixin:
                 f"{SIMILARITIES['representation']}."
             )
         states = self.prefill(input_ids, attention_mask, timestamps=timestamps, query_time=query_time)
-        return self.scorer.ranking_head.history_query(states)
+        vectors = self.scorer.ranking_head.history_query(states)
+        check_scores("user_vectors", ~vectors.isfinite().all())
+        return vectors
 
     @torch.no_grad()
     def similar_items(

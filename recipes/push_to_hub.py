@@ -13,6 +13,7 @@ The card is `model_card.md`, filled with the metrics of the run.
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -98,7 +99,7 @@ class PushArguments:
 
 
 def read_metrics(path: Path) -> dict:
-    """Read metrics.json; raise `ValueError` if it lacks a part that the card shows."""
+    """Read metrics.json; raise `ValueError` if a part that the card shows is missing, or a figure is not finite."""
     if not path.is_file():
         raise ValueError(f"`metrics` must be a metrics.json file, got no file at {path}. Run recipes.evaluate first.")
     metrics = read_json(path)
@@ -112,7 +113,16 @@ def read_metrics(path: Path) -> dict:
         raise ValueError(
             f"`metrics` must have all parts that the card shows, got {path} without {missing}. Run recipes.evaluate."
         )
+    figures = {f"{name}.{column}": values[column] for name, values in results.items() for column in COLUMNS}
+    figures |= {f"ranking.{name}": value for name, value in metrics["ranking"].items() if name == "auc"}
+    if wrong := {name: value for name, value in figures.items() if not is_figure(value)}:
+        raise ValueError(f"`metrics` must have finite figures, got {wrong} in {path}. Run recipes.evaluate again.")
     return metrics
+
+
+def is_figure(value: object) -> bool:
+    """Return whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def measured_recommender(folder: Path, metrics: dict) -> RecommendationPipeline:
@@ -324,7 +334,7 @@ def figures_of(log: dict) -> dict:
     """Return the figures of a training log, and nothing that could name a folder or a person."""
 
     def numbers(entry: dict) -> dict[str, float]:
-        return {name: value for name, value in entry.items() if isinstance(value, int | float)}
+        return {name: value for name, value in entry.items() if is_figure(value)}
 
     return {
         "metrics": numbers(log.get("metrics", {})),

@@ -83,6 +83,17 @@ def test_what_the_model_lacks_is_reported():
             call()
 
 
+def test_vectors_that_are_not_finite_are_an_error():
+    model = build()
+    history = random_histories(model, [2])[:2]
+    model.model.language_model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="`user_vectors` must be finite"):
+        model.user_vectors(*history)
+    model.item_encoder.table.weight.data[7] = torch.inf
+    with pytest.raises(ValueError, match="`item_representations` must be finite"):
+        model.item_representations()
+
+
 def test_similarities_that_are_not_finite_are_an_error():
     model = build_model()
     # The representation reads the content, too.

@@ -327,8 +327,24 @@ def test_links_are_not_published(run, hub, tmp_path, name):
     assert not (tmp_path / "out").exists() and hub == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", None])
+@pytest.mark.parametrize("part", ["ranked", "baseline", "auc"])
+def test_figures_that_are_not_finite_are_not_published(run, tmp_path, hub, part, value):
+    metrics = json.loads((run / "metrics.json").read_text())
+    if part == "auc":
+        metrics["ranking"]["auc"] = value
+    else:
+        values = metrics["ranked"] if part == "ranked" else metrics["baselines"]["popularity"]
+        values["recall@10"] = value
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="`metrics` must have finite figures, got"):
+        push(arguments(run, metrics=str(tmp_path / "metrics.json"), dry_run=True, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists() and hub == []
+
+
 def test_the_training_log_is_published_as_figures():
     log = {"metrics": {"train_loss": 1.5, "path": "/home/me"}, "log_history": [{"step": 1, "note": "/home/me"}]}
+    log["log_history"][0]["grad_norm"] = float("nan")
     log |= {"work": "hash", "files": {"/home/me": 1}, "data_dir": "/home/me"}
     assert push_to_hub.figures_of(log) == {"metrics": {"train_loss": 1.5}, "log_history": [{"step": 1}]}
 
