@@ -13,7 +13,7 @@ from transformers.trainer_utils import set_seed
 
 from modeling_unigrf import UniGRFConfig
 from modeling_unigrf.adapters_unigrf import RECORD_FILE, TRANSITIONS_FILE, find_adapter
-from recipes.common.arguments import check_folder, parse_arguments
+from recipes.common.arguments import REPOSITORY, check_folder, parse_arguments
 from recipes.common.files import (
     check_writable,
     damaged_files,
@@ -123,7 +123,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
 
 def check_no_adapter(init_from: str | None) -> None:
     """Raise `ValueError` if the checkpoint to start from is an adapter's folder."""
-    if init_from is not None and find_adapter(init_from, {}) is not None:
+    is_place = init_from is not None and (Path(init_from).is_dir() or REPOSITORY.fullmatch(init_from))
+    if is_place and find_adapter(init_from, {}) is not None:
         raise ValueError(
             f"`init_from` must be a whole checkpoint, got the adapter {init_from}. Save it merged: "
             f"`pipeline('recommendation', {init_from!r}, trust_remote_code=True).save_pretrained('merged')`."
