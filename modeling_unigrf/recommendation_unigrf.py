@@ -61,8 +61,8 @@ class ServingOptions:
             (`scorer.is_untrained`): learned scores bury what is new. Needs a table of transitions.
         popularity_correction (`float`, defaults to 0.0): Subtracted from the fused score, times the log number of
             interactions of the item: lists show more of the catalog. Needs a table of transitions.
-        diversity (`float`, defaults to 0.0): What a place of the list pays for likeness: an item counts this much less
-            for its greatest cosine to an item before it, by item representations (maximal marginal relevance:
+        diversity (`float`, defaults to 0.0): What an item pays for a cosine of 1 to an item before it in the list, by
+            item representations, in standard deviations of the request's fused scores (maximal marginal relevance:
             Carbonell and Goldstein 1998). The scores in the output stay the fused scores.
         rerank_top_k (`int`, defaults to 0): Beams that are ranked and returned: the best by generation and
             dense-retrieval scores. 0: all beams.
@@ -431,18 +431,21 @@ def diverse_order(
     Args:
         scores (`torch.FloatTensor` of shape `(batch_size, N)`): Fused scores; -inf: no item.
         vectors (`torch.FloatTensor` of shape `(batch_size, N, d)`): Item representations of the candidates.
-        diversity (`float`): The price of a cosine of 1.
+        diversity (`float`): The price of a cosine of 1, in standard deviations of the row's finite scores.
         count (`int`): Length of the lists, at most N.
 
     Returns:
         The scores and places of the listed candidates, both `[batch_size, count]`.
     """
     directions = nn.functional.normalize(vectors.float(), dim=-1)
+    spread = scores.masked_fill(scores == -torch.inf, torch.nan)
+    spread = (spread - spread.nanmean(dim=1, keepdim=True)).square().nanmean(dim=1, keepdim=True).sqrt()
+    price = diversity * spread.nan_to_num()
     left = scores
     nearest = torch.zeros_like(scores)
     columns = []
     for _ in range(count):
-        place = (left - diversity * nearest).argmax(dim=1, keepdim=True)
+        place = (left - price * nearest).argmax(dim=1, keepdim=True)
         columns.append((left.gather(1, place), place))
         chosen = directions.gather(1, place[..., None].expand(-1, -1, directions.shape[2]))
         nearest = torch.maximum(nearest, (directions @ chosen.transpose(1, 2))[..., 0])

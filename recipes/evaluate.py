@@ -139,8 +139,8 @@ class EvaluateArguments:
     diversity: float = field(
         default=0.0,
         metadata={
-            "help": "What an item pays for its greatest cosine to an item before it in the list. Validation chooses "
-            "without it; test measures with it."
+            "help": "What an item pays for a cosine of 1 to an item before it in the list, in standard deviations of "
+            "the user's scores. Validation chooses without it; test measures with it."
         },
     )
     rerank_top_k: int = field(

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.benchmarks import report as decoding_report
-from recipes.benchmarks import serving
+from recipes.benchmarks import serving, training
 from recipes.common.arguments import parse_arguments
 from recipes.common.result_files import plus_minus, spread
 from recipes.evaluation.report import COLUMNS
 from recipes.papers.recochain import report as recochain_report
 from recipes.papers.taobao import report as taobao_report
 from recipes.papers.unigrf import report as unigrf_report
-from recipes.results import headline, lists
+from recipes.results import headline, lists, steering
 
 RESULTS = Path(__file__).parent
 RECIPES = RESULTS.parent
@@ -31,8 +31,8 @@ SEED = "seed of the codebooks"  # and of everything else in recipes.demo
 PAPERS = RECIPES / "papers"
 PAGES: dict[Path, tuple[str, ...]] = {
     RECIPES.parent / "README.md": ("headline",),
-    RESULTS / "README.md": ("index", "lists", DEMO),
-    RECIPES / "benchmarks" / "README.md": ("decoding_ratios", "decoding_h100_ratios", "serving"),
+    RESULTS / "README.md": ("index", "lists", DEMO, "steering"),
+    RECIPES / "benchmarks" / "README.md": ("decoding_ratios", "decoding_h100_ratios", "serving", "training"),
     RECIPES / "benchmarks" / "results" / "README.md": ("decoding", "decoding_h100"),
     PAPERS / "unigrf" / "README.md": ("unigrf_ml1m_excerpt",),
     PAPERS / "unigrf" / "results" / "README.md": ("unigrf_ml1m",),
@@ -133,7 +133,9 @@ TABLES = {
     "recochain_beauty_llama": recochain_report.table,
     "recochain_beauty_tried": recochain_report.tried_table,
     "serving": serving.table,
+    "steering": steering.table,
     "taobao": taobao_report.table,
+    "training": training.table,
     "unigrf_ml1m": unigrf_report.table,
 }
 # Tables of several files.

@@ -54,7 +54,7 @@ def test_an_adapter_has_all_that_its_model_had(base, adapter, tmp_path):
 
     model = UniGRFForCausalLM.from_pretrained(adapter)
     of_base = UniGRFForCausalLM.from_pretrained(base)
-    assert model.config.next_logit_bias > of_base.config.next_logit_bias > 0
+    assert of_base.config.next_logit_bias > model.config.next_logit_bias > 0
     assert model.config.training_config.negatives_per_item == 0.5
     assert model.config.num_transitions == model.transitions.neighbors.shape[1] == 7
     assert model.generation_config.max_items == 5 and of_base.generation_config.max_items == 6

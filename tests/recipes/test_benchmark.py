@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes.benchmarks import decoding as benchmark_decoding
-from recipes.benchmarks import ranking_cost
+from recipes.benchmarks import ranking_cost, training
 from recipes.benchmarks import report as decoding_report
 from recipes.benchmarks.baselines import DictTrie, StaticTrie, random_catalog
 
@@ -91,3 +91,12 @@ def test_the_baseline_tries_take_the_same_steps(level):
     by_dict, places = nested.step([prefixes.tolist()], scores, log_probs, 12)
     torch.testing.assert_close(by_static, by_dict)
     assert torch.equal(parents, places // 256)
+
+
+def test_the_training_benchmark_compares_all_losses(tmp_path):
+    sizes = {"hidden_size": 16, "rows": 2, "items": 4, "catalog": 50, "embedding_dim": 4, "repeats": 2}
+    training.main(training.TrainingSpeedArguments(output=str(tmp_path / "training.json"), **sizes))
+    result = json.loads((tmp_path / "training.json").read_text())
+    assert [row["contender"] for row in result["rows"]] == [training.STOCK, *training.CONTENDERS]
+    assert result["rows"][0]["of_stock"] == 1.0 and all(row["milliseconds"] > 0 for row in result["rows"])
+    assert result["sizes"].startswith("2 rows of 22 tokens")

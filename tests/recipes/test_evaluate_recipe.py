@@ -26,6 +26,8 @@ from recipes.evaluation import inference as measure
 from recipes.evaluation.inference import Measurement
 from recipes.refresh import RefreshArguments, refresh
 from recipes.results import tables as results
+from recipes.results.steering import SteeringArguments, measure_steering
+from recipes.results.steering import table as steering_table
 from recipes.training.arguments import DataArguments, ModelArguments
 from recipes.training.model_init import build_model, fresh_model
 from tokenization import SemanticIdTokenizer
@@ -68,6 +70,14 @@ def test_from_tables_to_metrics(prepared, tmp_path, monkeypatch, capsys):
     assert metrics["generation"]["recall@5"] > metrics["baselines"]["popularity"]["recall@5"]
     assert metrics["ranking"]["auc"] > 0.5
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    steered = measure_steering(SteeringArguments(str(checkpoint), str(prepared)))
+    served, *_, diverse = [row for row in steered["rows"] if not row["popularity_correction"]]
+    assert served["recall@10"] == pytest.approx(metrics["ranked"]["recall@10"], abs=1e-4), "as served"
+    assert metrics["beyond accuracy"]["ranked"]["gini"] == pytest.approx(served["gini"], abs=1e-4)
+    assert diverse["diversity of lists"] > served["diversity of lists"]
+    corrected = steered["rows"][-1]
+    assert corrected["popularity"] < served["popularity"] and corrected["novelty"] > served["novelty"]
+    assert "| `popularity_correction=2` | " in steering_table(steered)
     # The settings chosen on validation are the defaults of the checkpoint.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert model.generation_config.ranking_weight == metrics["selection"]["ranking_weight"]

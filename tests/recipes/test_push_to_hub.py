@@ -230,7 +230,7 @@ def test_the_card_states_the_metrics_in_metadata_and_text(repository, recommende
     assert re.search(r"One llama backbone of 2 layers, width 32 and 4 heads\n\([\d,]+ parameters", card.text)
     assert re.search(r"\| ranking: .* \"next\", \"dislike\", \"like\" \| 1 \|", card.text)
     assert "\n| dense: softmax over items, for `dense_score` | 1 |\n" in card.text
-    assert "\nRanking learns from 1 random negatives for each supervised item.\n" in card.text
+    assert "\nRanking learns from 0.1 random negatives for each supervised item.\n" in card.text
     assert "![Recall@K of every method](recall_at_k.png)" in card.text and "codebooks.png" not in card.text
     assert not re.search(r"\{\{|\{%|Undefined|None\b|\n\n\n", card.text)
 
