@@ -36,8 +36,10 @@ class UniGRFCatalog(nn.Module):
 
     The buffer `item_codes` holds `torch.int32` of shape `(num_items, L)`. With `config.content_embedding_dim`, the
     buffer `content_embeddings` has shape `(num_items, content_embedding_dim)`. Its dtype is the model's, or int8 with
-    `config.int8_content_embeddings`.
+    `config.int8_content_embeddings`. `has_items` says whether items were set or loaded; a new model has stand-ins.
     """
+
+    has_items = False
 
     def __init__(self, config):
         super().__init__()
@@ -219,6 +221,7 @@ class UniGRFCatalog(nn.Module):
         """Set all items, which `check` accepted, and their trie."""
         self.codebook_sizes = trie.codebook_sizes
         self.item_codes = item_codes
+        self.has_items = True
         self._store(trie)
         if content_embeddings is not None:
             self.content_embeddings = content_embeddings.to(self.content_embeddings)

@@ -177,6 +177,9 @@ class UniGRFConfig(PreTrainedConfig):
             the item is shown. None: `"next"` and, with two or more behaviors, each of them.
         num_items (`int`, defaults to 1):
             Number of items of the catalog, which is saved with the model.
+        item_ids_fingerprint (`dict`, *optional*):
+            Number of the first items, `num_items`, and the `sha256` of their ids, which a tokenizer of the model has.
+            `tokenizer.item_ids_fingerprint()` makes it. None: the ids are not compared.
         content_embedding_dim (`int`, defaults to 0):
             Width of the content embeddings, one vector an item. 0: the items have no content embeddings.
         int8_content_embeddings (`bool`, defaults to `False`):
@@ -247,6 +250,7 @@ class UniGRFConfig(PreTrainedConfig):
     code_temperature: float | int = 1.0
     ranking_targets: list[str] | tuple[str, ...] | None = None
     num_items: int = 1
+    item_ids_fingerprint: dict | None = None
     content_embedding_dim: int = 0
     int8_content_embeddings: bool = False
     project_content_embeddings: bool = True

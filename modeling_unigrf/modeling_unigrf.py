@@ -162,8 +162,10 @@ class UniGRFPreTrainedModel(PreTrainedModel):
         model._weight_conversions = []
         # A traced forward cannot build the trie.
         catalog = getattr(model, "catalog", None)
-        if catalog is not None and not catalog.item_codes.is_meta:
-            catalog.update_trie()
+        if catalog is not None:
+            catalog.has_items = True
+            if not catalog.item_codes.is_meta:
+                catalog.update_trie()
         if serving:
             model.generation_config.update(**serving, allow_custom_entries=True)
         register_calls(model)
@@ -427,6 +429,9 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
         """
         Set the items that exist. Call it once, before training, with the tokenizer's `item_codes`.
 
+        A later call, and one with another number of items than the config's, sets `config.item_ids_fingerprint` to
+        None, since the ids may be others. `tokenizer.item_ids_fingerprint()` makes the one of the new items.
+
         Args:
             item_codes (`torch.IntTensor` of shape `(num_items, num_levels)`): Codes of each item; row i is item i.
             content_embeddings (`torch.FloatTensor` of shape `(num_items, config.content_embedding_dim)`, *optional*):
@@ -437,9 +442,12 @@ class UniGRFItemModel(UniGRFPreTrainedModel):
             ValueError: for shared or impossible codes, wrong shapes and NaN. The catalog stays unchanged then.
         """
         check_in_memory([self.item_encoder])
+        is_first = not self.catalog.has_items
         self.catalog.replace(item_codes, content_embeddings)
         num_items = self.catalog.num_items
         config = self.config
+        if not is_first or num_items != config.num_items:
+            config.item_ids_fingerprint = None
         # A table of one row an item follows the catalog.
         if config.embedding_table_size == config.num_items != num_items:
             self.item_encoder.reset_rows(num_items, config.initializer_range)

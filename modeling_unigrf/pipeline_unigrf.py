@@ -46,6 +46,9 @@ SCORES = {
     "dense_scores": "dense_score",
     "transition_scores": "transition_score",
 }
+SAME_FOLDER = (
+    "Load both from one folder. After `codes = tokenizer.add_items(...)`, call `model.add_items(codes, ...)`."
+)
 LONG_HISTORY = {"items": "long_items", "behaviors": "long_behaviors", "timestamps": "long_timestamps"}
 
 
@@ -107,6 +110,47 @@ def check_columns(dataset: Any) -> None:
         raise ValueError("`inputs` must hold histories, got a data set without rows. Pass some.")
 
 
+def check_tokenizer(model, tokenizer) -> None:
+    """Raise `ValueError` unless model and tokenizer have the same items and behaviors, in the same rows."""
+    check_same_vocabulary(model, tokenizer)
+    check_same_items(model, tokenizer)
+
+
+def check_same_vocabulary(model, tokenizer) -> None:
+    """Raise `ValueError` unless model and tokenizer have the same behaviors, levels and number of items."""
+    if not hasattr(tokenizer, "config_fields"):
+        raise ValueError(f"`tokenizer` must be a SemanticIdTokenizer, got {describe(tokenizer)}. {SAME_FOLDER}")
+    expected = {
+        "num_items": len(model.catalog.item_codes),
+        **{name: getattr(model.config, name) for name in ("codebook_sizes", "behaviors", "bos_token_id")},
+    }
+    actual = tokenizer.config_fields()
+    for name, value in expected.items():
+        if actual[name] != value:
+            raise ValueError(
+                f"`tokenizer` must have the model's {name}={value}, got {name}={actual[name]}. {SAME_FOLDER}"
+            )
+
+
+def check_same_items(model, tokenizer) -> None:
+    """Raise `ValueError` unless the rows of model and tokenizer have the same codes and ids."""
+    codes = model.catalog.item_codes
+    differs = (codes.cpu().numpy() != tokenizer.item_codes).any(axis=1)
+    if differs.any():
+        item = int(differs.argmax())
+        raise ValueError(
+            f"`tokenizer` must have the model's codes {codes[item].tolist()} for item {item}, got "
+            f"{tokenizer.item_codes[item].tolist()} for the item {tokenizer.item_ids[item]!r}. {SAME_FOLDER}"
+        )
+    expected = model.config.item_ids_fingerprint
+    # Older checkpoints have none.
+    if expected is not None and tokenizer.item_ids_fingerprint(expected["num_items"]) != expected:
+        raise ValueError(
+            f"`tokenizer` must have the ids of the model's first {expected['num_items']} items in their order, got "
+            f"other ids or another order from {tokenizer.item_ids[0]!r} on. {SAME_FOLDER}"
+        )
+
+
 class RecommendationPipeline(Pipeline):
     """
     Recommend items from histories. Model, codebooks and item map come from a folder or Hub repository.
@@ -156,7 +200,7 @@ class RecommendationPipeline(Pipeline):
                 "(`pipeline(..., tokenizer=tokenizer)`)."
             )
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
-        self._checked_codes = (None, 0, None)
+        self._checked_items = (None, None)
         self.check_tokenizer()
 
     @classmethod
@@ -172,40 +216,20 @@ class RecommendationPipeline(Pipeline):
 
     def check_tokenizer(self) -> None:
         """
-        Check that model and tokenizer have the same items, codes and behaviors. Codes that fit are compared once.
+        Check that model and tokenizer have the same items, codes and behaviors. Items that fit are compared once.
 
         Raises:
             ValueError: for a tokenizer of another model, and items that one of the two lacks.
         """
-        advice = (
-            "Load both from one folder. After `codes = tokenizer.add_items(...)`, call `model.add_items(codes, ...)`."
-        )
-        tokenizer = self.tokenizer
-        if not hasattr(tokenizer, "config_fields"):
-            raise ValueError(f"`tokenizer` must be a SemanticIdTokenizer, got {describe(tokenizer)}. {advice}")
+        check_same_vocabulary(self.model, self.tokenizer)
         codes = self.model.catalog.item_codes
-        expected = {
-            "num_items": len(codes),
-            **{name: getattr(self.model.config, name) for name in ("codebook_sizes", "behaviors", "bos_token_id")},
-        }
-        actual = tokenizer.config_fields()
-        for name, value in expected.items():
-            if actual[name] != value:
-                raise ValueError(
-                    f"`tokenizer` must have the model's {name}={value}, got {name}={actual[name]}. {advice}"
-                )
-        version = codes_version(codes)
-        known_codes, known_version, known_item_codes = self._checked_codes
-        if known_codes is codes and known_version == version and known_item_codes is tokenizer.item_codes:
+        fingerprint = self.model.config.item_ids_fingerprint
+        checked = (codes, self.tokenizer.item_codes, codes_version(codes), fingerprint)
+        known = self._checked_items
+        if known[0] is codes and known[1] is self.tokenizer.item_codes and known[2:] == checked[2:]:
             return
-        differs = (codes.cpu().numpy() != tokenizer.item_codes).any(axis=1)
-        if differs.any():
-            item = int(differs.argmax())
-            raise ValueError(
-                f"`tokenizer` must have the model's codes {codes[item].tolist()} for item {item}, got "
-                f"{tokenizer.item_codes[item].tolist()} for the item {tokenizer.item_ids[item]!r}. {advice}"
-            )
-        self._checked_codes = (codes, version, tokenizer.item_codes)
+        check_same_items(self.model, self.tokenizer)
+        self._checked_items = checked
 
     def _sanitize_parameters(self, **kwargs):
         kwargs = convert_old_inputs(kwargs)

@@ -38,6 +38,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from modeling_unigrf import ServingOptions, UniGRFForCausalLM
+from modeling_unigrf.pipeline_unigrf import check_tokenizer
 from recipes.common.arguments import parse_arguments
 from recipes.common.config_arguments import arguments_from_config
 from recipes.common.files import check_writable, path_or_hub, read_json, whole_file
@@ -223,15 +224,6 @@ def list_columns(
     return {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
 
 
-def check_same_catalog(model: UniGRFForCausalLM, tokenizer: SemanticIdTokenizer) -> None:
-    """Raise `ValueError` unless the items of model and tokenizer have the same codes."""
-    if not np.array_equal(model.catalog.item_codes.cpu(), tokenizer.item_codes):
-        raise ValueError(
-            f"`tokenizer` must have the {model.config.num_items} items of the model and their codes, got "
-            f"{tokenizer.num_items} items or other codes. Load both from the same checkpoint."
-        )
-
-
 def recommend_dataset(
     model: UniGRFForCausalLM,
     tokenizer: SemanticIdTokenizer,
@@ -261,7 +253,7 @@ def recommend_dataset(
     output_dir = Path(output_dir)
     record_file = output_dir / ".recommend.json"
     settings = resolve_settings(settings, model.eval())
-    check_same_catalog(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     columns = check_columns(dataset, tokenizer, model.config.reads_times)
     record = work_record(model, tokenizer, dataset, settings)
     check_same_work(record, record_file)  # in all processes, before the first process writes below

@@ -17,6 +17,9 @@ from .residual_kmeans import ResidualKMeans
 from .semantic_id_files import ITEMS_FILE, SEMANTIC_IDS_FILE, read_json_object, read_tensors, write_tensors
 from .semantic_ids import unique_codes
 
+# Most IDs that a fingerprint reads: enough for any other order, cheap for millions.
+HASHED_IDS = 10_000
+
 
 @dataclass(frozen=True, eq=False)
 class ItemCatalog:
@@ -160,6 +163,17 @@ class ItemCatalog:
         """Look up the row of each item ID: n IDs -> int64 [n], -1 for an unknown ID."""
         get: Callable = self._row_of_id.get
         return np.array([get(as_id(item_id), -1) for item_id in as_values("item_ids", item_ids)], dtype=np.int64)
+
+    @cached_property
+    def ids_sha256(self) -> str:
+        """Hash of the item IDs, as `first_ids_sha256` computes it."""
+        return self.first_ids_sha256(len(self.item_ids))
+
+    def first_ids_sha256(self, num_items: int) -> str:
+        """Hash at most 10,000 evenly spaced IDs of the first `num_items` rows."""
+        num_hashed = min(num_items, HASHED_IDS)
+        rows = np.arange(num_hashed) * (num_items - 1) // max(num_hashed - 1, 1)
+        return hashlib.sha256(json.dumps([self.item_ids[row] for row in rows]).encode()).hexdigest()
 
     def lookup(self, codes: np.ndarray) -> np.ndarray:
         """Look up the row of each semantic ID: in-range integers [n, L] -> int64 [n], -1 for an unused ID."""

@@ -193,10 +193,17 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
             "codebook_sizes": list(self.codebook_sizes),
             "behaviors": list(self.behaviors),
             "num_items": self.num_items,
+            "item_ids_fingerprint": self.item_ids_fingerprint(),
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
         }
+
+    def item_ids_fingerprint(self, num_items: int | None = None) -> dict[str, Any]:
+        """Return the number of the first items and a hash of their IDs, in their order. None: all items."""
+        if num_items in (None, self.num_items):
+            return {"num_items": self.num_items, "sha256": self._catalog.ids_sha256}
+        return {"num_items": num_items, "sha256": self._catalog.first_ids_sha256(num_items)}
 
     def item_indices(self, item_ids: Iterable[Hashable], *, unknown: Literal["error", "skip"] = "error") -> np.ndarray:
         """Look up catalog rows: n item IDs -> int64 [n]. Unknown IDs raise `ValueError`, or "skip" drops them."""

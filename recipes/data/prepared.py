@@ -103,7 +103,7 @@ def check_same_encoding(
     fields, folder_fields = (
         {**each.config_fields(), "codebook_sizes": each.codebook_sizes[:-1]} for each in (tokenizer, folder_tokenizer)
     )
-    growing = ("num_items", "vocab_size")
+    growing = ("num_items", "vocab_size", "item_ids_fingerprint")
     compared = sorted((fields.keys() | folder_fields.keys()).difference(growing))
     changed = [name for name in compared if fields.get(name) != folder_fields.get(name)]
     if changed:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_unigrf import ServingOptions, UniGRFForCausalLM
 from modeling_unigrf.adapters_unigrf import base_of, find_adapter
+from modeling_unigrf.pipeline_unigrf import check_tokenizer
 from modeling_unigrf.recommendation_unigrf import diverse_order, fused_scores
 from modeling_unigrf.transitions_unigrf import TransitionSettings
 from recipes.common.files import whole_file
@@ -67,10 +68,17 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
 
 
 def load_checkpoint(checkpoint: str | Path) -> tuple[UniGRFForCausalLM, SemanticIdTokenizer]:
-    """Load a model in evaluation mode, on the GPU if there is one, and its tokenizer, by the installed code."""
+    """
+    Load a model in evaluation mode, on the GPU if there is one, and its tokenizer, by the installed code.
+
+    Raises:
+        ValueError: for a tokenizer of other items.
+    """
     model = UniGRFForCausalLM.from_pretrained(checkpoint).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    check_tokenizer(model, tokenizer)
+    return model.to(device), tokenizer
 
 
 def load_tokenizer(checkpoint: str | Path) -> SemanticIdTokenizer:

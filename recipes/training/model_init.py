@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_unigrf import UniGRFConfig, UniGRFForCausalLM
+from modeling_unigrf.pipeline_unigrf import check_tokenizer
 from recipes.data.prepared import PreparedData, check_same_encoding
 from recipes.training.arguments import DataArguments, ModelArguments
 from tokenization import SemanticIdTokenizer
@@ -77,6 +78,7 @@ def model_from_checkpoint(model_args: ModelArguments, data: PreparedData) -> Uni
         checkpoint, dtype=torch.float32, **fields, training_config=model_args.objective()
     )
     earlier = SemanticIdTokenizer.from_pretrained(checkpoint)
+    check_tokenizer(model, earlier)
     check_first_items(model, earlier, data.tokenizer, checkpoint)
     add_new_items(model, earlier, data, checkpoint)
     return model

@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, pipeline
 
 from modeling_unigrf import RecommendationPipeline, UniGRFConfig, UniGRFForCausalLM
+from recipes.evaluation.inference import load_checkpoint
+from recipes.recommend import RecommendSettings, recommend_dataset
 from tokenization import SemanticIdTokenizer
 
 
@@ -246,6 +248,61 @@ def test_a_tokenizer_of_another_model_is_rejected(other, message):
     RecommendationPipeline(model=model, tokenizer=tokenizer)({"items": ["i3"], "behaviors": ["like"]})
     with pytest.raises(ValueError, match=f"`tokenizer` must have the .*{message}"):
         RecommendationPipeline(model=model, tokenizer=small_parts(**other)[1])
+
+
+def parts_of_one_order(is_atomic=True, order=range(12)):
+    """Build a model from a tokenizer with the items in some order, and the tokenizer."""
+    codes = np.arange(12)[:, None] if is_atomic else np.stack(np.unravel_index(np.arange(12)[::-1], (3, 4, 2)), 1)
+    sizes = [12] if is_atomic else [3, 4, 2]
+    tokenizer = SemanticIdTokenizer.from_codes([f"i{item}" for item in order], codes, sizes, ["view"])
+    text_config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = UniGRFForCausalLM(UniGRFConfig(**tokenizer.config_fields(), text_config=text_config)).eval()
+    model.set_catalog(torch.tensor(tokenizer.item_codes))
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("is_atomic", [True, False])
+def test_ids_in_another_order_are_rejected_everywhere(is_atomic, tmp_path):
+    model, tokenizer = parts_of_one_order(is_atomic)
+    assert RecommendationPipeline(model=model, tokenizer=tokenizer)(["i3"], num_return_sequences=2)
+    for order in (range(11, -1, -1), [1, 0, *range(2, 12)], range(1, 13)):
+        other = parts_of_one_order(is_atomic, order)[1]
+        model.save_pretrained(tmp_path)
+        other.save_pretrained(tmp_path)
+        calls = [
+            lambda: RecommendationPipeline(model=model, tokenizer=other),  # noqa: B023
+            lambda: pipeline("recommendation", model=str(tmp_path), trust_remote_code=True),
+            lambda: load_checkpoint(tmp_path),
+            lambda: recommend_dataset(model, other, datasets.Dataset.from_dict({}), tmp_path, RecommendSettings()),  # noqa: B023
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match="`tokenizer` must have the ids of the model's first 12 items"):
+                call()
+
+
+def test_a_fingerprint_follows_the_items_of_the_model(tmp_path):
+    model, tokenizer = parts_of_one_order()
+    other = parts_of_one_order(order=range(11, -1, -1))[1]
+
+    # New items keep the ids of the first.
+    model.add_items(torch.tensor([[12]]))
+    tokenizer.add_items(["new"], np.zeros((1, 2)))
+    other.add_items(["new"], np.zeros((1, 2)))
+    RecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert RecommendationPipeline(model=model, tokenizer=tokenizer)(["new"])
+    loaded = UniGRFForCausalLM.from_pretrained(tmp_path)
+    RecommendationPipeline(model=loaded, tokenizer=SemanticIdTokenizer.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="first 12 items"):
+        RecommendationPipeline(model=loaded, tokenizer=other)
+
+    # Another catalog, and a checkpoint without the field, have no known ids.
+    for again in (model, loaded):
+        again.set_catalog(torch.tensor(other.item_codes))
+        assert again.config.item_ids_fingerprint is None
+        RecommendationPipeline(model=again, tokenizer=other)
+    model.config.item_ids_fingerprint = other.item_ids_fingerprint()
+    with pytest.raises(ValueError, match="first 13 items"):
+        RecommendationPipeline(model=model, tokenizer=tokenizer)
 
 
 def test_items_that_one_part_lacks_are_an_error():

@@ -128,6 +128,7 @@ def test_every_field_of_the_config_has_a_flag():
         "next_logit_bias",
         "training_config",
         "num_transitions",
+        "item_ids_fingerprint",
     }
     inherited = {entry.name for entry in fields(PreTrainedConfig)}
     of_config = {entry.name for entry in fields(UniGRFConfig)} - inherited - of_data

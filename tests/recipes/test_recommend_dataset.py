@@ -425,7 +425,7 @@ def test_settings_out_of_range_are_rejected(model, tokenizer, tmp_path, wrong, m
 
 
 def test_a_tokenizer_of_another_catalog_is_rejected(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="Load both from the same checkpoint"):
+    with pytest.raises(ValueError, match="`tokenizer` must have the model's codes"):
         recommend_dataset(build_model(seed=1), tokenizer, histories(), tmp_path, RecommendSettings(**OPTIONS))
 
 

@@ -94,6 +94,7 @@ def test_the_vocabulary_is_specials_behaviors_and_codes(tokenizer):
         "codebook_sizes": [8, 8, last],
         "behaviors": ["view", "like"],
         "num_items": 300,
+        "item_ids_fingerprint": tokenizer.item_ids_fingerprint(300),
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
