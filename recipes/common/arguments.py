@@ -1,5 +1,6 @@
 """Parse the command line of every recipe."""
 
+import json
 import math
 import re
 import sys
@@ -70,6 +71,9 @@ def parse_arguments(
 
     Returns:
         One instance of each dataclass, in the order of `dataclass_types`.
+
+    Raises:
+        ValueError: for values that `TrainingArguments` cannot read, such as a config of a missing package.
     """
     for dataclass_type in dataclass_types:
         is_trainer = issubclass(dataclass_type, TrainingArguments)
@@ -87,7 +91,21 @@ def parse_arguments(
     parser._action_groups.sort(key=lambda group: group.title == TRAINER_GROUP)
     parser.set_defaults(**(defaults or {}))
     words = sys.argv[1:] if arguments is None else list(arguments)
-    return parser.parse_args_into_dataclasses([current_flag(word, parser) for word in words])
+    words = [current_flag(word, parser) for word in words]
+    try:
+        return parser.parse_args_into_dataclasses(words)
+    except (TypeError, AttributeError, ImportError, LookupError, OSError, json.JSONDecodeError) as error:
+        flags = [word.removeprefix("--").split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+        names = [f"`{name}`" for name in flags if name in TrainingArguments._VALID_DICT_FIELDS] or ["The arguments"]
+        raise ValueError(
+            f"{', '.join(names)} must be what transformers.TrainingArguments takes, got "
+            f"{describe_error(error)}. Correct the value, install the package that it needs, or leave it out."
+        ) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an error of a library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
 
 
 def check_ranges(arguments: Any, ranges: Mapping[str, Range]) -> None:

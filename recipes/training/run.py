@@ -113,10 +113,11 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
     require_single_device(training_args, may_shard=is_plain)
     check_trainer_arguments(training_args, TRAINER_DEFAULTS)
     check_together(model_args, data_args)
+    if model_args.init_from is not None and not (Path(model_args.init_from) / "adapter_config.json").is_file():
+        check_folder(model_args.init_from, "init_from", or_repository=True)
     check_no_adapter(model_args.init_from)
     if model_args.lora is not None:
         lora_fields(model_args.lora)
-    check_folder(model_args.init_from, "init_from", or_repository=True)
     if data_args.refit is not None:
         check_refit(data_args, training_args)
 

@@ -1,12 +1,23 @@
 """Check the arguments of `transformers.TrainingArguments` before a training: ranges, and those without effect."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import fields
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
-from recipes.common.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_ONE, check_ranges
+from recipes.common.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE_BELOW_ONE,
+    check_ranges,
+    describe_error,
+)
 
 RANGES = {
     **dict.fromkeys(
@@ -73,6 +84,9 @@ WITHOUT_EFFECT = {
 TRACKERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 EVALUATED = "eval_strategy=steps or epoch"
 WORKERS = "dataloader_num_workers"
+# Optimizers that choose layers of the model by `optim_target_modules`.
+TARGETED = ("galore", "apollo", "lomo")
+PROBE_STEPS = 10
 
 
 def check_trainer_arguments(args: TrainingArguments, defaults: Mapping[str, Any]) -> None:
@@ -102,15 +116,18 @@ def check_trainer_arguments(args: TrainingArguments, defaults: Mapping[str, Any]
                 f"{name} out."
             )
     check_best_model(args)
+    check_trainer(args, names)
 
 
 def needed_by(name: str, args: TrainingArguments) -> tuple[str, bool]:
     """Return the argument without which an argument has no effect, and whether it is set."""
     evaluates = args.eval_strategy != "no"
-    has_targets = any(word in args.optim for word in ("galore", "apollo", "lomo"))
+    has_targets = any(word in args.optim for word in TARGETED)
     best = (
-        "load_best_model_at_end or save_strategy=best",
-        args.load_best_model_at_end or args.save_strategy == "best",
+        "load_best_model_at_end, save_strategy=best or lr_scheduler_type=reduce_lr_on_plateau",
+        args.load_best_model_at_end
+        or args.save_strategy == "best"
+        or args.lr_scheduler_type == "reduce_lr_on_plateau",
     )
     needs = {
         "load_best_model_at_end": (EVALUATED, evaluates),
@@ -138,6 +155,52 @@ def needed_by(name: str, args: TrainingArguments) -> tuple[str, bool]:
         ),
     }
     return needs.get(name, ("", True))
+
+
+def check_trainer(args: TrainingArguments, names: list[str]) -> None:
+    """
+    Check the arguments that the Trainer reads late, on a model of one weight.
+
+    Args:
+        args: The arguments.
+        names: Names of the arguments that differ from the defaults.
+
+    Raises:
+        ValueError: for a package that is missing, and values with which no Trainer, optimizer or schedule is made.
+    """
+    optimizer = [name for name in names if name.startswith("optim")]
+    schedule = [name for name in names if name.startswith("lr_scheduler")]
+    others = [name for name in names if name not in (*optimizer, *schedule, "disable_tqdm")]
+    # Without the folder: a refused training leaves none.
+    args = copy(args)
+    step = others
+    with TemporaryDirectory() as args.output_dir:
+        try:
+            trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=[0], eval_dataset=[0])
+            step = optimizer
+            kwargs = Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[1]
+            trainer.create_optimizer()
+            step = schedule
+            trainer.create_scheduler(PROBE_STEPS)
+            trainer.optimizer.step()
+            for _ in range(PROBE_STEPS * (args.lr_scheduler_type != "reduce_lr_on_plateau")):
+                trainer.lr_scheduler.step()
+        except Exception as error:
+            # The layers are those of another model.
+            if any(word in args.optim for word in TARGETED) and not isinstance(error, ImportError):
+                return
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in step) or 'The arguments'} must fit the Trainer, got "
+                f"{ ({name: getattr(args, name) for name in step}) } ({describe_error(error)}). Correct them, install "
+                "the package that they need, or leave them out."
+            ) from error
+    optim_args = args.optim_args
+    args.optim_args = None
+    if optim_args and kwargs == Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[1]:
+        raise ValueError(
+            f"`optim_args` must come with an optim that reads them, got {optim_args!r} for {args.optim}, without "
+            "effect. Leave it out, or set the Trainer's arguments of the optimizer, such as adam_beta1."
+        )
 
 
 def check_best_model(args: TrainingArguments) -> None:

@@ -17,8 +17,9 @@ from recipes.common import run_tracking as runs
 from recipes.data.prepared import check_same_items, load_prepared
 from recipes.papers.recochain import reproduce as reproduce_recochain
 from recipes.prepare import PrepareArguments, prepare
-from recipes.training.arguments import DataArguments, ModelArguments
+from recipes.training.arguments import TRAINER_DEFAULTS, DataArguments, ModelArguments
 from recipes.training.model_init import build_model
+from recipes.training.trainer_arguments import check_trainer_arguments
 from tokenization import SemanticIdTokenizer
 
 
@@ -222,7 +223,11 @@ REFUSED = {
         *("length_column_name=x", "use_cache=True", "use_liger_kernel=True", "bf16_full_eval=True"),
         *("save_only_model=True", "prediction_loss_only=False", "push_to_hub=True", "hub_model_id=a/b"),
         *("eval_steps=5", "eval_delay=1", "run_name=x", "metric_for_best_model=recall", "optim_target_modules=x"),
-        *("dataloader_persistent_workers=True", "max_long_items=7", "inject_target=False"),
+        *("dataloader_persistent_workers=True", "max_long_items=7", "inject_target=False", "optim_args=foo=1"),
+    ],
+    "values that transformers reads late": [
+        *('lr_scheduler_kwargs={"a": 1}', "lr_scheduler_kwargs=[1]", "lr_scheduler_type=warmup_stable_decay"),
+        *("lr_scheduler_type=cosine_with_min_lr", "optim_args=x", "torch_compile_backend=nope", "report_to=nope"),
     ],
     "paths": ["init_from=/nope", "init_from=tests/nope", "init_from=./nope", "init_from=a/b/c", "data_dir=/nope"],
 }
@@ -232,9 +237,22 @@ REFUSED = {
 def test_a_training_refuses_before_any_work(prepared, tmp_path, monkeypatch, flag):
     monkeypatch.setattr("recipes.training.run.load_prepared", lambda _: pytest.fail("the work has begun"))
     flags = ["--save_strategy=steps", f"--{flag}"]
-    with pytest.raises(ValueError, match=rf"`{flag.split('=')[0]}` .*must .*got "):
+    with pytest.raises(ValueError, match=rf"`{flag.split('=')[0]}`.* must .*got "):
         train.train(*train.parse(train_flags(prepared, tmp_path / "run", *flags)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "accelerator_config", "lr_scheduler_kwargs"])
+@pytest.mark.parametrize("value", ["/nope.json", '{"a": 1}', "{"])
+def test_configs_of_the_trainer_are_refused_by_name(prepared, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}`.* must .*got "):
+        train.train(*train.parse(train_flags(prepared, tmp_path / "run", f"--{name}={value}")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_by_the_evaluation_loss_is_accepted(tmp_path):
+    arguments = [f"--data_dir={tmp_path}", f"--output_dir={tmp_path / 'run'}", "--eval_strategy=epoch"]
+    check_trainer_arguments(train.parse([*arguments, "--lr_scheduler_type=reduce_lr_on_plateau"])[2], TRAINER_DEFAULTS)
 
 
 @pytest.mark.parametrize("name", ["output_dir", "checkpoint_dir"])
