@@ -22,8 +22,8 @@ def read_table(path: str | Path, required: list[str]) -> pd.DataFrame:
         required: Columns that must be present and have no null. Those that end in `_id` become str.
 
     Raises:
-        ValueError: for a file that is missing, unreadable or empty, lines that are no rows, and missing columns or
-            values.
+        ValueError: for a file that is missing, unreadable or empty, lines that are no rows, columns of one name, and
+            missing columns or values.
     """
     path = Path(path)
     if not path.is_file() or path.suffix not in (*SEPARATORS, ".parquet"):
@@ -73,12 +73,12 @@ def text_column(column: pd.Series, convert: Callable[[Any], str | None] = as_tex
 
 def check_lines(path: Path) -> None:
     """
-    Check that each line of a .csv or .tsv file is a row of as many fields as the header.
+    Check that each line of a .csv or .tsv file is a row of as many fields as the header, which has distinct names.
 
     A quote that nobody closes would swallow separators and line breaks, and rows with them.
 
     Raises:
-        ValueError: with the first line that is no such row.
+        ValueError: with the first line that is no such row, or the names that the header repeats.
     """
     separator = SEPARATORS[path.suffix]
     num_expected = None
@@ -97,6 +97,17 @@ def check_lines(path: Path) -> None:
                     "breaks, write a Parquet file."
                 )
             num_expected = num_fields
+            check_names(next(csv.reader([line], delimiter=separator)), path)
+
+
+def check_names(names: list[str], path: Path) -> None:
+    """Raise `ValueError` for names that a header repeats; pandas would rename the later columns."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"`{path}` must name each column once, got {repeated} more than once in its header. Rename or remove the "
+            "columns that are not meant."
+        )
 
 
 def count_fields(line: str, separator: str) -> int | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_from_disk
@@ -492,6 +494,21 @@ def test_lines_that_are_no_rows_are_rejected(tmp_path, suffix, lines, message):
     (tmp_path / f"items{suffix}").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / f"items{suffix}", ["item_id"])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("names", [["item_id", "item_id", "title"], ["\ufeffitem_id", "title", '"title"']])
+def test_a_column_that_is_named_twice_is_refused(tmp_path, suffix, names):
+    path = tmp_path / f"items{suffix}"
+    if suffix == ".parquet":
+        names = [name.strip('\ufeff"') for name in names]
+        pq.write_table(pa.table([pa.array(["1"])] * 3, names=names), path)
+    else:
+        separator = {".csv": ",", ".tsv": "\t"}[suffix]
+        path.write_text(f"{separator.join(names)}\n{separator.join('123')}\n")
+    twice = "item_id" if names.count("item_id") == 2 else "title"
+    with pytest.raises(ValueError, match=rf"items{suffix}.*\b{twice}\b"):
+        read_table(path, ["item_id"])
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "mac"])
