@@ -112,7 +112,8 @@ def check_history(
         reads_long_history (`bool`): Whether the call reads `long_history`: `generate` and `prefill` read none.
 
     Raises:
-        ValueError: for rows that no item can follow, unknown items, too few positions, and other shapes.
+        ValueError: for rows that no item can follow, unknown items, too few positions, other shapes, and a mask of
+            other values than 0 and 1.
     """
     if not is_integer(input_ids) or input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(
@@ -125,6 +126,14 @@ def check_history(
         raise ValueError(
             f"`attention_mask` must have the shape {tuple(input_ids.shape)} of input_ids, got "
             f"{describe(attention_mask)}. Pass the tokenizer's own, or leave it out."
+        )
+    is_wrong = (attention_mask != 0) & (attention_mask != 1)
+    if is_wrong.any():
+        row, token = is_wrong.nonzero()[0].tolist()
+        raise ValueError(
+            "`attention_mask` must be 1 at the tokens that exist and 0 at padding, got "
+            f"{attention_mask[row, token].item()} at token {token} of row {row}. Pass the tokenizer's own, or leave "
+            "it out."
         )
     lengths, places, codes = check_tokens(layout, input_ids, attention_mask, may_be_unfinished)
     num_block_tokens = 0 if may_be_unfinished else config.num_block_tokens

@@ -456,6 +456,12 @@ def test_inputs_of_another_type_are_rejected():
                 inputs = good | ({} if call in (model.generate, model.prefill) else {"long_history": longer})
                 with pytest.raises(ValueError, match=f"`{name}` must"):
                     call(**(inputs | {name: wrong}))
+    for wrong in (0.5, float("nan"), float("inf"), 2, -1):
+        other = mask.clone() if isinstance(wrong, int) else mask.double()
+        other[1, -1] = wrong
+        for call in (*calls, model.generate, model.prefill):
+            with pytest.raises(ValueError, match=r"`attention_mask` must be 1 .* of row 1"):
+                call(**(good | {"attention_mask": other}))
     for wrong in ([[1], [2]], {"items": [[1], [2]]}, {**longer, "behaviors": longer["behaviors"].tolist()}):
         for call in calls:
             with pytest.raises(ValueError, match=r"`long_history.* must be"):
