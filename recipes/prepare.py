@@ -46,9 +46,10 @@ from datasets import DatasetDict
 
 from modeling_unigrf.configuration_unigrf import NEXT_TARGET
 from recipes.common.arguments import check_folder, parse_arguments
-from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, write_errors, write_json
+from recipes.common.files import check_writable, damaged_files, file_hashes, is_whole_json, write_errors, write_json
 from recipes.common.hashing import sha256, weights_of
 from recipes.data.leave_one_out import leave_one_out
+from recipes.data.prepared import load_prepared
 from recipes.data.tables import check_rows, read_interactions, read_table, text_column
 from recipes.data.text_encoders import MINILM, check_encoder, encoded_embeddings, read_content, write_embeddings
 from tokenization import CodebookStatistics, ResidualKMeans, SemanticIdTokenizer
@@ -58,6 +59,8 @@ from tokenization.vocabulary_layout import check_behaviors
 QUANTIZATION = ("codebook_sizes", "normalize", "pca_dim", "atomic", "seed")
 TEXT_OPTIONS = ("text_template", "encoder", "encoder_dtype", "max_text_tokens")
 TABLES = ("interactions", "items", "embeddings")
+# The folder's parts, beside its record.
+PARTS = ("item_embeddings.safetensors", "tokenizer", "dataset")
 # Hashes compare the content of these paths; their names may differ.
 PATHS = (*TABLES, "tokenizer", "output_dir")
 
@@ -133,10 +136,10 @@ def prepare(args: PrepareArguments) -> Path:
     record = work_record(args, earlier)
     before = json.loads(record_file.read_text()) if is_whole_json(record_file) else None
     if before is not None and _same_work(before, record):
-        if not (damaged := damaged_files(before.get("files", {}), output_dir)):
+        if not (problem := damage(before, output_dir)):
             print(f"{output_dir} is already prepared with these arguments and inputs")
             return output_dir
-        print(f"{output_dir} is prepared again, since {damaged} are missing or damaged")
+        print(f"{output_dir} is prepared again, since {problem}")
 
     # Tables
     interactions, items, selected = read_tables(args)
@@ -172,11 +175,22 @@ def prepare(args: PrepareArguments) -> Path:
         "codebook_statistics": statistics,
         "ordered_by": ordered_by,
     }
-    parts = [output_dir / name for name in ("item_embeddings.safetensors", "tokenizer", "dataset")]
-    record["files"] = file_sizes(parts, output_dir)
+    record["files"] = file_hashes([output_dir / name for name in PARTS], output_dir)
     write_json(record_file, record)
     print_summary(record)
     return output_dir
+
+
+def damage(record: dict[str, Any], folder: Path) -> str | None:
+    """Say which parts of a prepared folder are missing or damaged; None: the folder is whole."""
+    # Records of 0.1 name no files.
+    if damaged := damaged_files(record.get("files", {}), folder):
+        return f"{damaged} are missing or damaged"
+    try:
+        load_prepared(folder)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_arguments(args: PrepareArguments) -> None:
@@ -428,9 +442,9 @@ def print_summary(record: dict[str, Any]) -> None:
 
 def _same_work(old: dict[str, Any], new: dict[str, Any]) -> bool:
     def without_paths(record: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in record["arguments"].items() if name not in PATHS}
+        return {name: value for name, value in record.get("arguments", {}).items() if name not in PATHS}
 
-    return without_paths(old) == without_paths(new) and old["inputs"] == new["inputs"]
+    return without_paths(old) == without_paths(new) and old.get("inputs") == new["inputs"]
 
 
 if __name__ == "__main__":

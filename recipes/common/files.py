@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 from safetensors import SafetensorError
 
+from recipes.common.hashing import sha256
+
 # Words for a full or failing disk. Many writers report it without a file, in errors of their own.
 WRITE_FAILURES = (
     "No space left on device",
@@ -97,7 +99,7 @@ def errors_with_path(path: str | Path) -> Iterator[None]:
     """Raise `ValueError` with the path where a reader of JSON, Arrow or safetensors fails, which may not name it."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} must be there and whole, got {type(error).__name__}: {error} Restore it, or make it again."
         ) from error
@@ -113,12 +115,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_whole_json(path: Path) -> bool:
-    """Return whether a file can be read, and holds JSON to its end."""
+    """Return whether a file can be read, and holds a JSON object to its end."""
     try:
-        json.loads(path.read_bytes())
+        return isinstance(json.loads(path.read_bytes()), dict)
     except (OSError, ValueError):
         return False
-    return True
 
 
 def check_writable(folder: str | Path, name: str, num_bytes: int = 2**20) -> None:
@@ -149,28 +150,31 @@ def check_writable(folder: str | Path, name: str, num_bytes: int = 2**20) -> Non
         )
 
 
-def file_sizes(paths: Iterable[Path], root: Path) -> dict[str, int | None]:
+def file_hashes(paths: Iterable[Path], root: Path) -> dict[str, str | None]:
     """
-    Return the size in bytes of each file, and of the files in each folder, by its path below `root`.
+    Return the SHA-256 of each file, and of the files in each folder, by its path below `root`.
 
-    The size of a JSON file is None: a later stage may rewrite it.
+    The hash of a JSON file is None: a later stage may rewrite it.
     """
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     return {
-        os.path.relpath(file, root): None if file.suffix == ".json" else file.stat().st_size
+        os.path.relpath(file, root): None if file.suffix == ".json" else sha256(file)
         for file in sorted(files)
         if file.is_file()
     }
 
 
-def damaged_files(sizes: Mapping[str, int | None], root: Path) -> list[str]:
-    """List the files of `file_sizes` that are missing, have another size, or are no whole JSON file today."""
-    return [
-        name
-        for name, size in sizes.items()
-        if not (root / name).is_file()
-        or ((root / name).stat().st_size != size if size is not None else not is_whole_json(root / name))
-    ]
+def damaged_files(hashes: Mapping[str, str | int | None], root: Path) -> list[str]:
+    """List the files of `file_hashes` that are missing, have other content, or are no whole JSON file today."""
+    return [name for name, known in hashes.items() if not is_as_recorded(root / name, known)]
+
+
+def is_as_recorded(file: Path, known: str | int | None) -> bool:
+    """Return whether a file has a known hash; None: whether it is a whole JSON file."""
+    if known is None or not file.is_file():
+        return is_whole_json(file)
+    # Earlier records hold the size.
+    return (file.stat().st_size if isinstance(known, int) else sha256(file)) == known
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from recipes.common.files import check_writable, damaged_files, file_sizes, is_whole_json, read_json, write_json
+from recipes.common.files import check_writable, damaged_files, file_hashes, is_whole_json, read_json, write_json
 
 # Arguments that do not change the result: the process, and the folders of the results, which may move.
 WITHOUT_RESULT = ("local_rank", "use_cpu", "output_dir", "checkpoint_dir")
@@ -236,8 +236,8 @@ class Stages:
         start = time.perf_counter()
         run()
         seconds = round(time.perf_counter() - start, 1)
-        sizes = file_sizes(outputs, self.file.parent)
-        self.done[name] = {"arguments": arguments, "seconds": seconds, "files": sizes}
+        hashes = file_hashes(outputs, self.file.parent)
+        self.done[name] = {"arguments": arguments, "seconds": seconds, "files": hashes}
         write_json(self.file, self.done)
         print(f"== {name}: {seconds} s", flush=True)
 

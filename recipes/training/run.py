@@ -17,7 +17,7 @@ from recipes.common.arguments import REPOSITORY, check_folder, parse_arguments
 from recipes.common.files import (
     check_writable,
     damaged_files,
-    file_sizes,
+    file_hashes,
     is_whole_json,
     read_json,
     whole_folder,
@@ -113,11 +113,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
     require_single_device(training_args, may_shard=is_plain)
     check_trainer_arguments(training_args, TRAINER_DEFAULTS)
     check_together(model_args, data_args)
-    if model_args.init_from is not None and not (Path(model_args.init_from) / "adapter_config.json").is_file():
-        check_folder(model_args.init_from, "init_from", or_repository=True)
     check_no_adapter(model_args.init_from)
     if model_args.lora is not None:
         lora_fields(model_args.lora)
+    check_folder(model_args.init_from, "init_from", or_repository=True)
     if data_args.refit is not None:
         check_refit(data_args, training_args)
 
@@ -253,7 +252,7 @@ class TrainingRun:
     def write_log(self, folder: Path, metrics: dict[str, float], log_history: list[dict]) -> None:
         """Write the training log, which vouches for the files of a folder, into it."""
         files = [file for file in folder.iterdir() if file.suffix in MODEL_FILES]
-        record = {"work": self.work, "files": file_sizes(files, folder), "weights": weights_of(folder)}
+        record = {"work": self.work, "files": file_hashes(files, folder), "weights": weights_of(folder)}
         log = {"metrics": metrics, "log_history": log_history, "interactions": self.interactions, "refit": self.refit}
         write_json(folder / self.log_file.name, {**record, **log})
 

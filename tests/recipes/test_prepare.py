@@ -199,6 +199,41 @@ def test_a_second_run_reuses_what_is_unchanged(arguments, encoder, monkeypatch, 
         prepare(args)  # the encoder has the same name and other weights
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("item_embeddings.safetensors", "changed"),
+        ("dataset/train/*.arrow", "changed"),
+        ("tokenizer/semantic_ids.safetensors", "changed"),
+        ("tokenizer/items.json", b"[]"),
+        ("dataset/train/state.json", b"{}"),
+        ("dataset/dataset_dict.json", None),
+        ("prepare.json", b"{}"),
+        ("prepare.json", b"[]"),
+    ],
+)
+@pytest.mark.parametrize("has_hashes", [True, False])
+def test_damage_of_the_same_size_is_repaired(arguments, embeddings, name, content, has_hashes, capsys):
+    args = arguments(embeddings=embeddings)
+    folder = prepare(args)
+    (file,) = folder.glob(name)
+    before = file.read_bytes()
+    record = json.loads((folder / "prepare.json").read_text())
+    if not has_hashes:
+        (folder / "prepare.json").write_text(json.dumps({**record, "files": {}}))  # as 0.1 wrote it
+        content = None if content == "changed" else content
+    file.unlink()
+    if content is not None:
+        half = len(before) // 2
+        file.write_bytes(before[:half] + bytes(64) + before[half + 64 :] if content == "changed" else content)
+    prepare(args)
+    assert "already prepared" not in capsys.readouterr().out
+    if file.suffix != ".json":
+        assert file.read_bytes() == before
+    prepare(args)
+    assert "already prepared" in capsys.readouterr().out
+
+
 def test_an_existing_tokenizer_is_kept_and_extended(arguments, embeddings, tmp_path, capsys):
     old_rows = [row for row in range(12) if row not in (2, 7)]
     old_items = items_table().iloc[old_rows]

@@ -116,7 +116,7 @@ def test_a_moved_training_and_new_arguments_are_the_same(tmp_path):
             runs.begin(tmp_path, other, finished, defaults=defaults)
 
 
-@pytest.mark.parametrize("damage", ["gone", "empty", "half"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "half", "as long"])
 @pytest.mark.parametrize("name", ["rows.arrow", "record.json", "folder/codes.npy"])
 def test_a_stage_with_damaged_outputs_runs_again(tmp_path, name, damage):
     outputs = [tmp_path / "rows.arrow", tmp_path / "record.json", tmp_path / "folder"]
@@ -136,7 +136,7 @@ def test_a_stage_with_damaged_outputs_runs_again(tmp_path, name, damage):
     if damage == "gone":
         (tmp_path / name).unlink()
     else:
-        (tmp_path / name).write_text('{"a"' * (damage == "half"))
+        (tmp_path / name).write_text({"empty": "", "half": '{"a"', "as long": '["a", 1]'}[damage])
     Stages(tmp_path)("a", {}, work, outputs)
     assert ran == ["work"] * 2
 
