@@ -220,7 +220,7 @@ class Stages:
             name: Name of the stage.
             arguments: Arguments of the stage.
             run: Function that does the work.
-            outputs: Files that the function writes, and folders that it fills.
+            outputs: Files that the function writes or changes, and folders that it fills.
         """
         earlier = self.before.get(name, {})
         outputs = list(outputs)
@@ -237,6 +237,9 @@ class Stages:
         run()
         seconds = round(time.perf_counter() - start, 1)
         hashes = file_hashes(outputs, self.file.parent)
+        # A file that this stage changed is whole as it is now, also for the stage that wrote it.
+        for stage in self.done.values():
+            stage["files"] = {file: hashes.get(file, value) for file, value in stage.get("files", {}).items()}
         self.done[name] = {"arguments": arguments, "seconds": seconds, "files": hashes}
         write_json(self.file, self.done)
         print(f"== {name}: {seconds} s", flush=True)

@@ -480,6 +480,7 @@ def test_two_runs_extrapolate_to_the_full_size(arguments, prepared, tmp_path, mo
         second = (
             "--num_train_beams=4",
             "--num_retrieved_items=3",
+            "--embedding_table_size=65536",
             f"--init_from={run.output_dir}/training/checkpoint",
         )
         run_training(run, f"{run.output_dir}/second", *steps, *second)

@@ -105,7 +105,7 @@ def prepare(args: TaobaoArguments) -> dict[str, dict]:
     stage("codebooks", partial(fit, out, **fitting), ["semantic_ids.safetensors"], **fitting)
     stage("codes", partial(encode, out), ["item_codes.npy"])
     limit = args.last_level_size
-    stage("suffixes", partial(make_unique, out, limit), [], last_level_size=limit)
+    stage("suffixes", partial(make_unique, out, limit), ["item_codes.npy"], last_level_size=limit)
 
     # Users and clicks
     for split in ("train", "test"):
