@@ -425,8 +425,8 @@ def diverse_order(
     """
     List candidates one after the other, each unlike those before it.
 
-    The next one has the greatest score less `diversity` times its greatest cosine to a listed one. Cosines below 0
-    count as 0.
+    The next one has the greatest score less the price of its greatest cosine to a listed one. Cosines below 0 count
+    as 0.
 
     Args:
         scores (`torch.FloatTensor` of shape `(batch_size, N)`): Fused scores; -inf: no item.
